@@ -1,0 +1,23 @@
+// Every packed function of tvm_infer, once. register.cc turns the table into global functions `tvm_infer.<name>` (shared library);
+// exports.cc turns it into symbols `__tvm_ffi_tvm_infer_<name>` (static object, which registers nothing when it is loaded).
+// To add one: declare it here with its arguments, add its row, and give it a .cc file; relax/extern_calls.py has the Python side.
+#pragma once
+
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include <cstdint>
+
+#include "tvm_infer/ffi/attention.h"
+#include "tvm_infer/ffi/kv_cache.h"
+#include "tvm_infer/ffi/matmul.h"
+#include "tvm_infer/ffi/plan.h"
+
+// V(name, function): name is what follows "tvm_infer."
+#define TVM_INFER_FUNCTIONS(V)   \
+  TVM_INFER_PLAN_FUNCTIONS(V)    \
+  TVM_INFER_ATTENTION_FUNCTIONS(V) \
+  TVM_INFER_KV_CACHE_FUNCTIONS(V) \
+  TVM_INFER_MATMUL_FUNCTIONS(V)

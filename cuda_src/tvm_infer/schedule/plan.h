@@ -1,0 +1,125 @@
+// The Plan: who computes which query rows against which keys, and which partial results are merged.
+//
+// One contiguous block of int32 words: a PlanHeader, then the arrays it points at. It is made once per step from lengths alone and
+// shared by every layer. The header is read by the executor (on the device, for CUDA), so that a plan is refreshed by one copy of
+// `bytes_used` bytes into the same buffer: no kernel argument changes, and a captured graph can be replayed with the new plan.
+//
+// Terms
+//   group_size   query heads that share one KV head (num_qo_heads / num_kv_heads)
+//   packed row   token * group_size + query head within the group: the rows one KV head serves
+//   row index    the plan's own order of packed rows; row r is token_order[r / group_size], head r % group_size. Without an order
+//                (token_order_offset == 0) slot and token are the same number.
+//   KV list      keys in order: a request's pages, a ragged range, a shared prefix. Lists 0 … num_requests - 1 are the requests'.
+//   position     of a token in its request, from 0. Query token t of request r stands at kv_len[r] - (qo_indptr[r + 1] - t).
+#pragma once
+
+#include <cstdint>
+
+namespace tvm_infer {
+
+inline constexpr int32_t kPlanMagic = 0x4e4c5054;  // "TPLN"
+inline constexpr int32_t kPlanVersion = 1;
+inline constexpr int32_t kFinalRows = -1;  // Work::out of a work that writes final rows
+inline constexpr int32_t kNoMerge = -1;    // Work::merge of the same
+inline constexpr int32_t kUnbounded = -1;  // Band::left, Band::right
+
+// Key at position j is visible to the query at position p when p - left <= j <= p + right. Causal is right = 0.
+struct Band {
+  int32_t left;   // keys before the query's own position; kUnbounded for all
+  int32_t right;  // keys after it; kUnbounded for all
+};
+
+// One kernel shape, and what it costs there. A work of `rows` rows and `kv` keys costs fixed + row * rows + kv_cost * kv for each of
+// its KV heads. Picoseconds on one CTA, measured, integers: C++ and Python planners agree to the last bit.
+struct TileClass {
+  int32_t rows;        // packed rows that one work of this class holds, at most
+  int32_t kv_granule;  // KV is cut at multiples of this many keys (counted from the list's first key)
+  int64_t fixed;       // per work and KV head
+  int64_t row;         // per packed row
+  int64_t kv;          // per key, whatever the number of rows (the tile is computed whole)
+};
+
+// A run of KV heads does identical work, so it is one Work, executed head after head by its CTA.
+struct Work {
+  int32_t row_begin;      // first packed row, inclusive
+  int32_t num_rows;       // > 0, <= TileClass::rows
+  int32_t kv_head_begin;  // first KV head, inclusive
+  int32_t num_kv_heads;   // > 0
+  int32_t kv_list;        // which KV list
+  int32_t kv_begin;       // first key, inclusive, in the list's coordinates (tokens)
+  int32_t kv_end;         // last key, exclusive; == kv_begin for rows that see nothing (O = 0, LSE = -inf)
+  int32_t kv_pos_base;    // position of the list's key 0: key j stands at kv_pos_base + j
+  int32_t qo_pos_base;    // position of row_begin's token, where all rows are of one request
+  int32_t tile_class;     // index into the tile table the plan was made with
+  int32_t out;            // kFinalRows, or the first of num_rows * num_kv_heads partial rows: head h, row r at out + h * num_rows + r
+  int32_t merge;          // kNoMerge, or which Merge this partial belongs to
+};
+static_assert(sizeof(Work) == 48, "kernels load a Work as three 16-byte words");
+
+// Rows whose KV was split. Its partials are merge_slots[merge_indptr[m] … merge_indptr[m + 1]), each the `out` of a Work with exactly
+// these rows and heads, in ascending kv_begin: merging in this order makes the result depend on lengths only.
+struct Merge {
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t kv_head_begin;
+  int32_t num_kv_heads;
+};
+
+struct PlanHeader {
+  int32_t magic;    // kPlanMagic
+  int32_t version;  // kPlanVersion
+  // Digest of what a captured graph bakes in: tile table, CTA count, head counts, band, capacities. Two words of one uint64.
+  uint32_t capture_key[2];
+  int32_t bytes_used;  // header and arrays; multiple of 16
+  int32_t num_ctas;
+  int32_t num_requests;
+  int32_t num_tokens;  // query tokens; packed rows are num_tokens * group_size for each KV head
+  int32_t num_kv_heads;
+  int32_t group_size;
+  int32_t num_kv_lists;
+  int32_t num_works;
+  int32_t num_merges;
+  int32_t num_merge_slots;
+  int32_t num_partial_rows;  // rows of the fp32 partial buffers (O: [num_partial_rows, head_dim], LSE: [num_partial_rows])
+  Band band;
+  int32_t num_tile_classes;
+  // Offsets from the header, in bytes, multiples of 16. 0: the array is absent.
+  int32_t works_offset;         // Work[num_works], those of one CTA together
+  int32_t work_indptr_offset;   // int32[num_ctas + 1]: CTA c executes works [work_indptr[c], work_indptr[c + 1]) in order
+  int32_t merges_offset;        // Merge[num_merges]
+  int32_t merge_indptr_offset;  // int32[num_merges + 1]
+  int32_t merge_slots_offset;   // int32[num_merge_slots]
+  int32_t qo_indptr_offset;     // int32[num_requests + 1]
+  int32_t kv_len_offset;        // int32[num_kv_lists], keys in each list
+  int32_t token_order_offset;   // int32[num_tokens], absent when it would be the identity
+  int64_t makespan;             // predicted load of the busiest CTA, picoseconds
+  int64_t total_cost;           // predicted load of all CTAs together, picoseconds
+  int32_t reserved[2];
+};
+static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
+
+// Read access to a plan in memory; works on the host and in device code.
+#if defined(__CUDACC__)
+#define TVM_INFER_HD __host__ __device__
+#else
+#define TVM_INFER_HD
+#endif
+struct PlanView {
+  const PlanHeader* header;
+
+  TVM_INFER_HD explicit PlanView(const void* data) : header(static_cast<const PlanHeader*>(data)) {}
+  template <typename T>
+  TVM_INFER_HD const T* At(int32_t offset) const {
+    return offset == 0 ? nullptr : reinterpret_cast<const T*>(reinterpret_cast<const char*>(header) + offset);
+  }
+  TVM_INFER_HD const Work* works() const { return At<Work>(header->works_offset); }
+  TVM_INFER_HD const int32_t* work_indptr() const { return At<int32_t>(header->work_indptr_offset); }
+  TVM_INFER_HD const Merge* merges() const { return At<Merge>(header->merges_offset); }
+  TVM_INFER_HD const int32_t* merge_indptr() const { return At<int32_t>(header->merge_indptr_offset); }
+  TVM_INFER_HD const int32_t* merge_slots() const { return At<int32_t>(header->merge_slots_offset); }
+  TVM_INFER_HD const int32_t* qo_indptr() const { return At<int32_t>(header->qo_indptr_offset); }
+  TVM_INFER_HD const int32_t* kv_len() const { return At<int32_t>(header->kv_len_offset); }
+  TVM_INFER_HD const int32_t* token_order() const { return At<int32_t>(header->token_order_offset); }
+};
+
+}  // namespace tvm_infer

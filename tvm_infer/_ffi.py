@@ -1,0 +1,44 @@
+"""Loads libtvm_infer.so and hands out its packed functions. Everything that crosses into C++ passes here."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+import tvm_ffi
+
+from . import errors
+
+LIBRARY_DIR = pathlib.Path(__file__).resolve().parent / "lib"
+
+
+def _register_errors() -> None:
+    for value in vars(errors).values():
+        if isinstance(value, type) and issubclass(value, errors.TvmInferError):
+            tvm_ffi.register_error(value.__name__, value)
+
+
+@functools.lru_cache(maxsize=None)
+def library() -> Any:
+    """Load the shared library once; its packed functions are global (`tvm_infer.*`) from then on."""
+    path = LIBRARY_DIR / "libtvm_infer.so"
+    if not path.exists():
+        raise errors.MissingDependencyError(
+            f"the C++ library {path} is missing: this is a source tree without a build. Install it with `pip install .`, "
+            "or build in place with `./tests/build.sh`"
+        )
+    _register_errors()
+    return tvm_ffi.load_module(str(path))
+
+
+@functools.lru_cache(maxsize=None)
+def func(name: str) -> Any:
+    """The packed function `tvm_infer.<name>`."""
+    library()
+    return tvm_ffi.get_global_func(f"tvm_infer.{name}")
+
+
+def static_library() -> pathlib.Path:
+    """The relocatable object that compiled models link (symbols `__tvm_ffi_tvm_infer_*` and C functions `tvm_infer_*`)."""
+    return LIBRARY_DIR / "tvm_infer_static.o"
