@@ -50,6 +50,7 @@ void CheckRank(const TensorView& tensor, const char* name, int rank, const char*
 void CheckDim(const TensorView& tensor, const char* name, int axis, int64_t expected, const char* expected_what);
 void CheckLastDimContiguous(const TensorView& tensor, const char* name);
 void CheckDType(const TensorView& tensor, const char* name, DLDataType expected, const char* why);
+void CheckContiguous(const TensorView& tensor, const char* name);
 // int32, rank 1, contiguous, on the host.
 void CheckIndex(const TensorView& tensor, const char* name);
 // float32, float16 or bfloat16.

@@ -27,7 +27,7 @@ struct PlanParams {
 // The largest batch that a buffer must serve.
 struct PlanLimits {
   int32_t max_requests;
-  int32_t max_tokens;   // query tokens of all requests together
+  int32_t max_tokens;     // query tokens of all requests together
   int64_t max_kv_tokens;  // keys of all requests together; only a fixed split size makes the plan grow with it
 };
 

@@ -1,0 +1,152 @@
+#include "tvm_infer/ffi/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "tvm_infer/ffi/attention_checks.h"
+#include "tvm_infer/ffi/common.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+// Fills the part of the arguments that does not depend on where the keys are.
+cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double sm_scale, const TensorView& workspace, const TensorView& o,
+                             const OptionalTensor& lse) {
+  const PlanHeader& header = CheckPlan(plan);
+  CheckQuery(header, q, o, lse);
+  CheckWorkspace(header, workspace, q.size(2));
+
+  cpu::AttentionArgs args{};
+  args.plan = &header;
+  args.dtype = CheckFloat(q, "q");
+  args.num_qo_heads = static_cast<int32_t>(q.size(1));
+  args.num_kv_heads = header.num_kv_heads;
+  args.head_dim = static_cast<int32_t>(q.size(2));
+  args.q = DataPtr<void>(q);
+  args.q_token_stride = q.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.sm_scale = static_cast<float>(sm_scale);
+  args.o = DataPtr<void>(o);
+  args.o_token_stride = o.stride(0);
+  args.o_head_stride = o.stride(1);
+  args.lse = DataPtr<float>(lse);
+  if (lse.has_value()) {
+    args.lse_token_stride = lse.value().stride(0);
+    args.lse_head_stride = lse.value().stride(1);
+  }
+  args.partial_o = DataPtr<float>(workspace);
+  args.partial_lse = args.partial_o + static_cast<int64_t>(header.num_partial_rows) * args.head_dim;
+  return args;
+}
+
+void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests,
+               const cpu::KVSource& cache, const CacheShape& shape) {
+  CheckNewTokens(k, v, qo_indptr[num_requests], shape);
+  cpu::AppendArgs args{};
+  args.dtype = shape.dtype;
+  args.num_requests = num_requests;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.head_dim = shape.head_dim;
+  args.qo_indptr = qo_indptr;
+  args.kv_len = kv_len;
+  args.k = DataPtr<void>(k);
+  args.v = DataPtr<void>(v);
+  args.k_token_stride = k.stride(0);
+  args.k_head_stride = k.stride(1);
+  args.v_token_stride = v.stride(0);
+  args.v_head_stride = v.stride(1);
+  args.cache = cache;
+  cpu::Append(args, 0);
+}
+
+}  // namespace
+
+void PagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, TensorView kv_page_indptr,
+                    TensorView kv_page_indices, double sm_scale, TensorView workspace, TensorView o, OptionalTensor lse) {
+  Guarded([&] {
+    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+    const PlanView view(args.plan);
+    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &args.kv);
+    CheckSameHeads(*view.header, shape, q);
+    CheckPageTable(kv_page_indptr, kv_page_indices, view.header->num_kv_lists, view.kv_len(), shape, &args.kv);
+    cpu::Attention(args, 0);
+  });
+}
+
+void RaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale, TensorView workspace,
+                     TensorView o, OptionalTensor lse) {
+  Guarded([&] {
+    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+    CheckRagged(PlanView(args.plan), q, k, v, kv_indptr, &args.kv);
+    cpu::Attention(args, 0);
+  });
+}
+
+void AppendPaged(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
+                 int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices) {
+  Guarded([&] {
+    CheckIndex(qo_indptr, "qo_indptr");
+    CheckIndex(kv_len, "kv_len");
+    CheckDim(qo_indptr, "qo_indptr", 0, kv_len.size(0) + 1, "one more than kv_len has entries");
+    const int32_t num_requests = static_cast<int32_t>(kv_len.size(0));
+    CheckAppendLengths(DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests);
+    cpu::KVSource cache{};
+    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &cache);
+    CheckPageTable(kv_page_indptr, kv_page_indices, num_requests, DataPtr<int32_t>(kv_len), shape, &cache);
+    RunAppend(k, v, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests, cache, shape);
+  });
+}
+
+void AppendPagedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView k_cache, OptionalTensor v_cache,
+                          int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace,
+                          TensorView o, OptionalTensor lse) {
+  Guarded([&] {
+    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+    const PlanView view(args.plan);
+    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &args.kv);
+    CheckSameHeads(*view.header, shape, q);
+    CheckPageTable(kv_page_indptr, kv_page_indices, view.header->num_kv_lists, view.kv_len(), shape, &args.kv);
+    CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
+    RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
+    cpu::Attention(args, 0);
+  });
+}
+
+void MergeStates(TensorView o_a, TensorView lse_a, TensorView o_b, TensorView lse_b, TensorView o, OptionalTensor lse) {
+  Guarded([&] {
+    cpu::MergeArgs args{};
+    args.dtype = CheckMergeOperand(o_a, lse_a, o_a, "o_a", "lse_a");
+    CheckMergeOperand(o_b, lse_b, o_a, "o_b", "lse_b");
+    CheckMergeOperand(o, lse, o_a, "o", "lse");
+    args.num_rows = o_a.size(0);
+    args.num_heads = static_cast<int32_t>(o_a.size(1));
+    args.head_dim = static_cast<int32_t>(o_a.size(2));
+    args.o_a = DataPtr<void>(o_a);
+    args.o_b = DataPtr<void>(o_b);
+    args.o_a_row_stride = o_a.stride(0);
+    args.o_a_head_stride = o_a.stride(1);
+    args.o_b_row_stride = o_b.stride(0);
+    args.o_b_head_stride = o_b.stride(1);
+    args.lse_a = DataPtr<float>(lse_a);
+    args.lse_b = DataPtr<float>(lse_b);
+    args.lse_a_row_stride = lse_a.stride(0);
+    args.lse_a_head_stride = lse_a.stride(1);
+    args.lse_b_row_stride = lse_b.stride(0);
+    args.lse_b_head_stride = lse_b.stride(1);
+    args.o = DataPtr<void>(o);
+    args.o_row_stride = o.stride(0);
+    args.o_head_stride = o.stride(1);
+    args.lse = DataPtr<float>(lse);
+    if (lse.has_value()) {
+      args.lse_row_stride = lse.value().stride(0);
+      args.lse_head_stride = lse.value().stride(1);
+    }
+    cpu::Merge(args, 0);
+  });
+}
+
+bool SetDebugChecks(bool enabled) { return ExchangeDebugChecks(enabled); }
+
+}  // namespace tvm_infer::ffi_api

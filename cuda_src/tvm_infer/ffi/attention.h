@@ -1,0 +1,60 @@
+// Packed functions of the executors: attention over paged and ragged keys, append, append + attend, merge.
+//
+// Shapes (head_dim is contiguous everywhere; all other strides and byte_offset are honoured)
+//   plan             int32, from MakePlan
+//   q, o             [num_tokens, num_qo_heads, head_dim], float32 / float16 / bfloat16
+//   lse              float32 [num_tokens, num_qo_heads] or None: natural logarithm of the sum of exponentials; -inf where nothing is
+//   visible k, v             [num_tokens, num_kv_heads, head_dim] k_cache, v_cache [num_pages, num_kv_heads, page_size, head_dim]
+//   (kv_layout 0, "HND") or
+//                    [num_pages, page_size, num_kv_heads, head_dim] (kv_layout 1, "NHD"); or k_cache alone with v_cache None:
+//                    [num_pages, 2, …], keys and values in one tensor
+//   kv_page_indptr   int32 [num_requests + 1] into kv_page_indices; request r owns pages kv_page_indices[indptr[r] … indptr[r + 1])
+//   workspace        float32, contiguous, at least plan partial rows * (head_dim + 1)
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/optional.h>
+
+#include <cstdint>
+
+#define TVM_INFER_ATTENTION_FUNCTIONS(V)          \
+  V(paged_attention, PagedAttention)              \
+  V(ragged_attention, RaggedAttention)            \
+  V(append, AppendPaged)                          \
+  V(append_paged_attention, AppendPagedAttention) \
+  V(merge, MergeStates)                           \
+  V(set_debug_checks, SetDebugChecks)
+
+namespace tvm_infer::ffi_api {
+
+using OptionalTensor = tvm::ffi::Optional<tvm::ffi::TensorView>;
+
+void PagedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k_cache, OptionalTensor v_cache,
+                    int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr, tvm::ffi::TensorView kv_page_indices, double sm_scale,
+                    tvm::ffi::TensorView workspace, tvm::ffi::TensorView o, OptionalTensor lse);
+
+// Keys and values without pages: request r owns rows kv_indptr[r] … kv_indptr[r + 1] of k and v.
+void RaggedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                     tvm::ffi::TensorView kv_indptr, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                     OptionalTensor lse);
+
+// Writes the new tokens' keys and values at the end of each request: token t of request r at position
+// kv_len[r] - (qo_indptr[r + 1] - t), where kv_len counts the new tokens.
+void AppendPaged(tvm::ffi::TensorView k, tvm::ffi::TensorView v, tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len,
+                 tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                 tvm::ffi::TensorView kv_page_indices);
+
+// AppendPaged with the plan's lengths, then PagedAttention.
+void AppendPagedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                          tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                          tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                          OptionalTensor lse);
+
+// (o, lse) = (o_a, lse_a) (+) (o_b, lse_b): the attention over the union of two disjoint sets of keys.
+void MergeStates(tvm::ffi::TensorView o_a, tvm::ffi::TensorView lse_a, tvm::ffi::TensorView o_b, tvm::ffi::TensorView lse_b,
+                 tvm::ffi::TensorView o, OptionalTensor lse);
+
+// Turns the checks that read every page index on or off (default: on where TVM_INFER_DEBUG_CHECKS=1). Returns the former setting.
+bool SetDebugChecks(bool enabled);
+
+}  // namespace tvm_infer::ffi_api

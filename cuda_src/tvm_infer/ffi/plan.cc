@@ -1,0 +1,111 @@
+#include "tvm_infer/ffi/plan.h"
+
+#include <string>
+#include <vector>
+
+#include "tvm_infer/ffi/common.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+constexpr int kTileFields = 5;
+
+int32_t CheckedInt32(int64_t value, const char* name) {
+  if (value < INT32_MIN || value > INT32_MAX) {
+    TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` is " << value << "; it must fit in 32 bits";
+  }
+  return static_cast<int32_t>(value);
+}
+
+// Tile classes of the last call are kept per thread, so that planning step after step allocates nothing.
+PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
+                      int64_t fixed_split_size, const tvm::ffi::Shape& tile_table) {
+  thread_local std::vector<TileClass> classes;
+  const int64_t num_values = static_cast<int64_t>(tile_table.size());
+  if (num_values == 0 || num_values % kTileFields != 0) {
+    TVM_INFER_THROW(ArgumentError) << "argument `tile_table` has " << num_values
+                                   << " values; it must have 5 for each class: rows, kv_granule, fixed, row, kv";
+  }
+  classes.resize(num_values / kTileFields);
+  for (size_t i = 0; i < classes.size(); ++i) {
+    const int64_t* v = tile_table.data() + i * kTileFields;
+    for (int f = 0; f < kTileFields; ++f) {
+      if (v[f] < (f < 2 ? 1 : 0)) {
+        TVM_INFER_THROW(ArgumentError) << "argument `tile_table` has " << v[f] << " at class " << i << ", field " << f
+                                       << "; rows and kv_granule must be at least 1, costs at least 0";
+      }
+    }
+    classes[i] = TileClass{CheckedInt32(v[0], "tile_table rows"), CheckedInt32(v[1], "tile_table kv_granule"), v[2], v[3], v[4]};
+  }
+  if (window_left < -1) {
+    TVM_INFER_THROW(ArgumentError) << "argument `window_left` is " << window_left << "; it must be -1 (no window) or at least 0";
+  }
+  PlanParams params;
+  params.num_ctas = CheckedInt32(num_ctas, "num_ctas");
+  params.num_qo_heads = CheckedInt32(num_qo_heads, "num_qo_heads");
+  params.num_kv_heads = CheckedInt32(num_kv_heads, "num_kv_heads");
+  params.band = Band{CheckedInt32(window_left, "window_left"), causal ? 0 : kUnbounded};
+  params.fixed_split_size = CheckedInt32(fixed_split_size, "fixed_split_size");
+  params.tile_classes = classes.data();
+  params.num_tile_classes = static_cast<int32_t>(classes.size());
+  return params;
+}
+
+}  // namespace
+
+int64_t AbiVersion() { return kAbiVersion; }
+
+int64_t MakePlan(TensorView qo_indptr, TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal,
+                 int64_t window_left, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows, TensorView plan_out) {
+  return Guarded([&] {
+    CheckIndex(qo_indptr, "qo_indptr");
+    CheckIndex(kv_len, "kv_len");
+    CheckIndex(plan_out, "plan_out");
+    CheckDim(qo_indptr, "qo_indptr", 0, kv_len.size(0) + 1, "one more than kv_len has entries");
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, causal, window_left, fixed_split_size, tile_table);
+    thread_local Planner planner;
+    return planner.Plan(params, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), CheckedInt32(kv_len.size(0), "number of requests"),
+                        DataPtr<void>(plan_out), plan_out.numel() * static_cast<int64_t>(sizeof(int32_t)), max_partial_rows);
+  });
+}
+
+tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
+                               int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                               int64_t max_kv_tokens) {
+  return Guarded([&] {
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, causal, window_left, fixed_split_size, tile_table);
+    const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens};
+    const PlanCapacity capacity = ComputeCapacity(params, limits);
+    return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});
+  });
+}
+
+tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) {
+  return Guarded([&] {
+    cpu::DType type;
+    if (dtype == "float32") {
+      type = cpu::DType::kFloat32;
+    } else if (dtype == "float16") {
+      type = cpu::DType::kFloat16;
+    } else if (dtype == "bfloat16") {
+      type = cpu::DType::kBFloat16;
+    } else {
+      TVM_INFER_THROW(DTypeError) << "argument `dtype` is \"" << std::string(dtype)
+                                  << "\"; the cpu executor takes float32, float16 and bfloat16";
+    }
+    int32_t count = 0;
+    const TileClass* classes = cpu::TileTable(type, CheckedInt32(head_dim, "head_dim"), &count);
+    std::vector<int64_t> flat;
+    for (int32_t i = 0; i < count; ++i) {
+      const TileClass& c = classes[i];
+      flat.insert(flat.end(), {c.rows, c.kv_granule, c.fixed, c.row, c.kv});
+    }
+    return tvm::ffi::Shape(flat.begin(), flat.end());
+  });
+}
+
+tvm::ffi::String CpuInfo() {
+  return Guarded([] { return tvm::ffi::String(std::string(cpu::IsaName()) + " " + std::to_string(cpu::DefaultNumThreads())); });
+}
+
+}  // namespace tvm_infer::ffi_api

@@ -1,0 +1,44 @@
+// Packed functions of the planner.
+#pragma once
+
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/container/tensor.h>
+
+#include <cstdint>
+
+#include "tvm_infer/schedule/planner.h"
+
+#define TVM_INFER_PLAN_FUNCTIONS(V) \
+  V(abi_version, AbiVersion)        \
+  V(plan, MakePlan)                 \
+  V(plan_capacity, PlanCapacityOf)  \
+  V(cpu_tile_table, CpuTileTable)   \
+  V(cpu_info, CpuInfo)
+
+namespace tvm_infer::ffi_api {
+
+int64_t AbiVersion();
+
+// Writes the plan of a batch and returns the bytes used.
+//   qo_indptr      int32[num_requests + 1], kv_len int32[num_requests]
+//   window_left    keys before the query that it sees; -1: all. causal != 0: no key after it
+//   fixed_split_size  0 automatic, -1 never, > 0: KV is cut at its multiples
+//   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds)
+//   max_partial_rows  rows of the partial buffers that this plan will run with
+//   plan_out       int32, contiguous: receives the plan
+int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
+                 int64_t causal, int64_t window_left, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
+                 tvm::ffi::TensorView plan_out);
+
+// (plan bytes, partial rows) that suffice for every batch within the limits.
+tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
+                               int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                               int64_t max_kv_tokens);
+
+// The CPU executor's tile table for a dtype ("float32", "float16", "bfloat16"), 5 integers a class.
+tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim);
+
+// "isa threads": e.g. "avx512 2".
+tvm::ffi::String CpuInfo();
+
+}  // namespace tvm_infer::ffi_api

@@ -1,0 +1,34 @@
+#include "tvm_infer/ffi/tensor.h"
+
+#include <utility>
+
+#include "tvm_infer/ffi/common.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+// Keeps the owner of the memory alive instead of allocating.
+struct SharedMemory {
+  tvm::ffi::Tensor owner;
+  void AllocData(DLTensor* tensor) {
+    tensor->data = owner.data_ptr();  // lint: byte_offset is carried over below
+    tensor->byte_offset = owner.byte_offset();
+  }
+  void FreeData(DLTensor*) {}
+};
+
+}  // namespace
+
+tvm::ffi::Tensor ViewAs(tvm::ffi::Tensor tensor, DLDataType dtype) {
+  return Guarded([&] {
+    if (tensor.dtype().bits * tensor.dtype().lanes != dtype.bits * dtype.lanes) {
+      TVM_INFER_THROW(DTypeError) << "argument `tensor` has dtype " << DTypeString(tensor.dtype()) << ", not as wide as "
+                                  << DTypeString(dtype) << "; a view keeps the width of elements";
+    }
+    const tvm::ffi::ShapeView shape = tensor.shape(), strides = tensor.strides();
+    const DLDevice device = tensor.device();
+    return tvm::ffi::Tensor::FromNDAllocStrided(SharedMemory{std::move(tensor)}, shape, strides, dtype, device);
+  });
+}
+
+}  // namespace tvm_infer::ffi_api

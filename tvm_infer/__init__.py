@@ -1,0 +1,62 @@
+"""tvm_infer: paged-KV attention for models compiled with Apache TVM.
+
+The planner turns lengths into a :class:`Plan`; executors walk it; a Relax pass makes compiled models call them. See README.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .spec import AttentionSpec
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .compiler import compile as compile
+    from .ops import append, append_attention, attention, merge, plan, ragged_attention, workspace_size
+    from .runtime import PagedKVCache
+    from .schedule import Plan
+
+__all__ = [
+    "AttentionSpec",
+    "PagedKVCache",
+    "Plan",
+    "append",
+    "append_attention",
+    "attention",
+    "compile",
+    "errors",
+    "merge",
+    "plan",
+    "ragged_attention",
+    "workspace_size",
+]
+
+# Loaded at first use, so that `import tvm_infer` costs neither TVM nor a C++ library.
+_LAZY = {
+    "PagedKVCache": "runtime",
+    "Plan": "schedule",
+    "append": "ops",
+    "append_attention": "ops",
+    "attention": "ops",
+    "compile": "compiler",
+    "merge": "ops",
+    "plan": "ops",
+    "ragged_attention": "ops",
+    "workspace_size": "ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tvm_infer' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
