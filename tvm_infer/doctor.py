@@ -1,0 +1,171 @@
+"""What this machine has, and for each executor whether it can be used and why not."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from . import __version__, env
+
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch", "transformers", "gguf", "scipy-openblas32", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One executor: usable, or the reason why not."""
+
+    name: str
+    usable: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device as the driver describes it."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_gib: float
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of what tvm_infer uses; None where absent."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def gpus() -> tuple[str, list[Gpu]]:
+    """(driver's CUDA version or why there is none, devices), asked of libcuda alone."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no driver (libcuda.so.1 not found)", []
+    status = cuda.cuInit(0)
+    if status != 0:
+        return f"driver present, but cuInit failed with error {status}", []
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    devices = []
+    for index in range(count.value):
+        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(name, len(name), device)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # COMPUTE_CAPABILITY_MINOR
+        devices.append(Gpu(name.value.decode(), (major.value, minor.value), memory.value / 2**30))
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}", devices
+
+
+def nvcc() -> str | None:
+    """Version and path of nvcc, if any."""
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    if path is None:
+        return None
+    out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ([\d.]+)", out)
+    return f"{found.group(1) if found else 'unknown version'} ({path})"
+
+
+def tvm_features() -> dict[str, str]:
+    """What the installed TVM can do on a GPU, by what its libraries hold (its own build flags say more than it ships)."""
+    import tvm_ffi
+
+    if importlib.util.find_spec("tvm") is None:
+        return {"tvm": "not installed"}
+    import tvm
+
+    def has(name: str) -> str:
+        return "yes" if tvm_ffi.get_global_func(name, allow_missing=True) is not None else "no"
+
+    return {
+        "llvm": "yes" if tvm.runtime.enabled("llvm") else "no",
+        "CUDA runtime": "loaded" if tvm.runtime.enabled("cuda") else "not loaded (needs a driver)",
+        "cuBLAS": has("tvm.contrib.cublas.matmul"),
+        "NCCL": has("runtime.disco.nccl.init_ccl"),
+    }
+
+
+def executors() -> list[Executor]:
+    """Every executor of this version, usable or not."""
+    from . import _ffi
+    from .errors import TvmInferError
+
+    found = []
+    try:
+        isa, threads = _ffi.func("cpu_info")().split()
+        found.append(Executor("cpu", True, f"{isa}, {threads} threads; float32, float16, bfloat16; head_dim 8 to 256"))
+    except TvmInferError as error:
+        found.append(Executor("cpu", False, str(error)))
+    driver, devices = gpus()
+    if not devices:
+        found.append(Executor("cuda sm_90a", False, driver))
+    else:
+        found.append(Executor("cuda sm_90a", False, "this version has no CUDA kernels yet; attention runs on the host"))
+    return found
+
+
+def report() -> dict[str, object]:
+    """All of it, as plain values."""
+    driver, devices = gpus()
+    cache = env.cache_dir()
+    return {
+        "tvm_infer": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "tvm": tvm_features(),
+        "driver": driver,
+        "gpus": [f"{g.name}, sm_{g.compute_capability[0]}{g.compute_capability[1]}, {g.memory_gib:.0f} GiB" for g in devices],
+        "nvcc": nvcc() or "not found (only needed to compile CUDA kernels)",
+        "cache folder": f"{cache} ({'exists' if cache.exists() else 'not made yet'})",
+        "executors": [vars(e) for e in executors()],
+        "settings": {s.name: s.value for s in env.SETTINGS},
+    }
+
+
+def print_report() -> None:
+    """The report as tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    data = report()
+    console = Console()
+    table = Table(title="tvm-infer doctor", show_header=False, title_justify="left")
+    for key, value in data.items():
+        if key in ("executors", "settings"):
+            continue
+        if isinstance(value, dict):
+            value = "\n".join(f"{k}: {'not installed' if v is None else v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(value) or "none"
+        table.add_row(key, str(value))
+    console.print(table)
+    table = Table(title="executors", title_justify="left")
+    for column in ("executor", "usable", "detail"):
+        table.add_column(column)
+    for executor in executors():
+        table.add_row(executor.name, "yes" if executor.usable else "no", executor.detail)
+    console.print(table)
+    table = Table(title="settings (environment)", title_justify="left")
+    for column in ("name", "value", "meaning"):
+        table.add_column(column)
+    for s in env.SETTINGS:
+        table.add_row(s.name, s.value or "(unset)", s.meaning)
+    console.print(table)

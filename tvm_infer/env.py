@@ -1,0 +1,39 @@
+"""Every TVM_INFER_* setting, in one table."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: its name, default, and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+    @property
+    def value(self) -> str:
+        """The value in force."""
+        return os.environ.get(self.name, self.default)
+
+
+SETTINGS = (
+    Setting("TVM_INFER_CACHE_DIR", "~/.cache/tvm_infer", "where compiled models and kernels are kept"),
+    Setting("TVM_INFER_NUM_THREADS", "", "threads of the CPU executor; empty: the processors this process may run on"),
+    Setting("TVM_INFER_CPU_ISA", "", "avx512, avx2 or portable; empty: the best that this processor has"),
+    Setting("TVM_INFER_DEBUG_CHECKS", "0", "1: check every page index before it is used"),
+)
+
+
+def setting(name: str) -> Setting:
+    """The setting called `name`."""
+    return next(s for s in SETTINGS if s.name == name)
+
+
+def cache_dir() -> pathlib.Path:
+    """The cache folder, not necessarily existing."""
+    return pathlib.Path(setting("TVM_INFER_CACHE_DIR").value).expanduser()
