@@ -40,7 +40,11 @@ def as_tensor(x: Any, name: str, *, output: bool = False) -> Any:
     passed as aliases. An output must be writable.
     """
     if not isinstance(x, np.ndarray):
-        if not hasattr(x, "__dlpack__") and not hasattr(x, "__tvm_ffi_object__") and not type(x).__module__.startswith("tvm"):
+        if (
+            not hasattr(x, "__dlpack__")
+            and not hasattr(x, "__tvm_ffi_object__")
+            and not type(x).__module__.startswith("tvm")
+        ):
             raise ArgumentError(
                 f"argument `{name}` is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor"
             )
@@ -61,7 +65,9 @@ def as_index(x: Any, name: str) -> Any:
     if isinstance(x, (list, tuple)):
         array = np.asarray(x)
         if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
-            raise DTypeError(f"argument `{name}` is a list holding {array.dtype}, rank {array.ndim}; it must hold integers")
+            raise DTypeError(
+                f"argument `{name}` is a list holding {array.dtype}, rank {array.ndim}; it must hold integers"
+            )
         if array.size and (array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min):
             raise ArgumentError(f"argument `{name}` holds {array.max()}; indices are int32")
         return array.astype(np.int32)

@@ -57,13 +57,22 @@ def bench_plan(json_path: str | None, repeats: int) -> None:
 
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option("--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said")
+@click.option(
+    "--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said"
+)
 @click.option("--suite", default="cpu", show_default=True, help="a named list of workloads")
 @click.option("--workload", "workloads", multiple=True, help="run only these workloads (repeatable)")
-@click.option("--dtype", "dtypes", multiple=True, help="float32, float16 or bfloat16 (repeatable); default: the suite's")
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="float32, float16 or bfloat16 (repeatable); default: the suite's"
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
 def bench_attention(
-    device: str, peers: str, suite: str, workloads: tuple[str, ...], dtypes: tuple[str, ...], json_path: str | None
+    device: str,
+    peers: str,
+    suite: str,
+    workloads: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    json_path: str | None,
 ) -> None:
     """Latency of attention beside its peers and the machine's ceilings."""
     from .bench import attention

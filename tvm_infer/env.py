@@ -23,7 +23,11 @@ class Setting:
 
 SETTINGS = (
     Setting("TVM_INFER_CACHE_DIR", "~/.cache/tvm_infer", "where compiled models and kernels are kept"),
-    Setting("TVM_INFER_NUM_THREADS", "", "threads of the CPU executor; empty: the processors this process may run on"),
+    Setting(
+        "TVM_INFER_NUM_THREADS",
+        "",
+        "threads of the CPU executor; empty: the processors this process may run on",
+    ),
     Setting("TVM_INFER_CPU_ISA", "", "avx512, avx2 or portable; empty: the best that this processor has"),
     Setting("TVM_INFER_DEBUG_CHECKS", "0", "1: check every page index before it is used"),
 )

@@ -11,7 +11,9 @@ ATTENTION_WITH_KV_CACHE = "tvm_infer.attention_with_kv_cache"
 MATMUL = "tvm_infer.matmul"
 
 
-def attention_with_kv_cache(kv: Any, layer: int, q: Any, k: Any, v: Any, *, sm_scale: float, causal: bool, out_ty: Any) -> Any:
+def attention_with_kv_cache(
+    kv: Any, layer: int, q: Any, k: Any, v: Any, *, sm_scale: float, causal: bool, out_ty: Any
+) -> Any:
     """Append k, v of the step's tokens to `kv` at `layer`, then attend q to all of each sequence's keys.
 
     One call, because call_dps_packed counts as pure and a separate append could be removed.
@@ -23,7 +25,17 @@ def attention_with_kv_cache(kv: Any, layer: int, q: Any, k: Any, v: Any, *, sm_s
 
     return relax.call_dps_packed(
         ATTENTION_WITH_KV_CACHE,
-        relax.Tuple([kv, relax.PrimValue(layer), q, k, v, relax.PrimValue(float(sm_scale)), relax.PrimValue(int(causal))]),
+        relax.Tuple(
+            [
+                kv,
+                relax.PrimValue(layer),
+                q,
+                k,
+                v,
+                relax.PrimValue(float(sm_scale)),
+                relax.PrimValue(int(causal)),
+            ]
+        ),
         out_ty=out_ty,
     )
 
@@ -35,4 +47,6 @@ def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:
     """
     from tvm import relax
 
-    return relax.call_dps_packed(MATMUL, relax.Tuple([a, b, relax.PrimValue(int(transpose_b))]), out_ty=out_ty)
+    return relax.call_dps_packed(
+        MATMUL, relax.Tuple([a, b, relax.PrimValue(int(transpose_b))]), out_ty=out_ty
+    )

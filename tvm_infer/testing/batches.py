@@ -1,0 +1,114 @@
+"""Paged batches that punish a kernel which reads what it must not: NaN in free slots, garbage in unused table entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .reference import attention_reference
+
+
+def numpy_dtype(name: str) -> Any:
+    """The numpy dtype called `name`; "bfloat16" is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+@dataclass
+class PagedBatch:
+    """A batch with its keys in pages, and the same keys in request order for the reference.
+
+    q : [num_tokens, num_qo_heads, head_dim]. k_new, v_new : the last qo_len keys of each request, [num_tokens, num_kv_heads,
+    head_dim]. kv_cache : [num_pages, 2, num_kv_heads, page_size, head_dim], every slot without a key is NaN. keys, values : per
+    request [kv_len, num_kv_heads, head_dim]. Tables are int32; entries past a request's last key are garbage.
+    """
+
+    q: np.ndarray
+    k_new: np.ndarray
+    v_new: np.ndarray
+    kv_cache: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    qo_indptr: np.ndarray
+    kv_len: np.ndarray
+    kv_page_indptr: np.ndarray
+    kv_page_indices: np.ndarray
+    page_size: int
+    sm_scale: float
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """The keyword arguments of attention() that name pages."""
+        return {"kv_page_indptr": self.kv_page_indptr, "kv_page_indices": self.kv_page_indices}
+
+    def reference(self, *, causal: bool = True, window_left: int = -1) -> tuple[np.ndarray, np.ndarray]:
+        """(o, lse) of the whole batch in float64."""
+        o, lse = np.zeros(self.q.shape), np.full(self.q.shape[:2], -np.inf)
+        for r in range(len(self.kv_len)):
+            rows = slice(self.qo_indptr[r], self.qo_indptr[r + 1])
+            o[rows], lse[rows] = attention_reference(
+                self.q[rows],
+                self.keys[r],
+                self.values[r],
+                sm_scale=self.sm_scale,
+                causal=causal,
+                window_left=window_left,
+            )
+        return o, lse
+
+
+def make_paged_batch(
+    qo_lens: list[int],
+    kv_lens: list[int],
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int = 16,
+    dtype: str = "float32",
+    seed: int = 0,
+    spare_pages: int = 3,
+    sm_scale: float | None = None,
+) -> PagedBatch:
+    """A random batch. Pages are in random order in the pool; `spare_pages` belong to no request; each request's table has one
+    garbage entry behind its pages."""
+    rng = np.random.default_rng(seed)
+    kind = numpy_dtype(dtype)
+    pages_of = [-(-n // page_size) for n in kv_lens]
+    num_pages = sum(pages_of) + spare_pages
+    order = rng.permutation(num_pages).astype(np.int32)
+    cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kind)
+    keys, values, indices, indptr, taken = [], [], [], [0], 0
+    for length, count in zip(kv_lens, pages_of, strict=True):
+        k = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
+        v = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
+        pages = order[taken : taken + count]
+        taken += count
+        for j in range(length):
+            cache[pages[j // page_size], 0, :, j % page_size] = k[j]
+            cache[pages[j // page_size], 1, :, j % page_size] = v[j]
+        keys.append(k)
+        values.append(v)
+        indices += [*pages.tolist(), -1_234_567_890]
+        indptr.append(len(indices))
+    qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
+    none = np.zeros((0, num_kv_heads, head_dim), kind)
+    return PagedBatch(
+        q=rng.standard_normal((int(qo_indptr[-1]), num_qo_heads, head_dim)).astype(kind),
+        k_new=np.concatenate([none, *(k[len(k) - n :] for k, n in zip(keys, qo_lens, strict=True))]),
+        v_new=np.concatenate([none, *(v[len(v) - n :] for v, n in zip(values, qo_lens, strict=True))]),
+        kv_cache=cache,
+        keys=keys,
+        values=values,
+        qo_indptr=qo_indptr,
+        kv_len=np.asarray(kv_lens, np.int32),
+        kv_page_indptr=np.asarray(indptr, np.int32),
+        kv_page_indices=np.asarray(indices, np.int32),
+        page_size=page_size,
+        sm_scale=sm_scale if sm_scale is not None else head_dim**-0.5,
+    )

@@ -1,0 +1,75 @@
+"""Attention and merging in float64, straight from their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def attention_reference(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    sm_scale: float,
+    causal: bool = True,
+    window_left: int = -1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention of one request in float64.
+
+    Parameters
+    ----------
+    q : [qo_len, num_qo_heads, head_dim]; the queries are the last qo_len of kv_len positions.
+    k, v : [kv_len, num_kv_heads, head_dim]; query head h uses KV head h // (num_qo_heads / num_kv_heads).
+
+    Returns
+    -------
+    (o, lse) : float64 [qo_len, num_qo_heads, head_dim] and [qo_len, num_qo_heads], natural logarithm. A row that sees no key has
+    o = 0, lse = -inf.
+    """
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    qo_len, num_qo_heads, _ = q.shape
+    kv_len, num_kv_heads, _ = k.shape
+    group = num_qo_heads // num_kv_heads
+    position = np.arange(qo_len)[:, None] + (kv_len - qo_len)
+    key = np.arange(kv_len)[None, :]
+    visible = np.ones((qo_len, kv_len), bool)
+    if causal:
+        visible &= key <= position
+    if window_left >= 0:
+        visible &= key >= position - window_left
+    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for h in range(num_qo_heads):
+        s = q[:, h] @ k[:, h // group].T * sm_scale
+        s = np.where(visible, s, -np.inf)
+        some = visible.any(axis=1)
+        m = s[some].max(axis=1, keepdims=True)
+        p = np.exp(s[some] - m)
+        total = p.sum(axis=1, keepdims=True)
+        o[some, h] = (p / total) @ v[:, h // group]
+        lse[some, h] = (m + np.log(total))[:, 0]
+    return o, lse
+
+
+def merge_reference(
+    o_a: np.ndarray, lse_a: np.ndarray, o_b: np.ndarray, lse_b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(O, LSE) of the union of two disjoint sets of keys, float64. o : [..., head_dim], lse : [...]."""
+    o_a, lse_a, o_b, lse_b = (np.asarray(x).astype(np.float64) for x in (o_a, lse_a, o_b, lse_b))
+    m = np.maximum(lse_a, lse_b)
+    safe = np.where(np.isneginf(m), 0.0, m)
+    w_a, w_b = np.exp(lse_a - safe), np.exp(lse_b - safe)
+    total = w_a + w_b
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + safe
+    divisor = np.where(total == 0, 1.0, total)[..., None]
+    return (o_a * w_a[..., None] + o_b * w_b[..., None]) / divisor, lse
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """‖actual - expected‖ / ‖expected‖ in float64; inf where `actual` holds a NaN, 0 for two empty arrays."""
+    actual, expected = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return float("inf")
+    norm = np.linalg.norm(expected)
+    difference = np.linalg.norm(actual - expected)
+    return float(difference / norm) if norm > 0 else float(difference)
