@@ -19,7 +19,7 @@ def _register_errors() -> None:
             tvm_ffi.register_error(value.__name__, value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library() -> Any:
     """Load the shared library once; its packed functions are global (`tvm_infer.*`) from then on."""
     path = LIBRARY_DIR / "libtvm_infer.so"
@@ -32,7 +32,7 @@ def library() -> Any:
     return tvm_ffi.load_module(str(path))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def func(name: str) -> Any:
     """The packed function `tvm_infer.<name>`."""
     library()

@@ -57,9 +57,7 @@ def bench_plan(json_path: str | None, repeats: int) -> None:
 
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option(
-    "--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said"
-)
+@click.option("--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said")
 @click.option("--suite", default="cpu", show_default=True, help="a named list of workloads")
 @click.option("--workload", "workloads", multiple=True, help="run only these workloads (repeatable)")
 @click.option(

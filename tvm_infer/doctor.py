@@ -119,18 +119,14 @@ def executors() -> list[Executor]:
     found = []
     try:
         isa, threads = _ffi.func("cpu_info")().split()
-        found.append(
-            Executor("cpu", True, f"{isa}, {threads} threads; float32, float16, bfloat16; head_dim 8 to 256")
-        )
+        found.append(Executor("cpu", True, f"{isa}, {threads} threads; float32, float16, bfloat16; head_dim 8 to 256"))
     except TvmInferError as error:
         found.append(Executor("cpu", False, str(error)))
     driver, devices = gpus()
     if not devices:
         found.append(Executor("cuda sm_90a", False, driver))
     else:
-        found.append(
-            Executor("cuda sm_90a", False, "this version has no CUDA kernels yet; attention runs on the host")
-        )
+        found.append(Executor("cuda sm_90a", False, "this version has no CUDA kernels yet; attention runs on the host"))
     return found
 
 
@@ -146,8 +142,7 @@ def report() -> dict[str, object]:
         "tvm": tvm_features(),
         "driver": driver,
         "gpus": [
-            f"{g.name}, sm_{g.compute_capability[0]}{g.compute_capability[1]}, {g.memory_gib:.0f} GiB"
-            for g in devices
+            f"{g.name}, sm_{g.compute_capability[0]}{g.compute_capability[1]}, {g.memory_gib:.0f} GiB" for g in devices
         ],
         "nvcc": nvcc() or "not found (only needed to compile CUDA kernels)",
         "cache folder": f"{cache} ({'exists' if cache.exists() else 'not made yet'})",

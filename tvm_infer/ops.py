@@ -202,9 +202,7 @@ def _cache(kv_cache: Any, kv_layout: str) -> tuple[Any, Any, int]:
 
 def _outputs(q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any, Any]:
     if len(q.shape) != 3:
-        raise ArgumentError(
-            f"argument `q` has shape {tuple(q.shape)}; it must be [num_tokens, num_qo_heads, head_dim]"
-        )
+        raise ArgumentError(f"argument `q` has shape {tuple(q.shape)}; it must be [num_tokens, num_qo_heads, head_dim]")
     if workspace is None:
         parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
         workspace = np.empty(parsed.num_partial_rows * (q.shape[-1] + 1), np.float32)
@@ -372,9 +370,7 @@ def merge(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, out: Any = None, lse: A
     identity. Returns (o, lse); `out` and `lse` may be the inputs.
     """
     if len(o_a.shape) != 3:
-        raise ArgumentError(
-            f"argument `o_a` has shape {tuple(o_a.shape)}; it must be [num_rows, num_heads, head_dim]"
-        )
+        raise ArgumentError(f"argument `o_a` has shape {tuple(o_a.shape)}; it must be [num_rows, num_heads, head_dim]")
     out = _array.empty_like(o_a, tuple(o_a.shape)) if out is None else out
     lse = _array.empty_like(o_a, tuple(o_a.shape[:2]), "float32") if lse is None else lse
     _ffi.func("merge")(

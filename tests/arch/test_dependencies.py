@@ -112,7 +112,9 @@ def test_python_layers(folder, forbidden):
 
 def test_import_is_light():
     """`import tvm_infer` loads neither TVM's compiler, nor torch, nor matplotlib."""
-    code = "import sys, tvm_infer; print([m for m in ('tvm', 'torch', 'matplotlib', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, tvm_infer; print([m for m in ('tvm', 'torch', 'matplotlib', 'transformers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

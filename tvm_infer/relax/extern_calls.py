@@ -47,6 +47,4 @@ def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:
     """
     from tvm import relax
 
-    return relax.call_dps_packed(
-        MATMUL, relax.Tuple([a, b, relax.PrimValue(int(transpose_b))]), out_ty=out_ty
-    )
+    return relax.call_dps_packed(MATMUL, relax.Tuple([a, b, relax.PrimValue(int(transpose_b))]), out_ty=out_ty)
