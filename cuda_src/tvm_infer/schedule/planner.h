@@ -37,6 +37,9 @@ struct PlanCapacity {
   int64_t partial_rows;  // rows of the partial buffers
 };
 
+// Digest of the params: what a captured graph bakes in of them. A plan's header carries it.
+uint64_t CaptureKey(const PlanParams& params);
+
 PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits);
 
 class Planner {
