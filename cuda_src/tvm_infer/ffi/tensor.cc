@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "tvm_infer/cpu/stream.h"
 #include "tvm_infer/ffi/common.h"
 
 namespace tvm_infer::ffi_api {
@@ -28,6 +29,19 @@ tvm::ffi::Tensor ViewAs(tvm::ffi::Tensor tensor, DLDataType dtype) {
     const tvm::ffi::ShapeView shape = tensor.shape(), strides = tensor.strides();
     const DLDevice device = tensor.device();
     return tvm::ffi::Tensor::FromNDAllocStrided(SharedMemory{std::move(tensor)}, shape, strides, dtype, device);
+  });
+}
+
+int64_t CpuStreamRead(TensorView tensor, int64_t num_threads) {
+  return Guarded([&] {
+    CheckCpu(tensor, "tensor");
+    CheckContiguous(tensor, "tensor");
+    const int64_t bytes = tensor.numel() * tensor.dtype().bits / 8;
+    if (bytes % 64 != 0 || num_threads < 1) {
+      TVM_INFER_THROW(ArgumentError) << "argument `tensor` has " << bytes << " bytes and `num_threads` is " << num_threads
+                                     << "; bytes must be a multiple of 64, threads at least 1";
+    }
+    return static_cast<int64_t>(cpu::StreamRead(DataPtr<void>(tensor), bytes, static_cast<int>(num_threads)));
   });
 }
 
