@@ -94,7 +94,8 @@ struct PlanHeader {
   int32_t token_order_offset;   // int32[num_tokens], absent when it would be the identity
   int64_t makespan;             // predicted load of the busiest CTA, picoseconds
   int64_t total_cost;           // predicted load of all CTAs together, picoseconds
-  int32_t reserved[2];
+  int32_t tile_classes_offset;  // TileClass[num_tile_classes] that the plan was made with: a plan explains its own loads
+  int32_t reserved;
 };
 static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
 
@@ -120,6 +121,7 @@ struct PlanView {
   TVM_INFER_HD const int32_t* qo_indptr() const { return At<int32_t>(header->qo_indptr_offset); }
   TVM_INFER_HD const int32_t* kv_len() const { return At<int32_t>(header->kv_len_offset); }
   TVM_INFER_HD const int32_t* token_order() const { return At<int32_t>(header->token_order_offset); }
+  TVM_INFER_HD const TileClass* tile_classes() const { return At<TileClass>(header->tile_classes_offset); }
 };
 
 }  // namespace tvm_infer

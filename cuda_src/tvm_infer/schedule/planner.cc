@@ -87,8 +87,9 @@ void CheckParams(const PlanParams& p) {
   if (p.num_ctas < 1) TVM_INFER_THROW(ArgumentError) << "num_ctas is " << p.num_ctas << "; a plan needs at least 1 CTA";
   if (p.num_kv_heads < 1) TVM_INFER_THROW(ArgumentError) << "num_kv_heads is " << p.num_kv_heads << "; it must be at least 1";
   if (p.num_qo_heads < 1 || p.num_qo_heads % p.num_kv_heads != 0) {
-    TVM_INFER_THROW(ArgumentError) << "num_qo_heads is " << p.num_qo_heads << "; it must be a positive multiple of num_kv_heads = "
-                                   << p.num_kv_heads << " (each KV head serves one group of query heads)";
+    TVM_INFER_THROW(ArgumentError) << "num_qo_heads is " << p.num_qo_heads
+                                   << "; it must be a positive multiple of num_kv_heads = " << p.num_kv_heads
+                                   << " (each KV head serves one group of query heads)";
   }
   if (p.fixed_split_size < kSplitNever) {
     TVM_INFER_THROW(ArgumentError) << "fixed_split_size is " << p.fixed_split_size
@@ -164,9 +165,10 @@ Bounds LayoutBounds(const PlanParams& p, int64_t num_items, int64_t cut_items) {
   return b;
 }
 
-int64_t PlanBytes(int64_t works, int64_t ctas, int64_t merges, int64_t slots, int64_t requests) {
+int64_t PlanBytes(int64_t works, int64_t ctas, int64_t merges, int64_t slots, int64_t requests, int64_t tile_classes) {
   return Align16(sizeof(PlanHeader)) + works * int64_t{sizeof(Work)} + Align16((ctas + 1) * 4) + merges * int64_t{sizeof(Merge)} +
-         Align16((merges + 1) * 4) + Align16(slots * 4) + Align16((requests + 1) * 4) + Align16(requests * 4);
+         Align16((merges + 1) * 4) + Align16(slots * 4) + Align16((requests + 1) * 4) + Align16(requests * 4) +
+         tile_classes * int64_t{sizeof(TileClass)};
 }
 
 uint64_t Mix(uint64_t state, uint64_t value) {  // splitmix64's finaliser over a running state
@@ -244,14 +246,15 @@ void Planner::Scratch::BuildItems(const PlanParams& p, const int32_t* qo_indptr,
     const TileClass& t = ClassOf(p, num_rows);
     const int64_t count = CountItems(p, t, num_rows, kv_len[r]);
     max_items += count;
-    max_cost += static_cast<double>(count) * (static_cast<double>(t.fixed) + static_cast<double>(t.row) * t.rows +
-                                              static_cast<double>(t.kv) * kv_len[r] + 1);
+    max_cost += static_cast<double>(count) *
+                (static_cast<double>(t.fixed) + static_cast<double>(t.row) * t.rows + static_cast<double>(t.kv) * kv_len[r] + 1);
   }
   const int64_t rows = qo_indptr[num_requests] * group;
   if (rows > kMaxInt32 || max_items > kMaxInt32 / p.num_kv_heads || max_cost * p.num_kv_heads > static_cast<double>(kMaxTotalCost)) {
-    TVM_INFER_THROW(ArgumentError) << "the batch is too large to plan at once: " << rows << " packed rows (limit " << kMaxInt32 << "), up to "
-                                   << max_items << " tiles (limit " << kMaxInt32 / p.num_kv_heads << "), predicted cost up to " << max_cost
-                                   << " ps for each KV head (limit " << kMaxTotalCost / p.num_kv_heads << "); plan it in several steps";
+    TVM_INFER_THROW(ArgumentError) << "the batch is too large to plan at once: " << rows << " packed rows (limit " << kMaxInt32
+                                   << "), up to " << max_items << " tiles (limit " << kMaxInt32 / p.num_kv_heads
+                                   << "), predicted cost up to " << max_cost << " ps for each KV head (limit "
+                                   << kMaxTotalCost / p.num_kv_heads << "); plan it in several steps";
   }
   item_work.Reserve(max_items);
   item_cost.Reserve(max_items);
@@ -353,7 +356,8 @@ void Planner::Scratch::LayWhole(const PlanParams& p, int64_t target) {
     CutTile& tile = cut_tiles[t];
     const int32_t rows = item_work[tile.first_item].num_rows;
     tile.run = static_cast<int32_t>(std::clamp<int64_t>(target / (kRunsPerTarget * tile.piece_cost), 1, heads));
-    for (int32_t i = 0; i < tile.num_pieces; ++i) item_work[tile.first_item + i].out = static_cast<int32_t>(out.num_partial_rows + int64_t{i} * heads * rows);
+    for (int32_t i = 0; i < tile.num_pieces; ++i)
+      item_work[tile.first_item + i].out = static_cast<int32_t>(out.num_partial_rows + int64_t{i} * heads * rows);
     for (int32_t i = 0; i < tile.num_pieces; ++i) item_work[tile.first_item + i].merge = out.num_merges;
     for (int32_t head = 0; head < heads; head += tile.run) {
       out.merges[out.num_merges++] = {item_work[tile.first_item].row_begin, rows, head, std::min(tile.run, heads - head)};
@@ -517,7 +521,8 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   s.SortItems();
   const Layout& layout = s.Choose(params);
 
-  const int64_t bytes = PlanBytes(layout.num_placements, params.num_ctas, layout.num_merges, layout.num_merge_slots, num_requests);
+  const int64_t bytes =
+      PlanBytes(layout.num_placements, params.num_ctas, layout.num_merges, layout.num_merge_slots, num_requests, params.num_tile_classes);
   if (bytes > out_bytes || bytes > kMaxInt32) {
     TVM_INFER_THROW(WorkspaceError) << "the plan buffer holds " << std::min(out_bytes, kMaxInt32) << " bytes, but this batch's plan needs "
                                     << bytes << "; size it by plan_capacity for the largest batch";
@@ -556,6 +561,7 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   writer.Copy(layout.merge_slots.data(), layout.num_merge_slots, &header.merge_slots_offset);
   writer.Copy(qo_indptr, num_requests + 1, &header.qo_indptr_offset);
   writer.Copy(kv_len, num_requests, &header.kv_len_offset);
+  writer.Copy(params.tile_classes, params.num_tile_classes, &header.tile_classes_offset);
   TVM_INFER_ICHECK(writer.offset() == bytes);
 
   // Works of a CTA in the order of items: CTAs walk the requests in the same order and meet in the same keys.
@@ -607,7 +613,8 @@ PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits)
     capacity.partial_rows = active == 0 ? 0 : bounds.merge_slots * std::min(rows_of_tile, max_rows);
   }
   if (active == 0) bounds = {0, 0, 0};
-  capacity.plan_bytes = PlanBytes(bounds.placements, params.num_ctas, bounds.merges, bounds.merge_slots, limits.max_requests);
+  capacity.plan_bytes =
+      PlanBytes(bounds.placements, params.num_ctas, bounds.merges, bounds.merge_slots, limits.max_requests, params.num_tile_classes);
   return capacity;
 }
 

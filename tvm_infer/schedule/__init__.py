@@ -1,0 +1,5 @@
+"""The Plan as a Python value. (The planner itself is C++: ``tvm_infer.plan``; ``reference`` is the same in plain Python.)"""
+
+from .plan import Plan
+
+__all__ = ["Plan"]
