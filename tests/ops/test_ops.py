@@ -16,7 +16,14 @@ QO, KV = [1, 5, 0, 3, 1], [37, 5, 11, 20, 1]
 
 def batch_of(dtype="float32", *, heads=(6, 2), head_dim=40, page_size=5, **kwargs):
     return make_paged_batch(
-        QO, KV, num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, page_size=page_size, dtype=dtype, **kwargs
+        QO,
+        KV,
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        **kwargs,
     )
 
 
@@ -78,7 +85,10 @@ def layouts(batch):
         "combined NHD": (nhd, "NHD"),
         "separate views": ((k, v), "HND"),
         "separate copies": ((k.copy(), v.copy()), "HND"),
-        "separate NHD": ((np.ascontiguousarray(k.transpose(0, 2, 1, 3)), np.ascontiguousarray(v.transpose(0, 2, 1, 3))), "NHD"),
+        "separate NHD": (
+            (np.ascontiguousarray(k.transpose(0, 2, 1, 3)), np.ascontiguousarray(v.transpose(0, 2, 1, 3))),
+            "NHD",
+        ),
         "NHD by a permuted view": ((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), "NHD"),
     }
 
@@ -104,7 +114,13 @@ def test_append_fills_every_layout(name):
                 (x if layout == "HND" else x.transpose(0, 2, 1, 3))[page, :, j % batch.page_size] = np.nan
     before = [x.copy() for x in views]
     tvm_infer.append(
-        batch.k_new, batch.v_new, cache, qo_indptr=batch.qo_indptr, kv_len=batch.kv_len, kv_layout=layout, **batch.tables
+        batch.k_new,
+        batch.v_new,
+        cache,
+        qo_indptr=batch.qo_indptr,
+        kv_len=batch.kv_len,
+        kv_layout=layout,
+        **batch.tables,
     )
     changed = sum(int((np.isnan(b) & ~np.isnan(x)).sum()) for b, x in zip(before, views, strict=True))
     assert changed == 2 * batch.k_new.size  # exactly the new slots, nothing else
@@ -119,7 +135,9 @@ def test_append_attention_is_append_then_attention():
     blank = batch.kv_cache.copy()
     for r, (n, length) in enumerate(zip(QO, KV, strict=True)):
         for j in range(length - n, length):
-            blank[batch.kv_page_indices[batch.kv_page_indptr[r] + j // batch.page_size], :, :, j % batch.page_size] = np.nan
+            blank[batch.kv_page_indices[batch.kv_page_indptr[r] + j // batch.page_size], :, :, j % batch.page_size] = (
+                np.nan
+            )
     o, lse = tvm_infer.append_attention(
         batch.q, batch.k_new, batch.v_new, blank, plan_of(batch), return_lse=True, **batch.tables
     )
@@ -134,9 +152,7 @@ def test_ragged_attention(causal):
     batch = batch_of()
     k, v = np.concatenate(batch.keys), np.concatenate(batch.values)
     indptr = np.concatenate([[0], np.cumsum(KV)]).astype(np.int32)
-    o, lse = tvm_infer.ragged_attention(
-        batch.q, k, v, plan_of(batch, causal=causal), kv_indptr=indptr, return_lse=True
-    )
+    o, lse = tvm_infer.ragged_attention(batch.q, k, v, plan_of(batch, causal=causal), kv_indptr=indptr, return_lse=True)
     expected, expected_lse = batch.reference(causal=causal)
     assert relative_error(o, expected) < TOLERANCE["float32"]
     assert np.allclose(lse, expected_lse, atol=1e-5)
@@ -160,10 +176,12 @@ def test_offset_and_strided_views(kind):
         big = np.concatenate([np.full(3, -99, np.int32), x, np.full(2, -99, np.int32)])
         return big[3 : 3 + len(x)]
 
-    q, cache = view(batch.q, np.nan), view(batch.kv_cache.reshape(len(batch.kv_cache), -1, batch.q.shape[2]), np.nan)
-    del cache  # the combined cache is tested through its planes, which are strided views of it
+    q = view(batch.q, np.nan)
     k, v = view(batch.kv_cache[:, 0], np.nan), view(batch.kv_cache[:, 1], np.nan)
-    out, lse_big = view(np.zeros_like(batch.q), 5.0), np.full((batch.q.shape[0] + 2, batch.q.shape[1] + 1), 5.0, np.float32)
+    out, lse_big = (
+        view(np.zeros_like(batch.q), 5.0),
+        np.full((batch.q.shape[0] + 2, batch.q.shape[1] + 1), 5.0, np.float32),
+    )
     plan = plan_of(batch)
     shifted_plan = np.concatenate([np.full(4, 77, np.int32), plan.buffer.view(np.int32).reshape(-1)])[4:]
     shifted_plan = np.ascontiguousarray(shifted_plan) if shifted_plan.ctypes.data % 16 else shifted_plan
@@ -231,8 +249,6 @@ def test_lists_serve_as_indices():
 
 def test_rows_that_see_nothing():
     """kv_len 0 without a causal mask: O = 0 and LSE = -inf, and merging treats it as the identity."""
-    batch = make_paged_batch([2, 3], [0, 6], num_qo_heads=2, num_kv_heads=2, head_dim=8, page_size=4) if False else None
-    del batch
     q = np.ones((2, 2, 8), np.float32)
     cache = np.full((1, 2, 2, 4, 8), np.nan, np.float32)
     plan = tvm_infer.plan([0, 2], [0], num_qo_heads=2, num_kv_heads=2, head_dim=8, causal=False)

@@ -276,11 +276,16 @@ def test_attention_from_tir(module, loaded, link, tmp_path):
 
 def test_the_static_object_exports_prefixed_symbols_only():
     names = subprocess.run(
-        ["nm", "--defined-only", "--extern-only", str(_ffi.static_library())], capture_output=True, text=True, check=True
+        ["nm", "--defined-only", "--extern-only", str(_ffi.static_library())],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split("\n")
     symbols = [line.split()[-1] for line in names if line.strip()]
     assert "__tvm_ffi_tvm_infer_plan" in symbols
-    visible = [s for s in symbols if "tvm_infer" not in s and not s.startswith(("_ZN3tvm3ffi", "_ZTI", "_ZTS", "_ZTV", "_ZN"))]
+    visible = [
+        s for s in symbols if "tvm_infer" not in s and not s.startswith(("_ZN3tvm3ffi", "_ZTI", "_ZTS", "_ZTV", "_ZN"))
+    ]
     assert [s for s in visible if not s.startswith(("_Z", "DW.ref", "__"))] == []
 
 
