@@ -261,9 +261,9 @@ def test_append_refuses_and_changes_nothing(batch, kind, words, changes):
 
 def test_merge_refuses():
     o, lse = np.zeros((3, 2, 16), np.float32), np.zeros((3, 2), np.float32)
-    with pytest.raises(errors.ArgumentError, match="`o_b`.*as o_a"):
+    with pytest.raises(errors.ArgumentError, match=r"`o_b`.*as o_a"):
         tvm_infer.merge(o, lse, o[:2], lse[:2])
-    with pytest.raises(errors.DTypeError, match="`lse_b`.*float64"):
+    with pytest.raises(errors.DTypeError, match=r"`lse_b`.*float64"):
         tvm_infer.merge(o, lse, o, lse.astype(np.float64))
     with pytest.raises(errors.ArgumentError, match="`o_a` has shape"):
         tvm_infer.merge(o[0], lse, o, lse)
