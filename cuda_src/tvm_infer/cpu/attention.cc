@@ -1,0 +1,206 @@
+// Walks a Plan on host threads: CTAs first, each thread taking the next one, then the merges.
+#include "tvm_infer/cpu/attention.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/thread_pool.h"
+#include "tvm_infer/error.h"
+
+namespace tvm_infer::cpu {
+namespace {
+
+// Below this much predicted work, waking a thread (a few microseconds here, tens until it runs) costs more than it brings.
+constexpr int64_t kSerialCost = 30'000'000;  // picoseconds
+
+struct Context {
+  const AttentionArgs& args;
+  const KernelTable& kernels;
+  PlanView plan;
+  const PlanHeader& header;
+  int64_t element_size;
+  int64_t pieces_per_merge;
+
+  const char* QRow(int32_t token, int32_t head) const {
+    return static_cast<const char*>(args.q) + (token * args.q_token_stride + head * args.q_head_stride) * element_size;
+  }
+  char* ORow(int32_t token, int32_t head) const {
+    return static_cast<char*>(args.o) + (token * args.o_token_stride + head * args.o_head_stride) * element_size;
+  }
+  float* LseRow(int32_t token, int32_t head) const { return args.lse + token * args.lse_token_stride + head * args.lse_head_stride; }
+};
+
+// Which request a token is of.
+int32_t RequestOf(const Context& ctx, int32_t token) {
+  const int32_t* indptr = ctx.plan.qo_indptr();
+  return static_cast<int32_t>(std::upper_bound(indptr, indptr + ctx.header.num_requests + 1, token) - indptr) - 1;
+}
+
+// Token, head in group and visible keys of every row of a work; returns the union of the keys.
+struct KeyRange {
+  int32_t begin, end;
+};
+KeyRange LocateRows(const Context& ctx, const Work& work, ThreadScratch* s) {
+  const int32_t group = ctx.header.group_size;
+  const Band band = ctx.header.band;
+  const bool is_banded = band.left != kUnbounded || band.right != kUnbounded;
+  const int32_t* order = ctx.plan.token_order();
+  const int32_t first_slot = work.row_begin / group, last_slot = (work.row_begin + work.num_rows - 1) / group;
+  // qo_pos_base speaks for all rows only where they are of one request.
+  bool is_one_request = true;
+  if (is_banded) {
+    is_one_request = order == nullptr && last_slot < ctx.plan.qo_indptr()[RequestOf(ctx, first_slot) + 1];
+  }
+  const size_t n = static_cast<size_t>(work.num_rows);
+  s->tokens.resize(n);
+  s->heads.resize(n);
+  s->visible_begin.resize(n);
+  s->visible_end.resize(n);
+  KeyRange all{work.kv_end, work.kv_begin};
+  for (int32_t r = 0; r < work.num_rows; ++r) {
+    const int32_t slot = (work.row_begin + r) / group;
+    const int32_t token = order == nullptr ? slot : order[slot];
+    int64_t begin = work.kv_begin, end = work.kv_end;
+    if (is_banded) {
+      int64_t position = work.qo_pos_base + (slot - first_slot);
+      if (!is_one_request) {
+        const int32_t request = RequestOf(ctx, token);
+        position = ctx.plan.kv_len()[request] - (ctx.plan.qo_indptr()[request + 1] - token);
+      }
+      const int64_t key = position - work.kv_pos_base;  // the list's key at the row's own position
+      if (band.left != kUnbounded) begin = std::max(begin, key - band.left);
+      if (band.right != kUnbounded) end = std::min(end, key + band.right + 1);
+    }
+    s->tokens[r] = token;
+    s->heads[r] = (work.row_begin + r) % group;
+    s->visible_begin[r] = static_cast<int32_t>(std::min<int64_t>(begin, work.kv_end));
+    s->visible_end[r] = static_cast<int32_t>(std::max<int64_t>(end, work.kv_begin));
+    if (begin < end) {
+      all.begin = std::min(all.begin, s->visible_begin[r]);
+      all.end = std::max(all.end, s->visible_end[r]);
+    }
+  }
+  if (all.begin >= all.end) all = {work.kv_begin, work.kv_begin};
+  return all;
+}
+
+void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
+  const AttentionArgs& args = ctx.args;
+  const KVSource& kv = args.kv;
+  const KeyRange keys = LocateRows(ctx, work, s);
+  const size_t n = static_cast<size_t>(work.num_rows);
+  s->inputs.resize(n);
+  s->outputs.resize(n);
+  s->lse_rows.resize(n);
+
+  TileJob job{};
+  job.num_rows = work.num_rows;
+  job.head_dim = args.head_dim;
+  job.scale_log2 = args.sm_scale * 1.44269504088896340736f;
+  job.q_rows = s->inputs.data();
+  job.visible_begin = s->visible_begin.data();
+  job.visible_end = s->visible_end.data();
+  job.kv_begin = keys.begin;
+  job.kv_end = keys.end;
+  job.k_page_stride = kv.k_page_stride * ctx.element_size;
+  job.k_token_stride = kv.k_token_stride * ctx.element_size;
+  job.v_page_stride = kv.v_page_stride * ctx.element_size;
+  job.v_token_stride = kv.v_token_stride * ctx.element_size;
+  job.page_size = kv.page_size;
+  job.first_row = kv.page_indptr[work.kv_list];
+  job.pages = kv.page_indices == nullptr ? nullptr : kv.page_indices + job.first_row;
+  job.is_partial = work.out != kFinalRows;
+  job.o_rows = s->outputs.data();
+  job.lse_rows = job.is_partial || args.lse != nullptr ? s->lse_rows.data() : nullptr;
+
+  for (int32_t h = 0; h < work.num_kv_heads; ++h) {
+    const int32_t kv_head = work.kv_head_begin + h;
+    job.k = static_cast<const char*>(kv.k) + kv_head * kv.k_head_stride * ctx.element_size;
+    job.v = static_cast<const char*>(kv.v) + kv_head * kv.v_head_stride * ctx.element_size;
+    for (int32_t r = 0; r < work.num_rows; ++r) {
+      const int32_t token = s->tokens[r], head = kv_head * ctx.header.group_size + s->heads[r];
+      s->inputs[r] = ctx.QRow(token, head);
+      if (job.is_partial) {
+        const int64_t row = work.out + static_cast<int64_t>(h) * work.num_rows + r;
+        s->outputs[r] = args.partial_o + row * args.head_dim;
+        s->lse_rows[r] = args.partial_lse + row;
+      } else {
+        s->outputs[r] = ctx.ORow(token, head);
+        if (args.lse != nullptr) s->lse_rows[r] = ctx.LseRow(token, head);
+      }
+    }
+    ctx.kernels.attend[static_cast<int>(args.dtype)](job, &s->tile);
+  }
+}
+
+void RunCta(void* context, int64_t cta, ThreadScratch* scratch) {
+  const Context& ctx = *static_cast<const Context*>(context);
+  const int32_t* indptr = ctx.plan.work_indptr();
+  for (int32_t w = indptr[cta]; w < indptr[cta + 1]; ++w) RunWork(ctx, ctx.plan.works()[w], scratch);
+}
+
+// Unit: one of `pieces_per_merge` equal runs of a merge's (head, row) pairs. Each pair is merged on its own, in plan order.
+void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
+  const Context& ctx = *static_cast<const Context*>(context);
+  const AttentionArgs& args = ctx.args;
+  const int64_t m = unit / ctx.pieces_per_merge, piece = unit % ctx.pieces_per_merge;
+  const tvm_infer::Merge& merge = ctx.plan.merges()[m];
+  const int32_t* slots = ctx.plan.merge_slots() + ctx.plan.merge_indptr()[m];
+  const int32_t num_states = ctx.plan.merge_indptr()[m + 1] - ctx.plan.merge_indptr()[m];
+  const int32_t* order = ctx.plan.token_order();
+  const int64_t pairs = static_cast<int64_t>(merge.num_rows) * merge.num_kv_heads;
+  s->inputs.resize(static_cast<size_t>(num_states));
+  s->lse_values.resize(static_cast<size_t>(num_states));
+  for (int64_t pair = pairs * piece / ctx.pieces_per_merge; pair < pairs * (piece + 1) / ctx.pieces_per_merge; ++pair) {
+    for (int32_t i = 0; i < num_states; ++i) {
+      const int64_t row = slots[i] + pair;
+      s->inputs[i] = args.partial_o + row * args.head_dim;
+      s->lse_values[i] = args.partial_lse[row];
+    }
+    const int32_t row = merge.row_begin + static_cast<int32_t>(pair % merge.num_rows);
+    const int32_t slot = row / ctx.header.group_size;
+    const int32_t token = order == nullptr ? slot : order[slot];
+    const int32_t kv_head = merge.kv_head_begin + static_cast<int32_t>(pair / merge.num_rows);
+    const int32_t head = kv_head * ctx.header.group_size + row % ctx.header.group_size;
+    MergeRowJob job{num_states,           args.head_dim,         s->inputs.data(), s->lse_values.data(), ctx.ORow(token, head),
+                    args.lse == nullptr ? nullptr : ctx.LseRow(token, head)};
+    ctx.kernels.merge_partials[static_cast<int>(args.dtype)](job);
+  }
+}
+
+void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_threads) {
+  if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0) {
+    TVM_INFER_THROW(ArgumentError) << "head_dim is " << args.head_dim << ", but the CPU executor takes multiples of 8 from 8 to 256. Pad q, k and v.";
+  }
+  if (header.magic != kPlanMagic || header.version != kPlanVersion) {
+    TVM_INFER_THROW(PlanMismatchError) << "plan is not a plan of version " << kPlanVersion << " (magic " << header.magic << ", version "
+                                       << header.version << "). Make it with this build's planner.";
+  }
+  if (args.num_kv_heads != header.num_kv_heads || args.num_qo_heads != header.num_kv_heads * header.group_size) {
+    TVM_INFER_THROW(PlanMismatchError) << "num_qo_heads, num_kv_heads are " << args.num_qo_heads << ", " << args.num_kv_heads
+                                       << ", but the plan was made for " << header.num_kv_heads * header.group_size << ", "
+                                       << header.num_kv_heads << ". Plan again with these heads.";
+  }
+  if (num_threads > kMaxThreads) {
+    TVM_INFER_THROW(ArgumentError) << "num_threads is " << num_threads << ", but must be at most " << kMaxThreads << ".";
+  }
+}
+
+}  // namespace
+
+void Attention(const AttentionArgs& args, int num_threads) {
+  const PlanView plan(args.plan);
+  const PlanHeader& header = *plan.header;
+  CheckArgs(args, header, num_threads);
+  if (num_threads <= 0) num_threads = DefaultNumThreads();
+  if (header.total_cost > 0 && header.total_cost < kSerialCost) num_threads = 1;
+  // Enough pieces to occupy every thread where there are few merges.
+  const int64_t pieces = header.num_merges == 0 ? 1 : (2 * num_threads + header.num_merges - 1) / header.num_merges;
+  Context ctx{args, ChosenKernels(), plan, header, args.dtype == DType::kFloat32 ? 4 : 2, pieces};
+  ThreadPool& pool = ThreadPool::Get();
+  pool.Run(num_threads, header.num_ctas, RunCta, &ctx);
+  pool.Run(num_threads, header.num_merges * pieces, RunMerge, &ctx);
+}
+
+}  // namespace tvm_infer::cpu

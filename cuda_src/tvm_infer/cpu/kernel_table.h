@@ -1,0 +1,17 @@
+// The table of one instruction set; included by each kernels_*.cc after its vec_*.h.
+#pragma once
+
+#include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/merge_rows.h"
+#include "tvm_infer/cpu/tile_attend.h"
+
+namespace tvm_infer::cpu::TVM_INFER_ISA {
+
+inline constexpr KernelTable MakeTable(const char* name) {
+  return {name,
+          {Attend<float>, Attend<Half>, Attend<BFloat>},
+          {MergeRow<float, float>, MergeRow<float, Half>, MergeRow<float, BFloat>},
+          {MergeRow<float, float>, MergeRow<Half, Half>, MergeRow<BFloat, BFloat>}};
+}
+
+}  // namespace tvm_infer::cpu::TVM_INFER_ISA

@@ -1,0 +1,84 @@
+// What the instruction sets implement, and what the executor hands them: plain structs, so that no inline function compiled for
+// AVX-512 can be picked by the linker for a machine that lacks it. Everything behind this header lives in a namespace of its own
+// instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tvm_infer::cpu {
+
+// 16-bit floats as stored; the instruction sets convert.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// The rows of one work for one KV head. `rows` arrays have num_rows entries.
+struct TileJob {
+  int32_t num_rows;
+  int32_t head_dim;
+  float scale_log2;              // sm_scale * log2(e): scores are kept in units of log2
+  const void* const* q_rows;     // [head_dim] of the inputs' type
+  const int32_t* visible_begin;  // first key each row sees, inclusive, in the list's coordinates
+  const int32_t* visible_end;    // last key, exclusive; <= visible_begin for a row that sees none
+  int32_t kv_begin, kv_end;      // the union of what the rows see, within the work's range
+  // Keys and values of this head: strides in bytes. pages == nullptr: token j is row `first_row` + j.
+  const char* k;
+  const char* v;
+  int64_t k_page_stride, k_token_stride, v_page_stride, v_token_stride;
+  int32_t page_size;
+  const int32_t* pages;  // of this list
+  int64_t first_row;
+  // Where the rows go: final rows of the inputs' type, or fp32 partials.
+  void* const* o_rows;  // [head_dim]
+  bool is_partial;
+  float* const* lse_rows;  // entries, or nullptr for no LSE
+};
+
+// Grows to what the largest tile needs, then stays. One per thread.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  // At least `bytes` bytes at a multiple of 64; what they held is lost.
+  char* Reserve(size_t bytes);
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// o, lse of one row from n states: w_i = exp(lse_i - max), o = sum w_i o_i / sum w_i. States with lse -inf are not read.
+struct MergeRowJob {
+  int32_t num_states;
+  int32_t head_dim;
+  const void* const* o_in;
+  const float* lse_in;  // [num_states]
+  void* o;
+  float* lse;  // or nullptr
+};
+
+// Indexed by DType.
+struct KernelTable {
+  const char* name;
+  void (*attend[3])(const TileJob& job, Scratch* scratch);
+  void (*merge_partials[3])(const MergeRowJob& job);  // fp32 states into a row of the type
+  void (*merge_states[3])(const MergeRowJob& job);    // states of the type into a row of the type
+};
+
+const KernelTable& PortableKernels();
+#if defined(__x86_64__) || defined(_M_X64)
+#define TVM_INFER_CPU_X86 1
+const KernelTable& Avx2Kernels();
+const KernelTable& Avx512Kernels();
+#endif
+
+// The table chosen for this process (dispatch.cc).
+const KernelTable& ChosenKernels();
+
+}  // namespace tvm_infer::cpu

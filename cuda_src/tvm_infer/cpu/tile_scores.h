@@ -1,0 +1,112 @@
+// Scores of a tile: S = Q K^T for rows of Q in fp32 scratch, by dot products (few rows) or by outer products over packed K^T (many).
+// A score's arithmetic does not depend on which rows and keys are computed together with it.
+#pragma once
+
+#include "tvm_infer/cpu/kernels.h"
+
+namespace tvm_infer::cpu::TVM_INFER_ISA {
+
+// The first n elements of a vector's worth: head_dim is a multiple of 8, so only 16-wide vectors ever meet n < kWidth.
+template <typename T>
+TVM_INFER_INLINE Vec LoadUpTo(const T* p, int n) {
+  if constexpr (kWidth > 8) {
+    if (n < kWidth) return LoadPartial(p, n);
+  }
+  return Load(p);
+}
+template <typename T>
+TVM_INFER_INLINE void StoreUpTo(T* p, Vec a, int n) {
+  if constexpr (kWidth > 8) {
+    if (n < kWidth) return StorePartial(p, a, n);
+  }
+  Store(p, a);
+}
+
+TVM_INFER_INLINE void PrefetchRow(const void* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
+}
+
+// s[r][c] = q[r] . k_rows[c] for R <= 4 rows and columns [begin, end); may write garbage up to kWidth columns further.
+// kWidth dot products run at once and are reduced together. Row c of `prefetch` (or nullptr) is fetched on the way: the values that
+// will be needed next.
+template <typename T, int R>
+void DotScores(const float* q, int q_stride, const T* const* k_rows, const T* const* prefetch, int begin, int end, int head_dim, float* s,
+               int s_stride) {
+  constexpr int kKeys = kWidth / R;
+  for (int c = begin; c < end; c += kKeys) {
+    const T* k[kKeys];
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) k[j] = k_rows[c + j < end ? c + j : end - 1];
+    if (prefetch != nullptr) {
+      const int last = c + kKeys < end ? c + kKeys : end;
+      for (int j = c; j < last; ++j) PrefetchRow(prefetch[j], head_dim * static_cast<int>(sizeof(T)));
+    }
+    Vec acc[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) acc[i] = Zero();
+    for (int d = 0; d < head_dim; d += kWidth) {
+      Vec qv[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) qv[r] = Load(q + r * q_stride + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec kv = LoadUpTo(k[j] + d, head_dim - d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r * kKeys + j] = Fma(qv[r], kv, acc[r * kKeys + j]);
+      }
+    }
+    float sums[kWidth];
+    Store(sums, ReduceAddEach(acc));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * s_stride + c, sums + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// kt[d][c] = k_rows[c][d] for columns [begin, end) and up to the next multiples of kWidth around them, where kt is 0.
+template <typename T>
+void PackKeys(const T* const* k_rows, int begin, int end, int head_dim, float* kt, int kt_stride) {
+  for (int c = begin - begin % kWidth; c < end; c += kWidth) {
+    for (int d = 0; d < head_dim; d += kWidth) {
+      Vec block[kWidth];
+#pragma GCC unroll 16
+      for (int j = 0; j < kWidth; ++j) {
+        block[j] = c + j >= begin && c + j < end ? LoadUpTo(k_rows[c + j] + d, head_dim - d) : Zero();
+      }
+      Transpose(block);
+      const int rows = head_dim - d < kWidth ? head_dim - d : kWidth;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < rows) Store(kt + (d + i) * kt_stride + c, block[i]);
+      }
+    }
+  }
+}
+
+// s[r][0 … N * kWidth) = sum over d of q[r][d] * kt[d][…], d ascending.
+template <int R, int N>
+void OuterScores(const float* q, int q_stride, const float* kt, int kt_stride, int head_dim, float* s, int s_stride) {
+  Vec acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = Zero();
+  }
+  for (int d = 0; d < head_dim; ++d) {
+    Vec k[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) k[n] = Load(kt + d * kt_stride + n * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec qv = Set1(q[r * q_stride + d]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] = Fma(qv, k[n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) Store(s + r * s_stride + n * kWidth, acc[r][n]);
+  }
+}
+
+}  // namespace tvm_infer::cpu::TVM_INFER_ISA

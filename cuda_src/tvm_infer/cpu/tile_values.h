@@ -1,0 +1,53 @@
+// O += P V for a tile, outer products over the keys in ascending order. An element's arithmetic does not depend on the tile around it.
+#pragma once
+
+#include "tvm_infer/cpu/kernels.h"
+
+namespace tvm_infer::cpu::TVM_INFER_ISA {
+
+// o[r][0 … N * kWidth) += sum over columns c in [begin, end) of p[r][c] * v_rows[c][col …]. Rows of `prefetch` (or nullptr), each of
+// `prefetch_bytes`, are fetched on the way: the keys that will be needed next.
+template <typename T, int R, int N>
+void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, int begin, int end, float* o, int o_stride,
+               const void* const* prefetch, int prefetch_bytes) {
+  Vec acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = Load(o + r * o_stride + n * kWidth);
+  }
+  for (int c = begin; c < end; ++c) {
+    if (prefetch != nullptr) PrefetchRow(prefetch[c], prefetch_bytes);
+    const T* row = v_rows[c] + col;
+    Vec v[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) v[n] = Load(row + n * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec pv = Set1(p[r * p_stride + c]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] = Fma(pv, v[n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) Store(o + r * o_stride + n * kWidth, acc[r][n]);
+  }
+}
+
+// v[c][0 … padded) = v_rows[c], widened, zeros behind head_dim; and pointers to its rows.
+template <typename T>
+void WidenValues(const T* const* v_rows, int begin, int end, int head_dim, float* v, int v_stride, const float** rows) {
+  for (int c = begin; c < end; ++c) {
+    rows[c] = v + c * v_stride;
+    for (int d = 0; d < head_dim; d += kWidth) Store(v + c * v_stride + d, LoadUpTo(v_rows[c] + d, head_dim - d));
+  }
+}
+
+TVM_INFER_INLINE void ScaleRow(float* o, int padded_dim, float factor) {
+  const Vec f = Set1(factor);
+  for (int d = 0; d < padded_dim; d += kWidth) Store(o + d, Mul(Load(o + d), f));
+}
+
+}  // namespace tvm_infer::cpu::TVM_INFER_ISA
