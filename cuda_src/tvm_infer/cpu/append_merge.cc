@@ -26,7 +26,8 @@ void AppendToken(const AppendContext& ctx, int32_t token, int32_t request) {
   const int64_t page = cache.page_indices[cache.page_indptr[request] + position / cache.page_size];
   const int64_t slot = position % cache.page_size;
   const size_t row_bytes = static_cast<size_t>(args.head_dim * ctx.element_size);
-  const auto copy = [&](const void* to, const void* from, int64_t to_row, int64_t to_head_stride, int64_t from_row, int64_t from_head_stride) {
+  const auto copy = [&](const void* to, const void* from, int64_t to_row, int64_t to_head_stride, int64_t from_row,
+                        int64_t from_head_stride) {
     // The cache is written through: KVSource is const only because attention reads through it.
     char* out = const_cast<char*>(static_cast<const char*>(to)) + to_row * ctx.element_size;
     const char* in = static_cast<const char*>(from) + from_row * ctx.element_size;
@@ -70,7 +71,10 @@ void RunMergeStates(void* context, int64_t unit, ThreadScratch*) {
           static_cast<const char*>(args.o_b) + (row * args.o_b_row_stride + head * args.o_b_head_stride) * ctx.element_size};
       const float lse[2] = {args.lse_a[row * args.lse_a_row_stride + head * args.lse_a_head_stride],
                             args.lse_b[row * args.lse_b_row_stride + head * args.lse_b_head_stride]};
-      const MergeRowJob job{2, args.head_dim, in, lse,
+      const MergeRowJob job{2,
+                            args.head_dim,
+                            in,
+                            lse,
                             static_cast<char*>(args.o) + (row * args.o_row_stride + head * args.o_head_stride) * ctx.element_size,
                             args.lse == nullptr ? nullptr : args.lse + row * args.lse_row_stride + head * args.lse_head_stride};
       ctx.kernels.merge_states[static_cast<int>(args.dtype)](job);

@@ -163,15 +163,16 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
     const int32_t token = order == nullptr ? slot : order[slot];
     const int32_t kv_head = merge.kv_head_begin + static_cast<int32_t>(pair / merge.num_rows);
     const int32_t head = kv_head * ctx.header.group_size + row % ctx.header.group_size;
-    MergeRowJob job{num_states,           args.head_dim,         s->inputs.data(), s->lse_values.data(), ctx.ORow(token, head),
-                    args.lse == nullptr ? nullptr : ctx.LseRow(token, head)};
+    MergeRowJob job{num_states,           args.head_dim,         s->inputs.data(),
+                    s->lse_values.data(), ctx.ORow(token, head), args.lse == nullptr ? nullptr : ctx.LseRow(token, head)};
     ctx.kernels.merge_partials[static_cast<int>(args.dtype)](job);
   }
 }
 
 void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_threads) {
   if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0) {
-    TVM_INFER_THROW(ArgumentError) << "head_dim is " << args.head_dim << ", but the CPU executor takes multiples of 8 from 8 to 256. Pad q, k and v.";
+    TVM_INFER_THROW(ArgumentError) << "head_dim is " << args.head_dim
+                                   << ", but the CPU executor takes multiples of 8 from 8 to 256. Pad q, k and v.";
   }
   if (header.magic != kPlanMagic || header.version != kPlanVersion) {
     TVM_INFER_THROW(PlanMismatchError) << "plan is not a plan of version " << kPlanVersion << " (magic " << header.magic << ", version "

@@ -39,8 +39,8 @@ const KernelTable& Choose() {
     if (wanted != nullptr && std::strcmp(wanted, choice.table->name) == 0) return *choice.table;
   }
   if (wanted != nullptr && *wanted != '\0') {
-    TVM_INFER_THROW(ArgumentError) << "TVM_INFER_CPU_ISA is '" << wanted << "', which this machine or build does not have; it has " << available
-                                   << ". Set one of those, or unset the variable for the fastest.";
+    TVM_INFER_THROW(ArgumentError) << "TVM_INFER_CPU_ISA is '" << wanted << "', which this machine or build does not have; it has "
+                                   << available << ". Set one of those, or unset the variable for the fastest.";
   }
   return *best;
 }

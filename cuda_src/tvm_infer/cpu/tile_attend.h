@@ -25,11 +25,11 @@ struct TileBuffers {
   float* o;      // [num_rows][q_stride]
   float* s;      // [kTileRows or kMaxDotRows][kScoreStride]
   SoftmaxState* state;
-  float* kt;               // [head_dim][kBlockKeys]
-  float* v;                // [kBlockKeys][q_stride]
-  const T** k_rows[2];     // of this block and the next
-  const T** v_rows[2];     //
-  const float** widened;   // rows of v
+  float* kt;              // [head_dim][kBlockKeys]
+  float* v;               // [kBlockKeys][q_stride]
+  const T** k_rows[2];    // of this block and the next
+  const T** v_rows[2];    //
+  const float** widened;  // rows of v
 };
 
 template <typename T>

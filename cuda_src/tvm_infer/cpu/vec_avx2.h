@@ -38,8 +38,7 @@ TVM_INFER_INLINE void Store(BFloat* p, Vec a) {  // round to nearest even; a NaN
   const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   const __m256 chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   const __m256i words = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 TVM_INFER_INLINE void Store(Half* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -80,12 +79,8 @@ TVM_INFER_INLINE float ReduceAdd(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
 
-TVM_INFER_INLINE Vec UnpackLo64(Vec a, Vec b) {
-  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-TVM_INFER_INLINE Vec UnpackHi64(Vec a, Vec b) {
-  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
+TVM_INFER_INLINE Vec UnpackLo64(Vec a, Vec b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
+TVM_INFER_INLINE Vec UnpackHi64(Vec a, Vec b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
 
 // Lane i of the result is the sum of a[i]'s lanes, added in one order whatever i.
 TVM_INFER_INLINE Vec ReduceAddEach(const Vec (&a)[8]) {

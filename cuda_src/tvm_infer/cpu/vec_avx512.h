@@ -88,12 +88,8 @@ TVM_INFER_INLINE Vec Exp2(Vec x) {
 TVM_INFER_INLINE float ReduceMax(Vec a) { return _mm512_reduce_max_ps(a); }
 TVM_INFER_INLINE float ReduceAdd(Vec a) { return _mm512_reduce_add_ps(a); }
 
-TVM_INFER_INLINE Vec UnpackLo64(Vec a, Vec b) {
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-TVM_INFER_INLINE Vec UnpackHi64(Vec a, Vec b) {
-  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
+TVM_INFER_INLINE Vec UnpackLo64(Vec a, Vec b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+TVM_INFER_INLINE Vec UnpackHi64(Vec a, Vec b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
 
 // Lane i of the result is the sum of a[i]'s lanes, added in one order whatever i.
 TVM_INFER_INLINE Vec ReduceAddEach(const Vec (&a)[16]) {

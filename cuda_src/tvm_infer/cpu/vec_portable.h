@@ -53,7 +53,8 @@ TVM_INFER_INLINE void Store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof(a)
 TVM_INFER_INLINE void Store(BFloat* p, Vec a) {
   const WordVec bits = reinterpret_cast<WordVec>(a);
   const WordVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const WordVec words = reinterpret_cast<WordVec>(Select(a == a, reinterpret_cast<Vec>(rounded), reinterpret_cast<Vec>(WordVec{} + 0x7fc00000u))) >> 16;
+  const WordVec words =
+      reinterpret_cast<WordVec>(Select(a == a, reinterpret_cast<Vec>(rounded), reinterpret_cast<Vec>(WordVec{} + 0x7fc00000u))) >> 16;
   for (int i = 0; i < kWidth; ++i) p[i].bits = static_cast<uint16_t>(words[i]);
 }
 TVM_INFER_INLINE uint16_t HalfBits(float value) {
