@@ -78,6 +78,18 @@ def test_bare_data_ptr_is_not_used():
     assert bare == []
 
 
+def test_bare_stride_is_not_used():
+    """TensorView::stride() reads through a null pointer for tensors that generated code passes; Stride() does not."""
+    bare = [
+        f"{path.name}:{number}"
+        for path in sources()
+        if path.relative_to(CUDA_SRC).parts[0] == "ffi"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"(\.|->)strides?\(", line.split("//")[0]) and "// lint:" not in line
+    ]
+    assert bare == []
+
+
 def imports(path: pathlib.Path) -> set[str]:
     """Modules of tvm_infer that a file imports, at any depth of nesting, as dotted names without the package."""
     package = ("tvm_infer", *path.relative_to(PACKAGE).parts[:-1])

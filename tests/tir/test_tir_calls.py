@@ -223,7 +223,7 @@ RUNNER = textwrap.dedent(
 
 def run_in_a_fresh_process(module, tmp_path: pathlib.Path, loaded: str) -> np.ndarray:
     library = tmp_path / "model.so"
-    tvm.compile(module, target={"kind": "llvm"}).export_library(str(library))
+    tvm.compile(module, target=tvm.target.Target({"kind": "llvm"})).export_library(str(library))
     batch = problem()
     data = tmp_path / "data.npz"
     np.savez(

@@ -25,16 +25,16 @@ cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double
   args.num_kv_heads = header.num_kv_heads;
   args.head_dim = static_cast<int32_t>(q.size(2));
   args.q = DataPtr<void>(q);
-  args.q_token_stride = q.stride(0);
-  args.q_head_stride = q.stride(1);
+  args.q_token_stride = Stride(q, 0);
+  args.q_head_stride = Stride(q, 1);
   args.sm_scale = static_cast<float>(sm_scale);
   args.o = DataPtr<void>(o);
-  args.o_token_stride = o.stride(0);
-  args.o_head_stride = o.stride(1);
+  args.o_token_stride = Stride(o, 0);
+  args.o_head_stride = Stride(o, 1);
   args.lse = DataPtr<float>(lse);
   if (lse.has_value()) {
-    args.lse_token_stride = lse.value().stride(0);
-    args.lse_head_stride = lse.value().stride(1);
+    args.lse_token_stride = Stride(lse.value(), 0);
+    args.lse_head_stride = Stride(lse.value(), 1);
   }
   args.partial_o = DataPtr<float>(workspace);
   args.partial_lse = args.partial_o + static_cast<int64_t>(header.num_partial_rows) * args.head_dim;
@@ -53,10 +53,10 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
   args.kv_len = kv_len;
   args.k = DataPtr<void>(k);
   args.v = DataPtr<void>(v);
-  args.k_token_stride = k.stride(0);
-  args.k_head_stride = k.stride(1);
-  args.v_token_stride = v.stride(0);
-  args.v_head_stride = v.stride(1);
+  args.k_token_stride = Stride(k, 0);
+  args.k_head_stride = Stride(k, 1);
+  args.v_token_stride = Stride(v, 0);
+  args.v_head_stride = Stride(v, 1);
   args.cache = cache;
   cpu::Append(args, 0);
 }
@@ -125,23 +125,23 @@ void MergeStates(TensorView o_a, TensorView lse_a, TensorView o_b, TensorView ls
     args.head_dim = static_cast<int32_t>(o_a.size(2));
     args.o_a = DataPtr<void>(o_a);
     args.o_b = DataPtr<void>(o_b);
-    args.o_a_row_stride = o_a.stride(0);
-    args.o_a_head_stride = o_a.stride(1);
-    args.o_b_row_stride = o_b.stride(0);
-    args.o_b_head_stride = o_b.stride(1);
+    args.o_a_row_stride = Stride(o_a, 0);
+    args.o_a_head_stride = Stride(o_a, 1);
+    args.o_b_row_stride = Stride(o_b, 0);
+    args.o_b_head_stride = Stride(o_b, 1);
     args.lse_a = DataPtr<float>(lse_a);
     args.lse_b = DataPtr<float>(lse_b);
-    args.lse_a_row_stride = lse_a.stride(0);
-    args.lse_a_head_stride = lse_a.stride(1);
-    args.lse_b_row_stride = lse_b.stride(0);
-    args.lse_b_head_stride = lse_b.stride(1);
+    args.lse_a_row_stride = Stride(lse_a, 0);
+    args.lse_a_head_stride = Stride(lse_a, 1);
+    args.lse_b_row_stride = Stride(lse_b, 0);
+    args.lse_b_head_stride = Stride(lse_b, 1);
     args.o = DataPtr<void>(o);
-    args.o_row_stride = o.stride(0);
-    args.o_head_stride = o.stride(1);
+    args.o_row_stride = Stride(o, 0);
+    args.o_head_stride = Stride(o, 1);
     args.lse = DataPtr<float>(lse);
     if (lse.has_value()) {
-      args.lse_row_stride = lse.value().stride(0);
-      args.lse_head_stride = lse.value().stride(1);
+      args.lse_row_stride = Stride(lse.value(), 0);
+      args.lse_head_stride = Stride(lse.value(), 1);
     }
     cpu::Merge(args, 0);
   });

@@ -129,14 +129,14 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
   source->v = DataPtr<void>(v);
   if (combined) {
     const int64_t bytes = k_cache.dtype().bits / 8;
-    source->v = static_cast<const char*>(source->v) + k_cache.stride(1) * bytes;
+    source->v = static_cast<const char*>(source->v) + Stride(k_cache, 1) * bytes;
   }
-  source->k_page_stride = k_cache.stride(0);
-  source->k_head_stride = k_cache.stride(head_axis);
-  source->k_token_stride = k_cache.stride(token_axis);
-  source->v_page_stride = v.stride(0);
-  source->v_head_stride = v.stride(head_axis);
-  source->v_token_stride = v.stride(token_axis);
+  source->k_page_stride = Stride(k_cache, 0);
+  source->k_head_stride = Stride(k_cache, head_axis);
+  source->k_token_stride = Stride(k_cache, token_axis);
+  source->v_page_stride = Stride(v, 0);
+  source->v_head_stride = Stride(v, head_axis);
+  source->v_token_stride = Stride(v, token_axis);
   CacheShape shape;
   shape.dtype = dtype;
   shape.num_pages = k_cache.size(0);
@@ -237,10 +237,10 @@ void CheckRagged(const PlanView& plan, const TensorView& q, const TensorView& k,
   source->k = DataPtr<void>(k);
   source->v = DataPtr<void>(v);
   source->k_page_stride = source->v_page_stride = 0;
-  source->k_token_stride = k.stride(0);
-  source->k_head_stride = k.stride(1);
-  source->v_token_stride = v.stride(0);
-  source->v_head_stride = v.stride(1);
+  source->k_token_stride = Stride(k, 0);
+  source->k_head_stride = Stride(k, 1);
+  source->v_token_stride = Stride(v, 0);
+  source->v_head_stride = Stride(v, 1);
   source->page_size = 1;
   source->page_indptr = ptr;
   source->page_indices = nullptr;

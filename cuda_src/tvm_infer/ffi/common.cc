@@ -39,8 +39,8 @@ void CheckDim(const TensorView& tensor, const char* name, int axis, int64_t expe
 
 void CheckLastDimContiguous(const TensorView& tensor, const char* name) {
   const int last = tensor.ndim() - 1;
-  if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
-    TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has stride " << tensor.stride(last) << " in its last dimension, shape "
+  if (tensor.size(last) > 1 && tensor.numel() > 0 && Stride(tensor, last) != 1) {
+    TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has stride " << Stride(tensor, last) << " in its last dimension, shape "
                                    << ShapeString(tensor)
                                    << "; elements of a row must be adjacent (stride 1). Make it contiguous in that dimension";
   }

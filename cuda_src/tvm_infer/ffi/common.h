@@ -31,6 +31,15 @@ inline T* DataPtr(const Optional<TensorView>& tensor) {
   return tensor.has_value() ? DataPtr<T>(tensor.value()) : nullptr;
 }
 
+// Elements between neighbours along `axis`. Generated code passes dense tensors with no strides at all (a null pointer), which
+// TensorView::stride() would read: never call that one.
+inline int64_t Stride(const TensorView& tensor, int axis) {
+  if (!tensor.IsContiguous()) return tensor.stride(axis);  // lint: the one allowed stride()
+  int64_t stride = 1;
+  for (int i = tensor.ndim() - 1; i > axis; --i) stride *= tensor.size(i);
+  return stride;
+}
+
 // Runs `f`, turning the core's Error into an ffi::Error of the same kind (a class of tvm_infer/errors.py).
 template <typename F>
 inline auto Guarded(F&& f) {

@@ -26,7 +26,7 @@ tvm::ffi::Tensor ViewAs(tvm::ffi::Tensor tensor, DLDataType dtype) {
       TVM_INFER_THROW(DTypeError) << "argument `tensor` has dtype " << DTypeString(tensor.dtype()) << ", not as wide as "
                                   << DTypeString(dtype) << "; a view keeps the width of elements";
     }
-    const tvm::ffi::ShapeView shape = tensor.shape(), strides = tensor.strides();
+    const tvm::ffi::ShapeView shape = tensor.shape(), strides = tensor.strides();  // lint: a Tensor has strides
     const DLDevice device = tensor.device();
     return tvm::ffi::Tensor::FromNDAllocStrided(SharedMemory{std::move(tensor)}, shape, strides, dtype, device);
   });
