@@ -1,8 +1,9 @@
-// The least loaded CTA, ties to the lowest index: a tournament of loads. Leaf c is CTA c; a node holds the smaller of its children.
-// Against a binary heap of (load, cta): a change walks one fixed path, without branches to mispredict (8 levels for 132 CTAs).
+// The least loaded CTA, ties to the lowest index: a tournament of keys (load, CTA). Leaf c is CTA c; a node holds the smaller of its
+// children. Against a binary heap: a change walks one fixed path with no branch to mispredict (8 levels for 132 CTAs, 10 ns).
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -12,33 +13,34 @@ namespace tvm_infer {
 
 class LoadTree {
  public:
-  void Reset(int32_t num_ctas) {
-    num_leaves_ = 1;
-    while (num_leaves_ < num_ctas) num_leaves_ *= 2;
-    node_.Reserve(2 * int64_t{num_leaves_});
-    std::fill_n(node_.data(), num_leaves_ + num_ctas, int64_t{0});
-    std::fill_n(node_.data() + num_leaves_ + num_ctas, num_leaves_ - num_ctas, std::numeric_limits<int64_t>::max());
-    for (int32_t n = num_leaves_ - 1; n > 0; --n) node_[n] = std::min(node_[2 * n], node_[2 * n + 1]);
+  // All loads 0. Loads up to max_load will be set; they are compared in units of 2^shift where they would not fit a key beside the
+  // CTA's index (with 132 CTAs, from 2^55 ps = 10 hours on).
+  void Reset(int32_t num_ctas, int64_t max_load) {
+    cta_bits_ = std::bit_width(static_cast<uint32_t>(num_ctas - 1));
+    num_leaves_ = int64_t{1} << cta_bits_;
+    shift_ = std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(max_load))) - (63 - cta_bits_));
+    node_.Reserve(2 * num_leaves_);
+    for (int32_t c = 0; c < num_ctas; ++c) node_[num_leaves_ + c] = c;
+    std::fill(node_.data() + num_leaves_ + num_ctas, node_.data() + 2 * num_leaves_, std::numeric_limits<int64_t>::max());
+    for (int64_t n = num_leaves_ - 1; n > 0; --n) node_[n] = std::min(node_[2 * n], node_[2 * n + 1]);
   }
-  int64_t Load(int32_t cta) const { return node_[num_leaves_ + cta]; }
-  int32_t Min() const {
-    int32_t n = 1;
-    while (n < num_leaves_) n = 2 * n + (node_[2 * n + 1] < node_[2 * n]);
-    return n - num_leaves_;
-  }
+  int32_t Min() const { return static_cast<int32_t>(node_[1] & (num_leaves_ - 1)); }
   void Set(int32_t cta, int64_t load) {
-    int32_t n = num_leaves_ + cta;
-    node_[n] = load;
+    int64_t* node = node_.data();
+    int64_t n = num_leaves_ + cta;
+    int64_t key = (load >> shift_) << cta_bits_ | cta;
+    node[n] = key;
     while (n > 1) {
-      load = std::min(load, node_[n ^ 1]);
+      key = std::min(key, node[n ^ 1]);
       n >>= 1;
-      node_[n] = load;
+      node[n] = key;
     }
   }
 
  private:
   ScratchArray<int64_t> node_;
-  int32_t num_leaves_ = 0;
+  int64_t num_leaves_ = 0;
+  int cta_bits_ = 0, shift_ = 0;
 };
 
 }  // namespace tvm_infer

@@ -1,0 +1,194 @@
+#include "tvm_infer/schedule/items.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "tvm_infer/error.h"
+
+namespace tvm_infer {
+namespace {
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+// Sums of a few costs stay within int64. 2^60 ps are 13 days.
+constexpr double kMaxTotalCost = 1152921504606846976.0;
+
+[[noreturn]] void ThrowBadRequest(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t r) {
+  if (qo_indptr[r + 1] < qo_indptr[r]) {
+    TVM_INFER_THROW(ArgumentError) << "qo_indptr[" << r + 1 << "] is " << qo_indptr[r + 1] << ", less than qo_indptr[" << r
+                                   << "] = " << qo_indptr[r] << "; qo_indptr must not decrease: it is the running sum of query lengths";
+  }
+  if (kv_len[r] < 0) TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << "; lengths must be at least 0";
+  TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << ", less than the request's "
+                                 << qo_indptr[r + 1] - qo_indptr[r]
+                                 << " query tokens; a band with an end on the right (causal: " << p.band.right
+                                 << ") needs kv_len >= qo_len: kv_len counts the new tokens too";
+}
+
+// Checks all lengths and returns the largest kv_len.
+int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
+  if (qo_indptr[0] != 0) {
+    TVM_INFER_THROW(ArgumentError) << "qo_indptr[0] is " << qo_indptr[0] << "; it must be 0: requests are packed from the first token on";
+  }
+  const bool needs_keys = p.band.right != kUnbounded;
+  int32_t max_kv_len = 0;
+  bool bad = false;  // one branch for all requests
+  for (int32_t r = 0; r < num_requests; ++r) {
+    const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
+    bad |= (qo_len < 0) | (kv_len[r] < 0) | (needs_keys & (kv_len[r] < qo_len));
+    max_kv_len = std::max(max_kv_len, kv_len[r]);
+  }
+  for (int32_t r = 0; bad && r < num_requests; ++r) {
+    const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
+    if (qo_len < 0 || kv_len[r] < 0 || (needs_keys && kv_len[r] < qo_len)) ThrowBadRequest(p, qo_indptr, kv_len, r);
+  }
+  return max_kv_len;
+}
+
+int32_t ClassOf(const PlanParams& p, int64_t num_rows) {
+  int32_t c = 0;
+  while (c + 1 < p.num_tile_classes && p.tile_classes[c].rows < num_rows) ++c;
+  return c;
+}
+
+// Items of the batch, at most. Throws if plans, costs or loads could leave their types.
+int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_kv_len) {
+  const int64_t group = p.num_qo_heads / p.num_kv_heads;
+  const int64_t rows = qo_indptr[num_requests] * group;
+  int64_t bound = MaxTiles(p, std::min<int64_t>(num_requests, qo_indptr[num_requests]), rows);
+  if (p.fixed_split_size > 0) {  // far below tiles * pieces of the longest, where one long request stands among many short ones
+    bound = 0;
+    for (int32_t r = 0; r < num_requests; ++r) {
+      const int64_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
+      if (qo_len > 0) bound += MaxTiles(p, 1, qo_len * group) * std::max<int64_t>(1, CeilDiv(kv_len[r], p.fixed_split_size));
+    }
+  }
+  double max_cost = 1;
+  for (int32_t c = 0; c < p.num_tile_classes; ++c) {
+    const TileClass& t = p.tile_classes[c];
+    max_cost = std::max(max_cost, static_cast<double>(t.fixed) + static_cast<double>(t.row) * t.rows +
+                                      static_cast<double>(t.kv) * static_cast<double>(max_kv_len));
+  }
+  const double max_total = max_cost * static_cast<double>(bound) * p.num_kv_heads;
+  if (rows > kMaxInt32 || bound > kMaxInt32 / p.num_kv_heads || max_total > kMaxTotalCost) {
+    TVM_INFER_THROW(ArgumentError) << "qo_indptr and kv_len make a batch too large for one plan: " << rows << " packed rows (limit "
+                                   << kMaxInt32 << "), up to " << bound << " tiles (limit " << kMaxInt32 / p.num_kv_heads
+                                   << "), cost up to " << max_total << " ps (limit " << kMaxTotalCost
+                                   << "); plan fewer requests or tokens at once, or use a larger fixed_split_size";
+  }
+  return bound;
+}
+
+}  // namespace
+
+void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
+  const int32_t max_kv_len = CheckLengths(p, qo_indptr, kv_len, num_requests);
+  const int64_t max_items = BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
+  work.Reserve(max_items);
+  cost.Reserve(max_items);
+  cut_tiles.Reserve(p.fixed_split_size > 0 ? max_items / 2 : 0);
+  count = num_cut_tiles = num_cut_items = 0;
+  total_cost = max_cost = max_overhead = max_granule_cost = max_fixed = 0;
+
+  const int32_t group = p.num_qo_heads / p.num_kv_heads;
+  const Band band = p.band;
+  for (int32_t r = 0; r < num_requests; ++r) {
+    const int32_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
+    if (qo_len == 0) continue;
+    const int32_t num_rows = qo_len * group, row0 = qo_indptr[r] * group, kv = kv_len[r];
+    const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
+    const int32_t tile_class = ClassOf(p, num_rows);
+    const TileClass& t = p.tile_classes[tile_class];
+    max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+    max_fixed = std::max(max_fixed, t.fixed);
+    for (int32_t row = 0; row < num_rows;) {
+      const int32_t rows = std::min(t.rows, num_rows - row);
+      // Positions of the tile's first and last token. Divisions only where a request has several tiles.
+      const bool is_whole = rows == num_rows;
+      const int64_t first = is_whole ? pos0 : pos0 + row / group;
+      const int64_t last = is_whole ? kv - 1 : pos0 + (row + rows - 1) / group;
+      int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
+      int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
+      if (begin >= end) begin = end = 0;  // sees nothing
+      const Work tile{.row_begin = row0 + row,
+                      .num_rows = rows,
+                      .kv_head_begin = 0,
+                      .num_kv_heads = p.num_kv_heads,
+                      .kv_list = r,
+                      .kv_begin = static_cast<int32_t>(begin),
+                      .kv_end = static_cast<int32_t>(end),
+                      .kv_pos_base = 0,
+                      .qo_pos_base = static_cast<int32_t>(first),
+                      .tile_class = tile_class,
+                      .out = kFinalRows,
+                      .merge = kNoMerge};
+      const int64_t overhead = t.fixed + t.row * rows;
+      max_overhead = std::max(max_overhead, overhead);
+      if (p.fixed_split_size > 0) {
+        AddPieces(p, tile, t);
+      } else {
+        const int64_t c = std::max<int64_t>(1, overhead + t.kv * (end - begin));
+        work[count] = tile;
+        cost[count++] = c;
+        total_cost += c;
+        max_cost = std::max(max_cost, c);
+      }
+      row += rows;
+    }
+  }
+  Sort();
+}
+
+// The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.
+void Items::AddPieces(const PlanParams& p, const Work& tile, const TileClass& t) {
+  const int32_t first_item = count;
+  int64_t max_piece = 0;
+  int32_t begin = tile.kv_begin;
+  do {
+    const int64_t next_cut = (int64_t{begin} / p.fixed_split_size + 1) * p.fixed_split_size;
+    const auto end = static_cast<int32_t>(std::min<int64_t>(tile.kv_end, next_cut));
+    const int64_t c = std::max<int64_t>(1, t.fixed + t.row * tile.num_rows + t.kv * (end - begin));
+    work[count] = tile;
+    work[count].kv_begin = begin;
+    work[count].kv_end = end;
+    cost[count++] = c;
+    total_cost += c;
+    max_piece = std::max(max_piece, c);
+    begin = end;
+  } while (begin < tile.kv_end);
+  max_cost = std::max(max_cost, max_piece);
+  const int32_t pieces = count - first_item;
+  if (pieces == 1) return;
+  for (int32_t i = first_item; i < count; ++i) work[i].merge = num_cut_tiles;
+  cut_tiles[num_cut_tiles++] = {first_item, pieces, max_piece};
+  num_cut_items += pieces;
+}
+
+// Longest first, ties by index. Costs are compared in units of 2^shift, at most max_cost / 2^15: two counting passes instead of a
+// comparison sort, and no finer difference moves the makespan.
+void Items::Sort() {
+  sort_key_.Reserve(count);
+  order.Reserve(count);
+  order_tmp_.Reserve(count);
+  int shift = 0;
+  while ((max_cost >> shift) > 0xffff) ++shift;
+  int32_t low[256] = {}, high[256] = {};
+  for (int32_t i = 0; i < count; ++i) {
+    const auto key = static_cast<uint16_t>(0xffff - (cost[i] >> shift));
+    sort_key_[i] = key;
+    ++low[key & 0xff];
+    ++high[key >> 8];
+  }
+  int32_t low_sum = 0, high_sum = 0;
+  for (int b = 0; b < 256; ++b) {
+    low_sum += std::exchange(low[b], low_sum);
+    high_sum += std::exchange(high[b], high_sum);
+  }
+  for (int32_t i = 0; i < count; ++i) order_tmp_[low[sort_key_[i] & 0xff]++] = i;
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t item = order_tmp_[i];
+    order[high[sort_key_[item] >> 8]++] = item;
+  }
+}
+
+}  // namespace tvm_infer

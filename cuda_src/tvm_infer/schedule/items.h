@@ -1,0 +1,48 @@
+// Items: the units that a plan lays onto CTAs. An item is a row tile of one request with the keys it sees, or one piece of these keys
+// where a fixed split size cuts them. All KV heads of an item cost the same, so it stands for num_kv_heads equal works.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/schedule/planner.h"
+#include "tvm_infer/schedule/scratch_array.h"
+
+namespace tvm_infer {
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A tile that fixed_split_size cuts: its pieces are the items [first_item, first_item + num_pieces).
+struct CutTile {
+  int32_t first_item;
+  int32_t num_pieces;
+  int64_t max_cost;  // of a piece, one KV head
+};
+
+struct Items {
+  ScratchArray<Work> work;      // everything but heads; `merge` is the index of the item's cut tile, or kNoMerge
+  ScratchArray<int64_t> cost;   // of one KV head, >= 1
+  ScratchArray<int32_t> order;  // longest first
+  ScratchArray<CutTile> cut_tiles;
+  int32_t count, num_cut_tiles, num_cut_items;
+  int64_t total_cost;  // one KV head of every item
+  int64_t max_cost;
+  // Over the tile classes in use: what a piece costs before its first key, what a granule of keys costs, what a work costs at least.
+  int64_t max_overhead, max_granule_cost, max_fixed;
+
+  // Checks lengths (ArgumentError naming the index) and makes the items, in the order of requests, tiles, keys. Then sorts them.
+  void Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
+
+ private:
+  void AddPieces(const PlanParams& p, const Work& tile, const TileClass& t);
+  void Sort();
+  ScratchArray<int32_t> order_tmp_;
+  ScratchArray<uint16_t> sort_key_;
+};
+
+// At most this many tiles for `num_requests` requests with `num_rows` packed rows together, none of them empty: a request of p rows
+// has ceil(p / rows) <= 1 + (p - 1) / rows tiles of the last class, or one of a smaller class.
+inline int64_t MaxTiles(const PlanParams& p, int64_t num_requests, int64_t num_rows) {
+  return num_requests + (num_rows - num_requests) / p.tile_classes[p.num_tile_classes - 1].rows;
+}
+
+}  // namespace tvm_infer

@@ -1,0 +1,76 @@
+// A layout: which CTA computes which heads of which items, and where KV is cut. See layout.cc for how it is found.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/schedule/items.h"
+#include "tvm_infer/schedule/load_tree.h"
+#include "tvm_infer/schedule/planner.h"
+#include "tvm_infer/schedule/scratch_array.h"
+
+namespace tvm_infer {
+
+// A run of KV heads of an item on a CTA: one Work.
+struct Placement {
+  int32_t cta;
+  int32_t kv_head_begin;
+  int32_t num_kv_heads;
+  int32_t partial;  // index of its Partial, or -1: it computes all keys of its item and writes final rows
+};
+
+struct Partial {
+  int32_t kv_begin;
+  int32_t kv_end;
+  int32_t out;
+  int32_t merge;
+};
+
+struct Layout {
+  struct Range {
+    int32_t begin, end;
+  };
+  ScratchArray<Placement> placements;
+  ScratchArray<Range> of_item;  // placements of each item
+  ScratchArray<Partial> partials;
+  ScratchArray<Merge> merges;
+  ScratchArray<int32_t> merge_indptr;
+  ScratchArray<int32_t> merge_slots;
+  int32_t num_placements, num_partials, num_merges;  // a partial is a merge slot
+  int64_t num_partial_rows;
+  int64_t makespan, total_cost;
+
+  // Lays all items so that no CTA is loaded much above `target`, which is at least the mean load.
+  //   may_cut  cut KV where a head fits nowhere. False is returned if a piece of one granule fits nowhere: the target is too low.
+  //            Otherwise a head that fits nowhere goes on top of the least loaded CTA.
+  bool Lay(const PlanParams& p, const Items& items, int64_t target, bool may_cut);
+
+ private:
+  void Start(const PlanParams& p, const Items& items, int64_t target);
+  bool CutHead(const PlanParams& p, const Items& items, int64_t target, int32_t item, int32_t head);
+  void PlaceCutTiles(const PlanParams& p, const Items& items, int64_t target);
+  void PlacePiece(const PlanParams& p, const Items& items, int32_t item);
+
+  LoadTree tree_;
+  ScratchArray<int64_t> load_;    // cost of the CTA's works so far
+  ScratchArray<int64_t> filled_;  // the same, or the target where the CTA takes nothing more
+  struct CutTileRuns {
+    int32_t run;  // KV heads of one work; the same for all pieces, because a merge needs partials of equal rows and heads
+    int32_t first_merge;
+    int64_t first_row;  // partial row of piece 0, head 0; then pieces, heads, rows
+  };
+  ScratchArray<CutTileRuns> cut_runs_;
+};
+
+// A run of heads may end because its CTA is full (not because all heads are placed) only while the CTA has more than
+// target / 2^kRunCutsPerCta left; such a run takes more than half of what is left. So a CTA ends at most this many runs.
+inline constexpr int kRunCutsPerCta = 8;
+// Under a fixed split size a run of heads costs at most 1 / kRunsPerTarget of the target, unless a single head costs more.
+inline constexpr int64_t kRunsPerTarget = 4;
+
+// Upper bounds on any layout of `whole_items` items and `cut_items` more that are pieces of tiles cut at a fixed size.
+struct LayoutBounds {
+  int64_t placements, merges, partials;
+};
+LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_items);
+
+}  // namespace tvm_infer
