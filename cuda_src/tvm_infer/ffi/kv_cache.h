@@ -1,4 +1,96 @@
-// Packed functions of the kv cache: none yet.
+// Packed functions of the paged KV cache. `kv` is the object that kv_cache_create returns; ids are any int64.
+//
+// A step:  kv_cache_begin_forward -> attention_with_kv_cache for each layer -> kv_cache_end_forward (or _cancel_forward).
+// An operation that throws has changed nothing. Errors: kv/cache_manager.h, kv_cache_object.h.
 #pragma once
 
-#define TVM_INFER_KV_CACHE_FUNCTIONS(V)
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/dtype.h>
+
+#include <cstdint>
+
+#include "tvm_infer/ffi/kv_cache_object.h"
+
+#define TVM_INFER_KV_CACHE_FUNCTIONS(V)              \
+  V(attention_with_kv_cache, AttentionWithKVCache)   \
+  V(kv_cache_create, KVCacheCreate)                  \
+  V(kv_cache_add, KVCacheAdd)                        \
+  V(kv_cache_remove, KVCacheRemove)                  \
+  V(kv_cache_fork, KVCacheFork)                      \
+  V(kv_cache_pop, KVCachePop)                        \
+  V(kv_cache_truncate, KVCacheTruncate)              \
+  V(kv_cache_clear, KVCacheClear)                    \
+  V(kv_cache_begin_forward, KVCacheBeginForward)     \
+  V(kv_cache_end_forward, KVCacheEndForward)         \
+  V(kv_cache_cancel_forward, KVCacheCancelForward)   \
+  V(kv_cache_in_forward, KVCacheInForward)           \
+  V(kv_cache_query_positions, KVCacheQueryPositions) \
+  V(kv_cache_position_ids, KVCachePositionIds)       \
+  V(kv_cache_plan, KVCachePlan)                      \
+  V(kv_cache_seq_len, KVCacheSeqLen)                 \
+  V(kv_cache_sequences, KVCacheSequences)            \
+  V(kv_cache_num_free_pages, KVCacheNumFreePages)    \
+  V(kv_cache_bytes, KVCacheBytes)                    \
+  V(kv_cache_bytes_after, KVCacheBytesAfter)         \
+  V(kv_cache_pages_after, KVCachePagesAfter)         \
+  V(kv_cache_page_table, KVCachePageTable)           \
+  V(kv_cache_pages, KVCachePages)                    \
+  V(kv_cache_config, KVCacheConfigOf)                \
+  V(kv_cache_bind, KVCacheBind)                      \
+  V(kv_cache_release, KVCacheRelease)                \
+  V(kv_cache_debug_state, KVCacheDebugState)
+
+namespace tvm_infer::ffi_api {
+
+// Stores k, v of the step's tokens at `layer`, then attends q to all keys of each token's sequence. One call, because a model's
+// compiler takes packed calls as pure and could drop an append whose result nobody reads. Repeatable: a second call stores the same.
+//   q, out  [num_tokens, num_qo_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim]; strided, head_dim contiguous, cache's dtype.
+//   out overlaps none of the others. causal as in begin_forward.
+void AttentionWithKVCache(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                          double sm_scale, int64_t causal, tvm::ffi::TensorView out);
+
+// max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
+// num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.
+PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
+                           int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
+                           int64_t num_threads, DLDevice device);
+
+void KVCacheAdd(PagedKVCache kv, int64_t id);
+void KVCacheRemove(PagedKVCache kv, int64_t id);
+void KVCacheFork(PagedKVCache kv, int64_t parent, int64_t child, int64_t position);  // position -1: all of the parent
+void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens);
+void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length);
+void KVCacheClear(PagedKVCache kv);
+
+// Grows sequence ids[i] by append_lengths[i] tokens and plans the step.
+void KVCacheBeginForward(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths, int64_t causal);
+void KVCacheEndForward(PagedKVCache kv);
+// Takes the step's growth back.
+void KVCacheCancelForward(PagedKVCache kv);
+bool KVCacheInForward(PagedKVCache kv);
+
+// Positions of the step's tokens in their sequences, int64 [num_tokens]; position_ids: the same as [1, num_tokens]. Views.
+tvm::ffi::Tensor KVCacheQueryPositions(PagedKVCache kv);
+tvm::ffi::Tensor KVCachePositionIds(PagedKVCache kv);
+tvm::ffi::Tensor KVCachePlan(PagedKVCache kv);  // of the last step, int32; a view
+
+int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id);
+tvm::ffi::Shape KVCacheSequences(PagedKVCache kv);  // ids, ascending
+int64_t KVCacheNumFreePages(PagedKVCache kv);
+int64_t KVCacheBytes(PagedKVCache kv);  // of the pages in use, all layers
+// Exact use after these sequences grew so far, copies of shared pages counted. Changes nothing; may exceed what the cache has.
+int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
+int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
+tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);
+tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
+// num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page
+tvm::ffi::Shape KVCacheConfigOf(PagedKVCache kv);
+
+// An executable takes the cache for itself (token: its own number, not 0); a second one gets CacheStateError.
+void KVCacheBind(PagedKVCache kv, int64_t token);
+void KVCacheRelease(PagedKVCache kv, int64_t token);
+
+tvm::ffi::Shape KVCacheDebugState(PagedKVCache kv);  // kv::CacheManager::DumpState
+
+}  // namespace tvm_infer::ffi_api

@@ -1,0 +1,123 @@
+#include "tvm_infer/ffi/kv_cache.h"
+
+#include <tvm/ffi/memory.h>
+
+#include "tvm_infer/ffi/common.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+using tvm::ffi::Shape;
+using tvm::ffi::Tensor;
+
+void CheckSameLength(const Shape& ids, const Shape& append_lengths) {
+  if (ids.size() != append_lengths.size()) {
+    TVM_INFER_THROW(ArgumentError) << "argument `append_lengths` has " << append_lengths.size() << " entries and `ids` " << ids.size()
+                                   << "; they must have one for each sequence of the step";
+  }
+}
+
+int64_t PagesAfter(const PagedKVCache& kv, const Shape& ids, const Shape& append_lengths) {
+  CheckSameLength(ids, append_lengths);
+  return kv->manager().PagesAfter(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()));
+}
+
+Shape ToShape(const std::vector<int64_t>& values) { return Shape(values.begin(), values.end()); }
+
+}  // namespace
+
+void AttentionWithKVCache(PagedKVCache kv, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, int64_t causal,
+                          TensorView out) {
+  Guarded([&] { kv->Attention(layer, q, k, v, sm_scale, causal != 0, out); });
+}
+
+PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
+                           int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
+                           int64_t num_threads, DLDevice device) {
+  return Guarded([&] {
+    const KVCacheConfig config{num_layers, num_qo_heads, num_kv_heads, head_dim, dtype,       page_size,
+                               num_pages,  max_batch,    max_tokens,   num_ctas, num_threads, device};
+    return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
+  });
+}
+
+void KVCacheAdd(PagedKVCache kv, int64_t id) {
+  Guarded([&] { kv->manager().Add(id); });
+}
+void KVCacheRemove(PagedKVCache kv, int64_t id) {
+  Guarded([&] { kv->manager().Remove(id); });
+}
+void KVCacheFork(PagedKVCache kv, int64_t parent, int64_t child, int64_t position) {
+  Guarded([&] { kv->manager().Fork(parent, child, position); });
+}
+void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens) {
+  Guarded([&] { kv->manager().Pop(id, num_tokens); });
+}
+void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length) {
+  Guarded([&] { kv->manager().Truncate(id, length); });
+}
+void KVCacheClear(PagedKVCache kv) {
+  Guarded([&] { kv->manager().Clear(); });
+}
+
+void KVCacheBeginForward(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t causal) {
+  Guarded([&] {
+    CheckSameLength(ids, append_lengths);
+    kv->BeginForward(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()), causal != 0);
+  });
+}
+void KVCacheEndForward(PagedKVCache kv) {
+  Guarded([&] { kv->EndForward(); });
+}
+void KVCacheCancelForward(PagedKVCache kv) {
+  Guarded([&] { kv->CancelForward(); });
+}
+bool KVCacheInForward(PagedKVCache kv) { return kv->manager().in_forward(); }
+
+Tensor KVCacheQueryPositions(PagedKVCache kv) {
+  return Guarded([&] { return kv->QueryPositions(1); });
+}
+Tensor KVCachePositionIds(PagedKVCache kv) {
+  return Guarded([&] { return kv->QueryPositions(2); });
+}
+Tensor KVCachePlan(PagedKVCache kv) {
+  return Guarded([&] { return kv->CurrentPlan(); });
+}
+
+int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id) {
+  return Guarded([&] { return int64_t{kv->manager().Length(id)}; });
+}
+Shape KVCacheSequences(PagedKVCache kv) { return ToShape(kv->manager().Ids()); }
+int64_t KVCacheNumFreePages(PagedKVCache kv) { return kv->manager().pool().num_free(); }
+int64_t KVCacheBytes(PagedKVCache kv) { return kv->manager().pool().num_used() * kv->bytes_per_page(); }
+int64_t KVCacheBytesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
+  return Guarded([&] { return PagesAfter(kv, ids, append_lengths) * kv->bytes_per_page(); });
+}
+int64_t KVCachePagesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
+  return Guarded([&] { return PagesAfter(kv, ids, append_lengths); });
+}
+Shape KVCachePageTable(PagedKVCache kv, int64_t id) {
+  return Guarded([&] {
+    const std::vector<int32_t>& pages = kv->manager().Pages(id);
+    return Shape(pages.begin(), pages.end());
+  });
+}
+Tensor KVCachePages(PagedKVCache kv, int64_t layer) {
+  return Guarded([&] { return kv->Pages(layer); });
+}
+Shape KVCacheConfigOf(PagedKVCache kv) {
+  const KVCacheConfig& c = kv->config();
+  return Shape({c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim, c.page_size, c.num_pages, c.max_batch, c.max_tokens, c.num_ctas,
+                c.num_threads, kv->bytes_per_page()});
+}
+
+void KVCacheBind(PagedKVCache kv, int64_t token) {
+  Guarded([&] { kv->Bind(token); });
+}
+void KVCacheRelease(PagedKVCache kv, int64_t token) {
+  Guarded([&] { kv->Release(token); });
+}
+
+Shape KVCacheDebugState(PagedKVCache kv) { return ToShape(kv->manager().DumpState()); }
+
+}  // namespace tvm_infer::ffi_api

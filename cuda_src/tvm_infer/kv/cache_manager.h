@@ -1,0 +1,136 @@
+// Which sequence owns which pages. Pure bookkeeping: no page memory, no kernels, no threads (callers hold their own lock).
+//
+// A sequence is an id, a length in tokens and the pages that hold them: token t is slot t % page_size of pages[t / page_size], and
+// there are exactly ceil(length / page_size) pages. Forks share pages; a page is written by a step only when one sequence owns it
+// (copy-on-write), or when every owner writes it in this step and the longest of them keeps it (below).
+//
+// Strong guarantee: an operation that throws has changed nothing. Errors are Error(kind) of error.h:
+//   UnknownSequenceError  an id that is not there, or is there already        CacheStateError  an operation between begin and end
+//   OutOfPagesError       pages needed, pages free, and what would free some  ArgumentError    a number out of its range
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "tvm_infer/kv/page_pool.h"
+
+namespace tvm_infer::kv {
+
+inline constexpr int64_t kWholeLength = -1;  // Fork(): at the parent's end
+
+struct CacheLimits {
+  int32_t page_size;  // tokens a page
+  int32_t num_pages;
+  int32_t max_batch;   // sequences in one step
+  int32_t max_tokens;  // new tokens in one step, of all its sequences
+};
+
+// The first num_tokens slots of page src go to page dst, in every layer, before anything is appended.
+struct PageCopy {
+  int32_t src, dst, num_tokens;
+};
+
+// What executors read in a step. Row r is the r-th id given to BeginForward().
+struct Step {
+  std::vector<int32_t> qo_indptr;     // [num_requests + 1]: new tokens of request r are [qo_indptr[r], qo_indptr[r + 1])
+  std::vector<int32_t> kv_len;        // [num_requests], new tokens included
+  std::vector<int32_t> page_indptr;   // [num_requests + 1]: request r owns page_indices[page_indptr[r] … page_indptr[r + 1])
+  std::vector<int32_t> page_indices;  // a shared page appears once for each owner
+  std::vector<PageCopy> copies;
+
+  int32_t num_requests() const { return static_cast<int32_t>(kv_len.size()); }
+  int32_t num_tokens() const { return qo_indptr.back(); }
+};
+
+class CacheManager {
+ public:
+  explicit CacheManager(const CacheLimits& limits);
+
+  // Sequences. None of these may be called between BeginForward() and its end.
+  void Add(int64_t id);
+  void Remove(int64_t id);
+  // `child` starts as the first `position` tokens of `parent`, sharing its pages.
+  void Fork(int64_t parent, int64_t child, int64_t position);
+  void Pop(int64_t id, int64_t num_tokens);       // drops the last tokens
+  void Truncate(int64_t id, int64_t new_length);  // drops all tokens from new_length on
+  void Clear();
+
+  // A step: every sequence grows by its append length, and has pages for it, until EndForward() confirms or CancelForward() takes all
+  // of it back (lengths, pages, copies, even the order of free pages). ids must differ; a length of 0 attends nothing.
+  // Allocates nothing once it has seen a step as large (page lists double when they are full).
+  const Step& BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests);
+  void EndForward();
+  void CancelForward();
+  bool in_forward() const { return in_forward_; }
+  // Throws CacheStateError outside of a step.
+  const Step& step() const;
+  const Step& last_step() const { return step_; }
+
+  // Pages in use after these sequences grew by so many tokens, copies counted. Exact; changes nothing; may exceed num_pages.
+  int64_t PagesAfter(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
+
+  const CacheLimits& limits() const { return limits_; }
+  const PagePool& pool() const { return pool_; }
+  int64_t num_sequences() const { return static_cast<int64_t>(slot_of_.size()); }
+  bool Has(int64_t id) const { return slot_of_.count(id) != 0; }
+  int32_t Length(int64_t id) const { return sequences_[Find(id)].length; }
+  const std::vector<int32_t>& Pages(int64_t id) const { return sequences_[Find(id)].pages; }
+  std::vector<int64_t> Ids() const;  // ascending
+
+  // Everything, as integers, for tests: page_size, num_pages, in_forward, number of sequences, number of free pages, the free pages
+  // (next one last), the reference count of every page, then for each sequence (ascending id) its id, length, number of pages, pages.
+  std::vector<int64_t> DumpState() const;
+
+ private:
+  struct Sequence {
+    int64_t id = 0;
+    int32_t length = 0;
+    bool is_live = false;
+    std::vector<int32_t> pages;  // keeps its capacity when the slot is used again
+  };
+  // How to undo one request of the step.
+  struct Undo {
+    int32_t slot, length, num_pages;
+    int32_t shared_page;  // the page that was replaced by a copy, or -1
+  };
+  struct Growth {
+    int64_t new_pages = 0;  // for new tokens
+    int64_t copies = 0;     // of shared pages
+  };
+  // Scratch of a measurement; as large as the largest step so far.
+  struct Scratch {
+    std::vector<int32_t> slots;  // [num_requests] of the sequences
+    std::vector<uint64_t> seen;  // [slots]: the last measurement that met this sequence
+    uint64_t measurement = 0;
+    std::vector<int32_t> writers;    // [num_pages]: requests that write into this shared page; 0 between measurements
+    std::vector<int32_t> keeper;     // [num_pages], where writers > 0: the slot that writes in place, or -1
+    std::vector<int32_t> contested;  // pages with writers > 0
+  };
+
+  int32_t NumPages(int64_t length) const { return static_cast<int32_t>((length + limits_.page_size - 1) / limits_.page_size); }
+  int32_t Find(int64_t id) const;  // throws UnknownSequenceError
+  int32_t NewSlot();
+  void CheckIdle(const char* operation) const;
+  void CheckNew(int64_t id, const char* argument) const;
+  void CheckStep(const int64_t* append_lengths, int64_t num_requests) const;
+  void ShrinkTo(Sequence* sequence, int32_t new_length) noexcept;
+  Growth Measure(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
+  void Reserve(const int64_t* append_lengths, int64_t num_requests);
+  void Grow(const int64_t* append_lengths, int64_t num_requests) noexcept;
+  void FillStep(const int64_t* append_lengths, int64_t num_requests) noexcept;
+  [[noreturn]] void ThrowOutOfPages(const Growth& growth) const;
+  [[noreturn]] void ThrowUnknown(int64_t id) const;
+
+  CacheLimits limits_;
+  PagePool pool_;
+  std::unordered_map<int64_t, int32_t> slot_of_;
+  std::vector<Sequence> sequences_;
+  std::vector<int32_t> free_slots_;
+  bool in_forward_ = false;
+  Step step_;
+  std::vector<Undo> undo_;
+  mutable Scratch scratch_;
+};
+
+}  // namespace tvm_infer::kv
