@@ -1,0 +1,424 @@
+"""The paged KV cache: sequences in reference-counted pages, and the step that every layer of a model shares."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from .. import _array, _ffi
+from ..errors import ArgumentError, DTypeError
+from ..schedule import Plan
+from ..spec import AttentionSpec
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_INT64 = range(-(2**63), 2**63)
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise DTypeError(f"argument `{name}` is {value!r} ({type(value).__name__}); it must be an integer") from None
+    if number not in _INT64:
+        raise ArgumentError(f"argument `{name}` is {number}; it must fit in 64 bits")
+    return number
+
+
+def _integers(values: Iterable[int], name: str) -> Any:
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    try:
+        return tvm_ffi.Shape(tuple(_integer(v, name) for v in values))
+    except TypeError:
+        raise DTypeError(f"argument `{name}` is {values!r}; it must be a list of integers") from None
+
+
+class Step:
+    """What a step knows of its tokens: they come in the order of `ids`, sequence after sequence.
+
+    Attributes
+    ----------
+    cache : the cache that the step runs on.
+    ids, append_lengths : sequences of the step and the new tokens of each.
+    causal : whether a token sees only the keys at its own position and before.
+    """
+
+    def __init__(
+        self, cache: PagedKVCache, ids: tuple[int, ...], append_lengths: tuple[int, ...], causal: bool
+    ) -> None:
+        self.cache = cache
+        self.ids = ids
+        self.append_lengths = append_lengths
+        self.causal = causal
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return sum(self.append_lengths)
+
+    @property
+    def qo_indptr(self) -> np.ndarray:
+        """int32 [len(ids) + 1]: the tokens of sequence ids[i] are rows qo_indptr[i] to qo_indptr[i + 1]."""
+        return np.concatenate([[0], np.cumsum(self.append_lengths)]).astype(np.int32)
+
+    @property
+    def last_rows(self) -> np.ndarray:
+        """int64: the row of each sequence's last new token (sequences without new tokens are left out)."""
+        ends = np.cumsum(self.append_lengths, dtype=np.int64)
+        return ends[np.asarray(self.append_lengths, np.int64) > 0] - 1
+
+    @property
+    def query_positions(self) -> np.ndarray:
+        """int64 [num_tokens]: each token's position in its sequence; a view that the next step overwrites."""
+        return self.cache.query_positions
+
+    @property
+    def position_ids(self) -> Any:
+        """The same as a tensor [1, num_tokens], as models take it."""
+        return self.cache.position_ids
+
+    @property
+    def plan(self) -> Plan:
+        """The step's plan, copied."""
+        return self.cache.plan
+
+    def attention(self, layer: int, q: Any, k: Any, v: Any, *, sm_scale: float | None = None, out: Any = None) -> Any:
+        """:meth:`PagedKVCache.attention` with this step's mask."""
+        return self.cache.attention(layer, q, k, v, sm_scale=sm_scale, causal=self.causal, out=out)
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, in pages that sequences share where they can.
+
+    A sequence is a number that the caller chooses. Its tokens fill pages of `page_size`; forks share pages until one of them writes
+    (copy-on-write). A step says how many tokens each sequence gets, which makes one plan for all layers:
+
+    >>> with cache.forward([7, 8], [1, 5]) as step:              # 1 token for sequence 7, 5 for sequence 8
+    ...     for layer in range(cache.num_layers):
+    ...         o = step.attention(layer, q[layer], k[layer], v[layer])      # [6, num_qo_heads, head_dim]
+
+    The object can be passed to packed functions and to a Relax VM as it is. An operation that raises has changed nothing. Not
+    thread-safe: one thread works on a cache at a time.
+
+    Parameters
+    ----------
+    num_layers : layers, each with its own keys and values.
+    num_qo_heads, num_kv_heads : the first is a multiple of the second (grouped-query attention).
+    head_dim : multiple of 8, from 8 to 256.
+    dtype : "float32", "float16" or "bfloat16": of q, k, v, the cache and the output.
+    page_size : tokens a page.
+    num_pages : pages; memory is taken from the system only as pages are first used.
+    max_batch : sequences in one step.
+    max_tokens : new tokens in one step, all sequences together; a longer prompt is prefilled in chunks.
+    num_ctas : work queues of a plan; None: as many as threads.
+    num_threads : threads of the CPU executor; None: its default (TVM_INFER_NUM_THREADS, else the processors).
+    device : "cpu".
+
+    Raises
+    ------
+    ArgumentError, DTypeError : an argument out of its range. ExecutorError : a device without an executor.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str = "float32",
+        page_size: int = 16,
+        num_pages: int,
+        max_batch: int,
+        max_tokens: int,
+        num_ctas: int | None = None,
+        num_threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise DTypeError(f"argument `dtype` is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        try:
+            dl_device = tvm_ffi.device(device) if isinstance(device, str) else device
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(f'argument `device` is {device!r}; it must be "cpu"') from error
+        handle = _ffi.func("kv_cache_create")(
+            _integer(num_layers, "num_layers"),
+            _integer(num_qo_heads, "num_qo_heads"),
+            _integer(num_kv_heads, "num_kv_heads"),
+            _integer(head_dim, "head_dim"),
+            name,
+            _integer(page_size, "page_size"),
+            _integer(num_pages, "num_pages"),
+            _integer(max_batch, "max_batch"),
+            _integer(max_tokens, "max_tokens"),
+            0 if num_ctas is None else _integer(num_ctas, "num_ctas"),
+            0 if num_threads is None else _integer(num_threads, "num_threads"),
+            dl_device,
+        )
+        self._take(handle, name)
+
+    @classmethod
+    def for_spec(cls, spec: AttentionSpec, num_layers: int, **settings: Any) -> PagedKVCache:
+        """A cache with the heads, head_dim and dtype of `spec`; `settings` are the constructor's other arguments."""
+        return cls(
+            num_layers=num_layers,
+            num_qo_heads=spec.num_qo_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=spec.dtype,
+            **settings,
+        )
+
+    @classmethod
+    def from_handle(cls, handle: Any) -> PagedKVCache:
+        """Wrap the object that the packed function `tvm_infer.kv_cache_create` returned."""
+        self = cls.__new__(cls)
+        self._take(handle, _array.dtype_name(_ffi.func("kv_cache_pages")(handle, 0)))
+        return self
+
+    def _take(self, handle: Any, dtype: str) -> None:
+        self._handle = handle
+        self.dtype = dtype
+        (
+            self.num_layers,
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.page_size,
+            self.num_pages,
+            self.max_batch,
+            self.max_tokens,
+            self.num_ctas,
+            self.num_threads,
+            self.bytes_per_page,
+        ) = (int(x) for x in self._call("config"))
+
+    def __tvm_ffi_object__(self) -> Any:
+        return self._handle
+
+    def _call(self, name: str, *args: Any) -> Any:
+        return _ffi.func(f"kv_cache_{name}")(self._handle, *args)
+
+    # Sequences
+
+    def add_sequence(self, seq_id: int) -> None:
+        """Start an empty sequence. UnknownSequenceError if there is one of this id."""
+        self._call("add", _integer(seq_id, "seq_id"))
+
+    def remove_sequence(self, seq_id: int) -> None:
+        """Forget a sequence; pages that nobody else shares become free. UnknownSequenceError."""
+        self._call("remove", _integer(seq_id, "seq_id"))
+
+    def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
+        """Start `child` as the first `position` tokens of `parent` (-1: all), sharing its pages. Copies nothing.
+
+        UnknownSequenceError : no such parent, or the child exists. ArgumentError : `position` is past the parent's end.
+        """
+        self._call("fork", _integer(parent, "parent"), _integer(child, "child"), _integer(position, "position"))
+
+    def pop(self, seq_id: int, num_tokens: int) -> None:
+        """Drop the last `num_tokens` tokens. ArgumentError if there are fewer."""
+        self._call("pop", _integer(seq_id, "seq_id"), _integer(num_tokens, "num_tokens"))
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Keep the first `length` tokens. ArgumentError if there are fewer."""
+        self._call("truncate", _integer(seq_id, "seq_id"), _integer(length, "length"))
+
+    def clear(self) -> None:
+        """Remove every sequence."""
+        self._call("clear")
+
+    # Steps
+
+    def begin_forward(self, ids: Iterable[int], append_lengths: Iterable[int], *, causal: bool = True) -> None:
+        """Start a step: sequence ids[i] gets append_lengths[i] new tokens, with pages for them, and the step gets its plan.
+
+        Until :meth:`end_forward` or :meth:`cancel_forward`, sequences cannot be changed. Prefer :meth:`forward`.
+
+        Raises
+        ------
+        OutOfPagesError : says how many pages are needed and free, and which sequences would free some.
+        UnknownSequenceError; CacheStateError : a step is under way; ArgumentError : an id twice, a negative length, more than
+        max_batch sequences or max_tokens tokens.
+        """
+        self._call("begin_forward", _integers(ids, "ids"), _integers(append_lengths, "append_lengths"), int(causal))
+
+    def end_forward(self) -> None:
+        """End the step and keep its tokens. CacheStateError outside of a step."""
+        self._call("end_forward")
+
+    def cancel_forward(self) -> None:
+        """End the step and take its tokens back: the cache is as it was before. CacheStateError outside of a step."""
+        self._call("cancel_forward")
+
+    @contextlib.contextmanager
+    def forward(self, ids: Iterable[int], append_lengths: Iterable[int], *, causal: bool = True) -> Iterator[Step]:
+        """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_forward`."""
+        ids, append_lengths = tuple(ids), tuple(append_lengths)
+        self.begin_forward(ids, append_lengths, causal=causal)
+        try:
+            yield Step(self, ids, append_lengths, causal)
+        except BaseException:
+            if self.in_forward:
+                self.cancel_forward()
+            raise
+        self.end_forward()
+
+    def attention(
+        self,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        sm_scale: float | None = None,
+        causal: bool = True,
+        out: Any = None,
+    ) -> Any:
+        """Store k and v of the step's tokens at `layer`, then attend q to all keys of each token's own sequence.
+
+        Parameters
+        ----------
+        q : [num_tokens, num_qo_heads, head_dim], torch, numpy or TVM; the cache's dtype. Strides are honoured, head_dim contiguous.
+        k, v : [num_tokens, num_kv_heads, head_dim].
+        sm_scale : factor on q·k; default 1 / sqrt(head_dim).
+        causal : as the step was begun with.
+        out : as q; allocated, of q's kind, if None. It must not overlap q, k or v.
+
+        Raises
+        ------
+        CacheStateError : no step is under way. PlanMismatchError : another number of tokens than announced, or another mask.
+        ArgumentError, DTypeError : shape, layer or dtype are not the cache's.
+        """
+        if out is None:
+            out = _array.empty_like(q, tuple(q.shape))
+        _ffi.func("attention_with_kv_cache")(
+            self._handle,
+            _integer(layer, "layer"),
+            _array.as_tensor(q, "q"),
+            _array.as_tensor(k, "k"),
+            _array.as_tensor(v, "v"),
+            1.0 / math.sqrt(self.head_dim) if sm_scale is None else float(sm_scale),
+            int(causal),
+            _array.as_tensor(out, "out", output=True),
+        )
+        return out
+
+    @property
+    def in_forward(self) -> bool:
+        """True between begin_forward and its end."""
+        return bool(self._call("in_forward"))
+
+    @property
+    def query_positions(self) -> np.ndarray:
+        """int64 [num_tokens] of the step: each token's position in its sequence; a view that the next step overwrites."""
+        return np.from_dlpack(self._call("query_positions"))
+
+    @property
+    def position_ids(self) -> Any:
+        """The step's positions as an int64 tensor [1, num_tokens], as models take them; a view that the next step overwrites."""
+        return self._call("position_ids")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last step, copied. CacheStateError before the first."""
+        return Plan(np.from_dlpack(self._call("plan")).copy())
+
+    # Room
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence owns."""
+        return int(self._call("num_free_pages"))
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages that sequences own; a shared page counts once."""
+        return self.num_pages - self.num_free_pages
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pages in use, keys and values of all layers."""
+        return int(self._call("bytes"))
+
+    def bytes_after(self, ids: Iterable[int], append_lengths: Iterable[int]) -> int:
+        """Exact `bytes` after these sequences grew so far, copies of shared pages counted. Changes nothing.
+
+        It may exceed ``num_pages * bytes_per_page``: then a step of these lengths would raise OutOfPagesError.
+        """
+        return int(self._call("bytes_after", _integers(ids, "ids"), _integers(append_lengths, "append_lengths")))
+
+    def pages_after(self, ids: Iterable[int], append_lengths: Iterable[int]) -> int:
+        """:meth:`bytes_after` in pages."""
+        return int(self._call("pages_after", _integers(ids, "ids"), _integers(append_lengths, "append_lengths")))
+
+    # Looking inside
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Ids, ascending."""
+        return tuple(int(i) for i in self._call("sequences"))
+
+    def seq_len(self, seq_id: int) -> int:
+        """Tokens of a sequence, those of a step under way included. UnknownSequenceError."""
+        return int(self._call("seq_len", _integer(seq_id, "seq_id")))
+
+    def page_table(self, seq_id: int) -> tuple[int, ...]:
+        """Pages of a sequence, in the order of its tokens."""
+        return tuple(int(p) for p in self._call("page_table", _integer(seq_id, "seq_id")))
+
+    def pages(self, layer: int) -> np.ndarray:
+        """The memory of a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], not copied: keys [:, 0], values [:, 1].
+
+        For debugging. Slots without a token hold anything. bfloat16 comes as ml_dtypes.bfloat16.
+        """
+        tensor = self._call("pages", _integer(layer, "layer"))
+        if self.dtype != "bfloat16":
+            return np.from_dlpack(tensor)
+        import ml_dtypes
+
+        return np.from_dlpack(_ffi.func("view_as")(tensor, "uint16")).view(ml_dtypes.bfloat16)
+
+    def gather(self, seq_id: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a sequence at a layer, copied: two arrays [seq_len, num_kv_heads, head_dim]. For debugging."""
+        length = self.seq_len(seq_id)
+        pages = self.pages(layer)[list(self.page_table(seq_id))]  # [pages, 2, heads, page_size, head_dim]
+        rows = pages.transpose(1, 0, 3, 2, 4).reshape(2, -1, self.num_kv_heads, self.head_dim)[:, :length]
+        return rows[0].copy(), rows[1].copy()
+
+    # Ownership
+
+    def bind(self, token: int) -> None:
+        """Reserve the cache for the executable that has this number (not 0). CacheStateError if another one holds it.
+
+        A captured graph does not know which cache it was captured with, so an executable and its cache belong together.
+        """
+        self._call("bind", _integer(token, "token"))
+
+    def release(self, token: int) -> None:
+        """Undo :meth:`bind`. CacheStateError if another executable holds the cache, or none."""
+        self._call("release", _integer(token, "token"))
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id in self.sequences
+
+    def __bool__(self) -> bool:  # an empty cache is still a cache
+        return True
+
+    def __repr__(self) -> str:
+        state = ", in a step" if self.in_forward else ""
+        return (
+            f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim}, "
+            f"{self.dtype}; {len(self)} sequences in {self.num_used_pages} of {self.num_pages} pages of {self.page_size} tokens, "
+            f"{self.num_free_pages} free, {self.bytes / 2**20:.1f} of {self.num_pages * self.bytes_per_page / 2**20:.1f} MiB{state})"
+        )
