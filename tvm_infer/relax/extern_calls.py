@@ -28,12 +28,12 @@ def attention_with_kv_cache(
         relax.Tuple(
             [
                 kv,
-                relax.PrimValue(layer),
+                relax.prim_value(layer),
                 q,
                 k,
                 v,
-                relax.PrimValue(float(sm_scale)),
-                relax.PrimValue(int(causal)),
+                relax.prim_value(float(sm_scale)),
+                relax.prim_value(int(causal)),
             ]
         ),
         out_ty=out_ty,
@@ -47,4 +47,4 @@ def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:
     """
     from tvm import relax
 
-    return relax.call_dps_packed(MATMUL, relax.Tuple([a, b, relax.PrimValue(int(transpose_b))]), out_ty=out_ty)
+    return relax.call_dps_packed(MATMUL, relax.Tuple([a, b, relax.prim_value(int(transpose_b))]), out_ty=out_ty)

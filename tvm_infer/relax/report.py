@@ -1,0 +1,112 @@
+"""What the pass saw: matched attentions, refused ones with the reason, softmaxes that are no attention, assumptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tvm_infer.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where in the module an operator stands.
+
+    function : name of the Relax function; variable : the binding that holds the operator's result; operator : its name;
+    source : "file:line" where the module knows it, else "".
+    """
+
+    function: str
+    variable: str
+    operator: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.function}/{self.variable}"
+        if self.operator:
+            where += f" ({self.operator})"
+        return f"{where} at {self.source}" if self.source else where
+
+
+@dataclass(frozen=True)
+class Match:
+    """One attention that was rewritten.
+
+    layer : its layer in the KV cache, in program order; form : what it looked like; assumptions : what the proof took for granted.
+    """
+
+    layer: int
+    spec: AttentionSpec
+    form: str
+    location: Location
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why one attention was not rewritten.
+
+    seen : the expression or shape in question; why : the condition that it breaks; fix : what the user can do.
+    """
+
+    location: Location
+    seen: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.why}\n    seen: {self.seen}\n    fix:  {self.fix}"
+
+
+@dataclass(frozen=True)
+class NotAttention:
+    """A softmax that does not mix tokens (a router, a sampler): left alone."""
+
+    location: Location
+    why: str
+
+
+@dataclass
+class RewriteReport:
+    """Everything that one run of RewritePagedAttention met, over all functions it looked at."""
+
+    matched: list[Match] = field(default_factory=list)
+    refused: list[Reason] = field(default_factory=list)
+    not_attention: list[NotAttention] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+    def specs(self) -> list[AttentionSpec]:
+        """The spec of every layer, in program order."""
+        return [match.spec for match in self.matched]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.matched)} attention(s) rewritten, {len(self.refused)} refused, "
+            f"{len(self.not_attention)} softmax(es) left alone"
+        ]
+        if self.matched:
+            header = ("layer", "heads", "head_dim", "dtype", "mask", "sm_scale", "form", "where")
+            rows = [
+                (
+                    str(match.layer),
+                    f"{match.spec.num_qo_heads}/{match.spec.num_kv_heads}",
+                    str(match.spec.head_dim),
+                    match.spec.dtype,
+                    "causal" if match.spec.causal else "full",
+                    f"{match.spec.sm_scale:.6g}",
+                    match.form,
+                    str(match.location),
+                )
+                for match in self.matched
+            ]
+            widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+            lines += [
+                "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+                for row in [header, *rows]
+            ]
+        lines += [f"refused: {reason}" for reason in self.refused]
+        lines += [f"not attention: {item.location}: {item.why}" for item in self.not_attention]
+        assumptions = list(self.assumptions)
+        for match in self.matched:
+            assumptions += [f"layer {match.layer}: {text}" for text in match.assumptions]
+        lines += [f"assumed: {text}" for text in assumptions]
+        return "\n".join(lines)

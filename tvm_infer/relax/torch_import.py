@@ -1,0 +1,276 @@
+"""PyTorch programs as Relax modules: `from_torch` for any torch.export program, `export_hf` for Hugging Face causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import tvm
+from tvm import ir, relax, tirx
+
+from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
+
+from .symbolic import bindings_of, shape_of
+from .match import used_vars
+
+_HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
+_EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A Relax module and the weights that its function takes.
+
+    mod : module with one function `main`; its parameters are the inputs (attribute num_input), then the weights.
+    weights : parameter name -> torch tensor (shares memory with the model), in the order of the parameters.
+    torch_names : parameter name -> name in the model's state_dict.
+    """
+
+    mod: tvm.IRModule
+    weights: Mapping[str, Any]
+    torch_names: Mapping[str, str]
+
+
+def from_torch(program: Any, *, dim_names: Mapping[str, str] = MappingProxyType({}), keep_attention: bool = True) -> ImportedModel:
+    """Import a torch.export program; parameters become inputs of `main`, buffers and constants become constants.
+
+    Parameters
+    ----------
+    program : torch.export.ExportedProgram.
+    dim_names : "input:axis" -> name for the symbolic length of that axis, instead of torch's (s70, …).
+    keep_attention : keep F.scaled_dot_product_attention as one R.nn.attention (with its scale, mask and repeated KV heads) instead of
+        decomposing it; RewritePagedAttention takes both, this form compiles faster.
+
+    Raises
+    ------
+    MissingDependencyError : torch is not installed. ArgumentError : a wrong key in dim_names.
+    """
+    _require("torch", "torch")
+    from tvm.relax.frontend.torch import from_exported_program
+
+    options: dict[str, Any] = {"keep_params_as_input": True}
+    if keep_attention:
+        import torch
+
+        table = torch.export.default_decompositions()
+        table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
+        program = program.run_decompositions(table)
+        options["run_ep_decomposition"] = False
+        options["custom_convert_map"] = {"scaled_dot_product_attention.default": _convert_attention}
+    mod = from_exported_program(program, **options)
+    func = mod["main"].without_attr("params")
+    func = _drop_unused_weights(_name_lengths(func, dim_names))
+    imported = tvm.IRModule({"main": func})
+    targets = {
+        str(spec.arg.name): str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None
+    }
+    names = [str(param.name) for param in func.params[int(func.attrs["num_input"]) :]]
+    weights = {name: program.state_dict[targets[name]].detach() for name in names}
+    return ImportedModel(imported, weights, {name: targets[name] for name in names})
+
+
+def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool = True) -> ImportedModel:
+    """Export a Hugging Face causal language model (LlamaForCausalLM and its kin) for packed tokens.
+
+    `main(input_ids [1, num_tokens] int64, position_ids [1, num_tokens] int64, logit_indices [num_logits] int64, *weights)` returns a
+    tuple of the logits [1, num_logits, vocab_size] of the rows that `logit_indices` names. Attention is causal over the row of tokens
+    and has no mask input, ready for RewritePagedAttention. The model is left as it was.
+
+    Parameters
+    ----------
+    model : a transformers PreTrainedModel with an lm_head, on the CPU.
+    max_tokens : upper bound of num_tokens, which lets TVM plan memory ahead; None leaves it open.
+
+    Raises
+    ------
+    MissingDependencyError : torch or transformers is not installed. ModelError : the model is no causal language model, or one of its
+    layers has an attention that is not plain causal (sliding window, soft cap, sinks).
+    """
+    _require("torch", "torch")
+    _require("transformers", "llm")
+    import torch
+
+    _check_model(model)
+    if max_tokens is not None and max_tokens <= _EXAMPLE_TOKENS:
+        raise ArgumentError(f"max_tokens is {max_tokens}; it must be above {_EXAMPLE_TOKENS}")
+
+    class Packed(torch.nn.Module):
+        """The model as a function of packed tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, position_ids: Any, logit_indices: Any) -> Any:
+            output = self.model(
+                input_ids=input_ids, position_ids=position_ids, logits_to_keep=logit_indices, use_cache=False
+            )
+            return output.logits
+
+    num_tokens = torch.export.Dim("num_tokens", min=2, max=max_tokens)
+    num_logits = torch.export.Dim("num_logits", min=2)
+    device = next(model.parameters()).device
+    inputs = (
+        torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device=device),
+        torch.arange(_EXAMPLE_TOKENS, device=device)[None],
+        torch.arange(_EXAMPLE_LOGITS, device=device),
+    )
+    shapes = {"input_ids": {1: num_tokens}, "position_ids": {1: num_tokens}, "logit_indices": {0: num_logits}}
+    with _plain_causal(model), torch.no_grad():
+        program = torch.export.export(Packed().eval(), inputs, dynamic_shapes=shapes)
+    imported = from_torch(
+        program,
+        dim_names={"input_ids:1": "num_tokens", "logit_indices:0": "num_logits"},
+        keep_attention=keep_attention,
+    )
+    # Packed prefixes every name with "model."
+    torch_names = {name: target.removeprefix("model.") for name, target in imported.torch_names.items()}
+    return ImportedModel(imported.mod, imported.weights, torch_names)
+
+
+def _require(package: str, extra: str) -> None:
+    try:
+        __import__(package)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{package} is not installed, and importing a {package} model needs it: pip install 'tvm_infer[{extra}]'"
+        ) from error
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no causal language model of plain causal layers."""
+    config = getattr(model, "config", None)
+    kind = type(model).__name__
+    if config is None or not callable(getattr(model, "get_output_embeddings", None)) or model.get_output_embeddings() is None:
+        raise ModelError(f"{kind} is not a Hugging Face causal language model: it has no config with an output head")
+    if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is not a causal decoder; only those can be served from a KV cache of past tokens")
+    layers = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    if layers:
+        raise ModelError(f"{kind} has layers of type {layers}; only full_attention layers are supported")
+
+
+@contextmanager
+def _plain_causal(model: Any) -> Iterator[None]:
+    """Give the model, for the time of the export, an attention that is causal by itself and a mask function that makes no mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_HF_ATTENTION, _hf_attention)
+    AttentionMaskInterface.register(_HF_ATTENTION, _hf_mask)
+    was_training, before = model.training, model.config._attn_implementation
+    model.eval()
+    model.config._attn_implementation = _HF_ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        model.train(was_training)
+
+
+def _hf_mask(*args: Any, **kwargs: Any) -> None:
+    """No mask: packed tokens have no padding, and which keys a token sees is the KV cache's affair."""
+
+
+def _hf_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+) -> Any:
+    """Causal attention, query [1, heads, n, head_dim], key and value [1, kv_heads, n, head_dim]; refuses every other kind."""
+    import torch
+
+    for option in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(option) is not None:
+            raise ModelError(f"{type(module).__name__} uses {option}: only plain causal attention is supported")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{type(module).__name__} is not causal: only plain causal attention is supported")
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} got a mask of its own: only plain causal attention is supported")
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _convert_attention(node: Any, importer: Any) -> Any:
+    """aten.scaled_dot_product_attention as R.nn.attention in BSHD layout, with KV heads repeated as enable_gqa says.
+
+    The repeat is explicit because TVM's lowering of R.nn.attention is wrong for unequal head numbers; the pass takes it off again.
+    """
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    emit = importer.block_builder.emit
+    q, k, v = (importer.env[given[name]] for name in names[:3])
+    if given.get("dropout_p"):
+        raise ModelError(f"attention {node.name} has dropout {given['dropout_p']}: export the model in eval mode")
+    rank = len(shape_of(q))
+    if rank == 3:
+        q, k, v = (emit(relax.op.expand_dims(x, 0)) for x in (q, k, v))
+    elif rank != 4:
+        raise ModelError(f"attention {node.name} has {rank} axes; 3 or 4 are supported")
+    q, k, v = (emit(relax.op.permute_dims(x, [0, 2, 1, 3])) for x in (q, k, v))
+    if given.get("enable_gqa"):
+        k, v = (_repeat_heads(emit, x, shape_of(q)[2]) for x in (k, v))
+    bias = given.get("attn_mask")
+    if bias is not None:
+        bias = importer.env[bias]
+        if str(bias.ty.dtype) == "bool":
+            dtype = str(q.ty.dtype)
+            bias = emit(relax.op.where(bias, relax.const(0, dtype), relax.const(float("-inf"), dtype)))
+        axes = [axis for axis in range(4 - len(shape_of(bias)))]
+        bias = emit(relax.op.expand_dims(bias, axes)) if axes else bias
+    output = emit(
+        relax.op.nn.attention(
+            q, k, v, bias, scale=given.get("scale"), causal_mask="TopLeft" if given.get("is_causal") else None
+        )
+    )
+    output = emit(relax.op.permute_dims(output, [0, 2, 1, 3]))
+    return emit(relax.op.squeeze(output, [0])) if rank == 3 else output
+
+
+def _repeat_heads(emit: Any, x: Any, heads: Any) -> Any:
+    """[b, n, kv_heads, d] -> [b, n, heads, d], each KV head heads / kv_heads times in a row."""
+    batch, length, kv_heads, depth = shape_of(x)
+    group = int(heads) // int(kv_heads)
+    if group == 1:
+        return x
+    x = emit(relax.op.expand_dims(x, 3))
+    x = emit(relax.op.broadcast_to(x, [batch, length, kv_heads, group, depth]))
+    return emit(relax.op.reshape(x, [batch, length, heads, depth]))
+
+
+def _name_lengths(func: Any, dim_names: Mapping[str, str]) -> Any:
+    """Rename symbolic lengths and drop torch's lower bounds.
+
+    torch.export takes dynamic lengths to be at least 2 while it traces; the operators it leaves hold for 1 as well (tested), which a
+    decode step of one sequence needs.
+    """
+    upper = dict(func.attrs["tir_var_upper_bound"]) if "tir_var_upper_bound" in func.attrs else {}
+    params = {str(param.name): param for param in func.params}
+    renamed: dict[Any, Any] = {}
+    for key, name in dim_names.items():
+        param, _, axis = key.partition(":")
+        if param not in params or not axis.isdigit() or int(axis) >= len(shape_of(params[param])):
+            raise ArgumentError(f'dim_names has the key {key!r}; it must be "input:axis" of one of {list(params)[:4]}')
+        length = shape_of(params[param])[int(axis)]
+        if not isinstance(length, ir.Var):
+            raise ArgumentError(f"dim_names names axis {key}, which has the length {length}: it is not symbolic")
+        renamed[length] = tirx.Var(name, "int64")
+        if str(length.name) in upper:
+            upper[name] = upper.pop(str(length.name))
+    func = func.without_attr("tir_var_lower_bound")
+    if renamed:
+        func = func.bind_symbolic_vars(renamed)
+    if "tir_var_upper_bound" in func.attrs:
+        known = {str(var.name) for var in relax.analysis.free_symbolic_vars(func)} | set(dim_names.values())
+        func = func.with_attr("tir_var_upper_bound", {k: v for k, v in upper.items() if k in known or not dim_names})
+    return func
+
+
+def _drop_unused_weights(func: Any) -> Any:
+    """Leave out weights that nothing reads (torch lists tied weights under each of their names)."""
+    num_input = int(func.attrs["num_input"])
+    used = {var for binding in bindings_of(func) for var in used_vars(binding.value)} | set(used_vars(func.body.body))
+    params = [*func.params[:num_input], *(param for param in func.params[num_input:] if param in used)]
+    return relax.Function(params, func.body, func.ret_ty, func.is_pure, func.attrs, func.span)
