@@ -24,12 +24,14 @@ from .symbolic import (
     Evaluator,
     Index,
     TooComplexError,
+    UnknownShapeError,
     View,
     bindings_of,
     broadcast_index,
     dtype_of,
     free_vars,
     int_imm,
+    known_shape,
     literal,
     op_name,
     same,
@@ -38,13 +40,23 @@ from .symbolic import (
     walk,
 )
 
-KEEP = 'keep this attention with on_unmatched="keep", or rewrite it as softmax(scale * q @ k^T + mask) @ v over the tokens'
+KEEP = (
+    'keep this attention with on_unmatched="keep", or rewrite it as softmax(scale * q @ k^T + mask) @ v over the tokens'
+)
 
 SOFTMAX = "relax.nn.softmax"
 ATTENTION = ("relax.nn.attention", "relax.nn.attention_bias")
 VAR_LEN_ATTENTION = "relax.nn.attention_var_len"
 # operators that may stand between the softmax and the matmul that consumes it; what they compute is proven later
-_BETWEEN = {*VIEW_RULES, "relax.where", "relax.astype", "relax.multiply", "relax.divide", "relax.full_like", "relax.zeros_like"}
+_BETWEEN = {
+    *VIEW_RULES,
+    "relax.where",
+    "relax.astype",
+    "relax.multiply",
+    "relax.divide",
+    "relax.full_like",
+    "relax.zeros_like",
+}
 
 
 @dataclass(frozen=True)
@@ -110,11 +122,15 @@ class Matcher:
                 if name == SOFTMAX:
                     found.append(self._softmax(binding.var, binding.value, location))
                 elif name == VAR_LEN_ATTENTION:
-                    raise Refusal("R.nn.attention_var_len", "it packs sequences by itself", "export with one packed row of tokens")
+                    raise Refusal(
+                        "R.nn.attention_var_len", "it packs sequences by itself", "export with one packed row of tokens"
+                    )
                 else:
                     found.append(self._fused(binding.var, binding.value, location))
             except Refusal as refusal:
                 found.append(Reason(location, refusal.seen, refusal.why, refusal.fix))
+            except UnknownShapeError as error:
+                found.append(Reason(location, f"tensor {error}", "its shape is not known when compiling", KEEP))
             except TooComplexError:
                 found.append(Reason(location, "the softmax input", "it is too large an expression to evaluate", KEEP))
         return found
@@ -129,8 +145,6 @@ class Matcher:
 
     def _softmax(self, var: Any, call: Any, location: Location) -> Attention | NotAttention:
         shape = shape_of(call)
-        if shape is None:
-            raise Refusal("softmax of a tensor of unknown shape", "its axes cannot be told apart", KEEP)
         axis = int(call.attrs.axis) % len(shape)
         extent = shape[axis]
         products, escapes = self._consumers(var)
@@ -148,7 +162,9 @@ class Matcher:
             raise Refusal(seen, "it mixes tokens, but no matmul consumes its probabilities", KEEP)
         if len(products) > 1 or escapes:
             others = ", ".join(str(other.name) for other in [*products[1:], *escapes])
-            raise Refusal(seen, f"its probabilities are also used by {others}", "do not return or reuse attention weights")
+            raise Refusal(
+                seen, f"its probabilities are also used by {others}", "do not return or reuse attention weights"
+            )
 
         h, i, j, heads, index = self._axes(evaluator, shape, axis, seen)
         value = evaluator.element(call.args[0], index)
@@ -162,7 +178,15 @@ class Matcher:
         v, output_axes, extents = self._product(context, products[0], seen)
         safe = "safe softmax" if len(self._users[var]) > 1 else "softmax"
         return self._attention(
-            context, (q, k, v), products[0], output_axes, extents, f"matmul, {safe}, matmul", location, q_factor * k_factor, seen
+            context,
+            (q, k, v),
+            products[0],
+            output_axes,
+            extents,
+            f"matmul, {safe}, matmul",
+            location,
+            q_factor * k_factor,
+            seen,
         )
 
     def _static_softmax(
@@ -248,7 +272,7 @@ class Matcher:
         depth = ev.bind("d", shape_of(atom.call.args[0])[-1])
         left, right = _dot_operands(atom.call, atom.index, depth)
         sides = []
-        for tensor, index in (left, right):
+        for _, index in (left, right):
             names = [var for part in index for var in free_vars(part)]
             sides.append((any(same(i, var) for var in names), any(same(j, var) for var in names)))
         seen = f"score = {atom.name}[{', '.join(str(part) for part in atom.index)}]"
@@ -287,11 +311,13 @@ class Matcher:
                 "(consecutive query heads share a KV head) is supported"
             )
         tensor = views[-1].tensor
-        raise Refusal(f"{seen}; {name} = {getattr(tensor, 'name', 'constant')} {format_shape(shape_of(tensor))}", problem, KEEP)
+        raise Refusal(
+            f"{seen}; {name} = {getattr(tensor, 'name', 'constant')} {format_shape(known_shape(tensor))}", problem, KEEP
+        )
 
     def _layout(self, ev: Evaluator, view: View, axes: _Axes, token: Any) -> tuple[tuple[int, ...], Any, int] | None:
         """(axes as unit axes, tokens, heads…, head_dim; flat head index; number of heads), None where axes are mixed."""
-        shape = shape_of(view.tensor)
+        shape = known_shape(view.tensor)
         if shape is None:
             return None
         units, tokens, heads, depths = [], [], [], []
@@ -395,19 +421,23 @@ class Matcher:
         ev = Evaluator(self._definitions)
         shapes = [shape_of(argument) for argument in call.args[:3]]
         seen = "R.nn.attention of " + ", ".join(format_shape(shape) for shape in shapes)
-        if any(shape is None for shape in shapes):
-            raise Refusal(seen, "shapes are unknown", KEEP)
         q_shape, k_shape, v_shape = shapes
         for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
             if static_int(shape[0]) != 1:
-                raise Refusal(seen, f"the batch of {name} is {shape[0]}, not 1", "export with batch 1: packed tokens are [1, n]")
+                raise Refusal(
+                    seen, f"the batch of {name} is {shape[0]}, not 1", "export with batch 1: packed tokens are [1, n]"
+                )
             if not ev.equal(shape[1], self._num_tokens):
                 raise Refusal(
-                    seen, f"{name} has {shape[1]} rows, not the {self._num_tokens} current tokens (cross attention)", KEEP
+                    seen,
+                    f"{name} has {shape[1]} rows, not the {self._num_tokens} current tokens (cross attention)",
+                    KEEP,
                 )
         heads, kv_heads, depth = (static_int(dim) for dim in (q_shape[2], k_shape[2], q_shape[3]))
         if heads is None or kv_heads is None or depth is None or static_int(v_shape[3]) != depth or heads % kv_heads:
-            raise Refusal(seen, "heads and head_dim must be fixed, v as wide as q, q heads a multiple of KV heads", KEEP)
+            raise Refusal(
+                seen, "heads and head_dim must be fixed, v as wide as q, q heads a multiple of KV heads", KEEP
+            )
         h, i, j = ev.bind("h", int_imm(heads)), ev.bind("i", self._num_tokens), ev.bind("j", self._num_tokens)
         column = ev.bind("d", int_imm(depth))
         kv_head = ev.simplify(tirx.floordiv(h, int_imm(heads // kv_heads)))
@@ -437,7 +467,9 @@ class Matcher:
         if len(call.args) > 3:
             bias = ev.element(call.args[3], broadcast_index(call.args[3], (int_imm(0), h, i, j)))
             value = tirx.Add(value, bias if str(bias.ty) == dtype else tirx.Cast(dtype, bias))
-        if attrs.causal_mask is not None:  # TopLeft and BottomRight are one mask where queries and keys are the same tokens
+        if (
+            attrs.causal_mask is not None
+        ):  # TopLeft and BottomRight are one mask where queries and keys are the same tokens
             value = tirx.Select(j <= i, value, literal(-math.inf, dtype))
         if attrs.window_size is not None:
             window = int_imm(int(attrs.window_size))
@@ -473,9 +505,7 @@ class Matcher:
         if not scale > 0.0:
             raise Refusal(seen, f"the factor on the score is {scale:g}, not positive", "use a positive softmax scale")
         spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, context.proof.causal, scale)
-        return Attention(
-            spec, q, k, v, output, output_axes, head_extents, form, location, context.proof.assumptions
-        )
+        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, context.proof.assumptions)
 
 
 @dataclass(frozen=True)
@@ -523,7 +553,9 @@ def _dot_operands(call: Any, index: Index, inner: Any) -> tuple[tuple[Any, Index
     """(left tensor, index), (right tensor, index) of one entry of a matmul; `inner` is summed over."""
     a, b = call.args[:2]
     if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
-        raise Refusal(f"matmul of {format_shape(shape_of(a))} and {format_shape(shape_of(b))}", "an operand is a vector", KEEP)
+        raise Refusal(
+            f"matmul of {format_shape(shape_of(a))} and {format_shape(shape_of(b))}", "an operand is a vector", KEEP
+        )
     batch, row, column = index[:-2], index[-2], index[-1]
     left = broadcast_index(a, (*batch, int_imm(0), int_imm(0)))[:-2]
     right = broadcast_index(b, (*batch, int_imm(0), int_imm(0)))[:-2]
@@ -564,4 +596,8 @@ def snap_scale(scale: float, head_dim: int) -> float:
 
 def format_shape(shape: Any) -> str:
     """A shape as "[1, 9, n, n]"."""
-    return "[unknown]" if shape is None else "[" + ", ".join(str(dim).removeprefix("T.int64(").rstrip(")") for dim in shape) + "]"
+    return (
+        "[unknown]"
+        if shape is None
+        else "[" + ", ".join(str(dim).removeprefix("T.int64(").rstrip(")") for dim in shape) + "]"
+    )

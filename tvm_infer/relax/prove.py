@@ -246,7 +246,7 @@ class Resolver:
         if a.coefficient == 0.0 and b.coefficient == 0.0:
             return _compare(expr, a.constant, b.constant)
         # a score is finite: it never equals an infinity
-        infinite = math.isinf(a.constant) and not math.isinf(b.constant) or math.isinf(b.constant) and not math.isinf(a.constant)
+        infinite = math.isinf(a.constant) != math.isinf(b.constant)
         if infinite and isinstance(expr, tirx.EQ | tirx.NE):
             return isinstance(expr, tirx.NE)
         if a.constant == b.constant and math.isinf(a.constant) and isinstance(expr, tirx.EQ | tirx.NE):
@@ -325,7 +325,7 @@ def _prove_causal(
         raise Refusal(
             seen,
             f"the mask is neither causal nor full: `{condition}` decides which keys are seen",
-            f"{supported}; keep this attention with on_unmatched=\"keep\", or change the mask",
+            f'{supported}; keep this attention with on_unmatched="keep", or change the mask',
         ) from None
     except _OpaqueError as error:
         raise _opaque_refusal(evaluator, error.term, seen) from None
@@ -355,7 +355,9 @@ def _assumed_masks(names: set[str]) -> tuple[str, ...]:
 
 def _positive(value: _Affine, seen: str) -> float:
     if not value.coefficient > 0.0 or math.isinf(value.coefficient):
-        raise Refusal(seen, f"the factor on the score is {value.coefficient:g}, not positive", "use a positive softmax scale")
+        raise Refusal(
+            seen, f"the factor on the score is {value.coefficient:g}, not positive", "use a positive softmax scale"
+        )
     return value.coefficient
 
 
@@ -406,14 +408,22 @@ def row_is_never_empty(
 
 
 def resolve_probability(
-    evaluator: Evaluator, expr: Any, probability: Any, i: Any, j: Any, is_score: Callable[[Any], bool], assume_full: Set[str]
+    evaluator: Evaluator,
+    expr: Any,
+    probability: Any,
+    i: Any,
+    j: Any,
+    is_score: Callable[[Any], bool],
+    assume_full: Set[str],
 ) -> bool:
     """Whether what enters the second matmul is the softmax itself, once rows that cannot be empty are known not to be."""
 
     def reduction(atom: Atom) -> float | None:
         return row_is_never_empty(evaluator, atom, i, j, is_score, assume_full)
 
-    resolver = Resolver(evaluator, Region(evaluator, "all", i, j), lambda var: same(var, probability), assume_full, reduction)
+    resolver = Resolver(
+        evaluator, Region(evaluator, "all", i, j), lambda var: same(var, probability), assume_full, reduction
+    )
     try:
         return resolver.affine(expr) == _Affine(1.0, 0.0)
     except (_UndecidedError, _OpaqueError):

@@ -13,7 +13,7 @@ from tvm_infer.errors import ArgumentError, MatchError, ModelError
 from . import extern_calls
 from .match import Attention, Matcher, Operand, format_shape
 from .report import Match, NotAttention, RewriteReport
-from .symbolic import dtype_of, same, shape_of, static_int
+from .symbolic import dtype_of, known_shape, same, shape_of, static_int
 from .views import simplify_views
 
 PACKED_INPUTS = ("input_ids", "position_ids")
@@ -98,15 +98,21 @@ class RewritePagedAttention:
         names = [str(param.name) for param in func.params]
         unknown = [mask for mask in self.assume_full if mask not in names]
         if unknown:
-            raise ArgumentError(f"assume_full names {unknown}, which are no parameters of {name!r}; it has {names[:num_input]}")
+            raise ArgumentError(
+                f"assume_full names {unknown}, which are no parameters of {name!r}; it has {names[:num_input]}"
+            )
         if self.kv_param_name in names:
-            raise ArgumentError(f"kv_param_name {self.kv_param_name!r} is a parameter of {name!r} already; choose another name")
+            raise ArgumentError(
+                f"kv_param_name {self.kv_param_name!r} is a parameter of {name!r} already; choose another name"
+            )
         num_tokens = shape_of(func.params[names.index(PACKED_INPUTS[0])])[1]
         found = Matcher(name, func, num_tokens, func.params[:num_input], set(self.assume_full)).run()
         attentions: list[Attention] = []
         for item in found:
             if isinstance(item, Attention):
-                self.report.matched.append(Match(len(attentions), item.spec, item.form, item.location, item.assumptions))
+                self.report.matched.append(
+                    Match(len(attentions), item.spec, item.form, item.location, item.assumptions)
+                )
                 attentions.append(item)
             elif isinstance(item, NotAttention):
                 self.report.not_attention.append(item)
@@ -135,7 +141,7 @@ def _packed_problem(func: Any) -> str | None:
     for name in PACKED_INPUTS:
         if name not in params:
             return f"it has no parameter {name} (its parameters: {', '.join(list(params)[:8])}{', …' if len(params) > 8 else ''})"
-        shape = shape_of(params[name])
+        shape = known_shape(params[name])
         if shape is None or len(shape) != 2 or static_int(shape[0]) != 1:
             return f"{name} has shape {format_shape(shape)}, not [1, n]"
         if not dtype_of(params[name]).startswith("int"):

@@ -31,6 +31,10 @@ class TooComplexError(Exception):
     """The element depends on more than MAX_OPERATORS operators."""
 
 
+class UnknownShapeError(Exception):
+    """A tensor whose shape is needed and not known."""
+
+
 @dataclass(frozen=True)
 class Atom:
     """What an opaque scalar variable stands for.
@@ -74,12 +78,20 @@ def static_int(expr: Any) -> int | None:
     return int(expr.value) if isinstance(expr, tirx.IntImm) else None
 
 
-def shape_of(expr: Any) -> tuple[Any, ...] | None:
+def known_shape(expr: Any) -> tuple[Any, ...] | None:
     """Dimensions of a tensor expression, None where its shape is unknown."""
     ty = expr.ty
     if isinstance(ty, relax.TensorType) and isinstance(ty.shape, relax.ShapeExpr):
         return tuple(ty.shape.values)
     return None
+
+
+def shape_of(expr: Any) -> tuple[Any, ...]:
+    """Dimensions of a tensor expression; raises UnknownShapeError."""
+    shape = known_shape(expr)
+    if shape is None:
+        raise UnknownShapeError(getattr(expr, "name", "tensor"))
+    return shape
 
 
 def dtype_of(expr: Any) -> str:
@@ -225,7 +237,7 @@ class Evaluator:
 
     def _reduction(self, tensor: Any, call: Any, index: Index) -> Any:
         operand = call.args[0]
-        shape = shape_of(operand)
+        shape = known_shape(operand)
         if shape is None or call.attrs.axis is None:
             return self.atom("load", tensor, index)
         axes = {int(axis) % len(shape) for axis in call.attrs.axis}
@@ -285,7 +297,7 @@ class Evaluator:
 
     def _scalar(self, expr: Any) -> float | None:
         """The value of a tensor of one element that is constant."""
-        shape = shape_of(expr)
+        shape = known_shape(expr)
         if shape is None or any(static_int(dim) != 1 for dim in shape):
             return None
         try:
@@ -421,7 +433,7 @@ def substitute(expr: Any, values: Mapping[Any, Any]) -> Any:
 
 def broadcast_index(operand: Any, index: Index) -> Index:
     """Index into an operand that is broadcast to the rank and shape that `index` addresses."""
-    shape = shape_of(operand)
+    shape = known_shape(operand)
     if shape is None:
         return index
     tail = index[len(index) - len(shape) :]
@@ -438,7 +450,7 @@ def _permute(ev: Evaluator, call: Any, index: Index) -> Index | None:
 
 
 def _reshape(ev: Evaluator, call: Any, index: Index) -> Index | None:
-    return reshape_index(ev, shape_of(call.args[0]), shape_of(call), index)
+    return reshape_index(ev, known_shape(call.args[0]), known_shape(call), index)
 
 
 def _expand_dims(ev: Evaluator, call: Any, index: Index) -> Index | None:
@@ -447,7 +459,7 @@ def _expand_dims(ev: Evaluator, call: Any, index: Index) -> Index | None:
 
 
 def _squeeze(ev: Evaluator, call: Any, index: Index) -> Index | None:
-    shape = shape_of(call.args[0])
+    shape = known_shape(call.args[0])
     if shape is None:
         return None
     if call.attrs.axis is None:
@@ -459,11 +471,11 @@ def _squeeze(ev: Evaluator, call: Any, index: Index) -> Index | None:
 
 
 def _broadcast_to(ev: Evaluator, call: Any, index: Index) -> Index | None:
-    return None if shape_of(call.args[0]) is None else broadcast_index(call.args[0], index)
+    return None if known_shape(call.args[0]) is None else broadcast_index(call.args[0], index)
 
 
 def _strided_slice(ev: Evaluator, call: Any, index: Index) -> Index | None:
-    shape = shape_of(call.args[0])
+    shape = known_shape(call.args[0])
     fields = [argument.fields for argument in call.args[1:]]
     if shape is None or len(fields) < 2:
         return None
@@ -495,7 +507,7 @@ def split_view(ev: Evaluator, call: Any, output: int, index: Index) -> Index | N
     """Index into the operand of `split` for element `index` of its `output`-th piece."""
     if op_name(call) != "relax.split":
         return None
-    shape = shape_of(call.args[0])
+    shape = known_shape(call.args[0])
     if shape is None:
         return None
     axis = int(call.attrs.axis) % len(shape)
@@ -642,7 +654,7 @@ def _astype(ev: Evaluator, call: Any, index: Index) -> Any:
 
 def _full(ev: Evaluator, call: Any, index: Index) -> Any:
     fill = call.args[1]
-    value = ev._element(fill, tuple(int_imm(0) for _ in shape_of(fill) or ()))
+    value = ev._element(fill, tuple(int_imm(0) for _ in known_shape(fill) or ()))
     dtype = dtype_of(call)
     return value if str(value.ty) == dtype else tirx.Cast(dtype, value)
 
@@ -681,7 +693,7 @@ def _concat(ev: Evaluator, call: Any, index: Index) -> Any:
     offset: Any = int_imm(0)
     pieces: list[tuple[Any, Any]] = []  # (end of the piece along the axis, its element)
     for part in parts.fields:
-        shape = shape_of(part)
+        shape = known_shape(part)
         if shape is None:
             return None
         source = list(index)

@@ -13,8 +13,8 @@ from tvm import ir, relax, tirx
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from .symbolic import bindings_of, shape_of
 from .match import used_vars
+from .symbolic import bindings_of, shape_of
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1
@@ -34,7 +34,9 @@ class ImportedModel:
     torch_names: Mapping[str, str]
 
 
-def from_torch(program: Any, *, dim_names: Mapping[str, str] = MappingProxyType({}), keep_attention: bool = True) -> ImportedModel:
+def from_torch(
+    program: Any, *, dim_names: Mapping[str, str] = MappingProxyType({}), keep_attention: bool = True
+) -> ImportedModel:
     """Import a torch.export program; parameters become inputs of `main`, buffers and constants become constants.
 
     Parameters
@@ -144,7 +146,11 @@ def _check_model(model: Any) -> None:
     """Refuse what is no causal language model of plain causal layers."""
     config = getattr(model, "config", None)
     kind = type(model).__name__
-    if config is None or not callable(getattr(model, "get_output_embeddings", None)) or model.get_output_embeddings() is None:
+    if (
+        config is None
+        or not callable(getattr(model, "get_output_embeddings", None))
+        or model.get_output_embeddings() is None
+    ):
         raise ModelError(f"{kind} is not a Hugging Face causal language model: it has no config with an output head")
     if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind} is not a causal decoder; only those can be served from a KV cache of past tokens")
@@ -218,7 +224,7 @@ def _convert_attention(node: Any, importer: Any) -> Any:
         if str(bias.ty.dtype) == "bool":
             dtype = str(q.ty.dtype)
             bias = emit(relax.op.where(bias, relax.const(0, dtype), relax.const(float("-inf"), dtype)))
-        axes = [axis for axis in range(4 - len(shape_of(bias)))]
+        axes = list(range(4 - len(shape_of(bias))))
         bias = emit(relax.op.expand_dims(bias, axes)) if axes else bias
     output = emit(
         relax.op.nn.attention(

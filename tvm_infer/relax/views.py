@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import relax
 
-from .symbolic import Evaluator, bindings_of, dtype_of, op_name, same, shape_of, static_int
+from .symbolic import Evaluator, bindings_of, dtype_of, known_shape, op_name, same, shape_of, static_int
 
 _ORDER_PRESERVING = ("relax.reshape", "relax.squeeze", "relax.expand_dims")
 _MOVES = (*_ORDER_PRESERVING, "relax.permute_dims")
@@ -29,7 +29,7 @@ def simplify_views(func: Any) -> Any:
         bindings = []
         for binding in block.bindings:
             value = binding.value
-            if op_name(value) in _MOVES and shape_of(value) is not None:
+            if op_name(value) in _MOVES and known_shape(value) is not None:
                 root = _root(definitions, roots, binding.var)
                 if root is not None:
                     roots[binding.var] = root
@@ -54,8 +54,13 @@ def _root(definitions: Any, roots: Any, var: Any) -> Any | None:
     own = [(x, dim) for x, dim in zip(index, shape, strict=True) if static_int(dim) != 1]
     found = None
     for view in evaluator.views(var, index):
-        source_shape = shape_of(view.tensor)
-        if view.factor != 1.0 or source_shape is None or same(view.tensor, var) or dtype_of(view.tensor) != dtype_of(value):
+        source_shape = known_shape(view.tensor)
+        if (
+            view.factor != 1.0
+            or source_shape is None
+            or same(view.tensor, var)
+            or dtype_of(view.tensor) != dtype_of(value)
+        ):
             continue
         parts = [(part, dim) for part, dim in zip(view.index, source_shape, strict=True) if static_int(dim) != 1]
         if len(parts) == len(own) and all(
@@ -66,7 +71,13 @@ def _root(definitions: Any, roots: Any, var: Any) -> Any | None:
 
 
 def _same_shape(tensor: Any, other: Any) -> bool:
-    a, b = shape_of(tensor), shape_of(other)
-    return a is not None and b is not None and len(a) == len(b) and all(
-        same(x, y) or (static_int(x) is not None and static_int(x) == static_int(y)) for x, y in zip(a, b, strict=True)
+    a, b = known_shape(tensor), known_shape(other)
+    return (
+        a is not None
+        and b is not None
+        and len(a) == len(b)
+        and all(
+            same(x, y) or (static_int(x) is not None and static_int(x) == static_int(y))
+            for x, y in zip(a, b, strict=True)
+        )
     )
