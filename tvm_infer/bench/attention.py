@@ -149,6 +149,7 @@ def run(
     threads = ops.num_threads()
     isa = _ffi.func("cpu_info")().split()[0]
     console = Console()
+    console = Console(width=max(console.width, 150))  # a table that wraps cannot be read
     bandwidth = read_bandwidth(threads)
     rows = [
         measure_workload(w, peers, bandwidth)
