@@ -13,6 +13,7 @@ from .spec import AttentionSpec
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .blas import matmul, set_blas
     from .compiler import compile as compile
     from .ops import append, append_attention, attention, merge, plan, ragged_attention, workspace_size
     from .runtime import PagedKVCache
@@ -27,9 +28,11 @@ __all__ = [
     "attention",
     "compile",
     "errors",
+    "matmul",
     "merge",
     "plan",
     "ragged_attention",
+    "set_blas",
     "workspace_size",
 ]
 
@@ -41,9 +44,11 @@ _LAZY = {
     "append_attention": "ops",
     "attention": "ops",
     "compile": "compiler",
+    "matmul": "blas",
     "merge": "ops",
     "plan": "ops",
     "ragged_attention": "ops",
+    "set_blas": "blas",
     "workspace_size": "ops",
 }
 

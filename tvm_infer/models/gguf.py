@@ -124,7 +124,9 @@ def _config(fields: _Fields, tensor_names: set[str]) -> LlamaConfig:
     head_dim = int(fields.get("llama.attention.key_length", hidden // heads))
     rope_dim = int(fields.get("llama.rope.dimension_count", head_dim))
     if rope_dim != head_dim:
-        raise errors.ModelError(f"{fields.path} rotates {rope_dim} of {head_dim} dimensions: partial rope is not supported")
+        raise errors.ModelError(
+            f"{fields.path} rotates {rope_dim} of {head_dim} dimensions: partial rope is not supported"
+        )
     return LlamaConfig(
         vocab_size=len(fields.need("tokenizer.ggml.tokens")),
         hidden_size=hidden,
@@ -185,7 +187,9 @@ def _unpack(path: pathlib.Path, folder: pathlib.Path, progress: Progress) -> Non
     try:
         import gguf
     except ImportError as e:
-        raise errors.MissingDependencyError(f"reading {path} needs the package gguf: pip install 'tvm_infer[llm]'") from e
+        raise errors.MissingDependencyError(
+            f"reading {path} needs the package gguf: pip install 'tvm_infer[llm]'"
+        ) from e
     progress("reading the model file", 0.0)
     try:
         reader = gguf.GGUFReader(path)
@@ -205,7 +209,9 @@ def _unpack(path: pathlib.Path, folder: pathlib.Path, progress: Progress) -> Non
                 raise errors.ModelError(f"{path} has the tensor {tensor.name!r}, which a plain Llama has not")
             weight = gguf.dequantize(tensor.data, tensor.tensor_type)
             if weight.shape != shapes[name]:
-                raise errors.ModelError(f"{path}: {tensor.name} has shape {list(weight.shape)}, expected {list(shapes[name])}")
+                raise errors.ModelError(
+                    f"{path}: {tensor.name} has shape {list(weight.shape)}, expected {list(shapes[name])}"
+                )
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight = unpermute_rope(weight, config.num_qo_heads if "q_proj" in name else config.num_kv_heads)
             out.write(bytes(-out.tell() % ALIGNMENT))
@@ -232,7 +238,9 @@ def _unpack(path: pathlib.Path, folder: pathlib.Path, progress: Progress) -> Non
 def _write_tokenizer(fields: _Fields, folder: pathlib.Path) -> None:
     kind = fields.need("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise errors.ModelError(f"{fields.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') is supported")
+        raise errors.ModelError(
+            f"{fields.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') is supported"
+        )
     text = byte_level_bpe(
         fields.need("tokenizer.ggml.tokens"),
         fields.need("tokenizer.ggml.token_type"),

@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <optional>
 
 #include "tvm_infer/error.h"
 
@@ -19,7 +18,7 @@ std::mutex g_set_mutex;
 // An environment variable for as long as the library loads, unless the user has set it.
 class DefaultEnv {
  public:
-  DefaultEnv(const char* name, const char* value) : name_(getenv(name) == nullptr && value != nullptr ? name : nullptr) {
+  DefaultEnv(const char* name, const char* value) : name_(getenv(name) == nullptr ? name : nullptr) {
     if (name_ != nullptr) setenv(name_, value, 1);
   }
   ~DefaultEnv() {
@@ -31,19 +30,6 @@ class DefaultEnv {
  private:
   const char* name_;
 };
-
-// OpenBLAS (up to 0.3.34) takes an AMD processor newer than it knows for a Haswell. Its AVX-512 kernels are named after SkylakeX;
-// measured on a family 26 processor, [256,576] x [576,1536]: 1.1 ms instead of 2.0.
-const char* CoreOverride() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
-    return "SkylakeX";
-  }
-#endif
-  return nullptr;
-}
 
 template <typename F>
 F Symbol(void* handle, const std::string& path, const std::string& name, bool is_required) {
@@ -63,7 +49,6 @@ void SetBlas(const std::string& path, const std::string& prefix) {
   {
     // No threads of its own: they would spin against ours.
     DefaultEnv threads("OPENBLAS_NUM_THREADS", "1");
-    DefaultEnv core("OPENBLAS_CORETYPE", CoreOverride());
     handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   }
   if (handle == nullptr) {
@@ -89,5 +74,7 @@ const Blas& GetBlas() {
   }
   return *blas;
 }
+
+bool HasBlas() { return g_blas.load(std::memory_order_acquire) != nullptr; }
 
 }  // namespace tvm_infer::cpu

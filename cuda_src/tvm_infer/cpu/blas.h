@@ -29,5 +29,6 @@ void SetBlas(const std::string& path, const std::string& prefix);
 
 // The library in force. Throws Error("MissingDependencyError") if none was set.
 const Blas& GetBlas();
+bool HasBlas();
 
 }  // namespace tvm_infer::cpu

@@ -23,9 +23,13 @@ Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
     TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has rank " << tensor.ndim() << ", shape " << ShapeString(tensor)
                                    << "; it must have rank 2 or more: " << dims;
   }
-  CheckLastDimContiguous(tensor, name);
   const int last = tensor.ndim() - 1;
-  Matrix matrix{1, tensor.size(last), tensor.size(last)};
+  Matrix matrix{1, tensor.size(last), std::max<int64_t>(tensor.size(last), 1)};
+  if (tensor.numel() == 0) {  // has any strides: numpy exports zeros
+    for (int axis = 0; axis < last; ++axis) matrix.rows *= tensor.size(axis);
+    return matrix;
+  }
+  CheckLastDimContiguous(tensor, name);
   bool has_stride = false;  // dimensions of size 1 have any stride
   int64_t next = 0;         // the stride that continues the rows so far
   for (int axis = last - 1; axis >= 0; --axis) {
@@ -33,7 +37,7 @@ Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
     if (!has_stride) {
       matrix.row_stride = tensor.stride(axis);
       has_stride = true;
-    } else if (tensor.stride(axis) != next && tensor.size(axis) != 0) {
+    } else if (tensor.stride(axis) != next) {
       TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(tensor) << ", has stride " << tensor.stride(axis)
                                      << " in dimension " << axis << "; rows must be evenly spaced (stride " << next
                                      << " there) to be one matrix. Make it contiguous first";
@@ -73,8 +77,9 @@ void Matmul(TensorView a, TensorView b, int64_t transpose_b, TensorView out) {
       TVM_INFER_THROW(ArgumentError) << "argument `out`, shape " << ShapeString(out) << ", has " << out_mat.rows << " rows; `a`, shape "
                                      << ShapeString(a) << ", has " << a_mat.rows;
     }
-    const cpu::MatmulArgs args{a_mat.rows,       out_mat.cols,      a_mat.cols,       DataPtr<const float>(a), a_mat.row_stride,
-                               DataPtr<const float>(b), b_mat.row_stride, transpose_b != 0, DataPtr<float>(out), out_mat.row_stride};
+    const cpu::MatmulArgs args{
+        a_mat.rows,       out_mat.cols,     a_mat.cols,          DataPtr<const float>(a), a_mat.row_stride, DataPtr<const float>(b),
+        b_mat.row_stride, transpose_b != 0, DataPtr<float>(out), out_mat.row_stride};
     cpu::Matmul(args, 0);
   });
 }
@@ -85,5 +90,7 @@ tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix) {
     return tvm::ffi::String(cpu::GetBlas().core);
   });
 }
+
+tvm::ffi::String BlasPath() { return tvm::ffi::String(cpu::HasBlas() ? cpu::GetBlas().path : ""); }
 
 }  // namespace tvm_infer::ffi_api

@@ -8,7 +8,8 @@
 
 #define TVM_INFER_MATMUL_FUNCTIONS(V) \
   V(matmul, Matmul)                   \
-  V(set_blas, SetBlas)
+  V(set_blas, SetBlas)                \
+  V(blas_path, BlasPath)
 
 namespace tvm_infer::ffi_api {
 
@@ -21,5 +22,8 @@ void Matmul(tvm::ffi::TensorView a, tvm::ffi::TensorView b, int64_t transpose_b,
 
 // Opens the BLAS library at `path`, symbols `prefix` + "cblas_sgemm" …, for this process; returns the kernels it chose ("SkylakeX"), or "".
 tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix);
+
+// The library in force, or "".
+tvm::ffi::String BlasPath();
 
 }  // namespace tvm_infer::ffi_api

@@ -1,0 +1,89 @@
+"""The packaged BLAS behind `tvm_infer.matmul`, found and opened once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pathlib
+import sys
+from typing import Any
+
+from . import _array, _ffi, errors
+
+_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
+
+
+def set_blas(path: str | os.PathLike[str] | None = None, prefix: str = "") -> str:
+    """Choose the BLAS library that matrix products run on, for this process.
+
+    The library is asked for one thread a call: tvm_infer cuts the work for its own threads. OPENBLAS_CORETYPE, if set, limits what
+    kernels OpenBLAS takes.
+
+    Parameters
+    ----------
+    path : the shared library; None: the OpenBLAS of the package scipy-openblas32 (extra `blas`).
+    prefix : of its symbols, "scipy_" for scipy-openblas32; a library without one has cblas_sgemm itself.
+
+    Returns
+    -------
+    The kernels that OpenBLAS chose for this processor ("SkylakeX", …), or "" for another library.
+
+    Raises
+    ------
+    MissingDependencyError : no path is given and the package is not installed. ArgumentError : the library cannot be opened, or
+    has no such symbols; what was set before stays.
+    """
+    if path is None:
+        path, prefix = _packaged_blas(), _PREFIX
+    return str(_ffi.func("set_blas")(os.fspath(path), prefix))
+
+
+def _packaged_blas() -> pathlib.Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise errors.MissingDependencyError(
+            "matmul on the CPU needs a BLAS and the package scipy-openblas32 is not installed: pip install 'tvm_infer[blas]', or name "
+            "another library with tvm_infer.set_blas(path, prefix)"
+        )
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    folder = pathlib.Path(spec.submodule_search_locations[0]) / "lib"
+    return folder / f"libscipy_openblas.{suffix}"
+
+
+@functools.cache
+def _set_default() -> None:
+    set_blas()
+
+
+def ensure_blas() -> None:
+    """Open the packaged BLAS unless the process has one already."""
+    if not _ffi.func("blas_path")():
+        _set_default()
+
+
+def matmul(a: Any, b: Any, *, transpose_b: bool = False, out: Any = None) -> Any:
+    """out = a @ b, or a @ b.T, in float32.
+
+    Parameters
+    ----------
+    a : [..., m, k], rank >= 2; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
+    b : [k, n], or [n, k] with `transpose_b` (the layout of a torch Linear weight).
+    out : [..., m, n], overwritten; allocated if None, of the kind of `a`.
+
+    Raises
+    ------
+    ArgumentError : shapes that do not fit, strided last dimension. DTypeError : not float32 (16-bit floats are refused: cast first).
+    MissingDependencyError : no BLAS is installed (extra `blas`).
+    """
+    ensure_blas()
+    if out is None:
+        if len(a.shape) < 2 or len(b.shape) != 2:
+            raise errors.ArgumentError(
+                f"arguments `a`, `b` have shapes {list(a.shape)}, {list(b.shape)}; they must be [..., m, k] and of rank 2"
+            )
+        out = _array.empty_like(a, (*a.shape[:-1], b.shape[0 if transpose_b else 1]))
+    _ffi.func("matmul")(
+        _array.as_tensor(a, "a"), _array.as_tensor(b, "b"), int(transpose_b), _array.as_tensor(out, "out", output=True)
+    )
+    return out
