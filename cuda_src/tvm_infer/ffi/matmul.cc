@@ -35,15 +35,15 @@ Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
   for (int axis = last - 1; axis >= 0; --axis) {
     if (tensor.size(axis) == 1) continue;
     if (!has_stride) {
-      matrix.row_stride = tensor.stride(axis);
+      matrix.row_stride = Stride(tensor, axis);
       has_stride = true;
-    } else if (tensor.stride(axis) != next) {
-      TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(tensor) << ", has stride " << tensor.stride(axis)
-                                     << " in dimension " << axis << "; rows must be evenly spaced (stride " << next
+    } else if (Stride(tensor, axis) != next) {
+      TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(tensor) << ", has stride "
+                                     << Stride(tensor, axis) << " in dimension " << axis << "; rows must be evenly spaced (stride " << next
                                      << " there) to be one matrix. Make it contiguous first";
     }
     matrix.rows *= tensor.size(axis);
-    next = tensor.size(axis) * tensor.stride(axis);
+    next = tensor.size(axis) * Stride(tensor, axis);
   }
   if (matrix.rows > 1 && matrix.row_stride < matrix.cols) {
     TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(tensor) << ", has row stride " << matrix.row_stride
