@@ -127,7 +127,7 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
       if (p.fixed_split_size > 0) {
         AddPieces(p, tile, t);
       } else {
-        const int64_t c = std::max<int64_t>(1, overhead + t.kv * (end - begin));
+        const int64_t c = CostOf(t, overhead, end - begin);
         work[count] = tile;
         cost[count++] = c;
         total_cost += c;
@@ -147,7 +147,7 @@ void Items::AddPieces(const PlanParams& p, const Work& tile, const TileClass& t)
   do {
     const int64_t next_cut = (int64_t{begin} / p.fixed_split_size + 1) * p.fixed_split_size;
     const auto end = static_cast<int32_t>(std::min<int64_t>(tile.kv_end, next_cut));
-    const int64_t c = std::max<int64_t>(1, t.fixed + t.row * tile.num_rows + t.kv * (end - begin));
+    const int64_t c = CostOf(t, t.fixed + t.row * tile.num_rows, end - begin);
     work[count] = tile;
     work[count].kv_begin = begin;
     work[count].kv_end = end;

@@ -2,6 +2,7 @@
 // where a fixed split size cuts them. All KV heads of an item cost the same, so it stands for num_kv_heads equal works.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "tvm_infer/schedule/planner.h"
@@ -10,6 +11,9 @@
 namespace tvm_infer {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of one work and KV head. At least 1 ps, so that a CTA with work is never the least loaded for free.
+inline int64_t CostOf(const TileClass& t, int64_t overhead, int64_t num_keys) { return std::max<int64_t>(1, overhead + t.kv * num_keys); }
 
 // A tile that fixed_split_size cuts: its pieces are the items [first_item, first_item + num_pieces).
 struct CutTile {

@@ -108,14 +108,14 @@ bool Layout::CutHead(const PlanParams& p, const Items& items, int64_t target, in
     const int32_t cta = tree_.Min();
     const int64_t room = target - filled_[cta];
     int64_t end = work.kv_end;
-    is_last = overhead + t.kv * (end - begin) <= room;
+    is_last = CostOf(t, overhead, end - begin) <= room;
     if (!is_last) {
       // As many granules as fit, leaving at least one for the next piece.
       const int64_t fit = room < overhead ? 0 : (room - overhead) / t.kv;
       end = std::min(begin + fit, end - granule) / granule * granule;
       if (end < begin + granule) return false;
     }
-    const int64_t cost = overhead + t.kv * (end - begin);
+    const int64_t cost = CostOf(t, overhead, end - begin);
     const auto slot = static_cast<int32_t>(num_partial_rows);
     placements[num_placements++] = {cta, head, 1, num_partials};
     partials[num_partials] = {static_cast<int32_t>(begin), static_cast<int32_t>(end), slot, num_merges};

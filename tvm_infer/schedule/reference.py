@@ -1,0 +1,319 @@
+"""The planner again, in plain Python: what cuda_src/tvm_infer/schedule does, to the byte. For reading and for tests, not for speed.
+
+Section 3.3.1, Algorithm 1 of arXiv 2501.01005, with runs of KV heads and with KV cut only where that shortens the makespan.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import plan as fmt
+
+_RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
+_RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
+_MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and one work's fixed cost
+
+
+class TileClass(NamedTuple):
+    """See plan.h."""
+
+    rows: int
+    kv_granule: int
+    fixed: int
+    row: int
+    kv: int
+
+
+class Item(NamedTuple):
+    """A row tile of a request with the keys it sees, or a piece of these keys; all KV heads cost the same."""
+
+    request: int
+    tile_class: int
+    row_begin: int
+    num_rows: int
+    kv_begin: int
+    kv_end: int
+    position: int  # of the first row's token
+    overhead: int  # cost before the first key
+    tile: int  # items of one tile have the same number
+
+    def cost(self, tile_class: TileClass) -> int:
+        return max(1, self.overhead + tile_class.kv * (self.kv_end - self.kv_begin))
+
+
+class Placed(NamedTuple):
+    """A run of KV heads of an item on a CTA: a Work."""
+
+    item: int
+    cta: int
+    head: int
+    num_heads: int
+    kv_begin: int
+    kv_end: int
+    out: int = -1
+    merge: int = -1
+
+
+@dataclass
+class Layout:
+    """Who computes what."""
+
+    load: list[int]
+    placed: list[Placed] = field(default_factory=list)
+    merges: list[tuple[int, int, int, int, list[int]]] = field(default_factory=list)  # row, rows, head, heads, slots
+    partial_rows: int = 0
+
+
+def make_items(
+    qo_indptr: Any, kv_len: Any, group: int, band: tuple[int, int], fixed: int, classes: list[TileClass]
+) -> list[Item]:
+    """Row tiles of every request, in order; with a fixed split size, their pieces."""
+    items: list[Item] = []
+    tile = 0
+    for r, kv in enumerate(kv_len):
+        qo_len = qo_indptr[r + 1] - qo_indptr[r]
+        num_rows = qo_len * group
+        c = next((i for i, t in enumerate(classes) if t.rows >= num_rows), len(classes) - 1)
+        for row in range(0, num_rows, classes[c].rows):
+            rows = min(classes[c].rows, num_rows - row)
+            first, last = kv - qo_len + row // group, kv - qo_len + (row + rows - 1) // group
+            begin = 0 if band[0] < 0 else max(0, first - band[0])
+            end = kv if band[1] < 0 else min(kv, last + band[1] + 1)
+            if begin >= end:  # sees nothing: one work that writes O = 0, LSE = -inf
+                begin = end = 0
+            cuts = [k for k in range(0, end, fixed) if begin < k] if fixed > 0 else []
+            overhead = classes[c].fixed + classes[c].row * rows
+            for b, e in zip([begin, *cuts], [*cuts, end], strict=True):
+                items.append(Item(r, c, qo_indptr[r] * group + row, rows, b, e, first, overhead, tile))
+            tile += 1
+    return items
+
+
+def lay(
+    items: list[Item],
+    order: list[int],
+    classes: list[TileClass],
+    heads: int,
+    num_ctas: int,
+    target: int,
+    may_cut: bool,
+) -> Layout | None:
+    """Lay items onto CTAs, longest first, so that no CTA is loaded much above the target; None if it is too low for cuts."""
+    out = Layout([0] * num_ctas)
+    costs = [item.cost(classes[item.tile_class]) for item in items]
+    filled = [0] * num_ctas  # load, or the target where the CTA takes nothing more
+    max_load = target + max(costs, default=0) * heads
+    shift = max(0, max_load.bit_length() - 63 + (num_ctas - 1).bit_length())
+    heap = [(0, cta) for cta in range(num_ctas)]  # the least loaded CTA is the only one that ever changes
+
+    def put(i: int, head: int, n: int, begin: int, end: int, cost: int, *, out_row: int = -1, merge: int = -1) -> None:
+        cta = heap[0][1]
+        out.placed.append(Placed(i, cta, head, n, begin, end, out_row, merge))
+        out.load[cta] += n * cost
+        is_cut_short = may_cut and out_row >= 0 and end < items[i].kv_end
+        filled[cta] = target if is_cut_short else filled[cta] + n * cost
+        heapq.heapreplace(heap, (filled[cta] >> shift, cta))
+
+    # Tiles cut at a fixed size: all pieces have the same runs of heads, and their partial rows and merges are known beforehand.
+    pieces: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        pieces.setdefault(item.tile, []).append(i)
+    runs: dict[int, tuple[int, int, int]] = {}
+    for tile, members in pieces.items():
+        if len(members) == 1:
+            continue
+        run = min(heads, max(1, target // (_RUNS_PER_TARGET * max(costs[i] for i in members))))
+        runs[tile] = (run, len(out.merges), out.partial_rows)
+        row, rows = items[members[0]].row_begin, items[members[0]].num_rows
+        for head in range(0, heads, run):
+            slots = [out.partial_rows + (i * heads + head) * rows for i in range(len(members))]
+            out.merges.append((row, rows, head, min(run, heads - head), slots))
+        out.partial_rows += len(members) * heads * rows
+
+    def cut_head(i: int, head: int) -> bool:
+        item = items[i]
+        kv, granule = classes[item.tile_class].kv, classes[item.tile_class].kv_granule
+        begin, slots, is_last = item.kv_begin, [], False
+        while not is_last:
+            room = target - filled[heap[0][1]]
+            end = item.kv_end
+            is_last = max(1, item.overhead + kv * (end - begin)) <= room
+            if not is_last:  # as many granules as fit, leaving at least one for the next piece
+                end = min(begin + max(0, room - item.overhead) // kv, end - granule) // granule * granule
+                if end < begin + granule:
+                    return False
+            cost = max(1, item.overhead + kv * (end - begin))
+            put(i, head, 1, begin, end, cost, out_row=out.partial_rows, merge=len(out.merges))
+            slots.append(out.partial_rows)
+            out.partial_rows += item.num_rows
+            begin = end
+        out.merges.append((item.row_begin, item.num_rows, head, 1, slots))
+        return True
+
+    for i in order:
+        item, cost, head = items[i], costs[i], 0
+        if item.tile in runs:
+            run, first_merge, first_row = runs[item.tile]
+            piece = i - pieces[item.tile][0]
+            for h in range(0, heads, run):
+                row = first_row + (piece * heads + h) * item.num_rows
+                n = min(run, heads - h)
+                put(i, h, n, item.kv_begin, item.kv_end, cost, out_row=row, merge=first_merge + h // run)
+            continue
+        while head < heads:
+            room = target - filled[heap[0][1]]
+            n = heads - head
+            if n * cost > room:
+                if cost > room and may_cut:
+                    if not cut_head(i, head):
+                        return None
+                    head += 1
+                    continue
+                # heads that fit, and one on top where none does or where hardly any room is left
+                n = room // cost + (room <= target >> _RUN_CUTS_PER_CTA) if cost <= room else 1
+            put(i, head, n, item.kv_begin, item.kv_end, cost)
+            head += n
+    return out
+
+
+def regular_target(
+    items: list[Item], longest: Item, classes: list[TileClass], heads: int, num_ctas: int, mean: int, limit: int
+) -> int:
+    """The lowest target, in granules of the longest item, at which cutting all heads alike needs one piece a CTA at most."""
+    step = classes[longest.tile_class].kv * classes[longest.tile_class].kv_granule
+
+    def is_enough(target: int) -> bool:
+        pieces = 0
+        for item in items:
+            t = classes[item.tile_class]
+            fit = (target - item.overhead) // (t.kv * t.kv_granule) * t.kv_granule
+            if item.cost(t) <= target:
+                pieces += 1
+            elif fit < 1:
+                return False
+            else:
+                pieces += -(-(item.kv_end - item.kv_begin) // fit)
+        return pieces * heads <= num_ctas
+
+    low, high = max(1, -((longest.overhead - mean) // step)), (limit - longest.overhead) // step + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(longest.overhead + middle * step) else (middle + 1, high)
+    return min(limit, longest.overhead + low * step)
+
+
+def choose(
+    items: list[Item], order: list[int], classes: list[TileClass], heads: int, num_ctas: int, fixed: int
+) -> Layout:
+    """The layout without cuts, unless one with cuts is shorter by more than a merge costs."""
+    costs = [item.cost(classes[item.tile_class]) for item in items]
+    mean = max(1, -(-sum(costs) * heads // num_ctas))
+    used = [classes[c] for c in {item.tile_class for item in items}]
+    overhead = max((item.overhead for item in items), default=0)
+    granule = max((t.kv * t.kv_granule for t in used), default=0)
+    targets = [mean + overhead + granule // 2, mean + overhead + granule, mean + overhead + 3 * granule]
+    whole = lay(items, order, classes, heads, num_ctas, targets[0], False)
+    assert whole is not None
+    min_gain = max((t.fixed for t in used), default=0) + mean // _MIN_GAIN_FRACTION
+    if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
+        return whole
+    if len(items) * heads <= num_ctas:
+        targets.append(regular_target(items, items[order[0]], classes, heads, num_ctas, mean, targets[2]))
+    targets.sort()
+    if max(whole.load) <= targets[0] + min_gain:
+        return whole
+    cut = next(filter(None, (lay(items, order, classes, heads, num_ctas, target, True) for target in targets)))
+    return cut if max(cut.load) + min_gain < max(whole.load) else whole
+
+
+def capture_key(
+    num_ctas: int, num_qo_heads: int, num_kv_heads: int, band: tuple[int, int], fixed: int, classes: list[TileClass]
+) -> int:
+    """The digest of everything but lengths: splitmix64's finaliser over a running state."""
+    mask, key = 2**64 - 1, 0
+    scalars = [fmt.PLAN_VERSION, num_ctas, num_qo_heads, num_kv_heads, *band, fixed, len(classes)]
+    for value in [*scalars, *(v for t in classes for v in t)]:
+        z = (key + 0x9E3779B97F4A7C15 + value) & mask
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        key = z ^ (z >> 31)
+    return key
+
+
+def plan(
+    qo_indptr: Any,
+    kv_len: Any,
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    num_ctas: int,
+    tile_table: Any,
+    band: tuple[int, int] = (-1, 0),
+    fixed_split_size: int = 0,
+) -> np.ndarray:
+    """The plan of a batch as int32 words, exactly its bytes_used. Arguments as in :func:`tvm_infer.plan`; they are not checked.
+
+    tile_table : five integers per class: rows, kv_granule, fixed, row, kv.
+    """
+    qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in kv_len]
+    values = [int(v) for v in tile_table]
+    classes = [TileClass(*values[i : i + 5]) for i in range(0, len(values), 5)]
+    items = make_items(qo_indptr, kv_len, num_qo_heads // num_kv_heads, band, fixed_split_size, classes)
+    costs = [item.cost(classes[item.tile_class]) for item in items]
+    shift = max(0, max(costs, default=0).bit_length() - 16)  # costs are compared by 16 bits
+    order = sorted(range(len(items)), key=lambda i: (-(costs[i] >> shift), i))
+    layout = choose(items, order, classes, num_kv_heads, num_ctas, fixed_split_size)
+
+    # Works of a CTA in the order of items, and of one item in the order they were placed.
+    placed = sorted(layout.placed, key=lambda w: (w.cta, w.item))
+    works = []
+    for w in placed:
+        i = items[w.item]
+        rows, heads, keys = (i.row_begin, i.num_rows), (w.head, w.num_heads), (i.request, w.kv_begin, w.kv_end, 0)
+        works.append((*rows, *heads, *keys, i.position, i.tile_class, w.out, w.merge))
+    slots = [m[4] for m in layout.merges]
+    arrays = {
+        "works": np.array(works, fmt.WORK),
+        "work_indptr": np.cumsum([0, *np.bincount([w.cta for w in placed], minlength=num_ctas)]).astype(np.int32),
+        "merges": np.array([m[:4] for m in layout.merges], fmt.MERGE),
+        "merge_indptr": np.cumsum([0, *map(len, slots)]).astype(np.int32),
+        "merge_slots": np.array([s for part in slots for s in part], np.int32),
+        "qo_indptr": np.array(qo_indptr, np.int32),
+        "kv_len": np.array(kv_len, np.int32),
+        "tile_classes": np.array(classes, fmt.TILE_CLASS),
+    }
+    header = np.zeros(1, fmt.HEADER)
+    key = capture_key(num_ctas, num_qo_heads, num_kv_heads, band, fixed_split_size, classes)
+    values_of = {
+        "magic": fmt.PLAN_MAGIC,
+        "version": fmt.PLAN_VERSION,
+        "capture_key": key,
+        "num_ctas": num_ctas,
+        "num_requests": len(kv_len),
+        "num_tokens": qo_indptr[-1],
+        "num_kv_heads": num_kv_heads,
+        "group_size": num_qo_heads // num_kv_heads,
+        "num_kv_lists": len(kv_len),
+        "num_works": len(works),
+        "num_merges": len(layout.merges),
+        "num_merge_slots": len(arrays["merge_slots"]),
+        "num_partial_rows": layout.partial_rows,
+        "band_left": band[0],
+        "band_right": band[1],
+        "num_tile_classes": len(classes),
+        "makespan": max(layout.load),
+        "total_cost": sum(layout.load),
+    }
+    words = bytearray(header.nbytes)
+    for name, array in arrays.items():
+        values_of[f"{name}_offset"] = len(words) if array.size else 0
+        words += array.tobytes() + bytes(-array.nbytes % 16)
+    values_of["bytes_used"] = len(words)
+    for name, value in values_of.items():
+        header[0][name] = value
+    words[: header.nbytes] = header.tobytes()
+    return np.frombuffer(bytes(words), np.int32)
