@@ -202,7 +202,7 @@ PLAN_ERRORS = [
     (
         "partial rows",
         errors.WorkspaceError,
-        ["partial buffers hold 1 rows", "plan_capacity"],
+        ["max_partial_rows", "1", "64"],
         {"out": np.zeros(9999, np.int32), "max_partial_rows": 1, "fixed_split_size": 2},
     ),
 ]
