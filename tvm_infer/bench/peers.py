@@ -90,7 +90,9 @@ class TvmTir:
         heads = (workload.num_kv_heads, workload.num_qo_heads, workload.head_dim, workload.dtype, False, {})
         make = _decode_kernels._attention_decode_cpu if decode else _prefill_kernels._attention_prefill_cpu
         function = make(*heads, workload.page_size)
-        library = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), tvm.target.Target({"kind": "llvm"}))
+        library = tvm.compile(
+            tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), tvm.target.Target({"kind": "llvm"})
+        )
         # TVM's tables have no garbage entries and no empty pages at the end of a request
         pages = [
             batch.kv_page_indices[batch.kv_page_indptr[r] : batch.kv_page_indptr[r] + -(-n // workload.page_size)]

@@ -1,0 +1,84 @@
+"""The command line: help, doctor, errors as one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from tvm_infer import __version__, doctor, env
+from tvm_infer.cli import main
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"]])
+def test_help(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0 and "Usage:" in result.output
+
+
+def test_version():
+    assert invoke("--version").output.strip().endswith(__version__)
+
+
+def test_doctor_says_why_an_executor_is_not_usable():
+    result = invoke("doctor", "--json")
+    data = json.loads(result.output)
+    by_name = {e["name"]: e for e in data["executors"]}
+    assert by_name["cpu"]["usable"] and "threads" in by_name["cpu"]["detail"]
+    assert not by_name["cuda sm_90a"]["usable"] and by_name["cuda sm_90a"]["detail"]
+    assert data["packages"]["apache-tvm"].startswith("0.27.")
+    assert data["tvm"]["cuBLAS"] == "no"  # the wheel ships none
+    assert set(data["settings"]) == {s.name for s in env.SETTINGS}
+
+
+def test_doctor_prints_tables():
+    output = invoke("doctor").output
+    for word in ("apache-tvm-ffi", "nvcc", "cache folder", "executors", "TVM_INFER_NUM_THREADS"):
+        assert word in output
+
+
+def test_doctor_without_a_driver(monkeypatch):
+    def no_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", no_library)
+    assert doctor.gpus() == ("no driver (libcuda.so.1 not found)", [])
+
+
+def test_doctor_with_a_driver_that_fails(monkeypatch):
+    class Cuda:
+        def cuInit(self, flags):
+            return 100
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Cuda())
+    message, devices = doctor.gpus()
+    assert "error 100" in message and devices == []
+    assert next(e for e in doctor.executors() if e.name != "cpu").detail == message
+
+
+def test_nvcc_absent(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda *a, **k: None)
+    assert doctor.nvcc() is None
+
+
+def test_cache_dir_follows_the_setting(monkeypatch, tmp_path):
+    monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path / "x"))
+    assert env.cache_dir() == tmp_path / "x"
+    assert f"{tmp_path / 'x'} (not made yet)" in json.loads(invoke("doctor", "--json").output)["cache folder"]
+
+
+def test_errors_are_one_line_and_exit_1():
+    result = invoke("bench", "attention", "--suite", "nonsense")
+    assert result.exit_code == 1
+    assert result.stderr.strip().startswith("ArgumentError: argument `suite` is 'nonsense'")
+    assert "Traceback" not in result.output + result.stderr
+
+
+def test_unknown_peer_and_workload_are_named():
+    assert "'triton'" in invoke("bench", "attention", "--peers", "triton").stderr
+    assert "'decode b9'" in invoke("bench", "attention", "--workload", "decode b9").stderr

@@ -1,0 +1,65 @@
+"""The README and docs run: every python block is executed, every command and file they name exists."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    """(page:line, code) of each python block; a block marked `python no-run` is an excerpt."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            found.append((f"{page.name}:{text[: match.start()].count(chr(10)) + 1}", match.group(1)))
+    return found
+
+
+@pytest.mark.parametrize(("where", "code"), python_blocks(), ids=[b[0] for b in python_blocks()])
+def test_python_blocks_run(where, code, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, f"{where}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("script", ["examples/run.sh", "tests/run.sh", "tests/build.sh", "tests/lint.sh", ".ci/run"])
+def test_scripts_are_executable_and_parse(script):
+    path = REPO / script
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_examples_have_help():
+    for example in sorted((REPO / "examples").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, str(example), "--help"], capture_output=True, text=True, check=False, cwd=REPO
+        )
+        assert done.returncode == 0 and "usage" in done.stdout.lower(), f"{example.name}\n{done.stderr[-2000:]}"
+
+
+def test_the_first_example_runs(tmp_path):
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, str(REPO / "examples/01_packed_attention.py"), "--plot", str(tmp_path / "plan.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "largest difference from torch" in done.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 1000
