@@ -1,0 +1,141 @@
+"""Host time of the planner, through its packed function: random batches, 132 CTAs, 8 KV heads in groups of 4."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import _ffi
+from ..errors import ArgumentError
+from ..schedule import Plan
+
+NUM_CTAS, NUM_QO_HEADS, NUM_KV_HEADS = 132, 32, 8
+# An H200-like table (rows, kv_granule, fixed, row, kv): a decode tile reads 512 bytes a key at 1/132 of 4.4 TB/s, a prefill tile of
+# 128 rows does 65,536 FLOP a key at 1/132 of 790 TFLOP/s; a work starts and ends in 1.5 to 2.5 us.
+TILE_TABLE = (64, 64, 1_500_000, 5_000, 15_300, 128, 128, 2_500_000, 10_000, 11_000)
+_DISTINCT = 20  # batches of a workload, planned in turn: no branch predictor learns one batch by heart
+
+
+@dataclass(frozen=True)
+class PlanWorkload:
+    """Batches of one kind: `make` draws (qo_len, kv_len) of every request. `bar_us`: what planning may take, if anything."""
+
+    name: str
+    make: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    bar_us: float | None = None
+
+
+def _decode(num_requests: int, longest: int = 8192) -> Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]:
+    return lambda rng: (np.ones(num_requests, np.int64), rng.integers(1, longest + 1, num_requests))
+
+
+def _prefill(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    lengths = rng.integers(128, 4097, 16)
+    return lengths, lengths
+
+
+def _mixed(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    kv_len = rng.integers(1024, 8193, 64)
+    return np.where(np.arange(64) < 4, rng.integers(128, 1025, 64), 1), kv_len
+
+
+WORKLOADS = (
+    PlanWorkload("64 decode, kv 1-8192", _decode(64), 15.0),
+    PlanWorkload("16 prefill, 128-4096", _prefill, 50.0),
+    PlanWorkload("1024 decode, kv 1-8192", _decode(1024), 100.0),
+    PlanWorkload("1 decode, kv 1-131072", _decode(1, 131072)),
+    PlanWorkload("8 decode, kv 1-8192", _decode(8)),
+    PlanWorkload("60 decode + 4 chunks of 128-1024", _mixed),
+    PlanWorkload("4096 decode, kv 1-8192", _decode(4096)),
+)
+
+
+def measure(workload: PlanWorkload, repeats: int) -> dict[str, Any]:
+    """Microseconds of `repeats` plans in steady state, and what the plans are like."""
+    import tvm_ffi
+
+    make, capacity_of = _ffi.func("plan"), _ffi.func("plan_capacity")
+    rng = np.random.default_rng(0)
+    settings = (NUM_QO_HEADS, NUM_KV_HEADS, NUM_CTAS, 1, -1, 0, tvm_ffi.Shape(TILE_TABLE))
+    batches = []
+    for _ in range(_DISTINCT):
+        qo_len, kv_len = workload.make(rng)
+        indptr = np.concatenate([[0], np.cumsum(qo_len)]).astype(np.int32)
+        plan_bytes, partial_rows = capacity_of(*settings, len(kv_len), int(indptr[-1]), 0)
+        out = np.zeros(plan_bytes // 4, np.int32)
+        batches.append((indptr, kv_len.astype(np.int32), *settings, partial_rows, out))
+    for batch in batches:
+        make(*batch)
+    times = []
+    for i in range(repeats):
+        batch = batches[i % _DISTINCT]
+        start = time.perf_counter_ns()
+        make(*batch)
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    plans = [Plan(batch[-1]) for batch in batches]
+    return {
+        "workload": workload.name,
+        "median_us": float(np.median(times)),
+        "p90_us": float(np.quantile(times, 0.9)),
+        "bar_us": workload.bar_us,
+        "balance": float(np.mean([plan.balance for plan in plans])),
+        "works": float(np.mean([plan.num_works for plan in plans])),
+        "merges": float(np.mean([plan.num_merges for plan in plans])),
+        "bytes": float(np.mean([plan.bytes_used for plan in plans])),
+    }
+
+
+def run(json_path: str | None = None, repeats: int = 300) -> dict[str, Any]:
+    """Measure every workload, print a table, write JSON if asked, and return the results.
+
+    Raises
+    ------
+    ArgumentError : repeats is less than 1.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if repeats < 1:
+        raise ArgumentError(f"argument `repeats` is {repeats}; it must be at least 1")
+    rows = [measure(workload, repeats) for workload in WORKLOADS]
+    results = {
+        "num_ctas": NUM_CTAS,
+        "num_qo_heads": NUM_QO_HEADS,
+        "num_kv_heads": NUM_KV_HEADS,
+        "tile_table": list(TILE_TABLE),
+        "repeats": repeats,
+        "rows": rows,
+    }
+    table = Table(
+        title=f"planner: {NUM_CTAS} CTAs, {NUM_KV_HEADS} KV heads in groups of {NUM_QO_HEADS // NUM_KV_HEADS}, "
+        f"{repeats} plans each",
+        title_justify="left",
+        caption="balance: mean load / load of the busiest CTA, as predicted; means over the batches",
+        caption_justify="left",
+    )
+    table.add_column("batch")
+    for column in ("median µs", "p90 µs", "bar µs", "balance", "works", "merges", "bytes"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        bar = row["bar_us"]
+        mark = "" if bar is None else f"{bar:.0f} {'✓' if row['median_us'] <= bar else '✗'}"
+        counts = [f"{row[key]:.0f}" for key in ("works", "merges", "bytes")]
+        table.add_row(
+            row["workload"],
+            f"{row['median_us']:.1f}",
+            f"{row['p90_us']:.1f}",
+            mark,
+            f"{row['balance']:.3f}",
+            *counts,
+        )
+    console = Console()
+    Console(width=max(console.width, 110)).print(table)
+    if json_path:
+        with open(json_path, "w") as f:
+            json.dump(results, f, indent=2)
+    return results
