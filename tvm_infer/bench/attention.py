@@ -21,7 +21,7 @@ _TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
 
 def read_bandwidth(num_threads: int, gib: float = 0.5) -> float:
     """GB/s at which `num_threads` threads read memory that no cache holds."""
-    data = np.ones(int(gib * 2**30) // 4, np.float32)
+    data = np.ones(int(gib * 2**24) * 16, np.float32)
     f = _ffi.func("cpu_stream_read")
     timing = measure(lambda: f(data, num_threads), seconds=1.0, min_runs=10)
     return data.nbytes / timing.median / 1e3
@@ -75,7 +75,7 @@ def _batch(workload: Workload) -> PagedBatch:
 def measure_workload(workload: Workload, peers: list[str], bandwidth: float) -> dict[str, Any]:
     """One row: correctness first, then our time, the planner's, and each peer's."""
     batch = _batch(workload)
-    settings = {
+    settings: dict[str, Any] = {
         "num_qo_heads": workload.num_qo_heads,
         "num_kv_heads": workload.num_kv_heads,
         "head_dim": workload.head_dim,
@@ -85,8 +85,10 @@ def measure_workload(workload: Workload, peers: list[str], bandwidth: float) -> 
     out = np.zeros_like(batch.q)
     workspace = np.empty(max(1, plan.num_partial_rows * (workload.head_dim + 1)), np.float32)
 
+    tables: dict[str, Any] = batch.tables
+
     def run() -> None:
-        ops.attention(batch.q, batch.kv_cache, plan, out=out, workspace=workspace, **batch.tables)
+        ops.attention(batch.q, batch.kv_cache, plan, out=out, workspace=workspace, **tables)
 
     expected, _ = batch.reference()
     run()

@@ -87,7 +87,14 @@ class TvmTir:
         if workload.dtype == "bfloat16":
             raise Skipped("TVM's CPU kernels do not compile for bfloat16")
         decode = all(n == 1 for n in workload.qo_lens)
-        heads = (workload.num_kv_heads, workload.num_qo_heads, workload.head_dim, workload.dtype, False, {})
+        heads: tuple[Any, ...] = (
+            workload.num_kv_heads,
+            workload.num_qo_heads,
+            workload.head_dim,
+            workload.dtype,
+            False,
+            {},
+        )
         make = _decode_kernels._attention_decode_cpu if decode else _prefill_kernels._attention_prefill_cpu
         function = make(*heads, workload.page_size)
         library = tvm.compile(
