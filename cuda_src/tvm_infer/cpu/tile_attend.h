@@ -140,14 +140,14 @@ OuterScoresFn OuterScoresOf(int n) {
 }
 
 template <typename T>
-using AddValuesFn = void (*)(const float*, int, const T* const*, int, int, int, float*, int, const void* const*, int);
-template <typename T, int R>
+using AddValuesFn = void (*)(const float*, int, const T* const*, int, int, int, float*, int, const T* const*);
+template <typename T, int R, bool kFetch>
 AddValuesFn<T> AddValuesOf(int n) {
   if constexpr (kTileVecs == 4) {
-    if (n == 4) return AddValues<T, R, 4>;
-    if (n == 3) return AddValues<T, R, 3>;
+    if (n == 4) return AddValues<T, R, 4, kFetch>;
+    if (n == 3) return AddValues<T, R, 3, kFetch>;
   }
-  return n == 2 ? AddValues<T, R, 2> : AddValues<T, R, 1>;
+  return n == 2 ? AddValues<T, R, 2, kFetch> : AddValues<T, R, 1, kFetch>;
 }
 
 // Calls f.template operator()<R>() for R = rows in 1 … Max.
@@ -177,9 +177,9 @@ TVM_INFER_INLINE Columns VisibleColumns(const TileJob& job, int row, int rows, i
 }
 
 // Softmax of `rows` rows over columns [c.begin, c.end), then O += P V.
-template <typename T, typename V>
+template <typename T, typename V, bool kFetch>
 void UpdateRows(const TileJob& job, const TileBuffers<T>& b, int row, int rows, int block, Columns c, float* s, const V* const* v_rows,
-                const T* const* next_k_rows) {
+                const V* const* prefetch) {
   for (int r = 0; r < rows; ++r) {
     const float rescale = SoftmaxBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block,
                                        job.visible_end[row + r] - block, &b.state[row + r]);
@@ -188,29 +188,32 @@ void UpdateRows(const TileJob& job, const TileBuffers<T>& b, int row, int rows, 
   WithRows<kTileRows>(rows, [&]<int R>() {
     for (int d = 0; d < b.q_stride; d += kTileVecs * kWidth) {
       const int vecs = (b.q_stride - d) / kWidth < kTileVecs ? (b.q_stride - d) / kWidth : kTileVecs;
-      AddValuesOf<V, R>(vecs)(s, kScoreStride, v_rows, d, c.begin, c.end, b.o + row * b.q_stride + d, b.q_stride,
-                              d == 0 ? reinterpret_cast<const void* const*>(next_k_rows) : nullptr,
-                              job.head_dim * static_cast<int>(sizeof(T)));
+      AddValuesOf<V, R, kFetch>(vecs)(s, kScoreStride, v_rows, d, c.begin, c.end, b.o + row * b.q_stride + d, b.q_stride, prefetch);
     }
   });
 }
 
-// A block of keys for few rows. `next_k_rows`: columns [begin, end) of the next block too, or nullptr.
-template <typename T, typename V>
-void DotBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const T* const* k_rows, const T* const* v_fetch,
-              const V* const* v_rows, const T* const* next_k_rows) {
-  for (int row = 0; row < job.num_rows; row += kDotRows) {
-    const int rows = job.num_rows - row < kDotRows ? job.num_rows - row : kDotRows;
-    WithRows<kDotRows>(rows, [&]<int R>() {
-      DotScores<T, R>(b.q + row * b.q_stride, b.q_stride, k_rows, row == 0 ? v_fetch : nullptr, begin, end, job.head_dim,
-                      b.s + row * kScoreStride, kScoreStride);
+// Scores of all rows by dot products; the block's values are prefetched along the first rows.
+template <typename T>
+void DotBlock(const TileBuffers<T>& b, int num_rows, int begin, int end, int head_dim, const T* const* k_rows, const T* const* v_rows) {
+  for (int row = 0; row < num_rows; row += kDotRows) {
+    WithRows<kDotRows>(num_rows - row < kDotRows ? num_rows - row : kDotRows, [&]<int R>() {
+      const auto dot_scores = row == 0 ? DotScores<T, R, true> : DotScores<T, R, false>;
+      dot_scores(b.q + row * b.q_stride, b.q_stride, k_rows, v_rows, begin, end, head_dim, b.s + row * kScoreStride, kScoreStride);
     });
   }
+}
+
+// Softmax and values behind DotBlock. Rows of `prefetch` (or nullptr) are fetched along the first rows.
+template <typename T, typename V>
+void UpdateBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const V* const* v_rows,
+                 const V* const* prefetch) {
   for (int row = 0; row < job.num_rows; row += kTileRows) {
     const int rows = job.num_rows - row < kTileRows ? job.num_rows - row : kTileRows;
     const Columns c = VisibleColumns(job, row, rows, block, begin, end);
     if (c.begin >= c.end) continue;
-    UpdateRows(job, b, row, rows, block, c, b.s + row * kScoreStride, v_rows, row == 0 ? next_k_rows : nullptr);
+    const auto update = row == 0 && prefetch != nullptr ? UpdateRows<T, V, true> : UpdateRows<T, V, false>;
+    update(job, b, row, rows, block, c, b.s + row * kScoreStride, v_rows, prefetch);
   }
 }
 
@@ -228,7 +231,7 @@ void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begi
                                                               b.s + col, kScoreStride);
       }
     });
-    UpdateRows<T, V>(job, b, row, rows, block, c, b.s, v_rows, nullptr);
+    UpdateRows<T, V, false>(job, b, row, rows, block, c, b.s, v_rows, nullptr);
   }
 }
 
@@ -257,18 +260,19 @@ void Attend(const TileJob& job, Scratch* scratch) {
     if (use_dots) {
       // The last block may be shorter: then nothing is prefetched for it.
       const T* const* fetch = next_end - end >= last ? next_k_rows : nullptr;
+      DotBlock(b, job.num_rows, first, last, job.head_dim, k_rows, v_rows);
       if (in_place) {
-        DotBlock<T, T>(job, b, block, first, last, k_rows, v_rows, v_rows, fetch);
+        UpdateBlock<T, T>(job, b, block, first, last, v_rows, fetch);
       } else {
-        WidenValues(v_rows, first, last, job.head_dim, b.v, b.q_stride, b.widened);
-        DotBlock<T, float>(job, b, block, first, last, k_rows, nullptr, b.widened, fetch);
+        WidenValues(v_rows, fetch, first, last, job.head_dim, b.v, b.q_stride, b.widened);
+        UpdateBlock<T, float>(job, b, block, first, last, b.widened, nullptr);
       }
     } else {
       PackKeys(k_rows, first, last, job.head_dim, b.kt, kBlockKeys);
       if (in_place) {
         OuterBlock<T, T>(job, b, block, first, last, v_rows);
       } else {
-        WidenValues(v_rows, first, last, job.head_dim, b.v, b.q_stride, b.widened);
+        WidenValues<T>(v_rows, nullptr, first, last, job.head_dim, b.v, b.q_stride, b.widened);
         OuterBlock<T, float>(job, b, block, first, last, b.widened);
       }
     }

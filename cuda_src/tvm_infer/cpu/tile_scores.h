@@ -22,24 +22,21 @@ TVM_INFER_INLINE void StoreUpTo(T* p, Vec a, int n) {
   Store(p, a);
 }
 
-TVM_INFER_INLINE void PrefetchRow(const void* row, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
-}
-
 // s[r][c] = q[r] . k_rows[c] for R <= 4 rows and columns [begin, end); may write garbage up to kWidth columns further.
-// kWidth dot products run at once and are reduced together. Row c of `prefetch` (or nullptr) is fetched on the way: the values that
-// will be needed next.
-template <typename T, int R>
+// kWidth dot products run at once and are reduced together. With kFetch, the rows of `prefetch` are fetched on the way, a line per load
+// (in bursts they fill the queue of misses and stop everything): the values that will be needed next.
+template <typename T, int R, bool kFetch>
 void DotScores(const float* q, int q_stride, const T* const* k_rows, const T* const* prefetch, int begin, int end, int head_dim, float* s,
                int s_stride) {
   constexpr int kKeys = kWidth / R;
   for (int c = begin; c < end; c += kKeys) {
     const T* k[kKeys];
+    const T* fetch[kKeys];
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) k[j] = k_rows[c + j < end ? c + j : end - 1];
-    if (prefetch != nullptr) {
-      const int last = c + kKeys < end ? c + kKeys : end;
-      for (int j = c; j < last; ++j) PrefetchRow(prefetch[j], head_dim * static_cast<int>(sizeof(T)));
+    for (int j = 0; j < kKeys; ++j) {
+      const int column = c + j < end ? c + j : end - 1;
+      k[j] = k_rows[column];
+      if constexpr (kFetch) fetch[j] = prefetch[column];
     }
     Vec acc[kWidth];
 #pragma GCC unroll 16
@@ -51,6 +48,7 @@ void DotScores(const float* q, int q_stride, const T* const* k_rows, const T* co
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
         const Vec kv = LoadUpTo(k[j] + d, head_dim - d);
+        if constexpr (kFetch) __builtin_prefetch(fetch[j] + d, 0, 3);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * kKeys + j] = Fma(qv[r], kv, acc[r * kKeys + j]);
       }

@@ -5,11 +5,11 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
-// o[r][0 … N * kWidth) += sum over columns c in [begin, end) of p[r][c] * v_rows[c][col …]. Rows of `prefetch` (or nullptr), each of
-// `prefetch_bytes`, are fetched on the way: the keys that will be needed next.
-template <typename T, int R, int N>
+// o[r][0 … N * kWidth) += sum over columns c in [begin, end) of p[r][c] * v_rows[c][col …]. With kFetch, the same elements of the rows
+// of `prefetch` are fetched on the way: the keys that will be needed next.
+template <typename T, int R, int N, bool kFetch>
 void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, int begin, int end, float* o, int o_stride,
-               const void* const* prefetch, int prefetch_bytes) {
+               const T* const* prefetch) {
   Vec acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -17,11 +17,13 @@ void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, in
     for (int n = 0; n < N; ++n) acc[r][n] = Load(o + r * o_stride + n * kWidth);
   }
   for (int c = begin; c < end; ++c) {
-    if (prefetch != nullptr) PrefetchRow(prefetch[c], prefetch_bytes);
     const T* row = v_rows[c] + col;
     Vec v[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) v[n] = Load(row + n * kWidth);
+    for (int n = 0; n < N; ++n) {
+      v[n] = Load(row + n * kWidth);
+      if constexpr (kFetch) __builtin_prefetch(prefetch[c] + col + n * kWidth, 0, 3);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec pv = Set1(p[r * p_stride + c]);
@@ -36,12 +38,16 @@ void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, in
   }
 }
 
-// v[c][0 … padded) = v_rows[c], widened, zeros behind head_dim; and pointers to its rows.
+// v[c][0 … padded) = v_rows[c], widened, zeros behind head_dim; and pointers to its rows. Prefetches like AddValues.
 template <typename T>
-void WidenValues(const T* const* v_rows, int begin, int end, int head_dim, float* v, int v_stride, const float** rows) {
+void WidenValues(const T* const* v_rows, const T* const* prefetch, int begin, int end, int head_dim, float* v, int v_stride,
+                 const float** rows) {
   for (int c = begin; c < end; ++c) {
     rows[c] = v + c * v_stride;
-    for (int d = 0; d < head_dim; d += kWidth) Store(v + c * v_stride + d, LoadUpTo(v_rows[c] + d, head_dim - d));
+    for (int d = 0; d < head_dim; d += kWidth) {
+      if (prefetch != nullptr) __builtin_prefetch(prefetch[c] + d, 0, 3);
+      Store(v + c * v_stride + d, LoadUpTo(v_rows[c] + d, head_dim - d));
+    }
   }
 }
 
