@@ -61,7 +61,7 @@ class Compiled:
 
     def __init__(self, mod, weights) -> None:
         self.vm = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-        self.weights = [tvm.runtime.tensor(weight.contiguous().numpy()) for weight in weights.values()]
+        self.weights = [tvm.runtime.tensor(weight.detach().contiguous().numpy()) for weight in weights.values()]
         self.cache = FakeCache()
         _CACHES[id(self.cache)] = self.cache
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import ir, relax, tirx
+from tvm import ir, tirx
 
 from tvm_infer.spec import AttentionSpec
 
@@ -37,6 +37,7 @@ from .symbolic import (
     same,
     shape_of,
     static_int,
+    used_vars,
     walk,
 )
 
@@ -571,21 +572,6 @@ def _atoms_in(ev: Evaluator, expr: Any) -> list[Any]:
 
     walk(expr, visit)
     return found
-
-
-def used_vars(expr: Any) -> list[Any]:
-    """Relax variables that an expression reads (shapes and types left out)."""
-    if isinstance(expr, ir.Var):
-        return [expr]
-    if isinstance(expr, relax.Call):
-        return [var for argument in expr.args for var in used_vars(argument)]
-    if isinstance(expr, relax.Tuple):
-        return [var for item in expr.fields for var in used_vars(item)]
-    if isinstance(expr, relax.TupleGetItem):
-        return used_vars(expr.tuple_value)
-    if isinstance(expr, relax.If):
-        return used_vars(expr.cond)
-    return []
 
 
 def snap_scale(scale: float, head_dim: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -11,6 +11,7 @@ from tvm import relax
 from tvm_infer.errors import ArgumentError, MatchError, ModelError
 
 from . import extern_calls
+from .layout import hoist_permutes
 from .match import Attention, Matcher, Operand, format_shape
 from .report import Match, NotAttention, RewriteReport
 from .symbolic import dtype_of, known_shape, same, shape_of, static_int
@@ -67,17 +68,23 @@ class RewritePagedAttention:
         """The rewritten module; `mod` is unchanged."""
         self.report = RewriteReport()
         names = self._functions(mod)
-        result: dict[str, Any] = {}
-        for name in names:
-            result[name] = self._rewrite(name, mod[name])
+        transform = relax.transform
+        # a dataflow variable ends with its block: where there are several, all variables become ordinary ones for the time being
+        has_blocks = any(len(mod[name].body.blocks) > 1 for name in names)
+        before = [transform.ToNonDataflow()] if has_blocks else []
+        middle = [transform.ConvertToDataflow()] if has_blocks else []
+        mod = tvm.transform.Sequential(before)(mod)
+        rewritten = {name: self._rewrite(name, mod[name]) for name in names}
         if self.report.refused and self.on_unmatched == "error":
             reasons = "\n".join(f"  {reason}" for reason in self.report.refused)
             raise MatchError(f"{len(self.report.refused)} attention(s) cannot be rewritten:\n{reasons}")
-        updated = mod.clone()
-        for name, func in result.items():
-            updated.update_func(mod.get_global_var(name), func)
-        cleanup = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination()]
-        return tvm.transform.Sequential(cleanup)(updated)
+        mod = _updated(mod, rewritten)
+        # what fed the old scores goes first: hoist_permutes leaves alone what has other readers
+        mod = tvm.transform.Sequential([*middle, transform.DeadCodeElimination(), *before])(mod)
+        mod = _updated(mod, {name: simplify_views(hoist_permutes(mod[name])) for name in names})
+        return tvm.transform.Sequential([*middle, transform.CanonicalizeBindings(), transform.DeadCodeElimination()])(
+            mod
+        )
 
     def _functions(self, mod: tvm.IRModule) -> list[str]:
         available = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
@@ -123,8 +130,15 @@ class RewritePagedAttention:
         cache = relax.Var(self.kv_param_name, relax.AnyType())
         params = [*func.params[:num_input], cache, *func.params[num_input:]]
         body = _replace(func.body, attentions, cache, num_tokens)
-        rewritten = relax.Function(params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
-        return simplify_views(rewritten)
+        return relax.Function(params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
+
+
+def _updated(mod: tvm.IRModule, functions: Mapping[str, Any]) -> tvm.IRModule:
+    """The module with some functions replaced."""
+    updated = mod.clone()
+    for name, func in functions.items():
+        updated.update_func(mod.get_global_var(name), func)
+    return updated
 
 
 def _packed_fix() -> str:

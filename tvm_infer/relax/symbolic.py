@@ -111,6 +111,21 @@ def bindings_of(func: relax.Function) -> list[Any]:
     return [binding for block in func.body.blocks for binding in block.bindings]
 
 
+def used_vars(expr: Any) -> list[Any]:
+    """Relax variables that an expression reads (shapes and types left out)."""
+    if isinstance(expr, ir.Var):
+        return [expr]
+    if isinstance(expr, relax.Call):
+        return [var for argument in expr.args for var in used_vars(argument)]
+    if isinstance(expr, relax.Tuple):
+        return [var for item in expr.fields for var in used_vars(item)]
+    if isinstance(expr, relax.TupleGetItem):
+        return used_vars(expr.tuple_value)
+    if isinstance(expr, relax.If):
+        return used_vars(expr.cond)
+    return []
+
+
 class Evaluator:
     """Evaluates elements of the tensors of one Relax function.
 
@@ -503,6 +518,21 @@ def _repeat(ev: Evaluator, call: Any, index: Index) -> Index | None:
     return tuple(source)
 
 
+def _take(ev: Evaluator, call: Any, index: Index) -> Index | None:
+    """x[5]: one constant index along an axis, which the result does not have."""
+    shape = known_shape(call.args[0])
+    if shape is None or call.attrs.axis is None:
+        return None
+    axis, where = int(call.attrs.axis) % len(shape), ev.definition(call.args[1])
+    number = static_int(where)
+    if isinstance(where, ir.GenericConst) and where.value.numpy().ndim == 0:
+        number = int(where.value.numpy())
+    extent = static_int(shape[axis])
+    if number is None or (number < 0 and extent is None):
+        return None
+    return (*index[:axis], int_imm(number + (extent or 0) if number < 0 else number), *index[axis:])
+
+
 def split_view(ev: Evaluator, call: Any, output: int, index: Index) -> Index | None:
     """Index into the operand of `split` for element `index` of its `output`-th piece."""
     if op_name(call) != "relax.split":
@@ -533,6 +563,7 @@ VIEW_RULES: dict[str, Callable[[Evaluator, Any, Index], Index | None]] = {
     "relax.broadcast_to": _broadcast_to,
     "relax.strided_slice": _strided_slice,
     "relax.repeat": _repeat,
+    "relax.take": _take,
 }
 
 

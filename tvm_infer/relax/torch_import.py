@@ -13,8 +13,7 @@ from tvm import ir, relax, tirx
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from .match import used_vars
-from .symbolic import bindings_of, shape_of
+from .symbolic import bindings_of, shape_of, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1
