@@ -32,6 +32,7 @@ def hoist_permutes(func: Any) -> Any:
     blocks = []
     for block in func.body.blocks:
         bindings: list[Any] = []
+        hoister.enter_block()
         for binding in block.bindings:
             value = binding.value
             if op_name(value) == "relax.permute_dims":
@@ -72,13 +73,24 @@ class _Hoister:
         self._done: dict[tuple[Any, tuple[int, ...]], Any] = {}
         self._builder = relax.BlockBuilder()
 
+    def enter_block(self) -> None:
+        """Forget what earlier blocks computed: their dataflow variables are out of reach."""
+        self._done.clear()
+
     def is_profitable(self, result: Any, source: Any, axes: tuple[int, ...]) -> bool:
         """Whether `permute(source, axes)`, bound to `result`, can be computed without a transpose and without repeated work."""
         inner: set[Any] = set()
         if not self._collect(source, axes, inner) or not inner:
             return False
-        inside = inner | {result}
+        twins = {
+            user for user in self._users.get(source, []) if self._is_permute(user, axes)
+        }  # they share the new result
+        inside = inner | {result} | twins
         return all(var not in self._returned and set(self._users.get(var, [])) <= inside for var in inner)
+
+    def _is_permute(self, var: Any, axes: tuple[int, ...]) -> bool:
+        value = self._definitions[var]
+        return op_name(value) == "relax.permute_dims" and permute_axes(value) == axes
 
     def _collect(self, expr: Any, axes: tuple[int, ...], inner: set[Any]) -> bool:
         """Gather the intermediate results that would be computed in the new order; False where a transpose would stay."""

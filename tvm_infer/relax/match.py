@@ -101,6 +101,7 @@ class Matcher:
     def __init__(self, name: str, func: Any, num_tokens: Any, inputs: Sequence[Any], assume_full: Set[str]) -> None:
         self._name = name
         self._num_tokens = num_tokens
+        self._n = format_expr(num_tokens)
         self._inputs = list(inputs)
         self._assume_full = assume_full
         self._bindings = bindings_of(func)
@@ -156,7 +157,7 @@ class Matcher:
         if not evaluator.equal(extent, self._num_tokens):
             raise Refusal(
                 seen,
-                f"its keys number {extent}, not the {self._num_tokens} current tokens (cross attention, or keys from elsewhere)",
+                f"its keys number {format_expr(extent)}, not the {self._n} current tokens (cross attention, or keys from elsewhere)",
                 KEEP,
             )
         if not products:
@@ -201,10 +202,12 @@ class Matcher:
                 if atom.kind == "dot" and all(self._depends_on_inputs(argument) for argument in atom.call.args):
                     raise Refusal(
                         f"softmax over axis {axis} of {format_shape(shape)}",
-                        f"its keys number {shape[axis]}, not the {self._num_tokens} current tokens (cross attention)",
+                        f"its keys number {format_expr(shape[axis])}, not the {self._n} current tokens (cross attention)",
                         KEEP,
                     )
-        return NotAttention(location, f"softmax over {shape[axis]} entries of a fixed axis: it does not mix tokens")
+        return NotAttention(
+            location, f"softmax over {format_expr(shape[axis])} entries of a fixed axis: it does not mix tokens"
+        )
 
     def _consumers(self, var: Any) -> tuple[list[Any], list[Any]]:
         """Matmuls that consume the probabilities through data movement and selections, and whatever else uses them."""
@@ -252,7 +255,7 @@ class Matcher:
             else:
                 raise Refusal(
                     seen,
-                    f"axis {axis} has length {dim}, which is neither the {self._num_tokens} tokens nor a fixed number of heads",
+                    f"axis {axis} has length {format_expr(dim)}, which is neither the {self._n} tokens nor a fixed number of heads",
                     "export with batch 1: packed tokens are [1, n]",
                 )
         if len(queries) != 1:
@@ -356,7 +359,7 @@ class Matcher:
         depth_axis = len(shape) - 1 if is_left else len(shape) - 2
         depth = static_int(shape[depth_axis])
         if depth != context.head_dim:
-            raise Refusal(seen, f"v has width {shape[depth_axis]}, q and k {context.head_dim}", KEEP)
+            raise Refusal(seen, f"v has width {format_expr(shape[depth_axis])}, q and k {context.head_dim}", KEEP)
         query_axis, extents = self._classify(ev, shape, {depth_axis}, f"{product.name} {format_shape(shape)}")
         if math.prod(extents) != context.heads:
             raise Refusal(seen, f"its output {format_shape(shape)} has other heads than the scores", KEEP)
@@ -426,12 +429,14 @@ class Matcher:
         for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
             if static_int(shape[0]) != 1:
                 raise Refusal(
-                    seen, f"the batch of {name} is {shape[0]}, not 1", "export with batch 1: packed tokens are [1, n]"
+                    seen,
+                    f"the batch of {name} is {format_expr(shape[0])}, not 1",
+                    "export with batch 1: packed tokens are [1, n]",
                 )
             if not ev.equal(shape[1], self._num_tokens):
                 raise Refusal(
                     seen,
-                    f"{name} has {shape[1]} rows, not the {self._num_tokens} current tokens (cross attention)",
+                    f"{name} has {format_expr(shape[1])} rows, not the {self._n} current tokens (cross attention)",
                     KEEP,
                 )
         heads, kv_heads, depth = (static_int(dim) for dim in (q_shape[2], k_shape[2], q_shape[3]))
@@ -575,15 +580,16 @@ def _atoms_in(ev: Evaluator, expr: Any) -> list[Any]:
 
 
 def snap_scale(scale: float, head_dim: int) -> float:
-    """1/sqrt(head_dim) where the scale is that to within 1e-6: importers write it as the square of a float32 fourth root."""
-    usual = 1.0 / math.sqrt(head_dim)
-    return usual if abs(scale / usual - 1.0) < 1e-6 else scale
+    """The number that was meant: importers multiply float32 square roots, which leaves an error of about 1e-7.
+
+    1/sqrt(head_dim) where the scale is that to within 1e-6, else a decimal of six digits where it is that to within 2e-7.
+    """
+    for meant, tolerance in ((1.0 / math.sqrt(head_dim), 1e-6), (float(f"{scale:.6g}"), 2e-7)):
+        if meant and abs(scale / meant - 1.0) < tolerance:
+            return meant
+    return scale
 
 
 def format_shape(shape: Any) -> str:
     """A shape as "[1, 9, n, n]"."""
-    return (
-        "[unknown]"
-        if shape is None
-        else "[" + ", ".join(str(dim).removeprefix("T.int64(").rstrip(")") for dim in shape) + "]"
-    )
+    return "[unknown]" if shape is None else "[" + ", ".join(format_expr(dim) for dim in shape) + "]"

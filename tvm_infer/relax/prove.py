@@ -147,6 +147,8 @@ class Resolver:
             return _Affine(0.0, float(self.condition(expr)))
         if isinstance(expr, ir.Var):
             return self._variable(expr)
+        if str(expr.ty).startswith("int") and _is_index_arithmetic(expr, self._evaluator):
+            raise _OpaqueError(expr)  # a position: no constant
         if isinstance(expr, tirx.Cast):
             return self.affine(expr.value)
         if isinstance(expr, tirx.Select):
@@ -161,7 +163,8 @@ class Resolver:
         atom = self._evaluator.atoms.get(var)
         if atom is not None and atom.kind == "load" and atom.name in self._assume_full:
             self.assumed.add(atom.name)
-            return _Affine(0.0, 0.0)
+            # floating masks are added to the scores, so that 0 hides nothing; integer ones are 1 where a key is kept
+            return _Affine(0.0, 0.0 if str(var.ty).startswith(("float", "bfloat")) else 1.0)
         if atom is not None and atom.kind == "reduce" and self._reduction is not None:
             value = self._reduction(atom)
             if value is not None:

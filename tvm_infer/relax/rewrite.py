@@ -13,6 +13,7 @@ from tvm_infer.errors import ArgumentError, MatchError, ModelError
 from . import extern_calls
 from .layout import hoist_permutes
 from .match import Attention, Matcher, Operand, format_shape
+from .mixing import mixing_operators
 from .report import Match, NotAttention, RewriteReport
 from .symbolic import dtype_of, known_shape, same, shape_of, static_int
 from .views import simplify_views
@@ -75,16 +76,31 @@ class RewritePagedAttention:
         middle = [transform.ConvertToDataflow()] if has_blocks else []
         mod = tvm.transform.Sequential(before)(mod)
         rewritten = {name: self._rewrite(name, mod[name]) for name in names}
-        if self.report.refused and self.on_unmatched == "error":
-            reasons = "\n".join(f"  {reason}" for reason in self.report.refused)
-            raise MatchError(f"{len(self.report.refused)} attention(s) cannot be rewritten:\n{reasons}")
+        self._raise_refused()
         mod = _updated(mod, rewritten)
         # what fed the old scores goes first: hoist_permutes leaves alone what has other readers
         mod = tvm.transform.Sequential([*middle, transform.DeadCodeElimination(), *before])(mod)
         mod = _updated(mod, {name: simplify_views(hoist_permutes(mod[name])) for name in names})
-        return tvm.transform.Sequential([*middle, transform.CanonicalizeBindings(), transform.DeadCodeElimination()])(
-            mod
-        )
+        cleanup = [*middle, transform.CanonicalizeBindings(), transform.DeadCodeElimination()]
+        mod = tvm.transform.Sequential(cleanup)(mod)
+        if not self.report.refused:  # an attention that is kept mixes tokens, of course
+            self._check_mixing(mod, names)
+        return mod
+
+    def _raise_refused(self) -> None:
+        if self.report.refused and self.on_unmatched == "error":
+            reasons = "\n".join(f"  {reason}" for reason in self.report.refused)
+            raise MatchError(f"{len(self.report.refused)} operator(s) cannot be rewritten:\n{reasons}")
+
+    def _check_mixing(self, mod: tvm.IRModule, names: Sequence[str]) -> None:
+        """Refuse what still computes across the tokens of a function that now serves several sequences."""
+        for name in names:
+            if not any(match.location.function == name for match in self.report.matched):
+                continue
+            reasons, notes = mixing_operators(name, mod[name], _num_tokens(mod[name]))
+            self.report.refused += reasons
+            self.report.assumptions += notes
+        self._raise_refused()
 
     def _functions(self, mod: tvm.IRModule) -> list[str]:
         available = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
@@ -112,7 +128,7 @@ class RewritePagedAttention:
             raise ArgumentError(
                 f"kv_param_name {self.kv_param_name!r} is a parameter of {name!r} already; choose another name"
             )
-        num_tokens = shape_of(func.params[names.index(PACKED_INPUTS[0])])[1]
+        num_tokens = _num_tokens(func)
         found = Matcher(name, func, num_tokens, func.params[:num_input], set(self.assume_full)).run()
         attentions: list[Attention] = []
         for item in found:
@@ -141,6 +157,11 @@ def _updated(mod: tvm.IRModule, functions: Mapping[str, Any]) -> tvm.IRModule:
     return updated
 
 
+def _num_tokens(func: Any) -> Any:
+    """The symbolic n of input_ids [1, n]."""
+    return next(shape_of(param)[1] for param in func.params if str(param.name) == PACKED_INPUTS[0])
+
+
 def _packed_fix() -> str:
     return (
         "it needs integer parameters input_ids [1, n] and position_ids [1, n] with one symbolic n (torch.export with a dynamic "
@@ -161,7 +182,7 @@ def _packed_problem(func: Any) -> str | None:
         if not dtype_of(params[name]).startswith("int"):
             return f"{name} is {dtype_of(params[name])}, not an integer"
         if static_int(shape[1]) is not None:
-            return f"{name} has the fixed length {shape[1]}, n must be symbolic"
+            return f"{name} has the fixed length {static_int(shape[1])}, n must be symbolic"
         lengths.append(shape[1])
     if not same(lengths[0], lengths[1]):
         return f"input_ids has length {lengths[0]}, position_ids {lengths[1]}: they must be one symbolic n"
