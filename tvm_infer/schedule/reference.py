@@ -15,7 +15,7 @@ from . import plan as fmt
 
 _RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
 _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
-_MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and one work's fixed cost
+_MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and half a work's fixed cost
 
 
 class TileClass(NamedTuple):
@@ -207,7 +207,7 @@ def regular_target(
 
 
 def choose(
-    items: list[Item], order: list[int], classes: list[TileClass], heads: int, num_ctas: int, fixed: int
+    items: list[Item], order: list[int], classes: list[TileClass], heads: int, num_ctas: int, fixed: int, window: bool
 ) -> Layout:
     """The layout without cuts, unless one with cuts is shorter by more than a merge costs."""
     costs = [item.cost(classes[item.tile_class]) for item in items]
@@ -215,14 +215,16 @@ def choose(
     used = [classes[c] for c in {item.tile_class for item in items}]
     overhead = max((item.overhead for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
-    targets = [mean + overhead + granule // 2, mean + overhead + granule, mean + overhead + 3 * granule]
-    whole = lay(items, order, classes, heads, num_ctas, targets[0], False)
+    slack = overhead + granule // 2
+    whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MIN_GAIN_FRACTION), False)
     assert whole is not None
-    min_gain = max((t.fixed for t in used), default=0) + mean // _MIN_GAIN_FRACTION
+    min_gain = max((t.fixed for t in used), default=0) // 2 + mean // _MIN_GAIN_FRACTION
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
         return whole
+    enough = mean + overhead + (3 if window else 2) * granule
+    targets = [mean + slack, mean + overhead + granule, enough]
     if len(items) * heads <= num_ctas:
-        targets.append(regular_target(items, items[order[0]], classes, heads, num_ctas, mean, targets[2]))
+        targets.append(regular_target(items, items[order[0]], classes, heads, num_ctas, mean, enough))
     targets.sort()
     if max(whole.load) <= targets[0] + min_gain:
         return whole
@@ -266,7 +268,7 @@ def plan(
     costs = [item.cost(classes[item.tile_class]) for item in items]
     shift = max(0, max(costs, default=0).bit_length() - 16)  # costs are compared by 16 bits
     order = sorted(range(len(items)), key=lambda i: (-(costs[i] >> shift), i))
-    layout = choose(items, order, classes, num_kv_heads, num_ctas, fixed_split_size)
+    layout = choose(items, order, classes, num_kv_heads, num_ctas, fixed_split_size, band[0] >= 0)
 
     # Works of a CTA in the order of items, and of one item in the order they were placed.
     placed = sorted(layout.placed, key=lambda w: (w.cta, w.item))

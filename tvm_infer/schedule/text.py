@@ -89,6 +89,6 @@ def plan_table(plan: Plan) -> str:
         lines += _table(["merge", "packed rows", "heads", "partials"], rows)
     lines.append(
         f"  balance {plan.balance:.3f} (mean {plan.total_cost_us / plan.num_ctas:.2f} us / max {plan.makespan_us:.2f} us), "
-        f"{plan.num_works} works, {plan.num_merges} split tiles, {plan.num_partial_rows} partial rows"
+        f"{plan.num_works} works, {plan.num_merges} merges, {plan.num_partial_rows} partial rows"
     )
     return "\n".join(lines)

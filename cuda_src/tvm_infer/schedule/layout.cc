@@ -15,8 +15,8 @@ namespace tvm_infer {
 //   num_ctas of these, of at most num_ctas heads, whose last pieces come on top. One CTA has room for everything: no cut.
 // cut items: with c the largest piece of a tile, runs have R heads, R = 1 or R >= T / (2 * kRunsPerTarget * c), T the target. Items
 //   with R < num_kv_heads have num_kv_heads * c > T / kRunsPerTarget, and then ceil(num_kv_heads / R) - 1 is at most
-//   2 * kRunsPerTarget * num_kv_heads * c / T. Of a tile's pieces only the first and the last can be short, so its pieces times c are at
-//   most 3 times their cost, and all cost together is at most num_ctas * T: 6 * kRunsPerTarget * num_ctas works beyond one per item.
+//   2 * kRunsPerTarget * num_kv_heads * c / T. Of a tile's pieces only the last can be short (and with a window the first), so its
+//   pieces times c are at most 2 (3) times their cost, and all cost together is at most num_ctas * T.
 LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_items) {
   const int64_t ctas = p.num_ctas, heads = p.num_kv_heads;
   LayoutBounds b{};
@@ -28,7 +28,8 @@ LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_i
     b.placements = std::min(whole_items * heads + ctas, whole_items + ctas * kRunCutsPerCta + overflow_or_cut + b.merges);
   }
   if (cut_items > 0) {
-    const int64_t cut_works = std::min(cut_items * heads, cut_items + 6 * kRunsPerTarget * ctas);
+    const int64_t short_pieces = p.band.left == kUnbounded ? 2 : 3;
+    const int64_t cut_works = std::min(cut_items * heads, cut_items + short_pieces * 2 * kRunsPerTarget * ctas);
     b.placements += cut_works;
     b.partials += cut_works;
     b.merges += cut_works / 2;

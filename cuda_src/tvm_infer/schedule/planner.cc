@@ -14,7 +14,8 @@ namespace tvm_infer {
 namespace {
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-// Cutting KV must shorten the plan by one work's fixed cost (the merge step) and by this fraction, below which a prediction says nothing.
+// Cutting KV must shorten the plan by half a work's fixed cost (the merge; what its pieces cost is in their load) and by this fraction of
+// the mean load, below which a prediction says nothing.
 constexpr int64_t kMinGainFraction = 128;
 
 int64_t Align16(int64_t bytes) { return (bytes + 15) & ~int64_t{15}; }
@@ -131,23 +132,31 @@ struct Planner::Scratch {
   void WriteWorks(const PlanParams& p, const Layout& layout, Work* works, int32_t* work_indptr);
 };
 
-// Targets, lowest first. With o the overhead of a piece and g the cost of a granule, a layout with cuts exists at mean + o + 3 g: a
-// CTA where nothing more fits has less than o + 3 g left, or took a piece that is not its head's last, which costs o more than the
-// uncut plan, with less than 2 g left. Usually some CTAs end with a whole head and half a granule is lost: mean + o + g / 2 is enough.
+// The layout without cuts, unless one with cuts is shorter by more than a merge costs.
+//
+// Targets of layouts with cuts, lowest first; with o the overhead of a piece and g the cost of a granule:
+//   mean + o + 2 g      is always enough: a CTA where nothing more fits has less than o + 2 g left, or it took a piece that is not its
+//                       head's last, which costs o more than without the cut, with less than 2 g left. 3 g, where a window begins
+//                       between granules.
+//   mean + o + g / 2    mostly is: some CTAs end with a whole head, and half a granule is lost at the others.
 const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   const int64_t mean = std::max<int64_t>(1, CeilDiv(items.total_cost * p.num_kv_heads, p.num_ctas));
-  const int64_t overhead = items.max_overhead, granule = items.max_granule_cost;
-  int64_t targets[] = {mean + overhead + granule / 2, mean + overhead + granule, mean + overhead + 3 * granule, 0};
-  whole.Lay(p, items, targets[0], false);
-  const int64_t min_gain = items.max_fixed + mean / kMinGainFraction;
+  const int64_t slack = items.max_overhead + items.max_granule_cost / 2;
+  // Not much above the mean: it is balance where works are few, and it spares short runs where they are many.
+  whole.Lay(p, items, mean + std::min(slack, mean / kMinGainFraction), false);
+  const int64_t min_gain = items.max_fixed / 2 + mean / kMinGainFraction;
   if (p.fixed_split_size != kSplitAuto || p.num_ctas == 1 || whole.makespan <= mean + min_gain) return whole;
+
+  const int64_t enough = mean + items.max_overhead + (p.band.left == kUnbounded ? 2 : 3) * items.max_granule_cost;
   const bool is_small = int64_t{items.count} * p.num_kv_heads <= p.num_ctas;
-  targets[3] = is_small ? RegularTarget(p, items, mean, targets[2]) : targets[2];
+  int64_t targets[] = {mean + slack, mean + items.max_overhead + items.max_granule_cost, enough,
+                       is_small ? RegularTarget(p, items, mean, enough) : enough};
   std::sort(std::begin(targets), std::end(targets));
   if (whole.makespan <= targets[0] + min_gain) return whole;
   for (const int64_t target : targets) {
     if (cut.Lay(p, items, target, true)) return cut.makespan + min_gain < whole.makespan ? cut : whole;
   }
+  TVM_INFER_ICHECK(false) << "; no layout with cuts at target " << enough;
   return whole;
 }
 

@@ -1,0 +1,71 @@
+// Plans random batches and counts the calls of malloc and operator new. Prints "<while growing> <in the steady state>".
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <random>
+#include <vector>
+
+#include "tvm_infer/schedule/planner.h"
+
+static long g_allocations = 0;
+
+// glibc's own malloc, under the name that it exports for wrappers.
+extern "C" void* __libc_malloc(size_t size);
+extern "C" void* malloc(size_t size) {
+  ++g_allocations;
+  return __libc_malloc(size);
+}
+void* operator new(size_t size) { return malloc(size); }
+void* operator new[](size_t size) { return malloc(size); }
+void operator delete(void* p) noexcept { free(p); }
+void operator delete[](void* p) noexcept { free(p); }
+void operator delete(void* p, size_t) noexcept { free(p); }
+void operator delete[](void* p, size_t) noexcept { free(p); }
+
+namespace {
+
+struct Batch {
+  std::vector<int32_t> qo_indptr, kv_len;
+};
+
+Batch MakeBatch(std::mt19937* random, int num_requests, int longest_query, int longest_kv) {
+  Batch batch;
+  batch.qo_indptr.push_back(0);
+  for (int r = 0; r < num_requests; ++r) {
+    const int qo_len = static_cast<int>((*random)() % (longest_query + 1));
+    batch.qo_indptr.push_back(batch.qo_indptr.back() + qo_len);
+    batch.kv_len.push_back(qo_len + static_cast<int>((*random)() % longest_kv));
+  }
+  return batch;
+}
+
+}  // namespace
+
+int main() {
+  using namespace tvm_infer;
+  const TileClass classes[] = {{64, 64, 1'500'000, 5'000, 15'300}, {128, 128, 2'500'000, 10'000, 11'000}};
+  std::mt19937 random(0);
+  std::vector<Batch> batches;
+  for (int i = 0; i < 40; ++i) {
+    batches.push_back(MakeBatch(&random, 1 + i % 9, 1, 100'000));
+    batches.push_back(MakeBatch(&random, 200, 1, 8192));
+    batches.push_back(MakeBatch(&random, 16, 2000, 4096));
+  }
+  std::vector<int32_t> out(8 << 20);
+  Planner planner;
+  long before = g_allocations, counts[2];
+  for (long& count : counts) {  // the first round grows the scratch
+    for (const int32_t fixed_split_size : {kSplitAuto, kSplitNever, 256}) {
+      const PlanParams params{132, 32, 8, {kUnbounded, 0}, fixed_split_size, classes, 2};
+      for (const Batch& batch : batches) {
+        planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
+                     static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+      }
+    }
+    count = g_allocations - before;
+    before = g_allocations;
+  }
+  std::printf("%ld %ld\n", counts[0], counts[1]);
+  return 0;
+}
