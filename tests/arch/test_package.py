@@ -1,4 +1,4 @@
-"""What an installed tvm_infer is: one wheel for every Python, two pinned dependencies, a library that needs no CUDA and no libpython."""
+"""What an installed tvm_infer is: one wheel for every Python, pinned dependencies, a library that needs no CUDA and no libpython."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def test_the_library_needs_tvm_ffi_and_the_c_runtime_only():
 def test_the_library_exports_nothing_by_accident():
     """Hidden by default: symbols of ours in the global namespace would collide with a model that links the static object."""
     out = subprocess.run(
-        ["nm", "-D", "--defined-only", str(_ffi.LIBRARY_DIR / "libtvm_infer.so")], capture_output=True, text=True, check=True
+        ["nm", "-D", "--defined-only", str(_ffi.LIBRARY_DIR / "libtvm_infer.so")],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert [line for line in out.splitlines() if re.search(r" T .*tvm_infer", line)] == []
 
@@ -52,7 +55,9 @@ def installed_wheel() -> str:
         return ""
 
 
-@pytest.mark.skipif(not installed_wheel(), reason="run from a source tree; tests/run.sh installs the wheel and runs this")
+@pytest.mark.skipif(
+    not installed_wheel(), reason="run from a source tree; tests/run.sh installs the wheel and runs this"
+)
 def test_one_wheel_serves_every_python():
     tags = re.findall(r"^Tag: (.+)$", installed_wheel(), re.MULTILINE)
     assert tags and all(tag.startswith("py3-none-") for tag in tags)
