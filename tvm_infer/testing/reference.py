@@ -42,7 +42,7 @@ def attention_reference(
         s = q[:, h] @ k[:, h // group].T * sm_scale
         s = np.where(visible, s, -np.inf)
         some = visible.any(axis=1)
-        m = s[some].max(axis=1, keepdims=True)
+        m = s[some].max(axis=1, keepdims=True, initial=-np.inf)
         p = np.exp(s[some] - m)
         total = p.sum(axis=1, keepdims=True)
         o[some, h] = (p / total) @ v[:, h // group]

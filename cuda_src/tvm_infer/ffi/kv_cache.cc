@@ -2,6 +2,9 @@
 
 #include <tvm/ffi/memory.h>
 
+#include <new>
+#include <vector>
+
 #include "tvm_infer/ffi/common.h"
 
 namespace tvm_infer::ffi_api {
@@ -37,7 +40,13 @@ PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num
   return Guarded([&] {
     const KVCacheConfig config{num_layers, num_qo_heads, num_kv_heads, head_dim, dtype,       page_size,
                                num_pages,  max_batch,    max_tokens,   num_ctas, num_threads, device};
-    return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
+    try {
+      return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
+    } catch (const std::bad_alloc&) {
+      TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << num_pages
+                                     << ": the system has no memory to keep book of so many pages; "
+                                     << "take fewer, or larger ones (page_size)";
+    }
   });
 }
 

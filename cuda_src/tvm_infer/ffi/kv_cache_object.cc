@@ -33,6 +33,14 @@ tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype
   return tvm::ffi::Tensor::FromNDAlloc(AlignedAllocator(), tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, kHost);
 }
 
+std::vector<tvm::ffi::Tensor> AllocatePages(const KVCacheConfig& c) {
+  std::vector<tvm::ffi::Tensor> layers;
+  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
+    layers.push_back(Allocate({c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.dtype));
+  }
+  return layers;
+}
+
 template <typename T>
 T* Data(const tvm::ffi::Tensor& tensor) {
   return DataPtr<T>(TensorView(tensor));
@@ -72,7 +80,7 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
                                    << "), but the only executor there is runs on the cpu. Create the cache with "
                                    << "device=\"cpu\"";
   }
-  // 2 * num_kv_heads * head_dim * bytes * num_layers stays below 2^31 * 2^31 for any real model; pages * page_size must leave room.
+  // In floating point, where it cannot overflow: all sizes below are then sure to fit in 64 bits.
   const double bytes = 2.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * (c.dtype.bits / 8);
   if (bytes > static_cast<double>(int64_t{1} << 62)) {
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << c.num_pages << ": the cache would have " << bytes
@@ -117,7 +125,7 @@ int32_t PagedKVCacheObj::_GetOrAllocRuntimeTypeIndex() {
 }
 
 PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
-    : config_(Checked(config)), dtype_(ExecutorDType(config.dtype)), manager_(Limits(config)) {
+    : config_(Checked(config)), dtype_(ExecutorDType(config.dtype)), pages_(AllocatePages(config)), manager_(Limits(config)) {
   if (config_.num_ctas == 0) config_.num_ctas = cpu::DefaultNumThreads();
   if (config_.num_threads == 0) config_.num_threads = cpu::DefaultNumThreads();
   tile_classes_ = cpu::TileTable(dtype_, static_cast<int32_t>(config_.head_dim), &num_tile_classes_);
@@ -133,10 +141,6 @@ PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
   partial_o_ = Allocate({partial_rows_, config_.head_dim}, kFloat32);
   partial_lse_ = Allocate({partial_rows_}, kFloat32);
   query_positions_ = Allocate({config_.max_tokens}, kInt64);
-  pages_.reserve(config_.num_layers);
-  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-    pages_.push_back(Allocate({config_.num_pages, 2, config_.num_kv_heads, config_.page_size, config_.head_dim}, config_.dtype));
-  }
 }
 
 PlanParams PagedKVCacheObj::Params(bool causal) const {

@@ -78,6 +78,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   KVCacheConfig config_;
   cpu::DType dtype_;
+  // One per layer, at a fixed address for the cache's life. Before manager_: what is too large to allocate fails here, untouched.
+  std::vector<tvm::ffi::Tensor> pages_;
   kv::CacheManager manager_;
   Planner planner_;
   const TileClass* tile_classes_;
@@ -88,11 +90,10 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   int64_t bytes_per_page_;
   int64_t owner_ = 0;  // Bind()'s token; 0: none
   // At fixed addresses for the cache's life.
-  std::vector<tvm::ffi::Tensor> pages_;  // one per layer
-  tvm::ffi::Tensor plan_;                // int32 [capacity]
-  tvm::ffi::Tensor partial_o_;           // float32 [partial_rows, head_dim]
-  tvm::ffi::Tensor partial_lse_;         // float32 [partial_rows]
-  tvm::ffi::Tensor query_positions_;     // int64 [max_tokens]
+  tvm::ffi::Tensor plan_;             // int32 [capacity]
+  tvm::ffi::Tensor partial_o_;        // float32 [partial_rows, head_dim]
+  tvm::ffi::Tensor partial_lse_;      // float32 [partial_rows]
+  tvm::ffi::Tensor query_positions_;  // int64 [max_tokens]
 };
 
 class PagedKVCache : public tvm::ffi::ObjectRef {
