@@ -154,8 +154,16 @@ class Resolver:
         if isinstance(expr, tirx.Select):
             return self.affine(expr.true_value if self.condition(expr.condition) else expr.false_value)
         if isinstance(expr, tirx.Add | tirx.Sub | tirx.Mul | tirx.Div | tirx.Max | tirx.Min):
-            return self._combine(expr, self.affine(expr.a), self.affine(expr.b))
+            try:
+                return self._combine(expr, self.affine(expr.a), self.affine(expr.b))
+            except _OpaqueError as error:
+                raise self._widened(error, expr) from None
         raise _OpaqueError(expr)
+
+    def _widened(self, error: _OpaqueError, expr: Any) -> _OpaqueError:
+        """Name the whole product or sum that stands in the way, unless it holds the score or the term is an input."""
+        has_score = any(self._is_score(var) for var in free_vars(expr))
+        return error if has_score or _input_atom(self._evaluator, error.term) is not None else _OpaqueError(expr)
 
     def _variable(self, var: Any) -> _Affine:
         if self._is_score(var):
@@ -368,11 +376,18 @@ def _format_affine(value: _Affine) -> str:
     return f"{value.coefficient:g} * score + {value.constant:g}" if value.coefficient else f"{value.constant:g}"
 
 
+def _input_atom(evaluator: Evaluator, term: Any) -> Atom | None:
+    """The atom of a term that is an element of a function input, None for any other term."""
+    atom = evaluator.atoms.get(term) if isinstance(term, ir.Var) else None
+    is_input = atom is not None and isinstance(atom.source, ir.Var) and atom.source not in evaluator.definitions
+    return atom if is_input and atom is not None and atom.kind == "load" else None
+
+
 def _opaque_refusal(evaluator: Evaluator, term: Any, seen: str) -> Refusal:
     """The reason for a term that is no constant and no multiple of the score."""
     shown = format_expr(term, evaluator)
-    atom = evaluator.atoms.get(term) if isinstance(term, ir.Var) else None
-    if atom is not None and atom.kind == "load" and atom.source not in evaluator.definitions:
+    atom = _input_atom(evaluator, term)
+    if atom is not None:
         return Refusal(
             seen,
             f"the mask depends on the function input `{atom.name}`, so what it hides is not known when compiling",

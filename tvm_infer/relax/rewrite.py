@@ -68,6 +68,7 @@ class RewritePagedAttention:
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
         """The rewritten module; `mod` is unchanged."""
         self.report = RewriteReport()
+        original = mod
         names = self._functions(mod)
         transform = relax.transform
         # a dataflow variable ends with its block: where there are several, all variables become ordinary ones for the time being
@@ -77,6 +78,8 @@ class RewritePagedAttention:
         mod = tvm.transform.Sequential(before)(mod)
         rewritten = {name: self._rewrite(name, mod[name]) for name in names}
         self._raise_refused()
+        if not self.report.matched:
+            return original
         mod = _updated(mod, rewritten)
         # what fed the old scores goes first: hoist_permutes leaves alone what has other readers
         mod = tvm.transform.Sequential([*middle, transform.DeadCodeElimination(), *before])(mod)
