@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from tvm_infer.errors import ModelError
-from tvm_infer.relax import RewritePagedAttention, export_hf
+from tvm_infer.errors import MatchError, ModelError
+from tvm_infer.relax import RewritePagedAttention, export_hf, from_torch
 from tvm_infer.spec import AttentionSpec
 
 
@@ -128,3 +130,36 @@ def test_sliding_window_models_are_refused():
 def test_what_is_no_language_model_is_refused(thing):
     with pytest.raises(ModelError, match="not a Hugging Face causal language model"):
         export_hf(thing)
+
+
+class WithMask(torch.nn.Module):
+    """A Llama exported by hand, with its padding mask as an input."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids, attention_mask):
+        return self.model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_padding_mask_is_refused_or_assumed_full(implementation):
+    model = make_llama(3, 1, head_dim=8, layers=1)
+    model.config._attn_implementation = implementation
+    n = torch.export.Dim("n", min=2, max=64)
+    row = torch.zeros(1, 6, dtype=torch.int64)
+    shapes = {name: {1: n} for name in ("input_ids", "position_ids", "attention_mask")}
+    with torch.no_grad():
+        program = torch.export.export(WithMask(model), (row, row, row + 1), dynamic_shapes=shapes)
+    imported = from_torch(program, dim_names={"input_ids:1": "n"})
+    with pytest.raises(MatchError, match="the mask depends on the function input `attention_mask`") as caught:
+        RewritePagedAttention()(imported.mod)
+    assert "attention_mask[0, j] != 0" in str(caught.value)
+    rewrite = RewritePagedAttention(assume_full=["attention_mask"])
+    rewrite(imported.mod)
+    (match,) = rewrite.report.matched
+    assert match.spec == AttentionSpec(3, 1, 8, "float32", True, 1 / math.sqrt(8))
+    assert match.assumptions[0] == "mask input `attention_mask` masks nothing (assume_full)"

@@ -132,7 +132,11 @@ class Matcher:
             except Refusal as refusal:
                 found.append(Reason(location, refusal.seen, refusal.why, refusal.fix))
             except UnknownShapeError as error:
-                found.append(Reason(location, f"tensor {error}", "its shape is not known when compiling", KEEP))
+                why = "its shape is not known when compiling"
+                fix = (
+                    "give the dynamic length an upper bound that buffers cover (torch.export.Dim(…, max=…)), or keep it"
+                )
+                found.append(Reason(location, f"tensor {error}", why, fix))
             except TooComplexError:
                 found.append(Reason(location, "the softmax input", "it is too large an expression to evaluate", KEEP))
         return found
@@ -146,7 +150,7 @@ class Matcher:
     # ---- softmax between two matmuls
 
     def _softmax(self, var: Any, call: Any, location: Location) -> Attention | NotAttention:
-        shape = shape_of(call)
+        shape = shape_of(var)
         axis = int(call.attrs.axis) % len(shape)
         extent = shape[axis]
         products, escapes = self._consumers(var)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm_ffi
 from tvm import ir, relax, sym, tirx
 
@@ -238,7 +239,8 @@ class Evaluator:
         numbers = [static_int(i) for i in index]
         if all(number is not None for number in numbers):
             return literal(data[tuple(numbers)].item(), dtype_of(value))
-        return self.atom("load", tensor, index)
+        closed = closed_form(data, dtype_of(value), index)
+        return self.atom("load", tensor, index) if closed is None else closed
 
     def _tuple_item(self, tensor: Any, item: Any, index: Index) -> Any:
         """One output of `split`, or a field of a tuple that was just made."""
@@ -336,6 +338,21 @@ def literal(value: Any, dtype: str) -> Any:
     if dtype.startswith(("int", "uint")):
         return tirx.IntImm(dtype, int(value))
     return tirx.FloatImm(dtype, float(value))
+
+
+def closed_form(data: np.ndarray, dtype: str, index: Index) -> Any | None:
+    """An element of a constant that is a causal mask (one value on and below the diagonal, one above) or a run of positions."""
+    rows: Any = data.reshape(data.shape[-2:]) if data.ndim >= 2 and data.size == math.prod(data.shape[-2:]) else None
+    if rows is not None and min(rows.shape) > 1:
+        kept, masked = rows[0, 0], rows[0, -1]
+        if (rows == np.where(np.tri(rows.shape[0], rows.shape[1]) > 0, kept, masked)).all():
+            return tirx.Select(index[-1] <= index[-2], literal(kept.item(), dtype), literal(masked.item(), dtype))
+    if data.ndim == 1 and data.size > 1 and dtype_class(dtype) == "int":
+        step = data[1] - data[0]
+        if (np.diff(data) == step).all():
+            value = int_imm(int(data[0])) + index[0] * int_imm(int(step))
+            return value if dtype == "int64" else tirx.Cast(dtype, value)
+    return None
 
 
 def same(a: Any, b: Any) -> bool:
@@ -519,18 +536,50 @@ def _repeat(ev: Evaluator, call: Any, index: Index) -> Index | None:
 
 
 def _take(ev: Evaluator, call: Any, index: Index) -> Index | None:
-    """x[5]: one constant index along an axis, which the result does not have."""
+    """take(x, where, axis): `where` is a number or a tensor, whose axes take the place of `axis`."""
     shape = known_shape(call.args[0])
     if shape is None or call.attrs.axis is None:
         return None
-    axis, where = int(call.attrs.axis) % len(shape), ev.definition(call.args[1])
-    number = static_int(where)
-    if isinstance(where, ir.GenericConst) and where.value.numpy().ndim == 0:
-        number = int(where.value.numpy())
-    extent = static_int(shape[axis])
-    if number is None or (number < 0 and extent is None):
+    axis, where = int(call.attrs.axis) % len(shape), call.args[1]
+    number = static_int(ev.definition(where))
+    if number is not None:
+        return (*index[:axis], int_imm(number), *index[axis:])
+    rank = len(known_shape(where) or ())
+    position = _position(ev, where, index[axis : axis + rank], shape[axis])
+    return None if position is None else (*index[:axis], position, *index[axis + rank :])
+
+
+def _index_tensor(ev: Evaluator, call: Any, index: Index) -> Index | None:
+    """x[a, b, …] with index tensors that are broadcast to one shape, for the leading axes of x."""
+    shape, indices = known_shape(call.args[0]), ev.definition(call.args[1])
+    if shape is None or not isinstance(indices, relax.Tuple):
         return None
-    return (*index[:axis], int_imm(number + (extent or 0) if number < 0 else number), *index[axis:])
+    count = len(indices.fields)
+    split = len(index) - (len(shape) - count)  # result axes that come from the index tensors
+    positions = [
+        _position(ev, where, broadcast_index(where, index[:split]), dim)
+        for where, dim in zip(indices.fields, shape, strict=False)
+    ]
+    if any(position is None for position in positions):
+        return None
+    return (*positions, *index[split:])
+
+
+def _position(ev: Evaluator, where: Any, index: Index, extent: Any) -> Any | None:
+    """An element of an index tensor as an index along an axis; None where it depends on data."""
+    value = ev._element(where, index)
+    while isinstance(value, tirx.Cast):
+        value = value.value
+    if dtype_class(str(value.ty)) != "int" or any(var in ev.atoms for var in free_vars(value)):
+        return None
+    if str(value.ty) != "int64":
+        value = tirx.Cast("int64", value)
+    value = ev.simplify(value)
+    number = static_int(value)
+    if number is not None and number < 0:
+        length = static_int(extent)
+        return None if length is None else int_imm(number + length)
+    return value
 
 
 def split_view(ev: Evaluator, call: Any, output: int, index: Index) -> Index | None:
@@ -564,6 +613,7 @@ VIEW_RULES: dict[str, Callable[[Evaluator, Any, Index], Index | None]] = {
     "relax.strided_slice": _strided_slice,
     "relax.repeat": _repeat,
     "relax.take": _take,
+    "relax.index_tensor": _index_tensor,
 }
 
 

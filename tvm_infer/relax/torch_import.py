@@ -9,11 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 import tvm
-from tvm import ir, relax, tirx
+from tvm import ir, relax, sym, tirx
+from tvm.sym.analyzer import ProofStrength
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from .symbolic import bindings_of, shape_of, used_vars
+from .symbolic import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1
@@ -63,7 +64,7 @@ def from_torch(
         options["custom_convert_map"] = {"scaled_dot_product_attention.default": _convert_attention}
     mod = from_exported_program(program, **options)
     func = mod["main"].without_attr("params")
-    func = _drop_unused_weights(_name_lengths(func, dim_names))
+    func = _drop_unused_weights(_name_lengths(_InboundSlices.apply(func), dim_names))
     imported = tvm.IRModule({"main": func})
     targets = {
         str(spec.arg.name): str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None
@@ -279,3 +280,52 @@ def _drop_unused_weights(func: Any) -> Any:
     used = {var for binding in bindings_of(func) for var in used_vars(binding.value)} | set(used_vars(func.body.body))
     params = [*func.params[:num_input], *(param for param in func.params[num_input:] if param in used)]
     return relax.Function(params, func.body, func.ret_ty, func.is_pure, func.attrs, func.span)
+
+
+@relax.expr_functor.mutator
+class _InboundSlices(relax.PyExprMutator):
+    """Slices `x[:n]` with n <= len(x), as the bounds of the dynamic lengths say, get the length n.
+
+    The importer gives them min(n, len(x)), and everything that is computed with a sliced mask buffer loses its shape.
+    """
+
+    def __init__(self, mod: tvm.IRModule, bounds: Mapping[Any, int]) -> None:
+        super().__init__(mod)
+        self._analyzer = sym.Analyzer()
+        for length, upper in bounds.items():
+            self._analyzer.bind(length, ir.Range(1, upper + 1))
+
+    @staticmethod
+    def apply(func: Any) -> Any:
+        """The function with such slices marked, and all types inferred anew; the same function where it has none."""
+        upper = dict(func.attrs["tir_var_upper_bound"]) if "tir_var_upper_bound" in func.attrs else {}
+        lengths = {dim for param in func.params for dim in known_shape(param) or () if isinstance(dim, ir.Var)}
+        bounds = {dim: int(upper[str(dim.name)]) for dim in lengths if str(dim.name) in upper}
+        mutator = _InboundSlices(tvm.IRModule(), bounds)
+        if not any(mutator.is_inbound(binding.value) for binding in bindings_of(func)):
+            return func
+        return mutator.visit_expr(func)
+
+    def is_inbound(self, call: Any) -> bool:
+        """Whether a slice from 0 provably ends within every axis that it cuts, at a symbolic length."""
+        shape = known_shape(call.args[0]) if op_name(call) == "relax.strided_slice" and len(call.args) == 5 else None
+        if shape is None or call.attrs.assume_inbound:
+            return False
+        axes, begin, end, strides = (list(argument.fields) for argument in call.args[1:])
+        return any(static_int(part) is None for part in end) and all(
+            static_int(first) == 0
+            and static_int(stride) == 1
+            and self._analyzer.can_prove(last <= shape[static_int(axis) or 0], ProofStrength.SYMBOLIC_BOUND)
+            for axis, first, last, stride in zip(axes, begin, end, strides, strict=True)
+        )
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        if self.is_inbound(call):
+            axes, begin, end, strides = (list(argument.fields) for argument in call.args[1:])
+            return relax.op.strided_slice(
+                call.args[0], [static_int(axis) for axis in axes], begin, end, strides, assume_inbound=True
+            )
+        if known_shape(call) is None and isinstance(call.op, ir.Op) and isinstance(call.ty, relax.TensorType):
+            return relax.Call(call.op, call.args, call.attrs)  # its operands may have shapes now
+        return call
