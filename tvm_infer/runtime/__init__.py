@@ -1,5 +1,8 @@
-"""What a compiled model runs with: the paged KV cache."""
+"""What a compiled model runs with: the paged KV cache, the executable, requests, sampling."""
 
+from .engine import Engine, EngineStats, Generation
+from .executable import Executable, Manifest
 from .kv_cache import PagedKVCache, Step
+from .sampling import Sampler
 
-__all__ = ["PagedKVCache", "Step"]
+__all__ = ["Engine", "EngineStats", "Executable", "Generation", "Manifest", "PagedKVCache", "Sampler", "Step"]

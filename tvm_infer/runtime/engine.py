@@ -1,0 +1,275 @@
+"""Continuous batching: requests join and leave between steps, prefill and decode run in one call."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ArgumentError, OutOfPagesError
+from .kv_cache import PagedKVCache
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .executable import Executable
+
+
+@dataclass
+class Generation:
+    """One sample of one request, growing while the engine runs.
+
+    request, sample : its numbers. prompt : tokens. tokens : what was generated. finish_reason : "" while it runs, "stop" (a stop
+    token, the last of `tokens`), "length" (max_new_tokens) or "cancelled".
+    """
+
+    request: int
+    sample: int
+    prompt: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+OnToken = Callable[[Generation, int], None]
+
+
+@dataclass
+class EngineStats:
+    """Work done so far. A step that has prompt tokens counts as prefill, its decode tokens too."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens of pure decode steps a second, all sequences together."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class _Request:
+    prompt: np.ndarray
+    samples: list[Generation]
+    max_new_tokens: int
+    sampler: Sampler
+    stop_tokens: frozenset[int]
+    on_token: OnToken | None
+    pages: int  # reserved from admission to the end
+    streams: list[np.random.Generator]
+    seq_ids: list[int] = field(default_factory=list)
+    prefilled: int = 0
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.prefilled < len(self.prompt)
+
+
+class Engine:
+    """Requests that share one cache. Not thread-safe.
+
+    A request is admitted, first come first served, when the cache has pages for its longest possible text and room for its samples,
+    so that a step never runs out of pages. A long prompt is prefilled in chunks beside the others' decoding.
+    """
+
+    def __init__(self, executable: Executable, cache: PagedKVCache) -> None:
+        executable.bind(cache)
+        if len(cache):
+            raise ArgumentError(f"argument `cache` holds {len(cache)} sequences; an engine needs an empty cache: clear() it")
+        self.executable = executable
+        self.cache = cache
+        self.stats = EngineStats()
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._next_request = 0
+        self._next_seq_id = 0
+        self._reserved_pages = 0
+        self._max_step_tokens = min(cache.max_tokens, executable.manifest.max_tokens)
+
+    @staticmethod
+    def pages_needed(prompt_length: int, max_new_tokens: int, n: int, page_size: int) -> int:
+        """Pages of a request's longest text: whole pages of the prompt are shared by its samples, the rest is each one's own."""
+        longest = prompt_length + max(max_new_tokens - 1, 0)  # the last token is never fed back
+        shared = prompt_length // page_size
+        return shared + n * (-(-longest // page_size) - shared)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampler: Sampler | None = None,
+        n: int = 1,
+        stop_tokens: Sequence[int] = (),
+        on_token: OnToken | None = None,
+    ) -> list[Generation]:
+        """Queue a prompt; returns its `n` generations, which grow as steps are run. Any time, also between steps.
+
+        Raises
+        ------
+        ArgumentError : an empty prompt, a token outside the vocabulary, n or max_new_tokens below 1, more samples than the cache's
+        max_batch, a text longer than the model's context. OutOfPagesError : the prompt and its longest text do not fit the whole cache.
+        """
+        tokens = np.asarray(prompt, np.int64).reshape(-1)
+        self._check(tokens, max_new_tokens, n)
+        request = self._next_request
+        self._next_request += 1
+        sampler = sampler or Sampler()
+        samples = [Generation(request, i, [int(t) for t in tokens]) for i in range(n)]
+        streams = [sampler.stream(request, i) for i in range(n)]
+        pages = self.pages_needed(len(tokens), max_new_tokens, n, self.cache.page_size)
+        stops = frozenset(int(t) for t in stop_tokens)
+        self._waiting.append(_Request(tokens, samples, max_new_tokens, sampler, stops, on_token, pages, streams))
+        return samples
+
+    def _check(self, tokens: np.ndarray, max_new_tokens: int, n: int) -> None:
+        manifest, cache = self.executable.manifest, self.cache
+        if tokens.size == 0:
+            raise ArgumentError("argument `prompt` is empty; a text needs one token at least to begin from")
+        if tokens.min() < 0 or tokens.max() >= manifest.vocab_size:
+            raise ArgumentError(
+                f"argument `prompt` has tokens {tokens.min()} to {tokens.max()}; the vocabulary is 0 to {manifest.vocab_size - 1}"
+            )
+        if max_new_tokens < 1 or n < 1:
+            raise ArgumentError(f"max_new_tokens is {max_new_tokens}, n is {n}; both must be at least 1")
+        if n > cache.max_batch:
+            raise ArgumentError(f"n is {n}; the cache takes {cache.max_batch} sequences a step (max_batch)")
+        longest = tokens.size + max_new_tokens
+        if manifest.max_position is not None and longest > manifest.max_position:
+            raise ArgumentError(
+                f"a prompt of {tokens.size} tokens and {max_new_tokens} new ones are {longest}; the model's context is "
+                f"{manifest.max_position}: shorten one of them"
+            )
+        pages = self.pages_needed(tokens.size, max_new_tokens, n, cache.page_size)
+        if pages > cache.num_pages:
+            raise OutOfPagesError(
+                f"a prompt of {tokens.size} tokens and {n} x {max_new_tokens} new ones need {pages} pages of {cache.page_size} tokens "
+                f"({pages * cache.bytes_per_page} bytes); the cache has {cache.num_pages} in all: make it with num_pages={pages} or "
+                "more, or shorten them"
+            )
+
+    def cancel(self, generation: Generation) -> None:
+        """End the request of this generation, all its samples, between two steps. Nothing happens if it has ended."""
+        for queue in (self._waiting, self._running):
+            for request in list(queue):
+                if any(sample is generation for sample in request.samples):
+                    for sample in request.samples:
+                        sample.finish_reason = sample.finish_reason or "cancelled"
+                    queue.remove(request)
+                    if queue is self._running:
+                        self._free(request)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests under way."""
+        return len(self._running)
+
+    def run(self) -> None:
+        """Step until every request has ended."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """One token for every running sample, and prompt tokens up to the step's limit. False when there is nothing left to do."""
+        self._admit()
+        decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
+        batch: list[tuple[int, Sequence[int]]] = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
+        chunks = self._prefill_chunks(self._max_step_tokens - len(batch))
+        batch += [(r.seq_ids[0], r.prompt[r.prefilled : r.prefilled + size]) for r, size in chunks]
+        if not batch:
+            return False
+        ends = np.cumsum([len(tokens) for _, tokens in batch]) - 1
+        finishing = [r.prefilled + size == len(r.prompt) for r, size in chunks]
+        rows = [*ends[: len(decoding)], *(e for e, done in zip(ends[len(decoding) :], finishing, strict=True) if done)]
+        started = time.perf_counter()
+        logits = self.executable.step(self.cache, batch, rows=[int(row) for row in rows])
+        seconds = time.perf_counter() - started
+        for (request, sample), row in zip(decoding, logits, strict=False):
+            self._take(request, sample, row)
+        row_index = len(decoding)
+        for (request, size), done in zip(chunks, finishing, strict=True):
+            request.prefilled += size
+            if done:
+                self._begin_samples(request, logits[row_index])
+                row_index += 1
+        self._count(len(decoding), sum(size for _, size in chunks), seconds, started)
+        self._retire()
+        return bool(self._running or self._waiting)
+
+    def _count(self, decoded: int, prefilled: int, seconds: float, started: float) -> None:
+        stats = self.stats
+        if prefilled:
+            stats.prefill_tokens += prefilled
+            stats.prefill_seconds += seconds
+        else:
+            stats.decode_steps += 1
+            stats.decode_tokens += decoded
+            stats.decode_seconds += time.perf_counter() - started  # sampling included
+
+    @staticmethod
+    def _active(request: _Request) -> list[int]:
+        return [i for i, sample in enumerate(request.samples) if not sample.finish_reason]
+
+    def _admit(self) -> None:
+        while self._waiting:
+            request = self._waiting[0]
+            sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
+            fits = self._reserved_pages + request.pages <= self.cache.num_pages
+            if sequences > self.cache.max_batch or not fits:
+                return
+            self._waiting.popleft()
+            self._reserved_pages += request.pages
+            request.seq_ids = [self._next_seq_id + i for i in range(len(request.samples))]
+            self._next_seq_id += len(request.samples)
+            self.cache.add_sequence(request.seq_ids[0])
+            self._running.append(request)
+
+    def _prefill_chunks(self, budget: int) -> list[tuple[_Request, int]]:
+        chunks = []
+        for request in self._running:
+            size = min(len(request.prompt) - request.prefilled, budget)
+            if size > 0:
+                chunks.append((request, size))
+                budget -= size
+        return chunks
+
+    def _begin_samples(self, request: _Request, logits: np.ndarray) -> None:
+        """The prompt is in: its other samples fork from it, and each takes its first token."""
+        for child in request.seq_ids[1:]:
+            self.cache.fork_sequence(request.seq_ids[0], child)
+        for i in range(len(request.samples)):
+            self._take(request, i, logits)
+
+    def _take(self, request: _Request, index: int, logits: np.ndarray) -> None:
+        sample = request.samples[index]
+        token = request.sampler.choose(logits, request.streams[index])
+        sample.tokens.append(token)
+        if token in request.stop_tokens:
+            sample.finish_reason = "stop"
+        elif len(sample.tokens) >= request.max_new_tokens:
+            sample.finish_reason = "length"
+        if sample.finish_reason:
+            self.cache.remove_sequence(request.seq_ids[index])
+        if request.on_token is not None:
+            request.on_token(sample, token)
+
+    def _retire(self) -> None:
+        for request in [r for r in self._running if not r.is_prefilling and not self._active(r)]:
+            self._running.remove(request)
+            self._reserved_pages -= request.pages
+
+    def _free(self, request: _Request) -> None:
+        self._reserved_pages -= request.pages
+        for seq_id in request.seq_ids:
+            if seq_id in self.cache:
+                self.cache.remove_sequence(seq_id)

@@ -1,0 +1,290 @@
+"""A compiled model: steps over a paged KV cache, and text from prompts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import _ffi, blas
+from ..errors import AbiError, ArgumentError, ModelError
+from ..spec import AttentionSpec
+from .engine import Engine, Generation, OnToken
+from .kv_cache import PagedKVCache
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from ..models import Tokenizer
+
+_LIBRARY, _MANIFEST, _REPORT = "model.so", "manifest.json", "report.txt"
+_ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a compiled model says of itself.
+
+    inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
+    layers : the attention of every layer. max_tokens : tokens of one step, at most. max_position : the model's context, or None.
+    """
+
+    abi_version: int
+    target: str
+    function: str
+    inputs: tuple[tuple[str, str], ...]
+    weights: tuple[str, ...]
+    layers: tuple[AttentionSpec, ...]
+    vocab_size: int
+    max_tokens: int
+    max_position: int | None = None
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Write into `folder`."""
+        (folder / _MANIFEST).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> Manifest:
+        """Read from `folder`. AbiError if it was compiled against another version of the packed functions."""
+        fields = json.loads((folder / _MANIFEST).read_text())
+        have = int(_ffi.func("abi_version")())
+        if fields["abi_version"] != have:
+            raise AbiError(
+                f"the model in {folder} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI {have}: compile it again"
+            )
+        fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
+        fields["weights"] = tuple(fields["weights"])
+        fields["layers"] = tuple(AttentionSpec(**spec) for spec in fields["layers"])
+        return cls(**fields)
+
+
+class Executable:
+    """A compiled model with its weights. Made by :func:`tvm_infer.compile`.
+
+    A step takes new tokens of any number of sequences, prefill and decode alike, and returns logits. One cache serves one executable.
+
+    Attributes
+    ----------
+    manifest : sizes, inputs, layers.
+    report : what the compiler's passes matched, dispatched and left alone.
+    from_cache : True if nothing was compiled, because the cache folder had this model.
+    tokenizer : of the model file, or None.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        weights: Mapping[str, Any],
+        *,
+        tokenizer: Tokenizer | None = None,
+        from_cache: bool = False,
+    ) -> None:
+        _ffi.library()
+        blas.ensure_blas()
+        import tvm
+        from tvm import relax
+
+        self.manifest = Manifest.load(folder)
+        self.report = (folder / _REPORT).read_text()
+        self.from_cache = from_cache
+        self.tokenizer = tokenizer
+        self._tensor = tvm.runtime.tensor
+        self._library_path = folder / _LIBRARY
+        self._number = next(_numbers)
+        missing = [name for name in self.manifest.weights if name not in weights]
+        if missing:
+            raise ModelError(
+                f"{len(missing)} weights of the compiled model are not given, {missing[0]!r} first; given are "
+                f"{', '.join(list(weights)[:4])}, …"
+            )
+        self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
+        self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(self._library_path)), tvm.cpu())
+        self._main = self._vm[self.manifest.function]
+
+    def explain(self) -> str:
+        """What the passes did, and what the executable is."""
+        m = self.manifest
+        head = (
+            f"{m.function}({', '.join(name for name, _ in m.inputs)}, kv_cache, {len(m.weights)} weights) for {m.target}\n"
+            f"{len(m.layers)} layers, vocabulary {m.vocab_size}, at most {m.max_tokens} tokens a step"
+            f"{', from the cache folder' if self.from_cache else ''}"
+        )
+        return f"{head}\n\n{self.report}"
+
+    def export_library(self, path: str | os.PathLike[str]) -> None:
+        """Copy the compiled code (a shared library for TVM's runtime, without weights) to `path`."""
+        shutil.copyfile(self._library_path, path)
+
+    # Steps
+
+    def new_cache(
+        self, *, num_pages: int, page_size: int = 16, max_batch: int = 16, max_tokens: int | None = None
+    ) -> PagedKVCache:
+        """A cache of this model's layers and heads. max_tokens : new tokens of a step, at most (default: what was compiled for)."""
+        spec = self.manifest.layers[0]
+        return PagedKVCache.for_spec(
+            spec,
+            len(self.manifest.layers),
+            num_pages=num_pages,
+            page_size=page_size,
+            max_batch=max_batch,
+            max_tokens=self.manifest.max_tokens if max_tokens is None else max_tokens,
+        )
+
+    def bind(self, cache: PagedKVCache) -> None:
+        """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's."""
+        spec, m = self.manifest.layers[0], self.manifest
+        have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        if have != need:
+            raise ArgumentError(
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
+                "Executable.new_cache"
+            )
+        cache.bind(self._number)
+
+    def release(self, cache: PagedKVCache) -> None:
+        """Give the cache back, so that another executable of the same shape may take it."""
+        cache.release(self._number)
+
+    def step(
+        self, cache: PagedKVCache, batch: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Run new tokens of some sequences through the model; the cache keeps their keys and values.
+
+        Parameters
+        ----------
+        batch : (sequence id, its new tokens), for sequences that the cache has: a whole prompt, a part of one, or one token.
+        rows : which tokens to compute logits for, counted over the batch's tokens in order; None: the last of every sequence (those
+            without new tokens left out).
+
+        Returns
+        -------
+        Logits, float32 [len(rows), vocab_size].
+
+        Raises
+        ------
+        ArgumentError : a token that is not in the vocabulary, a row that is not in the step, too many tokens. OutOfPagesError,
+        UnknownSequenceError, CacheStateError : as PagedKVCache.begin_forward. The cache is as before then.
+        """
+        self.bind(cache)
+        tokens = [np.asarray(new, np.int64).reshape(-1) for _, new in batch]
+        flat = np.concatenate([np.zeros(0, np.int64), *tokens])
+        self._check_tokens(flat)
+        with cache.forward([seq_id for seq_id, _ in batch], [len(new) for new in tokens]) as step:
+            wanted = step.last_rows if rows is None else np.asarray(rows, np.int64).reshape(-1)
+            if wanted.size and not (wanted.min() >= 0 and wanted.max() < flat.size):
+                raise ArgumentError(
+                    f"argument `rows` names {wanted.min()} to {wanted.max()}; the step has rows 0 to {flat.size - 1}"
+                )
+            if flat.size == 0:
+                return np.zeros((0, self.manifest.vocab_size), np.float32)
+            # Operators are compiled for one row at least.
+            logits = self._run(flat, step.position_ids, wanted if wanted.size else np.zeros(1, np.int64), cache)
+        return logits[: wanted.size]
+
+    def _check_tokens(self, flat: np.ndarray) -> None:
+        m = self.manifest
+        if flat.size and not (flat.min() >= 0 and flat.max() < m.vocab_size):
+            bad = flat[(flat < 0) | (flat >= m.vocab_size)][0]
+            raise ArgumentError(f"argument `batch` has the token {bad}; the vocabulary is 0 to {m.vocab_size - 1}")
+        if flat.size > m.max_tokens:
+            raise ArgumentError(
+                f"the step has {flat.size} tokens, the model was compiled for at most {m.max_tokens}: split the prompt into chunks, or "
+                "compile with a larger max_tokens"
+            )
+
+    def _run(self, flat: np.ndarray, position_ids: Any, rows: np.ndarray, cache: PagedKVCache) -> np.ndarray:
+        given = {"input_ids": flat[None], "position_ids": position_ids, "logit_indices": rows}
+        inputs = []
+        for name, dtype in self.manifest.inputs:
+            value = given[name]
+            if isinstance(value, np.ndarray):
+                value = self._tensor(value.astype(dtype, copy=False))
+            elif dtype != "int64":
+                value = self._tensor(np.from_dlpack(value).astype(dtype))
+            inputs.append(value)
+        result = self._main(*inputs, cache.__tvm_ffi_object__(), *self._weights)
+        logits = result if hasattr(result, "shape") else result[0]
+        return np.from_dlpack(logits).reshape(-1, self.manifest.vocab_size)
+
+    # Text
+
+    def engine(self, cache: PagedKVCache) -> Engine:
+        """A queue of requests that share `cache` and run together, joining and leaving between steps."""
+        return Engine(self, cache)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        sampler: Sampler | None = None,
+        n: int = 1,
+        stop_tokens: Sequence[int] = (),
+        on_token: OnToken | None = None,
+        max_batch: int = 16,
+        page_size: int = 16,
+    ) -> list[Generation]:
+        """Continue prompts, as many at a time as `max_batch` allows; others join as they finish.
+
+        Parameters
+        ----------
+        prompts : token lists, or texts if the model file had a tokenizer.
+        sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
+        stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
+
+        Returns
+        -------
+        len(prompts) * n generations, those of one prompt together. For more control (a cache of your own, requests that arrive later)
+        use :meth:`engine`.
+        """
+        token_lists = [self._encode(prompt) for prompt in prompts]
+        needs = [Engine.pages_needed(len(t), max_new_tokens, n, page_size) for t in token_lists]
+        together = max(1, max_batch // max(n, 1))
+        cache = self.new_cache(
+            num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)
+        )
+        engine = self.engine(cache)
+        generations: list[Generation] = []
+        for tokens in token_lists:
+            generations += engine.submit(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                n=n,
+                stop_tokens=stop_tokens,
+                on_token=on_token,
+            )
+        engine.run()
+        return generations
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ArgumentError("argument `prompts` holds text and the model has no tokenizer: pass token ids")
+        return self.tokenizer.encode(prompt)
+
+
+def as_weight(x: Any, name: str) -> Any:
+    """A weight as a TVM tensor: shared where it is contiguous and aligned for TVM's kernels, copied otherwise."""
+    import tvm
+
+    if hasattr(x, "detach"):
+        x = x.detach().contiguous()
+    elif isinstance(x, np.ndarray):
+        x = np.ascontiguousarray(x)
+    pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
+    if not hasattr(x, "__dlpack__"):
+        raise ArgumentError(f"weight {name!r} is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor")
+    if pointer % _ALIGNMENT or (isinstance(x, np.ndarray) and not x.flags.writeable):
+        return tvm.runtime.tensor(x if isinstance(x, np.ndarray) else x.numpy())
+    return tvm.runtime.from_dlpack(x)
