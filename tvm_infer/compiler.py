@@ -95,7 +95,9 @@ def compile(
     else:
         known = cache_dir.find("compiled", key) is not None
         folder = cache_dir.published_folder("compiled", key, make)
-    executable = Executable(folder, source.weights, tokenizer=source.tokenizer, from_cache=known)
+    executable = Executable(
+        folder, source.weights, tokenizer=source.tokenizer, max_position=source.max_position, from_cache=known
+    )
     if not cache:
         weakref.finalize(executable, holder.cleanup)
     return executable
@@ -114,7 +116,9 @@ def _target_text(target: Any) -> str:
     except (ValueError, TypeError, RuntimeError) as e:
         raise errors.ArgumentError(f'target is {target!r}, which TVM refuses: pass "llvm" or a dict ({e})') from e
     if parsed.kind.name != "llvm":
-        raise errors.ArgumentError(f"target is of kind {parsed.kind.name!r}; models are compiled for llvm (this machine's CPU) so far")
+        raise errors.ArgumentError(
+            f"target is of kind {parsed.kind.name!r}; models are compiled for llvm (this machine's CPU) so far"
+        )
     return str(parsed)
 
 
@@ -162,8 +166,8 @@ def _source(model: Any, params: Mapping[str, Any] | None, function: str) -> _Sou
         position = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         return _from_imported(export_hf(model), position)
     raise errors.ArgumentError(
-        f"model is a {type(model).__name__}; it must be the path of a GGUF file, a LanguageModel, a Hugging Face causal language model, "
-        "a torch.export program or a tvm.IRModule"
+        f"model is a {type(model).__name__}; it must be the path of a GGUF file, a LanguageModel, a Hugging Face causal "
+        "language model, a torch.export program or a tvm.IRModule"
     )
 
 
@@ -185,7 +189,9 @@ def _from_language_model(model: LanguageModel) -> _Source:
 def _from_imported(imported: Any, max_position: int | None = None) -> _Source:
     names = dict(imported.torch_names)
     weights = {names[name]: tensor for name, tensor in imported.weights.items()}
-    return _Source(_digest(imported.mod), lambda: (imported.mod, names), weights, None, max_position)
+    return _Source(
+        _digest(imported.mod) + repr(sorted(names.items())), lambda: (imported.mod, names), weights, None, max_position
+    )
 
 
 def _from_module(mod: Any, params: Mapping[str, Any], function: str) -> _Source:
@@ -249,7 +255,6 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         layers=tuple(specs),
         vocab_size=vocab_size,
         max_tokens=options.max_tokens,
-        max_position=source.max_position,
     ).save(folder)
     progress("compiling kernels", 1.0)
 
@@ -263,11 +268,15 @@ def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequen
             "weights as `params`, or remove the input"
         )
     if not specs:
-        raise errors.ModelError(f"function {function!r} has no attention that reads a KV cache: there is nothing to decode with")
+        raise errors.ModelError(
+            f"function {function!r} has no attention that reads a KV cache: there is nothing to decode with"
+        )
     if len({(s.num_qo_heads, s.num_kv_heads, s.head_dim, s.dtype) for s in specs}) > 1:
         raise errors.ModelError(
             f"the attention layers of {function!r} differ in heads, head_dim or dtype: {sorted({str(s) for s in specs})}; one cache "
             "serves equal layers only"
         )
     if any(not s.causal for s in specs):
-        raise errors.ModelError(f"an attention of {function!r} is not causal: tokens that come one by one cannot see later ones")
+        raise errors.ModelError(
+            f"an attention of {function!r} is not causal: tokens that come one by one cannot see later ones"
+        )

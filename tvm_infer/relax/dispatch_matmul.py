@@ -117,9 +117,7 @@ class DispatchMatmul:
                 stored is not None,
             )
         )
-        return extern_calls.matmul(
-            a, b if stored is None else stored, transpose_b=stored is not None, out_ty=value.ty
-        )
+        return extern_calls.matmul(a, b if stored is None else stored, transpose_b=stored is not None, out_ty=value.ty)
 
 
 def _problem(a: Any, b: Any, value: Any) -> tuple[str, str] | None:
@@ -141,7 +139,7 @@ def _problem(a: Any, b: Any, value: Any) -> tuple[str, str] | None:
 
 def _transposed(b: Any, definitions: Mapping[Any, Any]) -> Any | None:
     """The matrix [n, k] whose transpose `b` is, or None."""
-    value = definitions.get(b)
+    value: Any = definitions.get(b)
     if op_name(value) != _PERMUTE or len(shape_of(value)) != 2:
         return None
     axes = value.attrs.axes

@@ -75,10 +75,9 @@ class _Rewriter:
                 new_result = self._replay(bindings, chain, product, outputs, is_dataflow)
             blocks.append(relax.DataflowBlock(bindings) if is_dataflow else relax.BindingBlock(bindings))
         params = [*func.params[:num_input], self.indices, *func.params[num_input:]]
-        attrs = {key: func.attrs[key] for key in func.attrs} if func.attrs else {}
-        attrs["num_input"] = num_input + 1
         body = relax.SeqExpr(blocks, new_result)
-        return relax.Function(params, body, new_result.ty, func.is_pure, tvm.ir.make_node("ir.DictAttrs", **attrs))
+        function = relax.Function(params, body, new_result.ty, func.is_pure, func.attrs, func.span)
+        return function.with_attr("num_input", num_input + 1)
 
     def _fields(self, result: Any) -> list[Any]:
         value = self.definitions.get(result, result)
@@ -89,7 +88,7 @@ class _Rewriter:
         chain: list[tuple[Any, int]] = []
         var = logits
         while True:
-            value = self.definitions.get(var)
+            value: Any = self.definitions.get(var)
             name = op_name(value)
             if name == "relax.matmul" and len(known_shape(value.args[1]) or ()) == 2:
                 self.product = str(var.name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .executable import Executable
 
 
-@dataclass
+@dataclass(eq=False)  # two generations with equal tokens are still two
 class Generation:
     """One sample of one request, growing while the engine runs.
 
@@ -52,7 +52,7 @@ class EngineStats:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     prompt: np.ndarray
     samples: list[Generation]
@@ -80,7 +80,9 @@ class Engine:
     def __init__(self, executable: Executable, cache: PagedKVCache) -> None:
         executable.bind(cache)
         if len(cache):
-            raise ArgumentError(f"argument `cache` holds {len(cache)} sequences; an engine needs an empty cache: clear() it")
+            raise ArgumentError(
+                f"argument `cache` holds {len(cache)} sequences; an engine needs an empty cache: clear() it"
+            )
         self.executable = executable
         self.cache = cache
         self.stats = EngineStats()
@@ -140,10 +142,11 @@ class Engine:
         if n > cache.max_batch:
             raise ArgumentError(f"n is {n}; the cache takes {cache.max_batch} sequences a step (max_batch)")
         longest = tokens.size + max_new_tokens
-        if manifest.max_position is not None and longest > manifest.max_position:
+        max_position = self.executable.max_position
+        if max_position is not None and longest > max_position:
             raise ArgumentError(
                 f"a prompt of {tokens.size} tokens and {max_new_tokens} new ones are {longest}; the model's context is "
-                f"{manifest.max_position}: shorten one of them"
+                f"{max_position}: shorten one of them"
             )
         pages = self.pages_needed(tokens.size, max_new_tokens, n, cache.page_size)
         if pages > cache.num_pages:
@@ -185,7 +188,7 @@ class Engine:
         decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
         batch: list[tuple[int, Sequence[int]]] = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
         chunks = self._prefill_chunks(self._max_step_tokens - len(batch))
-        batch += [(r.seq_ids[0], r.prompt[r.prefilled : r.prefilled + size]) for r, size in chunks]
+        batch += [(r.seq_ids[0], r.prompt[r.prefilled : r.prefilled + size].tolist()) for r, size in chunks]
         if not batch:
             return False
         ends = np.cumsum([len(tokens) for _, tokens in batch]) - 1

@@ -33,7 +33,7 @@ class Manifest:
     """What a compiled model says of itself.
 
     inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
-    layers : the attention of every layer. max_tokens : tokens of one step, at most. max_position : the model's context, or None.
+    layers : the attention of every layer. max_tokens : tokens of one step, at most.
     """
 
     abi_version: int
@@ -44,7 +44,6 @@ class Manifest:
     layers: tuple[AttentionSpec, ...]
     vocab_size: int
     max_tokens: int
-    max_position: int | None = None
 
     def save(self, folder: pathlib.Path) -> None:
         """Write into `folder`."""
@@ -57,7 +56,8 @@ class Manifest:
         have = int(_ffi.func("abi_version")())
         if fields["abi_version"] != have:
             raise AbiError(
-                f"the model in {folder} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI {have}: compile it again"
+                f"the model in {folder} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
+                f"{have}: compile it again"
             )
         fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
         fields["weights"] = tuple(fields["weights"])
@@ -75,7 +75,7 @@ class Executable:
     manifest : sizes, inputs, layers.
     report : what the compiler's passes matched, dispatched and left alone.
     from_cache : True if nothing was compiled, because the cache folder had this model.
-    tokenizer : of the model file, or None.
+    tokenizer : of the model file, or None. max_position : the context the model was trained for, or None.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Executable:
         weights: Mapping[str, Any],
         *,
         tokenizer: Tokenizer | None = None,
+        max_position: int | None = None,
         from_cache: bool = False,
     ) -> None:
         _ffi.library()
@@ -95,6 +96,7 @@ class Executable:
         self.report = (folder / _REPORT).read_text()
         self.from_cache = from_cache
         self.tokenizer = tokenizer
+        self.max_position = max_position
         self._tensor = tvm.runtime.tensor
         self._library_path = folder / _LIBRARY
         self._number = next(_numbers)
@@ -284,7 +286,9 @@ def as_weight(x: Any, name: str) -> Any:
         x = np.ascontiguousarray(x)
     pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
     if not hasattr(x, "__dlpack__"):
-        raise ArgumentError(f"weight {name!r} is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor")
+        raise ArgumentError(
+            f"weight {name!r} is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor"
+        )
     if pointer % _ALIGNMENT or (isinstance(x, np.ndarray) and not x.flags.writeable):
         return tvm.runtime.tensor(x if isinstance(x, np.ndarray) else x.numpy())
     return tvm.runtime.from_dlpack(x)
