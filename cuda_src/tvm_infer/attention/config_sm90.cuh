@@ -1,0 +1,67 @@
+// Shape of the sm_90a attention kernel: tiles, roles, shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/ptx/element.cuh"
+#include "tvm_infer/tile/ring.cuh"
+#include "tvm_infer/tile/swizzle.cuh"
+
+namespace tvm_infer::attention {
+
+// Work::tile_class, an index into the tile table that the plans for this kernel are made with.
+inline constexpr int kDecodeClass = 0;   // up to 16 packed rows: bound by the bytes of K and V
+inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the tensor cores
+
+template <typename Element_, int kHeadDim_, int kPageSize_>
+struct ConfigSm90 {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kPageSize = kPageSize_;
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");
+  static_assert(kPageSize == 8 || kPageSize == 16 || kPageSize == 32 || kPageSize == 64, "pages of 8, 16, 32 or 64 tokens");
+
+  static constexpr int kTileKeys = 128;
+  static constexpr int kDecodeRows = 16;
+  static constexpr int kPrefillRows = 128;
+
+  // Warpgroup 0 loads (warp 0: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute.
+  static constexpr int kConsumerWarpgroups = 2;
+  static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+  static constexpr int kConsumerThreads = 32 * kConsumerWarps;
+  static constexpr int kThreads = kConsumerThreads + 128;
+  // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+
+  static constexpr int kPanels = kHeadDim / tile::kPanelElements;
+  using Boxes = tile::PageBoxes<kPageSize, kHeadDim>;
+  static constexpr int kPagesPerTile = kTileKeys / kPageSize;
+
+  // One stage is a tile of K or of V of one head. 192 KB: 5.6 us of this SM's share of the memory bandwidth.
+  static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
+  static constexpr int kStages = 196608 / kStageBytes;
+  using Ring = tile::Ring<kStages, kStageBytes>;
+  static constexpr int kQueryBytes = kPrefillRows * kHeadDim * 2;
+
+  // Named barriers.
+  static constexpr int kBarrierConsumers = 1;
+  static constexpr int kBarrierTurn = 2;       // + warpgroup: its turn to issue matrix products
+  static constexpr int kBarrierWarpgroup = 4;  // + warpgroup
+
+  struct SharedMemory {
+    alignas(1024) uint8_t ring[kStages * kStageBytes];
+    // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
+    alignas(1024) uint8_t query[kQueryBytes];
+    float warp_max[kConsumerWarps][kDecodeRows];
+    float warp_sum[kConsumerWarps][kDecodeRows];
+    tile::RingBarriers<kStages> ring_barriers;
+    uint64_t query_full;   // 2 arrivals: the loader warps
+    uint64_t query_empty;  // kConsumerWarps arrivals
+    int32_t is_last_arrival;
+  };
+  static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
+  static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
+};
+
+}  // namespace tvm_infer::attention

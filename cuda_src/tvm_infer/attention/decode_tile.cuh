@@ -1,0 +1,215 @@
+// The decode class: up to 16 packed rows. Bound by the bytes of K and V, so nothing may wait for anything but them.
+//
+// The eight warps share a tile of 128 keys, 16 keys each, and never synchronise inside a work: each has its own max, sum and O over its
+// keys. With mma.sync the weights stay in registers between the two products (no shared memory, no barrier); a page costs a warp about
+// 200 instructions, an eighth of what the schedulers can issue while it arrives. At the end of a head the eight states are merged.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/attention/consumer.cuh"
+#include "tvm_infer/attention/mask.cuh"
+#include "tvm_infer/attention/output.cuh"
+#include "tvm_infer/attention/softmax.cuh"
+#include "tvm_infer/ptx/mma.cuh"
+
+namespace tvm_infer::attention {
+
+template <typename Config>
+class DecodeTile {
+ public:
+  using Element = typename Config::Element;
+  using Ring = typename Config::Ring;
+  using Boxes = typename Config::Boxes;
+  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
+  static_assert(kWarpKeys * Config::kConsumerWarps == kTileKeys);
+
+  __device__ __forceinline__ explicit DecodeTile(Consumer<Config>& c) : c_(c) {}
+
+  __device__ __forceinline__ void Run(const Work& work) {
+    const Tiles tiles(work);
+    const Band band = c_.plan.header->band;
+    const int32_t group = c_.plan.header->group_size, row = c_.lane / 4;
+    const KeyRange keys[2] = {VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)};
+    const KeyRange seen_by_all{VisibleKeys(work, band, group, work.num_rows - 1).begin, VisibleKeys(work, band, group, 0).end};
+    int64_t q_offset[2] = {-1, -1};  // of rows g and g + 8 for KV head 0; -1: no such row
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (row + 8 * i >= work.num_rows) continue;
+      const RowAddress at = AddressOf(c_.plan, work.row_begin + row + 8 * i);
+      q_offset[i] = at.token * c_.params.q_stride_token + at.head * c_.params.q_stride_head;
+    }
+    for (int32_t h = 0; h < work.num_kv_heads; ++h) {
+      float o[kHeadDim / 8][4];
+      OnlineSoftmax softmax;
+      RunHead(work, tiles, keys, seen_by_all, q_offset, h, o, softmax);
+      Merge(work, h, o, softmax);
+    }
+  }
+
+ private:
+  using Tiles = KeyTiles<Config::kPageSize, kTileKeys>;
+
+  __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kHeadDim / 16][4], const int64_t (&offset)[2], int32_t kv_head) {
+    const auto* base =
+        static_cast<const uint16_t*>(c_.params.q) + kv_head * c_.plan.header->group_size * c_.params.q_stride_head + c_.lane % 4 * 2;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // i % 2: row, i / 2: column block
+        const auto* source = reinterpret_cast<const uint32_t*>(base + offset[i % 2] + d * 16 + i / 2 * 8);
+        q[d][i] = offset[i % 2] < 0 ? 0u : __ldg(source);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
+                                          const int64_t (&q_offset)[2], int32_t h, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
+    uint32_t q[kHeadDim / 16][4];
+    LoadQuery(q, q_offset, work.kv_head_begin + h);
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+
+    // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V blocks,
+    // transposed while loading: (0, 0) (1, 0) (0, 1) (1, 1).
+    const uint32_t block = c_.lane / 8, first = c_.warp * kWarpKeys + c_.lane % 8;
+    for (int32_t t = 0; t < tiles.count; ++t) {
+      const int32_t key = tiles.base + t * kTileKeys + c_.warp * kWarpKeys;
+      const bool has_keys = key < work.kv_end && key + kWarpKeys > work.kv_begin;
+      float s[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+      c_.ring.WaitFull(c_.cursor);
+      if (has_keys) Logits(s, q, c_.ring.Data(c_.cursor), first + block / 2 * 8, block % 2);
+      __syncwarp();
+      c_.Release(c_.cursor);
+      c_.cursor.Advance();
+      uint32_t p[4];
+      if (has_keys) {
+        if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits(s, keys, key);
+        float rescale[2];
+        softmax.Update(s, c_.params.sm_scale_log2, rescale);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
+        if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 8; ++j) {
+            o[j][0] *= rescale[0];
+            o[j][1] *= rescale[0];
+            o[j][2] *= rescale[1];
+            o[j][3] *= rescale[1];
+          }
+        }
+      }
+      c_.ring.WaitFull(c_.cursor);
+      if (has_keys) Values(o, p, c_.ring.Data(c_.cursor), first + block % 2 * 8, block / 2, work.kv_begin - key, work.kv_end - key);
+      __syncwarp();
+      c_.Release(c_.cursor);
+      c_.cursor.Advance();
+    }
+    softmax.SumOverQuad();
+  }
+
+  // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
+  __device__ __forceinline__ static void Logits(float (&s)[8], const uint32_t (&q)[kHeadDim / 16][4], uint32_t stage, uint32_t key,
+                                                uint32_t chunk) {
+    float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t k[4];
+      ptx::LoadMatrixX4(k, stage + Boxes::Offset(key, 2 * d + chunk));
+      ptx::Mma16x8x16<Element>(s0, q[d], k[0], k[1]);
+      ptx::Mma16x8x16<Element>(s1, q[d], k[2], k[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[i] = s0[i];
+      s[4 + i] = s1[i];
+    }
+  }
+
+  // Keys outside [begin, end) may hold NaN in V, and 0 * NaN is NaN: their values become 0.
+  __device__ __forceinline__ static void Values(float (&o)[kHeadDim / 8][4], const uint32_t (&p)[4], uint32_t stage, uint32_t key,
+                                                uint32_t chunk, int32_t begin, int32_t end) {
+    uint32_t keep[2] = {0xffffffff, 0xffffffff};
+    const bool is_edge = begin > 0 || end < kWarpKeys;
+    if (is_edge) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t k = 8 * i + threadIdx.x % 4 * 2;
+        keep[i] = (k >= begin && k < end ? 0xffffu : 0u) | (k + 1 >= begin && k + 1 < end ? 0xffff0000u : 0u);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t v[4];
+      ptx::LoadMatrixX4Transposed(v, stage + Boxes::Offset(key, 2 * d + chunk));
+      if (is_edge) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] &= keep[i % 2];
+      }
+      ptx::Mma16x8x16<Element>(o[2 * d], p, v[0], v[1]);
+      ptx::Mma16x8x16<Element>(o[2 * d + 1], p, v[2], v[3]);
+    }
+  }
+
+  // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w.
+  __device__ __forceinline__ void Merge(const Work& work, int32_t h, const float (&o)[kHeadDim / 8][4], const OnlineSoftmax& softmax) {
+    auto& shared = c_.shared;
+    auto* scratch = reinterpret_cast<float*>(shared.query);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
+    const int32_t g = c_.lane / 4, t = c_.lane % 4;
+    c_.WaitQuery();
+    if (t == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        shared.warp_max[c_.warp][g + 8 * i] = softmax.max[i];
+        shared.warp_sum[c_.warp][g + 8 * i] = softmax.sum[i];
+      }
+    }
+    const int32_t passes = work.num_rows > 8 ? 2 : 1;
+#pragma unroll
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass >= passes) break;
+      if (pass > 0) ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+      float* mine = scratch + (c_.warp * 8 + g) * kHeadDim + 2 * t;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        *reinterpret_cast<float2*>(mine + (j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
+      }
+      ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+      const int32_t row = 8 * pass + c_.warp;
+      if (row < work.num_rows) MergeRow(work, h, row, scratch + c_.warp * kHeadDim);
+    }
+    c_.ReleaseQuery();
+  }
+
+  __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t row, const float* scratch) {
+    constexpr int kColumns = kHeadDim / 32;  // a lane's
+    const auto& shared = c_.shared;
+    const float scale = c_.params.sm_scale_log2;
+    float max = kNegInf;
+#pragma unroll
+    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.warp_max[w][row]);
+    const float offset = max == kNegInf ? 0.f : max * scale;
+    const int32_t column = c_.lane * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
+    float sum = 0.f, o[kColumns] = {};
+#pragma unroll
+    for (int w = 0; w < Config::kConsumerWarps; ++w) {
+      const float weight = ptx::Exp2(shared.warp_max[w][row] * scale - offset);
+      sum += weight * shared.warp_sum[w][row];
+      const float* part = scratch + w * 8 * kHeadDim + at;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) o[i] += weight * part[i];
+    }
+    const float factor = InverseSum(sum);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) o[i] *= factor;
+    const bool is_final = work.out == kFinalRows;
+    const OutputRow out = is_final ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + h)
+                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(h) * work.num_rows + row);
+    StoreColumns<Element>(out, is_final, column, o);
+    if (c_.lane == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
+  }
+
+  Consumer<Config>& c_;
+};
+
+}  // namespace tvm_infer::attention

@@ -1,0 +1,74 @@
+// Packed rows of a work: which token and query head a row is, and which keys it sees.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/schedule/plan.h"
+
+namespace tvm_infer::attention {
+
+// A Work by three 16-byte loads.
+__device__ __forceinline__ Work LoadWork(const Work* works, int32_t index) {
+  union {
+    int4 words[3];
+    Work work;
+  } u;
+  const int4* source = reinterpret_cast<const int4*>(works + index);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) u.words[i] = __ldg(source + i);
+  return u.work;
+}
+
+// Works of one CTA.
+struct WorkQueue {
+  const Work* works;
+  int32_t begin;
+  int32_t end;
+
+  __device__ __forceinline__ WorkQueue(const PlanView& plan, int32_t cta) : works(plan.works()), begin(0), end(0) {
+    if (cta < plan.header->num_ctas) {
+      const int32_t* indptr = plan.work_indptr();
+      begin = __ldg(indptr + cta);
+      end = __ldg(indptr + cta + 1);
+    }
+  }
+};
+
+struct RowAddress {
+  int32_t token;
+  int32_t head;  // query head within its group
+};
+
+__device__ __forceinline__ RowAddress AddressOf(const PlanView& plan, int32_t packed_row) {
+  const int32_t group = plan.header->group_size;
+  const int32_t slot = packed_row / group;
+  const int32_t* order = plan.token_order();
+  return {order == nullptr ? slot : order[slot], packed_row - slot * group};
+}
+
+// Keys [begin, end) of the work's list that row `row` (0 … num_rows - 1) sees. Later rows never begin or end earlier.
+struct KeyRange {
+  int32_t begin;
+  int32_t end;
+};
+
+__device__ __forceinline__ KeyRange VisibleKeys(const Work& work, Band band, int32_t group, int32_t row) {
+  const int32_t position = work.qo_pos_base + (work.row_begin + row) / group - work.row_begin / group;
+  KeyRange keys{work.kv_begin, work.kv_end};
+  if (band.left != kUnbounded) keys.begin = max(keys.begin, position - band.left - work.kv_pos_base);
+  if (band.right != kUnbounded) keys.end = min(keys.end, position + band.right + 1 - work.kv_pos_base);
+  return keys;
+}
+
+// Tiles of kTileKeys keys that a work visits. They start on page boundaries: the first holds kv_begin.
+template <int kPageSize, int kTileKeys>
+struct KeyTiles {
+  int32_t base;   // first key of the first tile
+  int32_t count;  // 0 for a work without keys
+
+  __device__ __forceinline__ explicit KeyTiles(const Work& work)
+      : base(work.kv_begin / kPageSize * kPageSize),
+        count(work.kv_end > work.kv_begin ? (work.kv_end - base + kTileKeys - 1) / kTileKeys : 0) {}
+};
+
+}  // namespace tvm_infer::attention

@@ -1,0 +1,113 @@
+// Attention on Hopper: one persistent, warp-specialised kernel that walks a Plan. Prefill, append, decode and mixtures are one launch.
+//
+// A CTA executes its works in order. Warp 0 copies K and V into a ring of tiles, warps 1 and 2 bring queries, and two warpgroups compute:
+// a work's tile class says how (attention/prefill_tile.cuh, attention/decode_tile.cuh). Each role walks the works for itself; they meet
+// only at the barriers of the ring and of the query buffer. Where the plan cut the keys of a row, the last CTA to finish merges.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/attention/config_sm90.cuh"
+#include "tvm_infer/attention/decode_tile.cuh"
+#include "tvm_infer/attention/kv_producer.cuh"
+#include "tvm_infer/attention/params.cuh"
+#include "tvm_infer/attention/prefill_tile.cuh"
+#include "tvm_infer/attention/query_loader.cuh"
+#include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/kernels/merge.cuh"
+#include "tvm_infer/ptx/address.cuh"
+#include "tvm_infer/ptx/mbarrier.cuh"
+#include "tvm_infer/ptx/sync.cuh"
+#include "tvm_infer/schedule/plan.h"
+
+namespace tvm_infer::kernels {
+
+// After a work whose rows were cut: this CTA's partial rows are written. The last of the merge's CTAs to arrive merges them all.
+template <typename Config>
+__device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, int32_t merge) {
+  const int32_t* indptr = c.plan.merge_indptr();
+  __threadfence();
+  ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+  if (c.thread == 0) {
+    const int32_t arrivals = indptr[merge + 1] - indptr[merge];
+    const bool is_last = atomicAdd(c.params.arrivals + merge, 1) == arrivals - 1;
+    if (is_last) c.params.arrivals[merge] = 0;  // for the next launch
+    __threadfence();
+    c.shared.is_last_arrival = is_last;
+  }
+  ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+  if (!c.shared.is_last_arrival) return;
+  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, merge, c.warp, Config::kConsumerWarps);
+}
+
+template <typename Config>
+__device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& params, const attention::KvTensorMaps& maps) {
+  using namespace attention;
+  using SharedMemory = typename Config::SharedMemory;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<SharedMemory*>(shared_bytes);
+
+  const int32_t warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const typename Config::Ring ring{ptx::SharedAddress(shared.ring), ptx::SharedAddress(shared.ring_barriers.full),
+                                   ptx::SharedAddress(shared.ring_barriers.empty)};
+  const uint32_t query_full = ptx::SharedAddress(&shared.query_full), query_empty = ptx::SharedAddress(&shared.query_empty);
+  constexpr int kQueryLoaders = 2;
+  if (threadIdx.x == 0) {
+    ptx::PrefetchTensorMap(&maps.k_pages);
+    ptx::PrefetchTensorMap(&maps.v_pages);
+    ptx::PrefetchTensorMap(&maps.k_panels);
+    for (int i = 0; i < Config::kStages; ++i) {
+      ptx::MbarrierInit(ring.full + 8 * i, 1);
+      ptx::MbarrierInit(ring.empty + 8 * i, Config::kConsumerWarps);
+    }
+    ptx::MbarrierInit(query_full, kQueryLoaders);
+    ptx::MbarrierInit(query_empty, Config::kConsumerWarps);
+    ptx::MbarrierInitFence();
+  }
+  __syncthreads();
+  ptx::AllowDependentGrid();
+  ptx::WaitForPriorGrid();  // the plan, q, K, V and the buffers written below may be the prior grid's
+
+  const PlanView plan(params.plan);
+  const WorkQueue queue(plan, blockIdx.x);
+  if (warp < 4) {
+    ptx::RegistersDecrease<Config::kProducerRegisters>();
+    if (warp == 0) {
+      KvProducer<Config> producer(params, maps, ring);
+      for (int32_t i = queue.begin; i < queue.end; ++i) producer.Run(LoadWork(queue.works, i));
+    } else if (warp <= kQueryLoaders) {
+      const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
+      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
+      QueryLoader<Config> loader(params, plan, buffer, query_full, query_empty, first_row);
+      for (int32_t i = queue.begin; i < queue.end; ++i) loader.Run(LoadWork(queue.works, i));
+    }
+  } else {
+    ptx::RegistersIncrease<Config::kConsumerRegisters>();
+    Consumer<Config> consumer{
+        params, plan, shared, ring, static_cast<int32_t>(threadIdx.x) - 128, warp - 4, static_cast<int32_t>(threadIdx.x) % 32};
+    PrefillTile<Config> prefill(consumer);
+    DecodeTile<Config> decode(consumer);
+    prefill.GiveFirstTurn();
+    for (int32_t i = queue.begin; i < queue.end; ++i) {
+      const Work work = LoadWork(queue.works, i);
+      if (work.tile_class == kDecodeClass) {
+        decode.Run(work);
+      } else {
+        prefill.Run(work);
+      }
+      if (work.merge != kNoMerge) ArriveAndMerge(consumer, work.merge);
+    }
+  }
+}
+
+}  // namespace tvm_infer::kernels
+
+// A kernel by name: what generated source expands, one line for each specialisation.
+#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                   \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>; \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                              \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                       \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                          \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps);                                     \
+  }                                                                                                    \
+  extern "C" __device__ const int32_t NAME##_info[] = {NAME##Config::kThreads, sizeof(NAME##Config::SharedMemory)}

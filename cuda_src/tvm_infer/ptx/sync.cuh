@@ -1,0 +1,34 @@
+// Named barriers, proxy fences, register reallocation, programmatic dependent launch.
+#pragma once
+
+#include <cstdint>
+
+namespace tvm_infer::ptx {
+
+// Barrier `id` (1 … 15; 0 is __syncthreads) for `threads` threads.
+__device__ __forceinline__ void BarrierSync(int id, int threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void BarrierArrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before later ones by the tensor cores and the copy engine.
+__device__ __forceinline__ void FenceProxyAsyncShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// By all warps of a warpgroup, each role on its own side of one branch.
+template <int kRegisters>
+__device__ __forceinline__ void RegistersIncrease() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void RegistersDecrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Waits until the kernels this launch depends on have finished and their writes are visible. Returns at once in an ordinary launch.
+__device__ __forceinline__ void WaitForPriorGrid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets a dependent grid start its prologue as soon as there is room for it.
+__device__ __forceinline__ void AllowDependentGrid() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+}  // namespace tvm_infer::ptx

@@ -1,0 +1,34 @@
+// Shared-memory tiles of 16-bit elements in the 128-byte swizzle that TMA writes and wgmma and ldmatrix read.
+//
+// A panel is 64 elements (128 bytes) wide; the 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that 8 rows of one column hit all
+// banks. Rows of head_dim 128 are two panels. Panels start on 1024-byte boundaries.
+#pragma once
+
+#include <cstdint>
+
+namespace tvm_infer::tile {
+
+inline constexpr int kPanelElements = 64;
+inline constexpr int kPanelRowBytes = 128;
+inline constexpr int kSwizzleRows = 8;
+inline constexpr int kSwizzleAtomBytes = kSwizzleRows * kPanelRowBytes;
+
+// Byte offset of 16-byte chunk `chunk` (0 … 7) of row `row` within a panel.
+__device__ __forceinline__ uint32_t SwizzledOffset(uint32_t row, uint32_t chunk) {
+  return row * kPanelRowBytes + ((chunk ^ (row % kSwizzleRows)) << 4);
+}
+
+// kTileKeys keys of one head, as the copies of whole pages leave them: page after page, each page its panels, each panel its tokens.
+template <int kPageSize, int kHeadDim>
+struct PageBoxes {
+  static constexpr int kPanelBytes = kPageSize * kPanelRowBytes;
+  static constexpr int kPageBytes = kPanelBytes * (kHeadDim / kPanelElements);
+
+  // Byte offset of 16-byte chunk `chunk` (0 … head_dim / 8 - 1) of key `key`.
+  __device__ __forceinline__ static uint32_t Offset(uint32_t key, uint32_t chunk) {
+    const uint32_t token = key % kPageSize;
+    return key / kPageSize * kPageBytes + chunk / 8 * kPanelBytes + token * kPanelRowBytes + ((chunk % 8 ^ (key % kSwizzleRows)) << 4);
+  }
+};
+
+}  // namespace tvm_infer::tile
