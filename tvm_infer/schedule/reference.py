@@ -15,6 +15,7 @@ from . import plan as fmt
 
 _RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
 _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
+_MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
 _MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and half a work's fixed cost
 
 
@@ -216,7 +217,7 @@ def choose(
     overhead = max((item.overhead for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
     slack = overhead + granule // 2
-    whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MIN_GAIN_FRACTION), False)
+    whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MAX_SLACK_FRACTION), False)
     assert whole is not None
     min_gain = max((t.fixed for t in used), default=0) // 2 + mean // _MIN_GAIN_FRACTION
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:

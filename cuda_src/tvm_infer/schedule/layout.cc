@@ -37,7 +37,7 @@ LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_i
   return b;
 }
 
-void Layout::Start(const PlanParams& p, const Items& items, int64_t target) {
+void Layout::Start(const PlanParams& p, const Items& items, int64_t target, const Layout* whole) {
   const LayoutBounds bounds = BoundLayout(p, items.count - items.num_cut_items, items.num_cut_items);
   placements.Reserve(bounds.placements);
   partials.Reserve(bounds.partials);
@@ -47,29 +47,39 @@ void Layout::Start(const PlanParams& p, const Items& items, int64_t target) {
   of_item.Reserve(items.count);
   load_.Reserve(p.num_ctas);
   filled_.Reserve(p.num_ctas);
-  std::fill_n(load_.data(), p.num_ctas, int64_t{0});
-  std::fill_n(filled_.data(), p.num_ctas, int64_t{0});
-  tree_.Reset(p.num_ctas, target + items.max_cost * p.num_kv_heads);
+  misfit_load_.Reserve(p.num_ctas);
   num_placements = num_partials = num_merges = 0;
   num_partial_rows = 0;
   merge_indptr[0] = 0;
+  misfit_ = {.order_index = -1, .head = 0, .num_placements = 0, .first_of_item = 0};
+  if (whole == nullptr) {
+    std::fill_n(load_.data(), p.num_ctas, int64_t{0});
+  } else {
+    num_placements = whole->misfit_.num_placements;
+    std::copy_n(whole->placements.data(), num_placements, placements.data());
+    std::copy_n(whole->of_item.data(), items.count, of_item.data());
+    std::copy_n(whole->misfit_load_.data(), p.num_ctas, load_.data());
+  }
+  std::copy_n(load_.data(), p.num_ctas, filled_.data());
+  tree_.Reset(load_.data(), p.num_ctas, target + items.max_cost * p.num_kv_heads);
 }
 
-bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool may_cut) {
-  Start(p, items, target);
+bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool may_cut, const Layout* whole) {
+  if (whole != nullptr && whole->misfit_.order_index < 0) whole = nullptr;
+  Start(p, items, target, whole);
   if (items.num_cut_tiles > 0) PlaceCutTiles(p, items, target);
   const int32_t heads = p.num_kv_heads;
   const int64_t min_room = target >> kRunCutsPerCta;
-  for (int32_t k = 0; k < items.count; ++k) {
+  int32_t head = whole != nullptr ? whole->misfit_.head : 0;
+  int32_t first_of_item = whole != nullptr ? whole->misfit_.first_of_item : 0;
+  for (int32_t k = whole != nullptr ? whole->misfit_.order_index : 0; k < items.count; ++k) {
     const int32_t item = items.order[k];
     const int64_t cost = items.cost[item];
-    const int32_t begin = num_placements;
     if (items.num_cut_tiles > 0 && items.work[item].merge != kNoMerge) {
       PlacePiece(p, items, item);
-      of_item[item] = {begin, num_placements};
-      continue;
+      head = heads;
     }
-    for (int32_t head = 0; head < heads;) {
+    while (head < heads) {
       const int32_t cta = tree_.Min();
       const int64_t room = target - filled_[cta];
       int32_t n = heads - head;
@@ -78,6 +88,10 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
         if (!fits && may_cut) {
           if (!CutHead(p, items, target, item, head++)) return false;
           continue;
+        }
+        if (!fits && misfit_.order_index < 0) {
+          misfit_ = {k, head, num_placements, first_of_item};
+          std::copy_n(load_.data(), p.num_ctas, misfit_load_.data());
         }
         // Heads that fit, and one on top where none does or where hardly any room is left: a CTA exceeds the target at most once.
         n = fits ? static_cast<int32_t>(room / cost) + (room <= min_room) : 1;
@@ -88,7 +102,9 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
       tree_.Set(cta, filled_[cta]);
       head += n;
     }
-    of_item[item] = {begin, num_placements};
+    of_item[item] = {first_of_item, num_placements};
+    first_of_item = num_placements;
+    head = 0;
   }
   makespan = total_cost = 0;
   for (int32_t c = 0; c < p.num_ctas; ++c) {

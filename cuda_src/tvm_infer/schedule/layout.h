@@ -42,10 +42,19 @@ struct Layout {
   // Lays all items so that no CTA is loaded much above `target`, which is at least the mean load.
   //   may_cut  cut KV where a head fits nowhere. False is returned if a piece of one granule fits nowhere: the target is too low.
   //            Otherwise a head that fits nowhere goes on top of the least loaded CTA.
-  bool Lay(const PlanParams& p, const Items& items, int64_t target, bool may_cut);
+  //   whole    if given, a layout without cuts at the same target: up to the first head that fitted nowhere, this one is equal.
+  bool Lay(const PlanParams& p, const Items& items, int64_t target, bool may_cut, const Layout* whole = nullptr);
 
  private:
-  void Start(const PlanParams& p, const Items& items, int64_t target);
+  // Where laying stood when a head fitted nowhere for the first time: before this head of items.order[order_index].
+  struct Misfit {
+    int32_t order_index, head;
+    int32_t num_placements, first_of_item;
+  };
+  Misfit misfit_;
+  ScratchArray<int64_t> misfit_load_;
+
+  void Start(const PlanParams& p, const Items& items, int64_t target, const Layout* whole);
   bool CutHead(const PlanParams& p, const Items& items, int64_t target, int32_t item, int32_t head);
   void PlaceCutTiles(const PlanParams& p, const Items& items, int64_t target);
   void PlacePiece(const PlanParams& p, const Items& items, int32_t item);

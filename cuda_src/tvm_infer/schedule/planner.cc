@@ -17,6 +17,8 @@ constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Cutting KV must shorten the plan by half a work's fixed cost (the merge; what its pieces cost is in their load) and by this fraction of
 // the mean load, below which a prediction says nothing.
 constexpr int64_t kMinGainFraction = 128;
+// The target without cuts exceeds the mean load by no more than this fraction.
+constexpr int64_t kMaxSlackFraction = 64;
 
 int64_t Align16(int64_t bytes) { return (bytes + 15) & ~int64_t{15}; }
 
@@ -142,8 +144,9 @@ struct Planner::Scratch {
 const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   const int64_t mean = std::max<int64_t>(1, CeilDiv(items.total_cost * p.num_kv_heads, p.num_ctas));
   const int64_t slack = items.max_overhead + items.max_granule_cost / 2;
-  // Not much above the mean: it is balance where works are few, and it spares short runs where they are many.
-  whole.Lay(p, items, mean + std::min(slack, mean / kMinGainFraction), false);
+  // Little above the mean, for balance where works are few; the first target with cuts where they are many, to share its beginning.
+  const int64_t whole_target = mean + std::min(slack, mean / kMaxSlackFraction);
+  whole.Lay(p, items, whole_target, false);
   const int64_t min_gain = items.max_fixed / 2 + mean / kMinGainFraction;
   if (p.fixed_split_size != kSplitAuto || p.num_ctas == 1 || whole.makespan <= mean + min_gain) return whole;
 
@@ -154,7 +157,8 @@ const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   std::sort(std::begin(targets), std::end(targets));
   if (whole.makespan <= targets[0] + min_gain) return whole;
   for (const int64_t target : targets) {
-    if (cut.Lay(p, items, target, true)) return cut.makespan + min_gain < whole.makespan ? cut : whole;
+    if (cut.Lay(p, items, target, true, target == whole_target ? &whole : nullptr))
+      return cut.makespan + min_gain < whole.makespan ? cut : whole;
   }
   TVM_INFER_ICHECK(false) << "; no layout with cuts at target " << enough;
   return whole;
