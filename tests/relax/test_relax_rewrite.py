@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TypeVar
 
 import pytest
@@ -9,8 +11,8 @@ import tvm
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from tvm_infer.errors import ArgumentError, ModelError
-from tvm_infer.relax import RewritePagedAttention
+from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
+from tvm_infer.relax import RewritePagedAttention, export_hf
 from tvm_infer.spec import AttentionSpec
 
 n = TypeVar("n")
@@ -398,3 +400,16 @@ def test_missing_function_and_bad_options():
         RewritePagedAttention(assume_full=["mask"])(Layers)
     with pytest.raises(ArgumentError, match="'x' is a parameter of 'main' already"):
         RewritePagedAttention(kv_param_name="x")(Layers)
+
+
+@pytest.mark.parametrize("package, extra", [("torch", "torch"), ("transformers", "llm")])
+def test_importers_name_the_missing_extra(monkeypatch, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"{package} is not installed.*tvm_infer\[{extra}\]"):
+        export_hf(object())
+
+
+def test_the_pass_needs_no_torch():
+    """`import tvm_infer.relax` and a rewrite work where torch cannot be imported."""
+    code = "import sys; sys.modules['torch'] = None; from tvm_infer.relax import RewritePagedAttention as P; P()"
+    subprocess.run([sys.executable, "-c", code], check=True)

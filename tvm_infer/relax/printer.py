@@ -69,5 +69,5 @@ def _variable(var: Any, evaluator: Evaluator | None) -> str:
         return "score" if atom is not None else str(var.name)
     index = ", ".join("…" if part is None else _format(part, evaluator, 0) for part in atom.index)
     if atom.kind == "reduce":
-        return f"{atom.reducer}({atom.name}[{index}])"
+        return f"{atom.reducer}({getattr(atom.operand, 'name', 'constant')}[{index}])"
     return f"{atom.name}[{index}]"
