@@ -14,11 +14,13 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
 def python_blocks() -> list[tuple[str, str]]:
-    """(page:line, code) of each python block; a block marked `python no-run` is an excerpt."""
+    """(page:line, code) of each python block. A block under a comment line (<!-- name -->) has a test of its own."""
     found = []
     for page in PAGES:
         text = page.read_text()
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            if text[: match.start()].rstrip().endswith("-->"):
+                continue
             found.append((f"{page.name}:{text[: match.start()].count(chr(10)) + 1}", match.group(1)))
     return found
 

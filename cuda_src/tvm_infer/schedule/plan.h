@@ -68,7 +68,8 @@ struct Merge {
 struct PlanHeader {
   int32_t magic;    // kPlanMagic
   int32_t version;  // kPlanVersion
-  // Digest of what a captured graph bakes in: tile table, CTA count, head counts, band, capacities. Two words of one uint64.
+  // Digest of what a captured graph bakes in: tile table, CTA count, head counts, band, split size (CaptureKey() in planner.h).
+  // Two words of one uint64.
   uint32_t capture_key[2];
   int32_t bytes_used;  // header and arrays; multiple of 16
   int32_t num_ctas;
