@@ -164,10 +164,19 @@ def test_an_owner_that_rests_makes_the_others_copy():
     assert d.cache.pages_after([1, 2, 3], [0, 0, 0]) == used
     d.step([1, 2, 3], [1, 1, 0])
     assert d.cache.num_used_pages == used + 2
-    # a copy takes the tokens along and nothing else: the rest of the page is still poison
-    page = d.cache.page_table(2)[-1]
-    assert np.isfinite(d.cache.pages(0)[page][:, :, :3]).all()
-    assert np.isnan(d.cache.pages(0)[page][:, :, 3:]).all()
+
+
+def test_a_copy_takes_its_tokens_along_and_nothing_else():
+    """2 forks 1 before the end of a page: the tokens of 1 behind the fork stay where they are."""
+    d = Driver(num_layers=2)
+    d.add(1)
+    d.step([1], [8])
+    d.fork(1, 2, 5)
+    d.step([2], [1])
+    for layer in range(2):
+        copied = d.cache.pages(layer)[d.cache.page_table(2)[-1]]
+        assert np.isfinite(copied[:, :, :2]).all()
+        assert np.isnan(copied[:, :, 2:]).all()
 
 
 def test_pages_are_shared_until_written_and_freed_with_the_last_owner():
