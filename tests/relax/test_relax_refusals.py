@@ -364,3 +364,26 @@ def test_scale_is_the_product_of_all_factors():
     rewrite = RewritePagedAttention()
     rewrite(Writer().module(change))
     assert rewrite.report.specs()[0].sm_scale == pytest.approx(0.25 / math.sqrt(2.0), rel=1e-6)
+
+
+def test_attention_in_a_called_function_is_not_overlooked():
+    """The pass looks at one function; what it cannot look into it refuses, and inlining helps."""
+    builder = relax.BlockBuilder()
+    inner_n, n = tirx.Var("n", "int64"), tirx.Var("n", "int64")
+    x = relax.Var("x", relax.TensorType([1, inner_n, 2, 8], "float32"))
+    with builder.function("attend", [x], private=True):
+        with builder.dataflow():
+            output = builder.emit_output(relax.op.nn.attention(x, x, x, causal_mask="TopLeft"))
+        builder.emit_func_output(output)
+    tokens = relax.TensorType([1, n], "int64")
+    y = relax.Var("y", relax.TensorType([1, n, 2, 8], "float32"))
+    with builder.function("main", [relax.Var("input_ids", tokens), relax.Var("position_ids", tokens), y]):
+        with builder.dataflow():
+            output = builder.emit_output(relax.Call(builder.get().get_global_var("attend"), [y]), "o")
+        builder.emit_func_output(output)
+    mod = builder.get()
+    reason = refusal(mod)
+    assert "a function that is called" in reason.seen and reason.location.variable == "o"
+    rewrite = RewritePagedAttention()
+    rewrite(relax.transform.InlinePrivateFunctions()(mod))
+    assert len(rewrite.report.matched) == 1

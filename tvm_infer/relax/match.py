@@ -12,7 +12,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import ir, tirx
+import tvm
+from tvm import ir, relax, tirx
 
 from tvm_infer.spec import AttentionSpec
 
@@ -48,6 +49,7 @@ KEEP = (
 SOFTMAX = "relax.nn.softmax"
 ATTENTION = ("relax.nn.attention", "relax.nn.attention_bias")
 VAR_LEN_ATTENTION = "relax.nn.attention_var_len"
+_ANCHORS = (SOFTMAX, *ATTENTION, VAR_LEN_ATTENTION)
 # operators that may stand between the softmax and the matmul that consumes it; what they compute is proven later
 _BETWEEN = {
     *VIEW_RULES,
@@ -94,11 +96,15 @@ class Matcher:
 
     Parameters
     ----------
-    name, func : the function. num_tokens : the symbolic number of packed tokens, n of input_ids [1, n].
+    mod, name : the module and the function in it. num_tokens : the symbolic number of packed tokens, n of input_ids [1, n].
     inputs : parameters that change with every call (not weights). assume_full : names of mask inputs that mask nothing.
     """
 
-    def __init__(self, name: str, func: Any, num_tokens: Any, inputs: Sequence[Any], assume_full: Set[str]) -> None:
+    def __init__(
+        self, mod: tvm.IRModule, name: str, num_tokens: Any, inputs: Sequence[Any], assume_full: Set[str]
+    ) -> None:
+        func = mod[name]
+        self._mod = mod
         self._name = name
         self._num_tokens = num_tokens
         self._n = format_expr(num_tokens)
@@ -117,9 +123,13 @@ class Matcher:
         found: list[Attention | Reason | NotAttention] = []
         for binding in self._bindings:
             name = op_name(binding.value)
-            if name not in (SOFTMAX, *ATTENTION, VAR_LEN_ATTENTION):
-                continue
             location = self._location(binding)
+            if _contains_anchor(self._mod, binding.value):
+                seen = "a softmax or attention inside a branch or a function that is called"
+                fix = "inline it first (relax.transform.InlinePrivateFunctions)"
+                found.append(Reason(location, seen, "the pass looks at the bindings of one function alone", fix))
+            if name not in _ANCHORS:
+                continue
             try:
                 if name == SOFTMAX:
                     found.append(self._softmax(binding.var, binding.value, location))
@@ -542,6 +552,19 @@ class _Context:
     score: Any
     proof: MaskProof
     head_dim: int
+
+
+def _contains_anchor(mod: tvm.IRModule, value: Any) -> bool:
+    """Whether a branch, or a Relax function that is called, has a softmax or an attention in it."""
+    if isinstance(value, relax.If):
+        bodies = [value.true_branch, value.false_branch]
+    elif isinstance(value, relax.Call) and isinstance(value.op, ir.GlobalVar):
+        callee = mod[value.op]
+        bodies = [callee.body] if isinstance(callee, relax.Function) else []
+    else:
+        return False
+    inner = [binding.value for body in bodies for block in getattr(body, "blocks", ()) for binding in block.bindings]
+    return any(op_name(part) in _ANCHORS or _contains_anchor(mod, part) for part in inner)
 
 
 def _head_index(ev: Evaluator, shape: Any, known: dict[int, Any], head: Any) -> Index:

@@ -76,7 +76,7 @@ class RewritePagedAttention:
         before = [transform.ToNonDataflow()] if has_blocks else []
         middle = [transform.ConvertToDataflow()] if has_blocks else []
         mod = tvm.transform.Sequential(before)(mod)
-        rewritten = {name: self._rewrite(name, mod[name]) for name in names}
+        rewritten = {name: self._rewrite(mod, name) for name in names}
         self._raise_refused()
         if not self.report.matched:
             return original
@@ -119,7 +119,8 @@ class RewritePagedAttention:
             raise ModelError(f"function {self.function!r} does not take packed tokens: {problem}; {_packed_fix()}")
         return [self.function]
 
-    def _rewrite(self, name: str, func: Any) -> Any:
+    def _rewrite(self, mod: tvm.IRModule, name: str) -> Any:
+        func = mod[name]
         num_input = int(func.attrs["num_input"]) if func.attrs and "num_input" in func.attrs else len(func.params)
         names = [str(param.name) for param in func.params]
         unknown = [mask for mask in self.assume_full if mask not in names]
@@ -132,7 +133,7 @@ class RewritePagedAttention:
                 f"kv_param_name {self.kv_param_name!r} is a parameter of {name!r} already; choose another name"
             )
         num_tokens = _num_tokens(func)
-        found = Matcher(name, func, num_tokens, func.params[:num_input], set(self.assume_full)).run()
+        found = Matcher(mod, name, num_tokens, func.params[:num_input], set(self.assume_full)).run()
         attentions: list[Attention] = []
         for item in found:
             if isinstance(item, Attention):
