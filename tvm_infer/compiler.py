@@ -80,7 +80,7 @@ def compile(
     if max_tokens < 1:
         raise errors.ArgumentError(f"max_tokens is {max_tokens}; it must be at least 1")
     if isinstance(model, (str, os.PathLike)):
-        model = load_gguf(model, progress)
+        model = load_gguf(model, progress, cache=cache)
     source = _source(model, params, function)
     options = _Options(_target_text(target), function, max_tokens, on_unmatched, tuple(assume_full))
 

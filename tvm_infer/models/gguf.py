@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,6 +37,11 @@ class LanguageModel:
     weights: dict[str, np.ndarray] = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The token that ends a text, if the file names one."""
+        return () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+
     def to_hf(self) -> Any:
         """A `transformers.LlamaForCausalLM` that shares these weights. Needs the extra `llm`."""
         return to_hf(self.config, self.weights)
@@ -51,10 +57,11 @@ def find_smollm2() -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_gguf(path: str | os.PathLike[str], progress: Progress | None = None) -> LanguageModel:
+def load_gguf(path: str | os.PathLike[str], progress: Progress | None = None, *, cache: bool = True) -> LanguageModel:
     """Read a Llama-like GGUF file.
 
     The first time, weights are dequantised to fp32 and kept in the cache folder beside the tokenizer; later they are memory-mapped.
+    With `cache=False` nothing is kept.
 
     Raises ModelError if the file is missing, is no GGUF, or holds something else than a plain Llama (architecture, a tensor or a
     rope scaling it has not), naming what; MissingDependencyError if `gguf` is needed and absent.
@@ -72,8 +79,11 @@ def load_gguf(path: str | os.PathLike[str], progress: Progress | None = None) ->
     def make(folder: pathlib.Path) -> None:
         _unpack(path, folder, progress)
 
-    folder = published_folder("models", f"{digest[:24]}-v{FORMAT_VERSION}", make)
-    return _map(path, digest, folder)
+    if not cache:
+        with tempfile.TemporaryDirectory(prefix="tvm_infer-") as name:
+            make(pathlib.Path(name))
+            return _map(path, digest, pathlib.Path(name))  # a mapping outlives its file's name
+    return _map(path, digest, published_folder("models", f"{digest[:24]}-v{FORMAT_VERSION}", make))
 
 
 def _map(path: pathlib.Path, digest: str, folder: pathlib.Path) -> LanguageModel:
