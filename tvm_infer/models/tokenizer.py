@@ -40,7 +40,10 @@ def byte_level_bpe(tokens: Sequence[str], token_types: Sequence[int], merges: Se
         )
     split_digits, regex = PRE_TOKENIZERS[pre]
     pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    except Exception as e:  # the library raises nothing narrower
+        raise errors.ModelError(f"the tokenizer's vocabulary and merges do not fit together: {e}") from e
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     if regex is not None:
         steps.append(pre_tokenizers.Split(Regex(regex), behavior="isolated"))
