@@ -10,17 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, sym, tirx
 
+from tvm_infer.relax.movement import reshape_index
+from tvm_infer.relax.nodes import bindings_of, int_imm, static_int
 from tvm_infer.relax.printer import format_expr
-from tvm_infer.relax.symbolic import (
-    Evaluator,
-    TooComplexError,
-    bindings_of,
-    constant_value,
-    int_imm,
-    reshape_index,
-    static_int,
-    substitute,
-)
+from tvm_infer.relax.scalars import constant_value, substitute
+from tvm_infer.relax.symbolic import Evaluator, TooComplexError
 
 
 def function(inputs, write):

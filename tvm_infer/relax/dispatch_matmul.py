@@ -13,9 +13,9 @@ import tvm
 from tvm import relax
 
 from . import extern_calls
+from .nodes import bindings_of, dtype_of, known_shape, op_name, shape_of
 from .printer import format_expr
 from .report import Location, Reason
-from .symbolic import bindings_of, dtype_of, known_shape, op_name, shape_of
 
 _MATMUL, _PERMUTE = "relax.matmul", "relax.permute_dims"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import ir, relax
 
-from .symbolic import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
+from .nodes import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _ELEMENTWISE = {
     f"relax.{name}"

@@ -17,30 +17,25 @@ from tvm import ir, relax, tirx
 
 from tvm_infer.spec import AttentionSpec
 
-from .printer import format_expr
-from .prove import MaskProof, Refusal, prove_mask, resolve_probability
-from .report import Location, NotAttention, Reason
-from .symbolic import (
-    VIEW_RULES,
-    Evaluator,
+from .movement import VIEW_RULES, broadcast_index
+from .nodes import (
     Index,
-    TooComplexError,
     UnknownShapeError,
-    View,
     bindings_of,
-    broadcast_index,
     dtype_of,
-    free_vars,
     int_imm,
     known_shape,
-    literal,
     op_name,
     same,
     shape_of,
     static_int,
     used_vars,
-    walk,
 )
+from .printer import format_expr
+from .prove import MaskProof, Refusal, prove_mask, resolve_probability
+from .report import Location, NotAttention, Reason
+from .scalars import free_vars, literal, walk
+from .symbolic import Evaluator, TooComplexError, View
 
 KEEP = (
     'keep this attention with on_unmatched="keep", or rewrite it as softmax(scale * q @ k^T + mask) @ v over the tokens'

@@ -12,8 +12,9 @@ from typing import Any
 
 from tvm import ir, relax
 
+from .nodes import bindings_of, known_shape, op_name, same, static_int
 from .report import Location, Reason
-from .symbolic import bindings_of, free_vars, known_shape, op_name, same, static_int
+from .scalars import free_vars
 
 _REDUCTIONS = {f"relax.{name}" for name in "sum mean max min prod std variance median argmax argmin".split()}
 _NORMALIZATIONS = {"relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm", "relax.nn.rms_norm"}

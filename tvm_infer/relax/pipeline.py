@@ -11,10 +11,10 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from .dispatch_matmul import DispatchMatmul, MatmulReport
+from .nodes import shape_of, static_int
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
-from .symbolic import shape_of, static_int
 
 
 @dataclass

@@ -19,8 +19,10 @@ from typing import Any
 from tvm import ir, sym, tirx
 from tvm.sym.analyzer import ProofStrength
 
+from .nodes import int_imm, same, static_int
 from .printer import format_expr
-from .symbolic import Atom, Evaluator, children, constant_value, free_vars, int_imm, same, static_int, substitute
+from .scalars import children, constant_value, free_vars, substitute
+from .symbolic import Atom, Evaluator
 
 
 class Refusal(Exception):

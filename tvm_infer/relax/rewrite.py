@@ -14,8 +14,8 @@ from . import extern_calls
 from .layout import hoist_permutes
 from .match import Attention, Matcher, Operand, format_shape
 from .mixing import mixing_operators
+from .nodes import dtype_of, known_shape, same, shape_of, static_int
 from .report import Match, NotAttention, RewriteReport
-from .symbolic import dtype_of, known_shape, same, shape_of, static_int
 from .views import simplify_views
 
 PACKED_INPUTS = ("input_ids", "position_ids")

@@ -13,7 +13,7 @@ from tvm import relax, tirx
 
 from tvm_infer.errors import ModelError
 
-from .symbolic import bindings_of, known_shape, op_name, same, shape_of, static_int
+from .nodes import bindings_of, known_shape, op_name, same, shape_of, static_int
 
 LOGIT_INDICES = "logit_indices"
 _UNARY = ("relax.astype", "relax.tanh", "relax.negative", "relax.nn.log_softmax", "relax.nn.softmax")

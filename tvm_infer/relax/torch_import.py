@@ -14,7 +14,7 @@ from tvm.sym.analyzer import ProofStrength
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from .symbolic import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
+from .nodes import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1

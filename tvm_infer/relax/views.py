@@ -10,7 +10,8 @@ from typing import Any
 
 from tvm import relax
 
-from .symbolic import Evaluator, bindings_of, dtype_of, known_shape, op_name, same, shape_of, static_int
+from .nodes import bindings_of, dtype_of, known_shape, op_name, same, shape_of, static_int
+from .symbolic import Evaluator
 
 _ORDER_PRESERVING = ("relax.reshape", "relax.squeeze", "relax.expand_dims")
 _MOVES = (*_ORDER_PRESERVING, "relax.permute_dims")
