@@ -55,6 +55,18 @@ def bench_plan(json_path: str | None, repeats: int) -> None:
     plan.run(json_path=json_path, repeats=repeats)
 
 
+@bench.command("matmul")
+@click.option(
+    "--peers", default="torch,tvm", show_default=True, help="comma-separated; tvm: the code TVM generates itself"
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
+def bench_matmul(peers: str, json_path: str | None) -> None:
+    """Matrix products of a decoder on the CPU."""
+    from .bench import matmul
+
+    matmul.run(peers=[p for p in peers.split(",") if p], json_path=json_path)
+
+
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
 @click.option("--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said")

@@ -143,6 +143,38 @@ def test_cancel_frees_pages(executable):
     assert cache.num_free_pages == 20
 
 
+def test_a_callback_that_raises_leaves_the_engine_whole(llama, executable):
+    """Both requests go on as if nothing had happened; a callback may submit a request."""
+    prompts = prompts_of(3, seed=13)
+    engine = executable.engine(executable.new_cache(num_pages=40))
+    late = []
+
+    def raise_once(generation, token):
+        if len(generation.tokens) == 2:
+            late.extend(engine.submit(prompts[2], max_new_tokens=4))
+            raise RuntimeError("mine")
+
+    generations = [
+        engine.submit(prompts[0], max_new_tokens=6, on_token=raise_once)[0],
+        engine.submit(prompts[1], max_new_tokens=6)[0],
+    ]
+    with pytest.raises(RuntimeError, match="mine"):
+        engine.run()
+    engine.run()
+    assert [g.tokens for g in generations] == [hf_greedy(llama, p, 6) for p in prompts[:2]]
+    assert late[0].tokens == hf_greedy(llama, prompts[2], 4)
+
+
+def test_more_samples_than_a_step_has_tokens(executable):
+    """max_tokens bounds the sequences as max_batch does."""
+    engine = executable.engine(executable.new_cache(num_pages=40, max_batch=8, max_tokens=2))
+    with pytest.raises(errors.ArgumentError, match="at most 2 sequences"):
+        engine.submit([1, 2, 3], n=3)
+    generations = [engine.submit([i, 2, 3], max_new_tokens=3)[0] for i in range(5)]
+    engine.run()
+    assert [len(g.tokens) for g in generations] == [3] * 5
+
+
 def test_failed_step_changes_nothing(llama, executable):
     cache = executable.new_cache(num_pages=4, page_size=4)
     cache.add_sequence(0)
@@ -168,7 +200,7 @@ def test_failed_step_changes_nothing(llama, executable):
         ({"prompt": []}, errors.ArgumentError, "empty"),
         ({"prompt": [1, 200]}, errors.ArgumentError, "vocabulary is 0 to 130"),
         ({"prompt": [1], "max_new_tokens": 0}, errors.ArgumentError, "at least 1"),
-        ({"prompt": [1], "n": 17}, errors.ArgumentError, "max_batch"),
+        ({"prompt": [1], "n": 17}, errors.ArgumentError, "n is 17; a step takes at most 16"),
         ({"prompt": [1] * 90, "max_new_tokens": 11}, errors.OutOfPagesError, r"need 25 pages.*has 16.*num_pages=25"),
         ({"prompt": [1] * 500, "max_new_tokens": 20}, errors.ArgumentError, "context is 512"),
     ],

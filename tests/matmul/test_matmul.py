@@ -188,3 +188,17 @@ def test_package_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.MissingDependencyError, match=r"tvm_infer\[blas\]"):
         tvm_infer.set_blas()
+
+
+def test_bench_measures_every_peer(monkeypatch, capsys, tmp_path):
+    from tvm_infer.bench import matmul
+
+    monkeypatch.setattr(matmul, "SHAPES", ((8, 16), (8, 8), (8, 24), (24, 8), (8, 64)))
+    monkeypatch.setattr(matmul, "ROWS", (1, 3))
+    monkeypatch.setattr(matmul, "_CYCLE_BYTES", 1.0)
+    results = matmul.run(peers=["torch", "tvm"], json_path=str(tmp_path / "out.json"), seconds=0.001)
+    assert len(results["rows"]) == 10
+    assert all(row[name] > 0 for row in results["rows"] for name in ("tvm_infer", "torch", "tvm"))
+    assert "tvm_infer ms" in capsys.readouterr().out and (tmp_path / "out.json").stat().st_size > 0
+    with pytest.raises(errors.ArgumentError, match="known peers are torch, tvm"):
+        matmul.run(peers=["mkl"])

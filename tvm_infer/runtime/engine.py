@@ -92,6 +92,9 @@ class Engine:
         self._next_seq_id = 0
         self._reserved_pages = 0
         self._max_step_tokens = min(cache.max_tokens, executable.manifest.max_tokens)
+        # every running sample decodes one token in every step
+        self._max_sequences = min(cache.max_batch, self._max_step_tokens)
+        self._events: list[tuple[_Request, Generation, int]] = []
 
     @staticmethod
     def pages_needed(prompt_length: int, max_new_tokens: int, n: int, page_size: int) -> int:
@@ -139,8 +142,11 @@ class Engine:
             )
         if max_new_tokens < 1 or n < 1:
             raise ArgumentError(f"max_new_tokens is {max_new_tokens}, n is {n}; both must be at least 1")
-        if n > cache.max_batch:
-            raise ArgumentError(f"n is {n}; the cache takes {cache.max_batch} sequences a step (max_batch)")
+        if n > self._max_sequences:
+            raise ArgumentError(
+                f"n is {n}; a step takes at most {self._max_sequences} sequences (max_batch {cache.max_batch}, max_tokens "
+                f"{self._max_step_tokens})"
+            )
         longest = tokens.size + max_new_tokens
         max_position = self.executable.max_position
         if max_position is not None and longest > max_position:
@@ -183,7 +189,10 @@ class Engine:
             pass
 
     def step(self) -> bool:
-        """One token for every running sample, and prompt tokens up to the step's limit. False when there is nothing left to do."""
+        """One token for every running sample, and prompt tokens up to the step's limit. False when there is nothing left to do.
+
+        Callbacks come last, when the engine is ready for its next step: what they raise passes through, and they may submit or cancel.
+        """
         self._admit()
         decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
         batch: list[tuple[int, Sequence[int]]] = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
@@ -207,6 +216,10 @@ class Engine:
                 row_index += 1
         self._count(len(decoding), sum(size for _, size in chunks), seconds, started)
         self._retire()
+        events, self._events = self._events, []
+        for request, generation, token in events:
+            assert request.on_token is not None
+            request.on_token(generation, token)
         return bool(self._running or self._waiting)
 
     def _count(self, decoded: int, prefilled: int, seconds: float, started: float) -> None:
@@ -228,7 +241,7 @@ class Engine:
             request = self._waiting[0]
             sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
             fits = self._reserved_pages + request.pages <= self.cache.num_pages
-            if sequences > self.cache.max_batch or not fits:
+            if sequences > self._max_sequences or not fits:
                 return
             self._waiting.popleft()
             self._reserved_pages += request.pages
@@ -264,7 +277,7 @@ class Engine:
         if sample.finish_reason:
             self.cache.remove_sequence(request.seq_ids[index])
         if request.on_token is not None:
-            request.on_token(sample, token)
+            self._events.append((request, sample, token))
 
     def _retire(self) -> None:
         for request in [r for r in self._running if not r.is_prefilling and not self._active(r)]:
