@@ -217,10 +217,30 @@ void UpdateBlock(const TileJob& job, const TileBuffers<T>& b, int block, int beg
   }
 }
 
+// Rows of the next block, fetched into the second-level cache while a block is computed: a share along each group of query rows.
+template <typename T>
+struct NextRows {
+  const T* const* k;
+  const T* const* v;
+  int count;
+};
+template <typename T>
+TVM_INFER_INLINE void PrefetchShare(const NextRows<T>& next, int head_dim, int share, int num_shares) {
+  for (int c = next.count * share / num_shares; c < next.count * (share + 1) / num_shares; ++c) {
+    for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(next.k[c] + d, 0, 2);
+      __builtin_prefetch(next.v[c] + d, 0, 2);
+    }
+  }
+}
+
 // A block of keys for many rows, from packed K^T.
 template <typename T, typename V>
-void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const V* const* v_rows) {
+void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const V* const* v_rows,
+                const NextRows<T>& next) {
+  const int num_shares = (job.num_rows + kTileRows - 1) / kTileRows;
   for (int row = 0; row < job.num_rows; row += kTileRows) {
+    PrefetchShare(next, job.head_dim, row / kTileRows, num_shares);
     const int rows = job.num_rows - row < kTileRows ? job.num_rows - row : kTileRows;
     const Columns c = VisibleColumns(job, row, rows, block, begin, end);
     if (c.begin >= c.end) continue;
@@ -268,12 +288,13 @@ void Attend(const TileJob& job, Scratch* scratch) {
         UpdateBlock<T, float>(job, b, block, first, last, b.widened, nullptr);
       }
     } else {
+      const NextRows<T> next{next_k_rows, b.v_rows[current ^ 1], next_end - end};
       PackKeys(k_rows, first, last, job.head_dim, b.kt, kBlockKeys);
       if (in_place) {
-        OuterBlock<T, T>(job, b, block, first, last, v_rows);
+        OuterBlock<T, T>(job, b, block, first, last, v_rows, next);
       } else {
         WidenValues<T>(v_rows, nullptr, first, last, job.head_dim, b.v, b.q_stride, b.widened);
-        OuterBlock<T, float>(job, b, block, first, last, b.widened);
+        OuterBlock<T, float>(job, b, block, first, last, b.widened, next);
       }
     }
     begin = end;
