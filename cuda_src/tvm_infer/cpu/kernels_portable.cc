@@ -4,9 +4,6 @@
 #define TVM_INFER_ISA portable
 // clang-format off: the vectors come first
 #include "tvm_infer/cpu/vec_portable.h"
-#include "tvm_infer/cpu/tile_scores.h"
-#include "tvm_infer/cpu/tile_softmax.h"
-#include "tvm_infer/cpu/tile_values.h"
 #include "tvm_infer/cpu/kernel_table.h"
 // clang-format on
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/vec_partial.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 

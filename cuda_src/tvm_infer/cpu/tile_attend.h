@@ -6,128 +6,13 @@
 // its block alone, so a row's result does not depend on the rows computed with it.
 #pragma once
 
-#include <stddef.h>
-
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/tile_buffers.h"
+#include "tvm_infer/cpu/tile_scores.h"
+#include "tvm_infer/cpu/tile_softmax.h"
+#include "tvm_infer/cpu/tile_values.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
-
-inline constexpr int kBlockKeys = 64;
-inline constexpr int kScoreStride = kBlockKeys + 16;  // DotScores writes up to kWidth columns of garbage
-// Packing K^T costs about as much as the dot products of this many rows.
-inline constexpr int kMaxDotRows = 16;
-inline constexpr int kDotRows = 4;
-
-template <typename T>
-struct TileBuffers {
-  int q_stride;  // head_dim rounded up to vectors; floats
-  float* q;      // [num_rows][q_stride], times scale_log2
-  float* o;      // [num_rows][q_stride]
-  float* s;      // [kTileRows or kMaxDotRows][kScoreStride]
-  SoftmaxState* state;
-  float* kt;              // [head_dim][kBlockKeys]
-  float* v;               // [kBlockKeys][q_stride]
-  const T** k_rows[2];    // of this block and the next
-  const T** v_rows[2];    //
-  const float** widened;  // rows of v
-};
-
-template <typename T>
-TileBuffers<T> Layout(const TileJob& job, Scratch* scratch) {
-  TileBuffers<T> b;
-  b.q_stride = (job.head_dim + kWidth - 1) / kWidth * kWidth;
-  size_t bytes = 0;
-  const auto take = [&bytes](size_t n) {
-    const size_t at = bytes;
-    bytes += (n + 63) / 64 * 64;
-    return at;
-  };
-  const size_t rows = static_cast<size_t>(job.num_rows);
-  const size_t q = take(rows * b.q_stride * sizeof(float));
-  const size_t o = take(rows * b.q_stride * sizeof(float));
-  const size_t s = take(static_cast<size_t>(kMaxDotRows) * kScoreStride * sizeof(float));
-  const size_t state = take(rows * sizeof(SoftmaxState));
-  const size_t kt = take(static_cast<size_t>(job.head_dim) * kBlockKeys * sizeof(float));
-  const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
-  const size_t pointers = take(5 * kBlockKeys * sizeof(void*));
-  char* base = scratch->Reserve(bytes);
-  b.q = reinterpret_cast<float*>(base + q);
-  b.o = reinterpret_cast<float*>(base + o);
-  b.s = reinterpret_cast<float*>(base + s);
-  b.state = reinterpret_cast<SoftmaxState*>(base + state);
-  b.kt = reinterpret_cast<float*>(base + kt);
-  b.v = reinterpret_cast<float*>(base + v);
-  const T** rows_of = reinterpret_cast<const T**>(base + pointers);
-  for (int i = 0; i < 2; ++i) {
-    b.k_rows[i] = rows_of + 2 * i * kBlockKeys;
-    b.v_rows[i] = rows_of + (2 * i + 1) * kBlockKeys;
-  }
-  b.widened = reinterpret_cast<const float**>(rows_of + 4 * kBlockKeys);
-  return b;
-}
-
-// Rows of keys [begin, end) of the list into columns from begin % kBlockKeys on; the keys lie in one block.
-template <typename T>
-void LocateKeys(const TileJob& job, int begin, int end, const T** k_rows, const T** v_rows) {
-  int c = begin % kBlockKeys;
-  if (job.pages == nullptr) {
-    for (int j = begin; j < end; ++j, ++c) {
-      k_rows[c] = reinterpret_cast<const T*>(job.k + (job.first_row + j) * job.k_token_stride);
-      v_rows[c] = reinterpret_cast<const T*>(job.v + (job.first_row + j) * job.v_token_stride);
-    }
-    return;
-  }
-  int page = begin / job.page_size, slot = begin % job.page_size;
-  for (int j = begin; j < end; ++page, slot = 0) {
-    const int64_t index = job.pages[page];
-    const char* k = job.k + index * job.k_page_stride + slot * job.k_token_stride;
-    const char* v = job.v + index * job.v_page_stride + slot * job.v_token_stride;
-    for (; slot < job.page_size && j < end; ++slot, ++j, ++c) {
-      k_rows[c] = reinterpret_cast<const T*>(k);
-      v_rows[c] = reinterpret_cast<const T*>(v);
-      k += job.k_token_stride;
-      v += job.v_token_stride;
-    }
-  }
-}
-
-template <typename T>
-void LoadQueries(const TileJob& job, const TileBuffers<T>& b) {
-  const Vec scale = Set1(job.scale_log2);
-  for (int r = 0; r < job.num_rows; ++r) {
-    const T* q = static_cast<const T*>(job.q_rows[r]);
-    for (int d = 0; d < job.head_dim; d += kWidth) {
-      Store(b.q + r * b.q_stride + d, Mul(LoadUpTo(q + d, job.head_dim - d), scale));
-      Store(b.o + r * b.q_stride + d, Zero());
-    }
-    b.state[r].max = -__builtin_inff();
-    Store(b.state[r].sum, Zero());
-  }
-}
-
-template <typename T>
-void StoreRow(const float* o, int head_dim, float factor, T* out) {
-  const Vec f = Set1(factor);
-  for (int d = 0; d < head_dim; d += kWidth) StoreUpTo(out + d, Mul(Load(o + d), f), head_dim - d);
-}
-
-template <typename T>
-void StoreOutputs(const TileJob& job, const TileBuffers<T>& b) {
-  for (int r = 0; r < job.num_rows; ++r) {
-    const float sum = ReduceAdd(Load(b.state[r].sum));
-    const bool is_empty = sum == 0.f;  // no visible key, or none with a score above -inf
-    const float factor = is_empty ? 0.f : 1.f / sum;
-    const float* o = b.o + r * b.q_stride;
-    if (job.is_partial) {
-      StoreRow(o, job.head_dim, factor, static_cast<float*>(job.o_rows[r]));
-    } else {
-      StoreRow(o, job.head_dim, factor, static_cast<T*>(job.o_rows[r]));
-    }
-    if (job.lse_rows != nullptr) {
-      *job.lse_rows[r] = is_empty ? -__builtin_inff() : b.state[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
-    }
-  }
-}
 
 using OuterScoresFn = void (*)(const float*, int, const float*, int, int, float*, int);
 template <int R>
@@ -195,11 +80,14 @@ void UpdateRows(const TileJob& job, const TileBuffers<T>& b, int row, int rows, 
 
 // Scores of all rows by dot products; the block's values are prefetched along the first rows.
 template <typename T>
-void DotBlock(const TileBuffers<T>& b, int num_rows, int begin, int end, int head_dim, const T* const* k_rows, const T* const* v_rows) {
-  for (int row = 0; row < num_rows; row += kDotRows) {
-    WithRows<kDotRows>(num_rows - row < kDotRows ? num_rows - row : kDotRows, [&]<int R>() {
+void DotBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const T* const* k_rows, const T* const* v_rows) {
+  for (int row = 0; row < job.num_rows; row += kDotRows) {
+    const int rows = job.num_rows - row < kDotRows ? job.num_rows - row : kDotRows;
+    const Columns c = VisibleColumns(job, row, rows, block, begin, end);
+    if (c.begin >= c.end) continue;
+    WithRows<kDotRows>(rows, [&]<int R>() {
       const auto dot_scores = row == 0 ? DotScores<T, R, true> : DotScores<T, R, false>;
-      dot_scores(b.q + row * b.q_stride, b.q_stride, k_rows, v_rows, begin, end, head_dim, b.s + row * kScoreStride, kScoreStride);
+      dot_scores(b.q + row * b.q_stride, b.q_stride, k_rows, v_rows, c.begin, c.end, job.head_dim, b.s + row * kScoreStride, kScoreStride);
     });
   }
 }
@@ -234,10 +122,9 @@ TVM_INFER_INLINE void PrefetchShare(const NextRows<T>& next, int head_dim, int s
   }
 }
 
-// A block of keys for many rows, from packed K^T.
-template <typename T, typename V>
-void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const V* const* v_rows,
-                const NextRows<T>& next) {
+// A block of keys for many rows, from packed K^T and widened V.
+template <typename T>
+void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const NextRows<T>& next) {
   const int num_shares = (job.num_rows + kTileRows - 1) / kTileRows;
   for (int row = 0; row < job.num_rows; row += kTileRows) {
     PrefetchShare(next, job.head_dim, row / kTileRows, num_shares);
@@ -251,7 +138,7 @@ void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begi
                                                               b.s + col, kScoreStride);
       }
     });
-    UpdateRows<T, V, false>(job, b, row, rows, block, c, b.s, v_rows, nullptr);
+    UpdateRows<T, float, false>(job, b, row, rows, block, c, b.s, b.widened, nullptr);
   }
 }
 
@@ -260,7 +147,7 @@ void Attend(const TileJob& job, Scratch* scratch) {
   const TileBuffers<T> b = Layout<T>(job, scratch);
   LoadQueries(job, b);
   const bool use_dots = job.num_rows <= kMaxDotRows;
-  // Values are read where they lie if that needs no conversion, or if it is done once anyway.
+  // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
   const bool in_place = b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
   const auto block_end = [&job](int begin) {
     const int next = (begin / kBlockKeys + 1) * kBlockKeys;
@@ -280,7 +167,7 @@ void Attend(const TileJob& job, Scratch* scratch) {
     if (use_dots) {
       // The last block may be shorter: then nothing is prefetched for it.
       const T* const* fetch = next_end - end >= last ? next_k_rows : nullptr;
-      DotBlock(b, job.num_rows, first, last, job.head_dim, k_rows, v_rows);
+      DotBlock(job, b, block, first, last, k_rows, v_rows);
       if (in_place) {
         UpdateBlock<T, T>(job, b, block, first, last, v_rows, fetch);
       } else {
@@ -288,14 +175,9 @@ void Attend(const TileJob& job, Scratch* scratch) {
         UpdateBlock<T, float>(job, b, block, first, last, b.widened, nullptr);
       }
     } else {
-      const NextRows<T> next{next_k_rows, b.v_rows[current ^ 1], next_end - end};
       PackKeys(k_rows, first, last, job.head_dim, b.kt, kBlockKeys);
-      if (in_place) {
-        OuterBlock<T, T>(job, b, block, first, last, v_rows, next);
-      } else {
-        WidenValues<T>(v_rows, nullptr, first, last, job.head_dim, b.v, b.q_stride, b.widened);
-        OuterBlock<T, float>(job, b, block, first, last, b.widened, next);
-      }
+      WidenValues<T>(v_rows, nullptr, first, last, job.head_dim, b.v, b.q_stride, b.widened);
+      OuterBlock(job, b, block, first, last, {next_k_rows, b.v_rows[current ^ 1], next_end - end});
     }
     begin = end;
     current ^= 1;

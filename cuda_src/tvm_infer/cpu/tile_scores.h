@@ -3,24 +3,9 @@
 #pragma once
 
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/vec_partial.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
-
-// The first n elements of a vector's worth: head_dim is a multiple of 8, so only 16-wide vectors ever meet n < kWidth.
-template <typename T>
-TVM_INFER_INLINE Vec LoadUpTo(const T* p, int n) {
-  if constexpr (kWidth > 8) {
-    if (n < kWidth) return LoadPartial(p, n);
-  }
-  return Load(p);
-}
-template <typename T>
-TVM_INFER_INLINE void StoreUpTo(T* p, Vec a, int n) {
-  if constexpr (kWidth > 8) {
-    if (n < kWidth) return StorePartial(p, a, n);
-  }
-  Store(p, a);
-}
 
 // s[r][c] = q[r] . k_rows[c] for R <= 4 rows and columns [begin, end); may write garbage up to kWidth columns further.
 // kWidth dot products run at once and are reduced together. With kFetch, the rows of `prefetch` are fetched on the way, a line per load

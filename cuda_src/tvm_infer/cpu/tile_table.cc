@@ -1,18 +1,55 @@
-// What a tile costs on one thread of this executor: measured, see docs/cpu.md.
+// What a tile costs on one thread of this executor: tests/cpu/measure_tiles.py prints it (docs/cpu.md has a run).
 #include "tvm_infer/cpu/attention.h"
 
 namespace tvm_infer::cpu {
+namespace {
+
+// One thread of an AMD Zen 5 (AVX-512) at head_dim 128, keys from memory. Up to 64 rows a work runs dot products, above outer products.
+// 4: one token of a group of 4; 192: a multiple of the 6 rows of a register tile. Other machines differ in scale more than in proportion,
+// and only proportions matter to a plan.
+struct Measured {
+  int32_t rows;
+  int64_t fixed, row, kv;  // picoseconds
+};
+constexpr int kNumClasses = 6;
+constexpr Measured kFloat32[kNumClasses] = {{4, 53'000, 27'000, 45'000},   {8, 53'000, 27'000, 57'000},   {16, 53'000, 27'000, 78'000},
+                                            {32, 53'000, 27'000, 127'000}, {64, 53'000, 31'000, 213'000}, {192, 53'000, 34'000, 541'000}};
+constexpr Measured kSixteenBit[kNumClasses] = {{4, 60'000, 20'000, 25'500},   {8, 60'000, 20'000, 40'500},
+                                               {16, 60'000, 21'000, 64'000},  {32, 60'000, 25'000, 111'000},
+                                               {64, 60'000, 26'000, 202'000}, {192, 60'000, 28'000, 498'000}};
+constexpr int32_t kKvGranule = 64;  // cuts between blocks of keys
+
+// Work per key grows with head_dim, but for the softmax, which weighs as much as 16 of it.
+struct Scaled {
+  TileClass classes[kNumClasses];
+};
+Scaled Scale(const Measured (&measured)[kNumClasses], int32_t head_dim) {
+  Scaled scaled;
+  for (int i = 0; i < kNumClasses; ++i) {
+    const Measured& m = measured[i];
+    scaled.classes[i] = {m.rows, kKvGranule, m.fixed, m.row * head_dim / 128, m.kv * (head_dim + 16) / 144};
+  }
+  return scaled;
+}
+
+// One table for each multiple of 8 up to 256.
+struct Tables {
+  Scaled of[2][32];
+  Tables() {
+    for (int i = 0; i < 32; ++i) {
+      of[0][i] = Scale(kFloat32, 8 * (i + 1));
+      of[1][i] = Scale(kSixteenBit, 8 * (i + 1));
+    }
+  }
+};
+
+}  // namespace
 
 const TileClass* TileTable(DType dtype, int32_t head_dim, int32_t* count) {
-  (void)dtype;
-  (void)head_dim;
-  static constexpr TileClass kTable[] = {
-      {16, 64, 500'000, 60'000, 60'000},
-      {64, 64, 2'000'000, 100'000, 80'000},
-      {128, 64, 2'000'000, 100'000, 160'000},
-  };
-  *count = 3;
-  return kTable;
+  static const Tables tables;
+  const int32_t index = head_dim < 8 ? 0 : head_dim > 256 ? 31 : (head_dim + 7) / 8 - 1;
+  *count = kNumClasses;
+  return tables.of[dtype == DType::kFloat32 ? 0 : 1][index].classes;
 }
 
 }  // namespace tvm_infer::cpu

@@ -1,0 +1,76 @@
+"""Measures the tile classes of cpu/tile_table.cc: what a work costs one thread, as fixed + row * rows + kv * keys picoseconds.
+
+usage: PYTHONPATH=. python tests/cpu/measure_tiles.py [head_dim ...]
+Keys come from memory that no cache holds. CPU time of the process is measured, so other processes disturb it little.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+os.environ["TVM_INFER_NUM_THREADS"] = "1"
+
+import numpy as np
+
+import tvm_infer
+from tvm_infer import _ffi
+from tvm_infer.testing.batches import numpy_dtype
+
+ROWS = (4, 8, 16, 32, 64, 192)
+PAGE_SIZE = 16
+
+
+def work_time(rows: int, kv_len: int, cache: np.ndarray, q: np.ndarray) -> float:
+    """Picoseconds of one work, of many alike in a plan, the best of several runs."""
+    num_pages, head_dim = cache.shape[0], cache.shape[-1]
+    pages_each = max(kv_len // PAGE_SIZE, 1)
+    count = min(512, num_pages // pages_each, q.shape[0] // rows)
+    indptr = np.arange(count + 1, dtype=np.int32)
+    plan = tvm_infer.plan(
+        indptr * rows,
+        np.full(count, kv_len, np.int32),
+        num_qo_heads=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        causal=False,
+        tile_table=(rows, 64, 10**6, 1, 1),
+        num_ctas=1,
+    )
+    pages = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
+    out = np.empty_like(q[: count * rows])
+
+    def run() -> float:
+        start = time.process_time_ns()
+        tvm_infer.attention(
+            q[: count * rows], cache, plan, kv_page_indptr=indptr * pages_each, kv_page_indices=pages, out=out
+        )
+        return (time.process_time_ns() - start) / count * 1e3
+
+    run()
+    return min(run() for _ in range(7))
+
+
+def measure(dtype: Any, head_dim: int) -> None:
+    rng = np.random.default_rng(0)
+    kind = numpy_dtype(dtype)
+    num_pages = 128 * 2**20 // (2 * PAGE_SIZE * head_dim * kind.itemsize)  # 128 MiB
+    cache = rng.standard_normal((num_pages, 2, 1, PAGE_SIZE, head_dim), dtype=np.float32).astype(kind)
+    q = rng.standard_normal((8192, 1, head_dim), dtype=np.float32).astype(kind)
+    for rows in ROWS:
+        empty, one = work_time(rows, 0, cache, q), work_time(1, 0, cache, q)
+        row = (empty - one) / (rows - 1)
+        kv = (work_time(rows, 1024, cache, q) - work_time(rows, 64, cache, q)) / 960
+        print(
+            f"{dtype:9} head_dim {head_dim:3} rows {rows:3}: fixed {one - row:9,.0f} row {row:8,.0f} kv {kv:9,.0f} ps"
+            f" ({4e3 * rows * head_dim / kv:4.0f} GFLOP/s)"
+        )
+
+
+if __name__ == "__main__":
+    print(_ffi.func("cpu_info")().split()[0])
+    for head_dim in [int(x) for x in sys.argv[1:]] or [64, 128]:
+        for dtype in ("float32", "float16", "bfloat16"):
+            measure(dtype, head_dim)
