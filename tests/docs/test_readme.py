@@ -48,6 +48,8 @@ def test_scripts_are_executable_and_parse(script):
 
 def test_examples_have_help():
     for example in sorted((REPO / "examples").glob("*.py")):
+        if "__main__" not in example.read_text():  # a part of another example
+            continue
         done = subprocess.run(
             [sys.executable, str(example), "--help"], capture_output=True, text=True, check=False, cwd=REPO
         )

@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from .dispatch_matmul import DispatchMatmul, MatmulReport
-from .nodes import shape_of, static_int
+from .nodes import op_name, shape_of, static_int
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
@@ -51,7 +51,25 @@ def prepare(
     dispatch = DispatchMatmul()
     mod = dispatch(mod)
     reports.matmul = dispatch.report
-    return _bound_tokens(mod, function, max_tokens), reports
+    return _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens), reports
+
+
+@relax.expr_functor.mutator
+class _CheckedTakes(relax.PyExprMutator):
+    """Lookups stay inside their table: TVM's default mode reads past it for an index out of range (and warns so on stderr)."""
+
+    def apply(self) -> tvm.IRModule:
+        for var, func in self.builder_.get().functions_items():
+            if isinstance(func, relax.Function):
+                self.builder_.update_func(var, self.visit_expr(func))
+        return self.builder_.get()
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if op_name(call) == "relax.take" and str(call.attrs.mode) == "fast":
+            axis = None if call.attrs.axis is None else int(call.attrs.axis)
+            return relax.op.take(call.args[0], call.args[1], axis=axis, mode="clip")
+        return call
 
 
 def _bound_tokens(mod: tvm.IRModule, function: str, max_tokens: int) -> tvm.IRModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,20 @@ def from_torch(
     MissingDependencyError : torch is not installed. ArgumentError : a wrong key in dim_names.
     """
     _require("torch", "torch")
+    with _quiet_torch():
+        mod = _import(program, keep_attention)
+    func = mod["main"].without_attr("params")
+    func = _drop_unused_weights(_name_lengths(_InboundSlices.apply(func), dim_names))
+    imported = tvm.IRModule({"main": func})
+    targets = {
+        str(spec.arg.name): str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None
+    }
+    names = [str(param.name) for param in func.params[int(func.attrs["num_input"]) :]]
+    weights = {name: program.state_dict[targets[name]].detach() for name in names}
+    return ImportedModel(imported, weights, {name: targets[name] for name in names})
+
+
+def _import(program: Any, keep_attention: bool) -> tvm.IRModule:
     from tvm.relax.frontend.torch import from_exported_program
 
     options: dict[str, Any] = {"keep_params_as_input": True}
@@ -62,16 +77,15 @@ def from_torch(
         program = program.run_decompositions(table)
         options["run_ep_decomposition"] = False
         options["custom_convert_map"] = {"scaled_dot_product_attention.default": _convert_attention}
-    mod = from_exported_program(program, **options)
-    func = mod["main"].without_attr("params")
-    func = _drop_unused_weights(_name_lengths(_InboundSlices.apply(func), dim_names))
-    imported = tvm.IRModule({"main": func})
-    targets = {
-        str(spec.arg.name): str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None
-    }
-    names = [str(param.name) for param in func.params[int(func.attrs["num_input"]) :]]
-    weights = {name: program.state_dict[targets[name]].detach() for name in names}
-    return ImportedModel(imported, weights, {name: targets[name] for name in names})
+    return from_exported_program(program, **options)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without a warning about torch's own use of its pytrees, which a caller can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        yield
 
 
 def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool = True) -> ImportedModel:
@@ -121,7 +135,7 @@ def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool
         torch.arange(_EXAMPLE_LOGITS, device=device),
     )
     shapes = {"input_ids": {1: num_tokens}, "position_ids": {1: num_tokens}, "logit_indices": {0: num_logits}}
-    with _plain_causal(model), torch.no_grad():
+    with _plain_causal(model), torch.no_grad(), _quiet_torch():
         program = torch.export.export(Packed().eval(), inputs, dynamic_shapes=shapes)
     imported = from_torch(
         program,
