@@ -30,19 +30,22 @@ struct ConfigSm90 {
   static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + 128;
-  // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  // 128 * 24 + 256 * 240 registers of the 65536; the compiler gives each role what setmaxnreg says.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
 
   static constexpr int kPanels = kHeadDim / tile::kPanelElements;
   using Boxes = tile::PageBoxes<kPageSize, kHeadDim>;
   static constexpr int kPagesPerTile = kTileKeys / kPageSize;
 
-  // One stage is a tile of K or of V of one head. 192 KB: 5.6 us of this SM's share of the memory bandwidth.
-  static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
-  static constexpr int kStages = 196608 / kStageBytes;
-  using Ring = tile::Ring<kStages, kStageBytes>;
+  // Queries of the next head arrive while the last tiles of this one are computed.
+  static constexpr int kQueryBuffers = 2;
   static constexpr int kQueryBytes = kPrefillRows * kHeadDim * 2;
+  // One stage is a tile of K or of V of one head. 128 KB of copies in flight: 64 KB hide the latency at this SM's share of the memory
+  // bandwidth, and more than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
+  static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
+  static constexpr int kStages = 131072 / kStageBytes;
+  using Ring = tile::Ring<kStages, kStageBytes>;
 
   // Named barriers.
   static constexpr int kBarrierConsumers = 1;
@@ -52,12 +55,12 @@ struct ConfigSm90 {
   struct SharedMemory {
     alignas(1024) uint8_t ring[kStages * kStageBytes];
     // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
-    alignas(1024) uint8_t query[kQueryBytes];
-    float warp_max[kConsumerWarps][kDecodeRows];
-    float warp_sum[kConsumerWarps][kDecodeRows];
+    alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
+    float warp_max[kQueryBuffers][kConsumerWarps][kDecodeRows];
+    float warp_sum[kQueryBuffers][kConsumerWarps][kDecodeRows];
     tile::RingBarriers<kStages> ring_barriers;
-    uint64_t query_full;   // 2 arrivals: the loader warps
-    uint64_t query_empty;  // kConsumerWarps arrivals
+    uint64_t query_full[kQueryBuffers];   // 2 arrivals: the loader warps
+    uint64_t query_empty[kQueryBuffers];  // kConsumerWarps arrivals
     int32_t is_last_arrival;
   };
   static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");

@@ -20,24 +20,28 @@ struct Consumer {
   const PlanView plan;
   SharedMemory& shared;
   const Ring ring;
-  const int32_t thread;  // 0 … kConsumerThreads - 1
-  const int32_t warp;    // 0 … kConsumerWarps - 1
-  const int32_t lane;
   typename Ring::Cursor cursor{};
-  uint32_t query_parity = 0;
+  uint32_t query_turn = 0;  // turns of the query buffers taken so far; every head of every work is one
+
+  // NOTE: read anew each time, not kept: registers are short.
+  __device__ __forceinline__ static int32_t Thread() { return static_cast<int32_t>(threadIdx.x) - 128; }  // 0 … kConsumerThreads - 1
+  __device__ __forceinline__ static int32_t Warp() { return Thread() / 32; }                              // 0 … kConsumerWarps - 1
+  __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
 
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
-    if (lane == 0) ring.Release(at);
+    if (Lane() == 0) ring.Release(at);
   }
-  // The query buffer belongs to the consumers from here …
-  __device__ __forceinline__ void WaitQuery() {
-    ptx::MbarrierWait(ptx::SharedAddress(&shared.query_full), query_parity);
-    query_parity ^= 1;
+  // The next query buffer belongs to the consumers from here …; returns which.
+  __device__ __forceinline__ uint32_t WaitQuery() {
+    const uint32_t buffer = query_turn % Config::kQueryBuffers, parity = query_turn / Config::kQueryBuffers % 2;
+    ptx::MbarrierWait(ptx::SharedAddress(shared.query_full + buffer), parity);
+    ++query_turn;
+    return buffer;
   }
   // … to here. By a whole warp.
-  __device__ __forceinline__ void ReleaseQuery() {
+  __device__ __forceinline__ void ReleaseQuery(uint32_t buffer) {
     __syncwarp();
-    if (lane == 0) ptx::MbarrierArrive(ptx::SharedAddress(&shared.query_empty));
+    if (Lane() == 0) ptx::MbarrierArrive(ptx::SharedAddress(shared.query_empty + buffer));
   }
 };
 

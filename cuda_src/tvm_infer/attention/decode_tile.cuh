@@ -26,10 +26,11 @@ class DecodeTile {
 
   __device__ __forceinline__ explicit DecodeTile(Consumer<Config>& c) : c_(c) {}
 
+  // All KV heads of a work.
   __device__ __forceinline__ void Run(const Work& work) {
     const Tiles tiles(work);
     const Band band = c_.plan.header->band;
-    const int32_t group = c_.plan.header->group_size, row = c_.lane / 4;
+    const int32_t group = c_.plan.header->group_size, row = c_.Lane() / 4;
     const KeyRange keys[2] = {VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)};
     const KeyRange seen_by_all{VisibleKeys(work, band, group, work.num_rows - 1).begin, VisibleKeys(work, band, group, 0).end};
     int64_t q_offset[2] = {-1, -1};  // of rows g and g + 8 for KV head 0; -1: no such row
@@ -52,7 +53,7 @@ class DecodeTile {
 
   __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kHeadDim / 16][4], const int64_t (&offset)[2], int32_t kv_head) {
     const auto* base =
-        static_cast<const uint16_t*>(c_.params.q) + kv_head * c_.plan.header->group_size * c_.params.q_stride_head + c_.lane % 4 * 2;
+        static_cast<const uint16_t*>(c_.params.q) + kv_head * c_.plan.header->group_size * c_.params.q_stride_head + c_.Lane() % 4 * 2;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
 #pragma unroll
@@ -70,15 +71,16 @@ class DecodeTile {
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 
-    // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V blocks,
-    // transposed while loading: (0, 0) (1, 0) (0, 1) (1, 1).
-    const uint32_t block = c_.lane / 8, first = c_.warp * kWarpKeys + c_.lane % 8;
+    // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8 of 16 columns. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V
+    // blocks, transposed while loading: (0, 0) (1, 0) (0, 1) (1, 1).
+    const uint32_t block = c_.Lane() / 8, first = c_.Warp() * kWarpKeys + c_.Lane() % 8;
+    const uint32_t k_offset = Boxes::Offset(first + block / 2 * 8, block % 2), v_offset = Boxes::Offset(first + block % 2 * 8, block / 2);
     for (int32_t t = 0; t < tiles.count; ++t) {
-      const int32_t key = tiles.base + t * kTileKeys + c_.warp * kWarpKeys;
+      const int32_t key = tiles.base + t * kTileKeys + c_.Warp() * kWarpKeys;
       const bool has_keys = key < work.kv_end && key + kWarpKeys > work.kv_begin;
       float s[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
       c_.ring.WaitFull(c_.cursor);
-      if (has_keys) Logits(s, q, c_.ring.Data(c_.cursor), first + block / 2 * 8, block % 2);
+      if (has_keys) Logits(s, q, c_.ring.Data(c_.cursor) + k_offset);
       __syncwarp();
       c_.Release(c_.cursor);
       c_.cursor.Advance();
@@ -100,7 +102,7 @@ class DecodeTile {
         }
       }
       c_.ring.WaitFull(c_.cursor);
-      if (has_keys) Values(o, p, c_.ring.Data(c_.cursor), first + block % 2 * 8, block / 2, work.kv_begin - key, work.kv_end - key);
+      if (has_keys) Values(o, p, c_.ring.Data(c_.cursor) + v_offset, work.kv_begin - key, work.kv_end - key);
       __syncwarp();
       c_.Release(c_.cursor);
       c_.cursor.Advance();
@@ -109,13 +111,12 @@ class DecodeTile {
   }
 
   // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
-  __device__ __forceinline__ static void Logits(float (&s)[8], const uint32_t (&q)[kHeadDim / 16][4], uint32_t stage, uint32_t key,
-                                                uint32_t chunk) {
+  __device__ __forceinline__ static void Logits(float (&s)[8], const uint32_t (&q)[kHeadDim / 16][4], uint32_t address) {
     float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t k[4];
-      ptx::LoadMatrixX4(k, stage + Boxes::Offset(key, 2 * d + chunk));
+      ptx::LoadMatrixX4(k, Boxes::Columns(address, 16 * d));
       ptx::Mma16x8x16<Element>(s0, q[d], k[0], k[1]);
       ptx::Mma16x8x16<Element>(s1, q[d], k[2], k[3]);
     }
@@ -127,8 +128,8 @@ class DecodeTile {
   }
 
   // Keys outside [begin, end) may hold NaN in V, and 0 * NaN is NaN: their values become 0.
-  __device__ __forceinline__ static void Values(float (&o)[kHeadDim / 8][4], const uint32_t (&p)[4], uint32_t stage, uint32_t key,
-                                                uint32_t chunk, int32_t begin, int32_t end) {
+  __device__ __forceinline__ static void Values(float (&o)[kHeadDim / 8][4], const uint32_t (&p)[4], uint32_t address, int32_t begin,
+                                                int32_t end) {
     uint32_t keep[2] = {0xffffffff, 0xffffffff};
     const bool is_edge = begin > 0 || end < kWarpKeys;
     if (is_edge) {
@@ -141,7 +142,7 @@ class DecodeTile {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t v[4];
-      ptx::LoadMatrixX4Transposed(v, stage + Boxes::Offset(key, 2 * d + chunk));
+      ptx::LoadMatrixX4Transposed(v, Boxes::Columns(address, 16 * d));
       if (is_edge) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] &= keep[i % 2];
@@ -154,14 +155,14 @@ class DecodeTile {
   // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w.
   __device__ __forceinline__ void Merge(const Work& work, int32_t h, const float (&o)[kHeadDim / 8][4], const OnlineSoftmax& softmax) {
     auto& shared = c_.shared;
-    auto* scratch = reinterpret_cast<float*>(shared.query);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
-    const int32_t g = c_.lane / 4, t = c_.lane % 4;
-    c_.WaitQuery();
+    const uint32_t buffer = c_.WaitQuery();
+    auto* scratch = reinterpret_cast<float*>(shared.query[buffer]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
+    const int32_t g = c_.Lane() / 4, t = c_.Lane() % 4;
     if (t == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared.warp_max[c_.warp][g + 8 * i] = softmax.max[i];
-        shared.warp_sum[c_.warp][g + 8 * i] = softmax.sum[i];
+        shared.warp_max[buffer][c_.Warp()][g + 8 * i] = softmax.max[i];
+        shared.warp_sum[buffer][c_.Warp()][g + 8 * i] = softmax.sum[i];
       }
     }
     const int32_t passes = work.num_rows > 8 ? 2 : 1;
@@ -169,32 +170,32 @@ class DecodeTile {
     for (int pass = 0; pass < 2; ++pass) {
       if (pass >= passes) break;
       if (pass > 0) ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      float* mine = scratch + (c_.warp * 8 + g) * kHeadDim + 2 * t;
+      float* mine = scratch + (c_.Warp() * 8 + g) * kHeadDim + 2 * t;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         *reinterpret_cast<float2*>(mine + (j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      const int32_t row = 8 * pass + c_.warp;
-      if (row < work.num_rows) MergeRow(work, h, row, scratch + c_.warp * kHeadDim);
+      const int32_t row = 8 * pass + c_.Warp();
+      if (row < work.num_rows) MergeRow(work, h, row, buffer, scratch + c_.Warp() * kHeadDim);
     }
-    c_.ReleaseQuery();
+    c_.ReleaseQuery(buffer);
   }
 
-  __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t row, const float* scratch) {
+  __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t row, uint32_t buffer, const float* scratch) {
     constexpr int kColumns = kHeadDim / 32;  // a lane's
     const auto& shared = c_.shared;
     const float scale = c_.params.sm_scale_log2;
     float max = kNegInf;
 #pragma unroll
-    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.warp_max[w][row]);
+    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.warp_max[buffer][w][row]);
     const float offset = max == kNegInf ? 0.f : max * scale;
-    const int32_t column = c_.lane * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
+    const int32_t column = c_.Lane() * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
     float sum = 0.f, o[kColumns] = {};
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) {
-      const float weight = ptx::Exp2(shared.warp_max[w][row] * scale - offset);
-      sum += weight * shared.warp_sum[w][row];
+      const float weight = ptx::Exp2(shared.warp_max[buffer][w][row] * scale - offset);
+      sum += weight * shared.warp_sum[buffer][w][row];
       const float* part = scratch + w * 8 * kHeadDim + at;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) o[i] += weight * part[i];
@@ -206,7 +207,7 @@ class DecodeTile {
     const OutputRow out = is_final ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + h)
                                    : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(h) * work.num_rows + row);
     StoreColumns<Element>(out, is_final, column, o);
-    if (c_.lane == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
+    if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
   }
 
   Consumer<Config>& c_;

@@ -23,40 +23,48 @@ class KvProducer {
 
   __device__ __forceinline__ void Run(const Work& work) {
     const Tiles tiles(work);
-    if (tiles.count == 0) return;
     const bool is_prefill = work.tile_class != kDecodeClass;
-    const uint64_t policy = is_prefill ? ptx::kEvictNormal : ptx::kEvictFirst;
+    if (!is_prefill || tiles.count == 0) Flush();
+    if (tiles.count == 0) return;
     const int32_t* pages = params_.kv_page_indices + __ldg(params_.kv_page_indptr + work.kv_list) + tiles.base / Config::kPageSize;
     const int32_t num_pages = (work.kv_end - tiles.base + Config::kPageSize - 1) / Config::kPageSize;
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const int32_t head = work.kv_head_begin + h;
-      // Decode consumes K0 V0 K1 V1 …; prefill K0 K1 V0 K2 V1 …, since it starts on the next logits before it uses these values.
-      int32_t page = LoadPage(pages, 0, num_pages), previous_page = page;
+      int32_t page = LoadPage(pages, 0, num_pages);
       for (int32_t t = 0; t < tiles.count; ++t) {
         const int32_t next_page = LoadPage(pages, t + 1, num_pages);
-        const int32_t count = PagesOf(t, num_pages);
+        const int32_t count = min(Config::kPagesPerTile, num_pages - t * Config::kPagesPerTile);
         if (is_prefill) {
-          IssuePanels(page, count, head, policy);
-          if (t > 0) IssuePages(maps_.v_pages, previous_page, PagesOf(t - 1, num_pages), head, policy);
-          if (t + 1 == tiles.count) IssuePages(maps_.v_pages, page, count, head, policy);
+          IssuePanels(page, count, head);
+          Flush();
+          pending_page_ = page;
+          pending_head_ = head;
         } else {
-          IssuePages(maps_.k_pages, page, count, head, policy);
-          IssuePages(maps_.v_pages, page, count, head, policy);
+          IssuePages(maps_.k_pages, page, count, head, ptx::kEvictFirst);
+          IssuePages(maps_.v_pages, page, count, head, ptx::kEvictFirst);
         }
-        previous_page = page;
         page = next_page;
       }
     }
+    if (work.merge != kNoMerge) Flush();  // the consumers merge before they go on
+  }
+
+  // Decode consumes K0 V0 K1 V1 …; prefill K0 K1 V0 K2 V1 …, across heads and works, since it starts on the next logits before it
+  // uses these values: a tile of V waits here until the next K is under way, or until there is none.
+  __device__ __forceinline__ void Flush() {
+    if (pending_head_ < 0) return;
+    // Pages behind the last lie outside the tensor: the copy engine fills them with zeros, since a weight of 0 times NaN is NaN.
+    IssuePages(maps_.v_pages, pending_page_, Config::kPagesPerTile, pending_head_, ptx::kEvictNormal);
+    pending_head_ = -1;
   }
 
  private:
-  __device__ __forceinline__ static int32_t PagesOf(int32_t tile, int32_t num_pages) {
-    return min(Config::kPagesPerTile, num_pages - tile * Config::kPagesPerTile);
-  }
+  static constexpr int32_t kNoPage = 0x7fffffff;
+
   // Page `lane` of a tile. Table entries behind the last page may be garbage and are not read.
   __device__ __forceinline__ int32_t LoadPage(const int32_t* pages, int32_t tile, int32_t num_pages) const {
     const int32_t i = tile * Config::kPagesPerTile + lane_;
-    return lane_ < Config::kPagesPerTile && i < num_pages ? __ldg(pages + i) : 0;
+    return lane_ < Config::kPagesPerTile && i < num_pages ? __ldg(pages + i) : kNoPage;
   }
   __device__ __forceinline__ uint32_t Acquire(int32_t count) {
     ring_.WaitEmpty(cursor_);
@@ -72,13 +80,13 @@ class KvProducer {
     cursor_.Advance();
   }
   // K for wgmma: panel by panel over the whole tile, so that 8-key groups stand at one stride.
-  __device__ __forceinline__ void IssuePanels(int32_t page, int32_t count, int32_t head, uint64_t policy) {
+  __device__ __forceinline__ void IssuePanels(int32_t page, int32_t count, int32_t head) {
     const uint32_t stage = Acquire(count);
     const int32_t index = lane_ / Config::kPanels, panel = lane_ % Config::kPanels;
     const int32_t my_page = __shfl_sync(0xffffffff, page, index);
     if (index < count) {
       const uint32_t dst = stage + panel * Config::kTileKeys * tile::kPanelRowBytes + index * Config::Boxes::kPanelBytes;
-      ptx::TmaLoad5d(dst, &maps_.k_panels, ring_.FullBarrier(cursor_), policy, 0, 0, panel, head, my_page);
+      ptx::TmaLoad5d(dst, &maps_.k_panels, ring_.FullBarrier(cursor_), ptx::kEvictNormal, 0, 0, panel, head, my_page);
     }
     cursor_.Advance();
   }
@@ -88,6 +96,8 @@ class KvProducer {
   const Ring& ring_;
   const int32_t lane_;
   typename Ring::Cursor cursor_;
+  int32_t pending_page_ = kNoPage;  // of a tile of V
+  int32_t pending_head_ = -1;       // -1: none
 };
 
 }  // namespace tvm_infer::attention

@@ -24,19 +24,117 @@ class PrefillTile {
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = 64;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
 
-  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(c.thread / 128) {}
+  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(c.Thread() / 128) {}
 
-  // All KV heads of a work.
-  __device__ __forceinline__ void Run(const Work& work) {
-    const Tiles tiles(work);
-    const Band band = c_.plan.header->band;
-    const int32_t group = c_.plan.header->group_size, last_row = work.num_rows - 1;
-    const int32_t first = warpgroup_ * kRows, row = first + c_.warp % 4 * 16 + c_.lane / 4;
-    const KeyRange keys[2] = {VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)};
-    // Keys that all rows of this warpgroup see: tiles inside need no mask.
-    const KeyRange seen_by_all{VisibleKeys(work, band, group, min(first + kRows - 1, last_row)).begin,
-                               VisibleKeys(work, band, group, min(first, last_row)).end};
-    for (int32_t h = 0; h < work.num_kv_heads; ++h) RunHead(work, tiles, keys, seen_by_all, h);
+  // Executes works from `index` on (the first is `work`) up to one that was cut, or the last before one of another class or without
+  // keys; returns the index of the last one done.
+  //
+  // One stream of tiles, across heads and works: nothing drains at a head's end, the next head's first logits are under way before this
+  // head's last values.
+  __device__ __forceinline__ int32_t Run(const WorkQueue& queue, int32_t index, Work work) {
+    float s[64], o[kOutputs], rescale[2];
+    uint32_t p[32];
+    OnlineSoftmax softmax;
+    Tiles tiles(work);
+    Visible visible = VisibleTo(work);
+    int32_t head = 0, tile = 0;
+
+    // The first tile: no earlier values to go with its logits.
+    uint32_t query = c_.WaitQuery();
+    c_.ring.WaitFull(c_.cursor);
+    WaitTurn();
+    IssueLogits(s, query, c_.ring.Data(c_.cursor));
+    PassTurn();
+    ptx::WgmmaWait<0>();
+    ptx::PinRegisters(s);
+    c_.Release(c_.cursor);
+    c_.cursor.Advance();
+    if (tiles.count == 1) c_.ReleaseQuery(query);
+    Softmax(s, visible, tiles.base, softmax, rescale);
+    PackWeights(p, s);
+
+    bool accumulate = false;  // o holds earlier values of this head
+    int32_t values_begin, values_end, done_index, done_head;
+    for (;;) {
+      // p holds the weights of `tile` of `head` of work `index`. Step to the tile after it.
+      values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
+      values_end = work.kv_end - tiles.base - tile * kTileKeys;
+      done_index = index;
+      done_head = head;
+      const bool ends_head = ++tile == tiles.count;
+      if (ends_head) {
+        tile = 0;
+        if (++head == work.num_kv_heads) {
+          head = 0;
+          if (work.merge != kNoMerge || ++index == queue.end) break;
+          work = LoadWork(queue.works, index);
+          if (work.tile_class == kDecodeClass || work.kv_end <= work.kv_begin) break;
+          tiles = Tiles(work);
+          visible = VisibleTo(work);
+        }
+        query = c_.WaitQuery();
+      }
+      const typename Ring::Cursor k = c_.cursor;
+      c_.cursor.Advance();
+      if (ends_head || values_begin > 0) {
+        c_.ring.WaitFull(c_.cursor);
+        CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+      }
+      c_.ring.WaitFull(k);
+      WaitTurn();
+      IssueLogits(s, query, c_.ring.Data(k));
+      c_.ring.WaitFull(c_.cursor);
+      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate);
+      PassTurn();
+      ptx::WgmmaWait<1>();
+      ptx::PinRegisters(s);
+      c_.Release(k);
+      if (tile + 1 == tiles.count) c_.ReleaseQuery(query);
+      if (ends_head) {
+        // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
+        ptx::WgmmaWait<0>();
+        ptx::PinRegisters(o);
+        Store(LoadWork(queue.works, done_index), done_head, softmax, o);
+        softmax = OnlineSoftmax();
+      }
+      Softmax(s, visible, tiles.base + tile * kTileKeys, softmax, rescale);
+      ptx::WgmmaWait<0>();
+      ptx::PinRegisters(o);
+      c_.Release(c_.cursor);
+      c_.cursor.Advance();
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+      accumulate = !ends_head;
+      PackWeights(p, s);
+    }
+
+    // The last tile: no later logits to go with its values.
+    c_.ring.WaitFull(c_.cursor);
+    CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate);
+    ptx::WgmmaWait<0>();
+    ptx::PinRegisters(o);
+    c_.Release(c_.cursor);
+    c_.cursor.Advance();
+    Store(LoadWork(queue.works, done_index), done_head, softmax, o);
+    return done_index;
+  }
+
+  // A work whose rows see no key: O = 0, LSE = -inf.
+  __device__ __forceinline__ void RunEmpty(const Work& work) {
+    const float zero[2] = {0.f, 0.f};
+    for (int32_t h = 0; h < work.num_kv_heads; ++h) {
+      c_.ReleaseQuery(c_.WaitQuery());
+#pragma unroll 1
+      for (int32_t row = c_.Warp(); row < work.num_rows; row += Config::kConsumerWarps) {
+        const OutputRow out = RowOf(work, h, row);
+#pragma unroll 1
+        for (int32_t column = 2 * c_.Lane(); column < kHeadDim; column += 64) {
+          StoreColumns<Element>(out, work.out == kFinalRows, column, zero);
+        }
+        if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = kNegInf;
+      }
+    }
   }
 
   // Before the first work: warpgroup 0 has the first turn.
@@ -51,10 +149,10 @@ class PrefillTile {
   __device__ __forceinline__ void PassTurn() { ptx::BarrierArrive(Config::kBarrierTurn + 1 - warpgroup_, Config::kConsumerThreads); }
 
   // s = Q @ K^T, asynchronous.
-  __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t k_stage) {
-    const uint64_t q =
-        tile::MatrixDescriptor(ptx::SharedAddress(c_.shared.query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes);
-    const uint64_t k = tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes);
+  __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
+    const ptx::Descriptor q =
+        tile::MatrixDescriptor(ptx::SharedAddress(c_.shared.query[query]) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes);
+    const ptx::Descriptor k = tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes);
     ptx::PinRegisters(s);
     ptx::WgmmaFence();
 #pragma unroll
@@ -72,7 +170,7 @@ class PrefillTile {
     using Boxes = typename Config::Boxes;
     // Pages of 8 tokens: the next 8 keys are the next page.
     constexpr uint32_t kNext8Keys = Config::kPageSize == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
-    const uint64_t v = tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys);
+    const ptx::Descriptor v = tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys);
     ptx::PinRegisters(o);
     ptx::PinRegisters(p);
     ptx::WgmmaFence();
@@ -90,95 +188,56 @@ class PrefillTile {
     for (int i = 0; i < 32; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Slots of a tile of V without a key of this work may hold NaN.
-  __device__ __forceinline__ void CleanValues(const Work& work, int32_t tile_key, uint32_t v_stage) {
-    if (tile_key >= work.kv_begin && tile_key + kTileKeys <= work.kv_end) return;
-    ZeroInvisibleValues<Config::kPageSize, kHeadDim, kTileKeys>(v_stage, work.kv_begin - tile_key, work.kv_end - tile_key, c_.thread % 128);
+  // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its page (keys of the tile). Whole
+  // pages behind the last are zero already.
+  __device__ __forceinline__ void CleanValues(uint32_t v_stage, int32_t begin, int32_t end) {
+    constexpr int kPageSize = Config::kPageSize;
+    const int32_t page_end = min((end + kPageSize - 1) / kPageSize * kPageSize, kTileKeys);
+    if (begin <= 0 && end >= page_end) return;
+    ZeroValues<kPageSize, kHeadDim>(v_stage, 0, begin, c_.Thread() % 128);
+    ZeroValues<kPageSize, kHeadDim>(v_stage, end, page_end, c_.Thread() % 128);
+    ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
   }
 
-  __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
-                                          int32_t h) {
-    const float scale = c_.params.sm_scale_log2;
-    float s[64], o[kOutputs], rescale[2];
-    uint32_t p[32];
-    OnlineSoftmax softmax;
-    auto mask = [&](int32_t tile_key) {
-      if (tile_key < seen_by_all.begin || tile_key + kTileKeys > seen_by_all.end) MaskLogits(s, keys, tile_key);
-    };
-
-    c_.WaitQuery();
-    if (tiles.count > 0) {
-      c_.ring.WaitFull(c_.cursor);
-      WaitTurn();
-      IssueLogits(s, c_.ring.Data(c_.cursor));
-      PassTurn();
-      ptx::WgmmaWait<0>();
-      ptx::PinRegisters(s);
-      c_.Release(c_.cursor);
-      c_.cursor.Advance();
-      mask(tiles.base);
-      softmax.Update(s, scale, rescale);
-      PackWeights(p, s);
-
-      int32_t tile_key = tiles.base;  // of the tile whose weights are in p
-      for (int32_t t = 1; t < tiles.count; ++t) {
-        const auto k = c_.cursor;
-        c_.cursor.Advance();
-        const auto v = c_.cursor;
-        c_.cursor.Advance();
-        if (tile_key < work.kv_begin) {
-          c_.ring.WaitFull(v);
-          CleanValues(work, tile_key, c_.ring.Data(v));
-        }
-        c_.ring.WaitFull(k);
-        WaitTurn();
-        IssueLogits(s, c_.ring.Data(k));
-        c_.ring.WaitFull(v);
-        IssueValues(o, p, c_.ring.Data(v), t > 1);
-        PassTurn();
-        ptx::WgmmaWait<1>();
-        ptx::PinRegisters(s);
-        c_.Release(k);
-        tile_key += kTileKeys;
-        mask(tile_key);
-        softmax.Update(s, scale, rescale);
-        ptx::WgmmaWait<0>();
-        ptx::PinRegisters(o);
-        c_.Release(v);
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
-        PackWeights(p, s);
-      }
-      c_.ring.WaitFull(c_.cursor);
-      CleanValues(work, tile_key, c_.ring.Data(c_.cursor));
-      IssueValues(o, p, c_.ring.Data(c_.cursor), tiles.count > 1);
-      c_.ReleaseQuery();
-      softmax.SumOverQuad();
-      ptx::WgmmaWait<0>();
-      ptx::PinRegisters(o);
-      c_.Release(c_.cursor);
-      c_.cursor.Advance();
-    } else {
-      c_.ReleaseQuery();
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
-    }
-    Store(work, h, softmax, o);
+  // Which keys this thread's rows see, and which all rows of the warpgroup see: tiles inside need no mask.
+  struct Visible {
+    KeyRange keys[2];
+    KeyRange all;
+  };
+  __device__ __forceinline__ Visible VisibleTo(const Work& work) const {
+    const Band band = c_.plan.header->band;
+    const int32_t group = c_.plan.header->group_size, last = work.num_rows - 1;
+    const int32_t first = warpgroup_ * kRows, row = first + c_.Warp() % 4 * 16 + c_.Lane() / 4;
+    return {{VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)},
+            {VisibleKeys(work, band, group, min(first + kRows - 1, last)).begin, VisibleKeys(work, band, group, min(first, last)).end}};
   }
 
-  __device__ __forceinline__ void Store(const Work& work, int32_t h, const OnlineSoftmax& softmax, const float (&o)[kOutputs]) {
+  // Logits of one tile to weights.
+  __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, int32_t tile_key, OnlineSoftmax& softmax,
+                                          float (&rescale)[2]) {
+    if (tile_key < visible.all.begin || tile_key + kTileKeys > visible.all.end) MaskLogits(s, visible.keys, tile_key);
+    softmax.Update(s, c_.params.sm_scale_log2, rescale);
+  }
+
+  __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
+    return work.out == kFinalRows ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + head)
+                                  : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
+  }
+
+  // NOTE: the work is loaded again by the caller: its fields in registers through the loop would spill.
+  __device__ __forceinline__ void Store(const Work& work, int32_t head, OnlineSoftmax softmax, const float (&o)[kOutputs]) {
+    softmax.SumOverQuad();
     const bool is_final = work.out == kFinalRows;
     const float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
     OutputRow rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t row = warpgroup_ * kRows + c_.warp % 4 * 16 + c_.lane / 4 + 8 * i;
+      const int32_t row = warpgroup_ * kRows + c_.Warp() % 4 * 16 + c_.Lane() / 4 + 8 * i;
       rows[i] = {nullptr, nullptr};
       if (row >= work.num_rows) continue;
-      rows[i] = is_final ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + h)
-                         : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(h) * work.num_rows + row);
-      if (c_.lane % 4 == 0 && rows[i].lse != nullptr) {
+      rows[i] = RowOf(work, head, row);
+      if (c_.Lane() % 4 == 0 && rows[i].lse != nullptr) {
         *rows[i].lse = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
       }
     }
@@ -192,7 +251,7 @@ class PrefillTile {
 #pragma unroll
       for (int j = 0; j < kOutputs / 4; ++j) {
         const float x[2] = {o[4 * j + 2 * i] * factor[i], o[4 * j + 2 * i + 1] * factor[i]};
-        StoreColumns<Element>(rows[i], false, 8 * j + c_.lane % 4 * 2, x);
+        StoreColumns<Element>(rows[i], false, 8 * j + c_.Lane() % 4 * 2, x);
       }
     }
   }

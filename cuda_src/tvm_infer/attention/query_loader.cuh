@@ -20,7 +20,7 @@ class QueryLoader {
  public:
   static constexpr int kRows = 64;
 
-  // `buffer`: this warp's rows in shared memory, panels of 64 rows. `full`, `empty`: barriers of the whole query buffer.
+  // `buffer`: this warp's rows in the first query buffer, panels of 64 rows. `full`, `empty`: barriers of the first buffer.
   __device__ __forceinline__ QueryLoader(const AttentionParams& params, const PlanView& plan, uint32_t buffer, uint32_t full,
                                          uint32_t empty, int32_t first_row)
       : params_(params), plan_(plan), buffer_(buffer), full_(full), empty_(empty), first_row_(first_row), lane_(threadIdx.x % 32) {}
@@ -38,21 +38,22 @@ class QueryLoader {
       }
     }
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
-      ptx::MbarrierWait(empty_, parity_ ^ 1);
-      parity_ ^= 1;
-      if (is_prefill) LoadHead(work, work.kv_head_begin + h, offset);
+      const uint32_t buffer = turn_ % Config::kQueryBuffers, parity = turn_ / Config::kQueryBuffers % 2;
+      ++turn_;
+      ptx::MbarrierWait(empty_ + 8 * buffer, parity ^ 1);
+      if (is_prefill) LoadHead(work, work.kv_head_begin + h, offset, buffer_ + buffer * Config::kQueryBytes);
       __syncwarp();
-      if (lane_ == 0) ptx::MbarrierArrive(full_);
+      if (lane_ == 0) ptx::MbarrierArrive(full_ + 8 * buffer);
     }
   }
 
  private:
-  __device__ __forceinline__ void LoadHead(const Work& work, int32_t kv_head, const int64_t (&offset)[2]) {
+  __device__ __forceinline__ void LoadHead(const Work& work, int32_t kv_head, const int64_t (&offset)[2], uint32_t buffer) {
     constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
     constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
     const int32_t chunk = lane_ % kChunks;
     const auto* q = static_cast<const uint16_t*>(params_.q) + kv_head * plan_.header->group_size * params_.q_stride_head + chunk * 8;
-    const uint32_t panel = buffer_ + chunk / 8 * kRows * tile::kPanelRowBytes;
+    const uint32_t panel = buffer + chunk / 8 * kRows * tile::kPanelRowBytes;
     const int32_t num_rows = min(kRows, work.num_rows - first_row_);  // may be negative: nothing to do, its logits are not used
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -74,7 +75,7 @@ class QueryLoader {
   const uint32_t empty_;
   const int32_t first_row_;
   const int32_t lane_;
-  uint32_t parity_ = 0;
+  uint32_t turn_ = 0;
 };
 
 }  // namespace tvm_infer::attention

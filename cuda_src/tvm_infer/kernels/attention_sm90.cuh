@@ -25,19 +25,17 @@ namespace tvm_infer::kernels {
 // After a work whose rows were cut: this CTA's partial rows are written. The last of the merge's CTAs to arrive merges them all.
 template <typename Config>
 __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, int32_t merge) {
-  const int32_t* indptr = c.plan.merge_indptr();
-  __threadfence();
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-  if (c.thread == 0) {
-    const int32_t arrivals = indptr[merge + 1] - indptr[merge];
-    const bool is_last = atomicAdd(c.params.arrivals + merge, 1) == arrivals - 1;
+  if (c.Thread() == 0) {
+    const int32_t* indptr = c.plan.merge_indptr() + merge;
+    const int32_t others = indptr[1] - indptr[0] - 1;
+    const bool is_last = ptx::AtomicAddAcqRel(c.params.arrivals + merge, 1) == others;
     if (is_last) c.params.arrivals[merge] = 0;  // for the next launch
-    __threadfence();
     c.shared.is_last_arrival = is_last;
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (!c.shared.is_last_arrival) return;
-  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, merge, c.warp, Config::kConsumerWarps);
+  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, merge, c.Warp(), Config::kConsumerWarps);
 }
 
 template <typename Config>
@@ -50,7 +48,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   const int32_t warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const typename Config::Ring ring{ptx::SharedAddress(shared.ring), ptx::SharedAddress(shared.ring_barriers.full),
                                    ptx::SharedAddress(shared.ring_barriers.empty)};
-  const uint32_t query_full = ptx::SharedAddress(&shared.query_full), query_empty = ptx::SharedAddress(&shared.query_empty);
+  const uint32_t query_full = ptx::SharedAddress(shared.query_full), query_empty = ptx::SharedAddress(shared.query_empty);
   constexpr int kQueryLoaders = 2;
   if (threadIdx.x == 0) {
     ptx::PrefetchTensorMap(&maps.k_pages);
@@ -60,8 +58,10 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       ptx::MbarrierInit(ring.full + 8 * i, 1);
       ptx::MbarrierInit(ring.empty + 8 * i, Config::kConsumerWarps);
     }
-    ptx::MbarrierInit(query_full, kQueryLoaders);
-    ptx::MbarrierInit(query_empty, Config::kConsumerWarps);
+    for (int i = 0; i < Config::kQueryBuffers; ++i) {
+      ptx::MbarrierInit(query_full + 8 * i, kQueryLoaders);
+      ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerWarps);
+    }
     ptx::MbarrierInitFence();
   }
   __syncthreads();
@@ -75,6 +75,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     if (warp == 0) {
       KvProducer<Config> producer(params, maps, ring);
       for (int32_t i = queue.begin; i < queue.end; ++i) producer.Run(LoadWork(queue.works, i));
+      producer.Flush();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
@@ -83,8 +84,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     }
   } else {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
-    Consumer<Config> consumer{
-        params, plan, shared, ring, static_cast<int32_t>(threadIdx.x) - 128, warp - 4, static_cast<int32_t>(threadIdx.x) % 32};
+    Consumer<Config> consumer{params, plan, shared, ring};
     PrefillTile<Config> prefill(consumer);
     DecodeTile<Config> decode(consumer);
     prefill.GiveFirstTurn();
@@ -92,10 +92,13 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       const Work work = LoadWork(queue.works, i);
       if (work.tile_class == kDecodeClass) {
         decode.Run(work);
+      } else if (work.kv_end <= work.kv_begin) {
+        prefill.RunEmpty(work);
       } else {
-        prefill.Run(work);
+        i = prefill.Run(queue, i, work);
       }
-      if (work.merge != kNoMerge) ArriveAndMerge(consumer, work.merge);
+      const int32_t merge = LoadWork(queue.works, i).merge;
+      if (merge != kNoMerge) ArriveAndMerge(consumer, merge);
     }
   }
 }

@@ -19,34 +19,39 @@ __device__ __forceinline__ void MergeRow(const attention::AttentionParams& param
   constexpr float kLog2e = 1.4426950408889634f;
   using Vector = std::conditional_t<kColumns == 4, float4, float2>;
   const int32_t lane = threadIdx.x % 32;
-  const int64_t in_slot = static_cast<int64_t>(h) * merge.num_rows + row;
+  constexpr int kLoads = 8;  // in flight; divides 32
+  const int32_t in_slot = h * merge.num_rows + row;
 
   float max = attention::kNegInf;
   for (int32_t i = lane; i < num_slots; i += 32) max = fmaxf(max, __ldcg(params.partial_lse + slots[i] + in_slot));
-#pragma unroll
+#pragma unroll 1
   for (int bit = 16; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
   const float offset = max == attention::kNegInf ? 0.f : max;
 
   float sum = 0.f, o[kColumns] = {};
   for (int32_t first = 0; first < num_slots; first += 32) {
     const int32_t count = min(32, num_slots - first);
-    int32_t slot = 0;
-    float weight = 0.f;
-    if (lane < count) {
-      slot = slots[first + lane];
-      weight = ptx::Exp2((__ldcg(params.partial_lse + slot + in_slot) - offset) * kLog2e);
-    }
-#pragma unroll 8
-    for (int32_t i = 0; i < count; ++i) {
-      const float w = __shfl_sync(0xffffffff, weight, i);
-      const int64_t partial = __shfl_sync(0xffffffff, slot, i) + in_slot;
-      const Vector v = __ldcg(reinterpret_cast<const Vector*>(params.partial_o + partial * kHeadDim + lane * kColumns));
-      sum += w;
-      o[0] += w * v.x;
-      o[1] += w * v.y;
-      if constexpr (kColumns == 4) {
-        o[2] += w * v.z;
-        o[3] += w * v.w;
+    // A lane without a slot has weight 0 and the first slot's row, which is finite.
+    const int32_t partial = slots[first + (lane < count ? lane : 0)] + in_slot;
+    const float weight = lane < count ? ptx::Exp2((__ldcg(params.partial_lse + partial) - offset) * kLog2e) : 0.f;
+#pragma unroll 1
+    for (int32_t i = 0; i < count; i += kLoads) {
+      Vector v[kLoads];
+#pragma unroll
+      for (int32_t u = 0; u < kLoads; ++u) {
+        const int64_t at = __shfl_sync(0xffffffff, partial, i + u);
+        v[u] = __ldcg(reinterpret_cast<const Vector*>(params.partial_o + at * kHeadDim + lane * kColumns));
+      }
+#pragma unroll
+      for (int32_t u = 0; u < kLoads; ++u) {
+        const float w = __shfl_sync(0xffffffff, weight, i + u);
+        sum += w;
+        o[0] += w * v[u].x;
+        o[1] += w * v[u].y;
+        if constexpr (kColumns == 4) {
+          o[2] += w * v[u].z;
+          o[3] += w * v[u].w;
+        }
       }
     }
   }

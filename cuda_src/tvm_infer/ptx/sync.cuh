@@ -1,4 +1,4 @@
-// Named barriers, proxy fences, register reallocation, programmatic dependent launch.
+// Named barriers, proxy fences, release and acquire across CTAs, register reallocation, programmatic dependent launch.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,13 @@ __device__ __forceinline__ void BarrierArrive(int id, int threads) {
 
 // Orders this thread's ordinary accesses to shared memory before later ones by the tensor cores and the copy engine.
 __device__ __forceinline__ void FenceProxyAsyncShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Adds and returns the old value. What this thread saw before (its CTA's stores, after a barrier) is visible to who acquires it after.
+__device__ __forceinline__ int32_t AtomicAddAcqRel(int32_t* address, int32_t value) {
+  int32_t old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+  return old;
+}
 
 // By all warps of a warpgroup, each role on its own side of one branch.
 template <int kRegisters>

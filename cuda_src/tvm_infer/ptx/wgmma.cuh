@@ -10,6 +10,12 @@
 
 namespace tvm_infer::ptx {
 
+// A matrix in shared memory (tile/descriptor.cuh). Two words, only the lower of which changes within a kernel: 32-bit arithmetic.
+struct Descriptor {
+  uint32_t low;
+  uint32_t high;
+};
+
 // Before the first wgmma of a batch: registers written by this thread become visible to the tensor cores.
 __device__ __forceinline__ void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void WgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -42,34 +48,24 @@ __device__ __forceinline__ void PinRegisters(uint32_t (&r)[kCount]) {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TVM_INFER_WGMMA_SS128(TYPE)                                                       \
-  asm volatile(                                                                           \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 \
-      "}, %64, %65, p, 1, 1, 0, 0;\n"                                                     \
-      "}"                                                                                 \
-      : TVM_INFER_C32(0), TVM_INFER_C32(32)                                               \
-      : "l"(a_desc), "l"(b_desc), "r"(accumulate))
-#define TVM_INFER_WGMMA_RS128(TYPE)                                                       \
-  asm volatile(                                                                           \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 \
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"                                       \
-      "}"                                                                                 \
-      : TVM_INFER_C32(0), TVM_INFER_C32(32)                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate))
-#define TVM_INFER_WGMMA_RS64(TYPE)                                                      \
-  asm volatile(                                                                         \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                      \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST64 \
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"                                     \
-      "}"                                                                               \
-      : TVM_INFER_C32(0)                                                                \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate))
+// clang-format off
+#define TVM_INFER_WGMMA_SS128(TYPE) \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 a, {%64, %65};\nmov.b64 b, {%66, %67};\nsetp.ne.b32 p, %68, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 "}, a, b, p, 1, 1, 0, 0;\n" "}" \
+               : TVM_INFER_C32(0), TVM_INFER_C32(32) : "r"(a.low), "r"(a.high), "r"(b.low), "r"(b.high), "r"(accumulate))
+#define TVM_INFER_WGMMA_RS128(TYPE) \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%68, %69};\nsetp.ne.b32 p, %70, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n" "}" \
+               : TVM_INFER_C32(0), TVM_INFER_C32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"(accumulate))
+#define TVM_INFER_WGMMA_RS64(TYPE) \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%36, %37};\nsetp.ne.b32 p, %38, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST64 "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n" "}" \
+               : TVM_INFER_C32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"(accumulate))
+// clang-format on
 
 // c[64, 128] (+)= A[64, 16] @ B[128, 16]^T, both in shared memory, K-major.
 template <typename Element>
-__device__ __forceinline__ void Wgmma64x128x16(float (&c)[64], uint64_t a_desc, uint64_t b_desc, int accumulate) {
+__device__ __forceinline__ void Wgmma64x128x16(float (&c)[64], Descriptor a, Descriptor b, int accumulate) {
   if constexpr (Element::kIsBf16) {
     TVM_INFER_WGMMA_SS128("bf16");
   } else {
@@ -79,7 +75,7 @@ __device__ __forceinline__ void Wgmma64x128x16(float (&c)[64], uint64_t a_desc, 
 
 // c[64, N] (+)= A[64, 16] @ B[16, N], A in registers, B in shared memory with N contiguous.
 template <typename Element>
-__device__ __forceinline__ void WgmmaRegisterA(float (&c)[64], const uint32_t* a, uint64_t b_desc, int accumulate) {
+__device__ __forceinline__ void WgmmaRegisterA(float (&c)[64], const uint32_t* a, Descriptor b, int accumulate) {
   if constexpr (Element::kIsBf16) {
     TVM_INFER_WGMMA_RS128("bf16");
   } else {
@@ -87,7 +83,7 @@ __device__ __forceinline__ void WgmmaRegisterA(float (&c)[64], const uint32_t* a
   }
 }
 template <typename Element>
-__device__ __forceinline__ void WgmmaRegisterA(float (&c)[32], const uint32_t* a, uint64_t b_desc, int accumulate) {
+__device__ __forceinline__ void WgmmaRegisterA(float (&c)[32], const uint32_t* a, Descriptor b, int accumulate) {
   if constexpr (Element::kIsBf16) {
     TVM_INFER_WGMMA_RS64("bf16");
   } else {
