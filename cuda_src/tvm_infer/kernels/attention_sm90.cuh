@@ -25,17 +25,16 @@ namespace tvm_infer::kernels {
 // After a work whose rows were cut: this CTA's partial rows are written. The last of the merge's CTAs to arrive merges them all.
 template <typename Config>
 __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, int32_t merge) {
+  const MergeJob job(c.plan, merge);
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (c.Thread() == 0) {
-    const int32_t* indptr = c.plan.merge_indptr() + merge;
-    const int32_t others = indptr[1] - indptr[0] - 1;
-    const bool is_last = ptx::AtomicAddAcqRel(c.params.arrivals + merge, 1) == others;
+    const bool is_last = ptx::AtomicAddAcqRel(c.params.arrivals + merge, 1) == job.num_slots - 1;
     if (is_last) c.params.arrivals[merge] = 0;  // for the next launch
     c.shared.is_last_arrival = is_last;
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (!c.shared.is_last_arrival) return;
-  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, merge, c.Warp(), Config::kConsumerWarps);
+  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, job, c.Warp(), Config::kConsumerWarps);
 }
 
 template <typename Config>
