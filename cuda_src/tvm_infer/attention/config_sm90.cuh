@@ -41,10 +41,13 @@ struct ConfigSm90 {
   // Queries of the next head arrive while the last tiles of this one are computed.
   static constexpr int kQueryBuffers = 2;
   static constexpr int kQueryBytes = kPrefillRows * kHeadDim * 2;
-  // One stage is a tile of K or of V of one head. 128 KB of copies in flight: 64 KB hide the latency at this SM's share of the memory
-  // bandwidth, and more than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
+  // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
+  // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
+  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
   static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
-  static constexpr int kStages = 131072 / kStageBytes;
+  static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes) / kStageBytes;
+  static constexpr int kDecodeStages = 131072 / kStageBytes;
+  static_assert(kDecodeStages < kStages);
   using Ring = tile::Ring<kStages, kStageBytes>;
 
   // Named barriers.

@@ -40,7 +40,9 @@ class KvProducer {
           pending_page_ = page;
           pending_head_ = head;
         } else {
+          LimitInFlight();
           IssuePages(maps_.k_pages, page, count, head, ptx::kEvictFirst);
+          LimitInFlight();
           IssuePages(maps_.v_pages, page, count, head, ptx::kEvictFirst);
         }
         page = next_page;
@@ -65,6 +67,12 @@ class KvProducer {
   __device__ __forceinline__ int32_t LoadPage(const int32_t* pages, int32_t tile, int32_t num_pages) const {
     const int32_t i = tile * Config::kPagesPerTile + lane_;
     return lane_ < Config::kPagesPerTile && i < num_pages ? __ldg(pages + i) : kNoPage;
+  }
+  // Of the ring's stages only kDecodeStages are filled ahead: the stage so many turns ago is empty again.
+  __device__ __forceinline__ void LimitInFlight() const {
+    typename Ring::Cursor oldest = cursor_;
+    oldest.Advance(Config::kStages - Config::kDecodeStages);
+    ring_.WaitEmpty(oldest);
   }
   __device__ __forceinline__ uint32_t Acquire(int32_t count) {
     ring_.WaitEmpty(cursor_);

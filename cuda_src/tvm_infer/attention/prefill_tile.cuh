@@ -102,8 +102,10 @@ class PrefillTile {
       ptx::PinRegisters(o);
       c_.Release(c_.cursor);
       c_.cursor.Advance();
+      if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+      }
       accumulate = !ends_head;
       PackWeights(p, s);
     }
@@ -150,9 +152,9 @@ class PrefillTile {
 
   // s = Q @ K^T, asynchronous.
   __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
-    const ptx::Descriptor q =
-        tile::MatrixDescriptor(ptx::SharedAddress(c_.shared.query[query]) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes);
-    const ptx::Descriptor k = tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes);
+    const ptx::Descriptor q = tile::Uniform(
+        tile::MatrixDescriptor(ptx::SharedAddress(c_.shared.query[query]) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
+    const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     ptx::PinRegisters(s);
     ptx::WgmmaFence();
 #pragma unroll
@@ -170,7 +172,7 @@ class PrefillTile {
     using Boxes = typename Config::Boxes;
     // Pages of 8 tokens: the next 8 keys are the next page.
     constexpr uint32_t kNext8Keys = Config::kPageSize == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
-    const ptx::Descriptor v = tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys);
+    const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
     ptx::PinRegisters(o);
     ptx::PinRegisters(p);
     ptx::WgmmaFence();

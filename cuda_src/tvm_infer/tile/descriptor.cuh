@@ -14,6 +14,9 @@ __device__ __forceinline__ constexpr ptx::Descriptor MatrixDescriptor(uint32_t a
   return {(leading >> 4) << 16 | ((address & 0x3ffff) >> 4), kSwizzle128 | stride >> 4};
 }
 
+// The same descriptor in every lane, said so that the compiler does its arithmetic once a warp instead of moving every result over.
+__device__ __forceinline__ ptx::Descriptor Uniform(ptx::Descriptor d) { return {__shfl_sync(0xffffffff, d.low, 0), d.high}; }
+
 // The same matrix `bytes` further on.
 __device__ __forceinline__ ptx::Descriptor Advance(ptx::Descriptor d, uint32_t bytes) { return {d.low + (bytes >> 4), d.high}; }
 

@@ -20,9 +20,10 @@ struct RingCursor {
   uint32_t stage = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
+  __device__ __forceinline__ void Advance(uint32_t steps = 1) {
+    stage += steps;
+    if (stage >= kStages) {
+      stage -= kStages;
       parity ^= 1;
     }
   }
