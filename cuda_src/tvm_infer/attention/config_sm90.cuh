@@ -30,9 +30,9 @@ struct ConfigSm90 {
   static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + 128;
-  // 128 * 24 + 256 * 240 registers of the 65536; the compiler gives each role what setmaxnreg says.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
   static constexpr int kPanels = kHeadDim / tile::kPanelElements;
   using Boxes = tile::PageBoxes<kPageSize, kHeadDim>;

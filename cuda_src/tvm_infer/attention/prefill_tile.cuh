@@ -24,7 +24,7 @@ class PrefillTile {
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = 64;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
 
-  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(c.Thread() / 128) {}
+  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
 
   // Executes works from `index` on (the first is `work`) up to one that was cut, or the last before one of another class or without
   // keys; returns the index of the last one done.

@@ -28,8 +28,9 @@ struct WorkQueue {
   __device__ __forceinline__ WorkQueue(const PlanView& plan, int32_t cta) : works(plan.works()), begin(0), end(0) {
     if (cta < plan.header->num_ctas) {
       const int32_t* indptr = plan.work_indptr();
-      begin = __ldg(indptr + cta);
-      end = __ldg(indptr + cta + 1);
+      // NOTE: equal in all lanes, and said so: the compiler keeps them in uniform registers.
+      begin = __shfl_sync(0xffffffff, __ldg(indptr + cta), 0);
+      end = __shfl_sync(0xffffffff, __ldg(indptr + cta + 1), 0);
     }
   }
 };

@@ -68,14 +68,15 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   ptx::WaitForPriorGrid();  // the plan, q, K, V and the buffers written below may be the prior grid's
 
   const PlanView plan(params.plan);
-  const WorkQueue queue(plan, blockIdx.x);
   if (warp < 4) {
     ptx::RegistersDecrease<Config::kProducerRegisters>();
     if (warp == 0) {
+      const WorkQueue queue(plan, blockIdx.x);
       KvProducer<Config> producer(params, maps, ring);
       for (int32_t i = queue.begin; i < queue.end; ++i) producer.Run(LoadWork(queue.works, i));
       producer.Flush();
     } else if (warp <= kQueryLoaders) {
+      const WorkQueue queue(plan, blockIdx.x);
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
       QueryLoader<Config> loader(params, plan, buffer, query_full, query_empty, first_row);
@@ -83,6 +84,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     }
   } else {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
+    const WorkQueue queue(plan, blockIdx.x);
     Consumer<Config> consumer{params, plan, shared, ring};
     PrefillTile<Config> prefill(consumer);
     DecodeTile<Config> decode(consumer);
