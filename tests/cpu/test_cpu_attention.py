@@ -157,6 +157,19 @@ def test_one_key_is_its_value():
     assert np.array_equal(out, np.broadcast_to(values, out.shape))
 
 
+@pytest.mark.parametrize("split", [0, 40])
+def test_many_heads_of_wide_rows(split):
+    """Five heads whose running results are too large to be kept for more than two at once."""
+    batch = make_paged_batch([30, 1], [100, 70], num_qo_heads=5, num_kv_heads=5, head_dim=256, page_size=3)
+    plan = tvm_infer.plan(
+        batch.qo_indptr, batch.kv_len, num_qo_heads=5, num_kv_heads=5, head_dim=256, num_ctas=1, fixed_split_size=split
+    )
+    out, lse = tvm_infer.attention(batch.q, batch.kv_cache, plan, return_lse=True, **batch.tables)
+    expected, expected_lse = batch.reference()
+    assert relative_error(out, expected) <= 2e-6
+    assert relative_error(lse, expected_lse) <= 2e-6
+
+
 def test_group_of_71():
     """Decode rows beyond a tile: one token's group is cut in the middle."""
     batch = make_paged_batch([1, 3], [90, 3], num_qo_heads=71, num_kv_heads=1, head_dim=64)

@@ -94,44 +94,51 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   s->outputs.resize(n);
   s->lse_rows.resize(n);
 
+  const int32_t group = ctx.header.group_size, first_head = work.kv_head_begin * group;
   TileJob job{};
   job.num_rows = work.num_rows;
+  job.num_kv_heads = work.num_kv_heads;
   job.head_dim = args.head_dim;
   job.scale_log2 = args.sm_scale * 1.44269504088896340736f;
   job.q_rows = s->inputs.data();
+  job.q_head_stride = group * args.q_head_stride * ctx.element_size;
   job.visible_begin = s->visible_begin.data();
   job.visible_end = s->visible_end.data();
   job.kv_begin = keys.begin;
   job.kv_end = keys.end;
+  job.k = static_cast<const char*>(kv.k) + work.kv_head_begin * kv.k_head_stride * ctx.element_size;
+  job.v = static_cast<const char*>(kv.v) + work.kv_head_begin * kv.v_head_stride * ctx.element_size;
   job.k_page_stride = kv.k_page_stride * ctx.element_size;
   job.k_token_stride = kv.k_token_stride * ctx.element_size;
+  job.k_head_stride = kv.k_head_stride * ctx.element_size;
   job.v_page_stride = kv.v_page_stride * ctx.element_size;
   job.v_token_stride = kv.v_token_stride * ctx.element_size;
+  job.v_head_stride = kv.v_head_stride * ctx.element_size;
   job.page_size = kv.page_size;
   job.first_row = kv.page_indptr[work.kv_list];
   job.pages = kv.page_indices == nullptr ? nullptr : kv.page_indices + job.first_row;
-  job.is_partial = work.out != kFinalRows;
   job.o_rows = s->outputs.data();
+  job.is_partial = work.out != kFinalRows;
   job.lse_rows = job.is_partial || args.lse != nullptr ? s->lse_rows.data() : nullptr;
-
-  for (int32_t h = 0; h < work.num_kv_heads; ++h) {
-    const int32_t kv_head = work.kv_head_begin + h;
-    job.k = static_cast<const char*>(kv.k) + kv_head * kv.k_head_stride * ctx.element_size;
-    job.v = static_cast<const char*>(kv.v) + kv_head * kv.v_head_stride * ctx.element_size;
-    for (int32_t r = 0; r < work.num_rows; ++r) {
-      const int32_t token = s->tokens[r], head = kv_head * ctx.header.group_size + s->heads[r];
-      s->inputs[r] = ctx.QRow(token, head);
-      if (job.is_partial) {
-        const int64_t row = work.out + static_cast<int64_t>(h) * work.num_rows + r;
-        s->outputs[r] = args.partial_o + row * args.head_dim;
-        s->lse_rows[r] = args.partial_lse + row;
-      } else {
-        s->outputs[r] = ctx.ORow(token, head);
-        if (args.lse != nullptr) s->lse_rows[r] = ctx.LseRow(token, head);
-      }
-    }
-    ctx.kernels.attend[static_cast<int>(args.dtype)](job, &s->tile);
+  if (job.is_partial) {
+    job.o_head_stride = static_cast<int64_t>(work.num_rows) * args.head_dim * sizeof(float);
+    job.lse_head_stride = work.num_rows;
+  } else {
+    job.o_head_stride = group * args.o_head_stride * ctx.element_size;
+    job.lse_head_stride = group * args.lse_head_stride;
   }
+  for (int32_t r = 0; r < work.num_rows; ++r) {
+    const int32_t token = s->tokens[r], head = first_head + s->heads[r];
+    s->inputs[r] = ctx.QRow(token, head);
+    if (job.is_partial) {
+      s->outputs[r] = args.partial_o + static_cast<int64_t>(work.out + r) * args.head_dim;
+      s->lse_rows[r] = args.partial_lse + work.out + r;
+    } else {
+      s->outputs[r] = ctx.ORow(token, head);
+      if (args.lse != nullptr) s->lse_rows[r] = ctx.LseRow(token, head);
+    }
+  }
+  ctx.kernels.attend[static_cast<int>(args.dtype)](job, &s->tile);
 }
 
 void RunCta(void* context, int64_t cta, ThreadScratch* scratch) {

@@ -16,26 +16,31 @@ struct BFloat {
   uint16_t bits;
 };
 
-// The rows of one work for one KV head. `rows` arrays have num_rows entries.
+// The rows of one work: the same rows for each of num_kv_heads KV heads. Pointers are those of the first; head h lies h strides on.
+// `rows` arrays have num_rows entries. Strides of q, k and v in bytes, of lse in floats.
 struct TileJob {
   int32_t num_rows;
+  int32_t num_kv_heads;
   int32_t head_dim;
-  float scale_log2;              // sm_scale * log2(e): scores are kept in units of log2
-  const void* const* q_rows;     // [head_dim] of the inputs' type
+  float scale_log2;           // sm_scale * log2(e): scores are kept in units of log2
+  const void* const* q_rows;  // [head_dim] of the inputs' type
+  int64_t q_head_stride;
   const int32_t* visible_begin;  // first key each row sees, inclusive, in the list's coordinates
   const int32_t* visible_end;    // last key, exclusive; <= visible_begin for a row that sees none
   int32_t kv_begin, kv_end;      // the union of what the rows see, within the work's range
-  // Keys and values of this head: strides in bytes. pages == nullptr: token j is row `first_row` + j.
+  // pages == nullptr: token j is row `first_row` + j.
   const char* k;
   const char* v;
-  int64_t k_page_stride, k_token_stride, v_page_stride, v_token_stride;
+  int64_t k_page_stride, k_token_stride, k_head_stride, v_page_stride, v_token_stride, v_head_stride;
   int32_t page_size;
   const int32_t* pages;  // of this list
   int64_t first_row;
   // Where the rows go: final rows of the inputs' type, or fp32 partials.
   void* const* o_rows;  // [head_dim]
+  int64_t o_head_stride;
   bool is_partial;
   float* const* lse_rows;  // entries, or nullptr for no LSE
+  int64_t lse_head_stride;
 };
 
 // Grows to what the largest tile needs, then stays. One per thread.

@@ -1,9 +1,9 @@
-// One tile: rows of one KV head against a range of keys, block of kBlockKeys by block.
+// One tile: rows against a range of keys, for each of a run of KV heads, block of keys by block.
 //
 // Few rows (decode) are bound by memory: dot products straight from the pages, each key loaded once for all rows of a group, the next
 // rows prefetched. Many rows (prefill) are bound by FMA: K^T is packed and V widened once per block, and every six rows run outer products
-// over them. Blocks lie at multiples of kBlockKeys of the list and every reduction runs in an order that depends on the key's place in
-// its block alone, so a row's result does not depend on the rows computed with it.
+// over them. Blocks lie at multiples of BlockKeys() of the list and every reduction runs in an order that depends on the key's place in
+// its block alone, so a row's result does not depend on which rows are computed with it, only on which of the two ways their number takes.
 #pragma once
 
 #include "tvm_infer/cpu/kernels.h"
@@ -25,7 +25,7 @@ OuterScoresFn OuterScoresOf(int n) {
 }
 
 template <typename T>
-using AddValuesFn = void (*)(const float*, int, const T* const*, int, int, int, float*, int, const T* const*);
+using AddValuesFn = void (*)(const float*, int, KeyRows<T>, KeyRows<T>, int, int, int, float*, int);
 template <typename T, int R, bool kFetch>
 AddValuesFn<T> AddValuesOf(int n) {
   if constexpr (kTileVecs == 4) {
@@ -61,55 +61,58 @@ TVM_INFER_INLINE Columns VisibleColumns(const TileJob& job, int row, int rows, i
   return c;
 }
 
-// Softmax of `rows` rows over columns [c.begin, c.end), then O += P V.
-template <typename T, typename V, bool kFetch>
-void UpdateRows(const TileJob& job, const TileBuffers<T>& b, int row, int rows, int block, Columns c, float* s, const V* const* v_rows,
-                const V* const* prefetch) {
+// A block of keys: the list's key `block` is column 0, the tile sees columns [begin, end).
+struct Block {
+  int block, begin, end;
+};
+
+// Softmax of `rows` rows over columns c, then O += P V. With kFetch, `prefetch` is fetched along the values.
+template <typename V, bool kFetch>
+void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row, int rows, int block, Columns c, float* s, KeyRows<V> v,
+                KeyRows<V> prefetch) {
   for (int r = 0; r < rows; ++r) {
     const float rescale = SoftmaxBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block,
-                                       job.visible_end[row + r] - block, &b.state[row + r]);
-    if (rescale != 1.f) ScaleRow(b.o + (row + r) * b.q_stride, b.q_stride, rescale);
+                                       job.visible_end[row + r] - block, &head.softmax[row + r]);
+    if (rescale != 1.f) ScaleRow(head.o + (row + r) * q_stride, q_stride, rescale);
   }
   WithRows<kTileRows>(rows, [&]<int R>() {
-    for (int d = 0; d < b.q_stride; d += kTileVecs * kWidth) {
-      const int vecs = (b.q_stride - d) / kWidth < kTileVecs ? (b.q_stride - d) / kWidth : kTileVecs;
-      AddValuesOf<V, R, kFetch>(vecs)(s, kScoreStride, v_rows, d, c.begin, c.end, b.o + row * b.q_stride + d, b.q_stride, prefetch);
+    for (int d = 0; d < q_stride; d += kTileVecs * kWidth) {
+      const int vecs = (q_stride - d) / kWidth < kTileVecs ? (q_stride - d) / kWidth : kTileVecs;
+      AddValuesOf<V, R, kFetch>(vecs)(s, kScoreStride, v, prefetch, d, c.begin, c.end, head.o + row * q_stride + d, q_stride);
     }
   });
 }
 
 // Scores of all rows by dot products; the block's values are prefetched along the first rows.
 template <typename T>
-void DotBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const T* const* k_rows, const T* const* v_rows) {
+void DotBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>& b, Block at, KeyRows<T> k, KeyRows<T> v) {
   for (int row = 0; row < job.num_rows; row += kDotRows) {
     const int rows = job.num_rows - row < kDotRows ? job.num_rows - row : kDotRows;
-    const Columns c = VisibleColumns(job, row, rows, block, begin, end);
+    const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
     WithRows<kDotRows>(rows, [&]<int R>() {
       const auto dot_scores = row == 0 ? DotScores<T, R, true> : DotScores<T, R, false>;
-      dot_scores(b.q + row * b.q_stride, b.q_stride, k_rows, v_rows, c.begin, c.end, job.head_dim, b.s + row * kScoreStride, kScoreStride);
+      dot_scores(head.q + row * b.q_stride, b.q_stride, k, v, c.begin, c.end, job.head_dim, b.s + row * kScoreStride, kScoreStride);
     });
   }
 }
 
-// Softmax and values behind DotBlock. Rows of `prefetch` (or nullptr) are fetched along the first rows.
+// Softmax and values behind DotBlock; `prefetch` is fetched along the first rows.
 template <typename T, typename V>
-void UpdateBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const V* const* v_rows,
-                 const V* const* prefetch) {
+void UpdateBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>& b, Block at, KeyRows<V> v, KeyRows<V> prefetch) {
   for (int row = 0; row < job.num_rows; row += kTileRows) {
     const int rows = job.num_rows - row < kTileRows ? job.num_rows - row : kTileRows;
-    const Columns c = VisibleColumns(job, row, rows, block, begin, end);
+    const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
-    const auto update = row == 0 && prefetch != nullptr ? UpdateRows<T, V, true> : UpdateRows<T, V, false>;
-    update(job, b, row, rows, block, c, b.s + row * kScoreStride, v_rows, prefetch);
+    const auto update = row == 0 && prefetch.rows != nullptr ? UpdateRows<V, true> : UpdateRows<V, false>;
+    update(job, head, b.q_stride, row, rows, at.block, c, b.s + row * kScoreStride, v, prefetch);
   }
 }
 
 // Rows of the next block, fetched into the second-level cache while a block is computed: a share along each group of query rows.
 template <typename T>
 struct NextRows {
-  const T* const* k;
-  const T* const* v;
+  KeyRows<T> k, v;
   int count;
 };
 template <typename T>
@@ -124,65 +127,87 @@ TVM_INFER_INLINE void PrefetchShare(const NextRows<T>& next, int head_dim, int s
 
 // A block of keys for many rows, from packed K^T and widened V.
 template <typename T>
-void OuterBlock(const TileJob& job, const TileBuffers<T>& b, int block, int begin, int end, const NextRows<T>& next) {
+void OuterBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>& b, Block at, const NextRows<T>& next) {
   const int num_shares = (job.num_rows + kTileRows - 1) / kTileRows;
+  const KeyRows<float> v{b.widened, 0};
   for (int row = 0; row < job.num_rows; row += kTileRows) {
     PrefetchShare(next, job.head_dim, row / kTileRows, num_shares);
     const int rows = job.num_rows - row < kTileRows ? job.num_rows - row : kTileRows;
-    const Columns c = VisibleColumns(job, row, rows, block, begin, end);
+    const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
     WithRows<kTileRows>(rows, [&]<int R>() {
       for (int col = c.begin - c.begin % kWidth; col < c.end; col += kTileVecs * kWidth) {
         const int left = (c.end - col + kWidth - 1) / kWidth;
-        OuterScoresOf<R>(left < kTileVecs ? left : kTileVecs)(b.q + row * b.q_stride, b.q_stride, b.kt + col, kBlockKeys, job.head_dim,
+        OuterScoresOf<R>(left < kTileVecs ? left : kTileVecs)(head.q + row * b.q_stride, b.q_stride, b.kt + col, kBlockKeys, job.head_dim,
                                                               b.s + col, kScoreStride);
       }
     });
-    UpdateRows<T, float, false>(job, b, row, rows, block, c, b.s, b.widened, nullptr);
+    UpdateRows<float, false>(job, head, b.q_stride, row, rows, at.block, c, b.s, v, {nullptr, 0});
   }
 }
 
+// Heads [head_begin, head_begin + num_heads), block by block and head by head within a block: tokens whose heads lie together (NHD) are
+// read together, and a page's keys are looked up once.
 template <typename T>
-void Attend(const TileJob& job, Scratch* scratch) {
-  const TileBuffers<T> b = Layout<T>(job, scratch);
-  LoadQueries(job, b);
+void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int head_begin, int num_heads) {
   const bool use_dots = job.num_rows <= kMaxDotRows;
   // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
   const bool in_place = b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
-  const auto block_end = [&job](int begin) {
-    const int next = (begin / kBlockKeys + 1) * kBlockKeys;
+  const int64_t k_stride = job.k_head_stride / static_cast<int64_t>(sizeof(T)),
+                v_stride = job.v_head_stride / static_cast<int64_t>(sizeof(T));
+  const int block_keys = BlockKeys(job.num_rows, job.head_dim, sizeof(T));
+  const auto block_end = [&job, block_keys](int begin) {
+    const int next = (begin / block_keys + 1) * block_keys;
     return next < job.kv_end ? next : job.kv_end;
   };
+  for (int h = 0; h < num_heads; ++h) LoadQueries<T>(job, head_begin + h, b.q_stride, b.Head(h));
   int current = 0;
-  if (job.kv_begin < job.kv_end) LocateKeys(job, job.kv_begin, block_end(job.kv_begin), b.k_rows[0], b.v_rows[0]);
+  if (job.kv_begin < job.kv_end)
+    LocateKeys(job, job.kv_begin, block_end(job.kv_begin), job.kv_begin % block_keys, b.k_rows[0], b.v_rows[0]);
   for (int begin = job.kv_begin; begin < job.kv_end;) {
     const int end = block_end(begin);
-    const int block = begin - begin % kBlockKeys;
-    const int first = begin - block, last = end - block;
-    const T* const* k_rows = b.k_rows[current];
-    const T* const* v_rows = b.v_rows[current];
-    const T** next_k_rows = b.k_rows[current ^ 1];
-    const int next_end = end < job.kv_end ? block_end(end) : end;
-    LocateKeys(job, end, next_end, next_k_rows, b.v_rows[current ^ 1]);
-    if (use_dots) {
-      // The last block may be shorter: then nothing is prefetched for it.
-      const T* const* fetch = next_end - end >= last ? next_k_rows : nullptr;
-      DotBlock(job, b, block, first, last, k_rows, v_rows);
-      if (in_place) {
-        UpdateBlock<T, T>(job, b, block, first, last, v_rows, fetch);
+    const int block = begin - begin % block_keys;
+    const Block at{block, begin - block, end - block};
+    const int next_count = end < job.kv_end ? block_end(end) - end : 0;
+    LocateKeys(job, end, end + next_count, 0, b.k_rows[current ^ 1], b.v_rows[current ^ 1]);
+    for (int h = 0; h < num_heads; ++h) {
+      const int64_t k_at = (head_begin + h) * k_stride, v_at = (head_begin + h) * v_stride;
+      const KeyRows<T> k{b.k_rows[current], k_at}, v{b.v_rows[current], v_at};
+      if (use_dots) {
+        // Next come the following head's keys, behind the last head the next block's; a shorter last block is not prefetched.
+        const bool is_last = h + 1 == num_heads;
+        const T* const* next_rows = !is_last ? b.k_rows[current] : next_count >= at.end ? b.k_rows[current ^ 1] : nullptr;
+        const KeyRows<T> fetch{next_rows, is_last ? head_begin * k_stride : k_at + k_stride};
+        DotBlock(job, b.Head(h), b, at, k, v);
+        if (in_place) {
+          UpdateBlock<T, T>(job, b.Head(h), b, at, v, fetch);
+        } else {
+          WidenValues(v, fetch, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+          UpdateBlock<T, float>(job, b.Head(h), b, at, {b.widened, 0}, {nullptr, 0});
+        }
       } else {
-        WidenValues(v_rows, fetch, first, last, job.head_dim, b.v, b.q_stride, b.widened);
-        UpdateBlock<T, float>(job, b, block, first, last, b.widened, nullptr);
+        PackKeys(k, at.begin, at.end, job.head_dim, b.kt, kBlockKeys);
+        WidenValues<T>(v, {nullptr, 0}, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+        OuterBlock<T>(job, b.Head(h), b, at, {{b.k_rows[current ^ 1], k_at}, {b.v_rows[current ^ 1], v_at}, next_count});
       }
-    } else {
-      PackKeys(k_rows, first, last, job.head_dim, b.kt, kBlockKeys);
-      WidenValues<T>(v_rows, nullptr, first, last, job.head_dim, b.v, b.q_stride, b.widened);
-      OuterBlock(job, b, block, first, last, {next_k_rows, b.v_rows[current ^ 1], next_end - end});
     }
     begin = end;
     current ^= 1;
   }
-  StoreOutputs(job, b);
+  for (int h = 0; h < num_heads; ++h) StoreOutputs<T>(job, head_begin + h, b.q_stride, b.Head(h));
+}
+
+template <typename T>
+void Attend(const TileJob& job, Scratch* scratch) {
+  // As many heads at once as leave the second-level cache to the keys; many rows fill it with one.
+  constexpr int64_t kStateBytes = 128 * 1024;
+  const int64_t head_bytes = static_cast<int64_t>(job.num_rows) * job.head_dim * 2 * sizeof(float);
+  const int64_t fitting = job.num_rows <= kMaxDotRows ? kStateBytes / head_bytes : 1;
+  const int heads_at_once = fitting < 1 ? 1 : fitting < job.num_kv_heads ? static_cast<int>(fitting) : job.num_kv_heads;
+  const TileBuffers<T> b = Layout<T>(job, heads_at_once, scratch);
+  for (int h = 0; h < job.num_kv_heads; h += heads_at_once) {
+    AttendHeads(job, b, h, job.num_kv_heads - h < heads_at_once ? job.num_kv_heads - h : heads_at_once);
+  }
 }
 
 }  // namespace tvm_infer::cpu::TVM_INFER_ISA

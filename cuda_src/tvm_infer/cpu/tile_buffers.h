@@ -9,49 +9,68 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
-inline constexpr int kBlockKeys = 64;
+inline constexpr int kBlockKeys = 64;                 // at most
 inline constexpr int kScoreStride = kBlockKeys + 16;  // DotScores writes up to kWidth columns of garbage
 // Up to here dot products are faster: packing K^T and widening V cost 60 ns a key, a row saves 0.4 ns of 2.7 (AVX-512, head_dim 128).
 inline constexpr int kMaxDotRows = 64;
 inline constexpr int kDotRows = 4;
 
+// Keys a block. Decode wants them few, so that what is prefetched is used soon: 8 KiB of keys read 15 % faster than 32 KiB.
+TVM_INFER_INLINE int BlockKeys(int num_rows, int head_dim, int element_size) {
+  constexpr int kDecodeRows = 8;
+  if (num_rows > kDecodeRows) return kBlockKeys;
+  int keys = kBlockKeys;
+  while (keys > 16 && keys * head_dim * element_size > 8192) keys /= 2;
+  return keys;
+}
+
+// Queries and running results of one head's rows.
+struct HeadState {
+  float* q;  // [num_rows][q_stride], times scale_log2
+  float* o;  // [num_rows][q_stride]
+  SoftmaxState* softmax;
+};
+
 template <typename T>
 struct TileBuffers {
   int q_stride;  // head_dim rounded up to vectors; floats
-  float* q;      // [num_rows][q_stride], times scale_log2
-  float* o;      // [num_rows][q_stride]
-  float* s;      // [kMaxDotRows][kScoreStride]
-  SoftmaxState* state;
+  int num_rows;
+  HeadState first;        // of heads_at_once heads, one behind the other
+  float* s;               // [kMaxDotRows][kScoreStride]
   float* kt;              // [head_dim][kBlockKeys]
   float* v;               // [kBlockKeys][q_stride]
   const T** k_rows[2];    // of this block and the next
   const T** v_rows[2];    //
   const float** widened;  // rows of v
+
+  HeadState Head(int h) const {
+    const int64_t row = static_cast<int64_t>(h) * num_rows;
+    return {first.q + row * q_stride, first.o + row * q_stride, first.softmax + row};
+  }
 };
 
 template <typename T>
-TileBuffers<T> Layout(const TileJob& job, Scratch* scratch) {
+TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   TileBuffers<T> b;
   b.q_stride = (job.head_dim + kWidth - 1) / kWidth * kWidth;
+  b.num_rows = job.num_rows;
   size_t bytes = 0;
   const auto take = [&bytes](size_t n) {
     const size_t at = bytes;
     bytes += (n + 63) / 64 * 64;
     return at;
   };
-  const size_t rows = static_cast<size_t>(job.num_rows);
+  const size_t rows = static_cast<size_t>(job.num_rows) * heads_at_once;
   const size_t q = take(rows * b.q_stride * sizeof(float));
   const size_t o = take(rows * b.q_stride * sizeof(float));
+  const size_t softmax = take(rows * sizeof(SoftmaxState));
   const size_t s = take(static_cast<size_t>(kMaxDotRows) * kScoreStride * sizeof(float));
-  const size_t state = take(rows * sizeof(SoftmaxState));
   const size_t kt = take(static_cast<size_t>(job.head_dim) * kBlockKeys * sizeof(float));
   const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
   const size_t pointers = take(5 * kBlockKeys * sizeof(void*));
   char* base = scratch->Reserve(bytes);
-  b.q = reinterpret_cast<float*>(base + q);
-  b.o = reinterpret_cast<float*>(base + o);
+  b.first = {reinterpret_cast<float*>(base + q), reinterpret_cast<float*>(base + o), reinterpret_cast<SoftmaxState*>(base + softmax)};
   b.s = reinterpret_cast<float*>(base + s);
-  b.state = reinterpret_cast<SoftmaxState*>(base + state);
   b.kt = reinterpret_cast<float*>(base + kt);
   b.v = reinterpret_cast<float*>(base + v);
   const T** rows_of = reinterpret_cast<const T**>(base + pointers);
@@ -63,10 +82,10 @@ TileBuffers<T> Layout(const TileJob& job, Scratch* scratch) {
   return b;
 }
 
-// Rows of keys [begin, end) of the list into columns from begin % kBlockKeys on; the keys lie in one block.
+// Rows of keys [begin, end) of the list, first head, into columns from `column` on.
 template <typename T>
-void LocateKeys(const TileJob& job, int begin, int end, const T** k_rows, const T** v_rows) {
-  int c = begin % kBlockKeys;
+void LocateKeys(const TileJob& job, int begin, int end, int column, const T** k_rows, const T** v_rows) {
+  int c = column;
   if (job.pages == nullptr) {
     for (int j = begin; j < end; ++j, ++c) {
       k_rows[c] = reinterpret_cast<const T*>(job.k + (job.first_row + j) * job.k_token_stride);
@@ -89,39 +108,36 @@ void LocateKeys(const TileJob& job, int begin, int end, const T** k_rows, const 
 }
 
 template <typename T>
-void LoadQueries(const TileJob& job, const TileBuffers<T>& b) {
+void LoadQueries(const TileJob& job, int kv_head, int q_stride, const HeadState& head) {
   const Vec scale = Set1(job.scale_log2);
   for (int r = 0; r < job.num_rows; ++r) {
-    const T* q = static_cast<const T*>(job.q_rows[r]);
+    const T* q = reinterpret_cast<const T*>(static_cast<const char*>(job.q_rows[r]) + kv_head * job.q_head_stride);
     for (int d = 0; d < job.head_dim; d += kWidth) {
-      Store(b.q + r * b.q_stride + d, Mul(LoadUpTo(q + d, job.head_dim - d), scale));
-      Store(b.o + r * b.q_stride + d, Zero());
+      Store(head.q + r * q_stride + d, Mul(LoadUpTo(q + d, job.head_dim - d), scale));
+      Store(head.o + r * q_stride + d, Zero());
     }
-    b.state[r].max = -__builtin_inff();
-    Store(b.state[r].sum, Zero());
+    head.softmax[r].max = -__builtin_inff();
+    Store(head.softmax[r].sum, Zero());
   }
 }
 
 template <typename T>
-void StoreRow(const float* o, int head_dim, float factor, T* out) {
+void StoreRow(const float* o, int head_dim, float factor, void* out) {
   const Vec f = Set1(factor);
-  for (int d = 0; d < head_dim; d += kWidth) StoreUpTo(out + d, Mul(Load(o + d), f), head_dim - d);
+  for (int d = 0; d < head_dim; d += kWidth) StoreUpTo(static_cast<T*>(out) + d, Mul(Load(o + d), f), head_dim - d);
 }
 
 template <typename T>
-void StoreOutputs(const TileJob& job, const TileBuffers<T>& b) {
+void StoreOutputs(const TileJob& job, int kv_head, int q_stride, const HeadState& head) {
   for (int r = 0; r < job.num_rows; ++r) {
-    const float sum = ReduceAdd(Load(b.state[r].sum));
+    const float sum = ReduceAdd(Load(head.softmax[r].sum));
     const bool is_empty = sum == 0.f;  // no visible key, or none with a score above -inf
-    const float factor = is_empty ? 0.f : 1.f / sum;
-    const float* o = b.o + r * b.q_stride;
-    if (job.is_partial) {
-      StoreRow(o, job.head_dim, factor, static_cast<float*>(job.o_rows[r]));
-    } else {
-      StoreRow(o, job.head_dim, factor, static_cast<T*>(job.o_rows[r]));
-    }
+    const auto store_row = job.is_partial ? StoreRow<float> : StoreRow<T>;
+    store_row(head.o + r * q_stride, job.head_dim, is_empty ? 0.f : 1.f / sum,
+              static_cast<char*>(job.o_rows[r]) + kv_head * job.o_head_stride);
     if (job.lse_rows != nullptr) {
-      *job.lse_rows[r] = is_empty ? -__builtin_inff() : b.state[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
+      job.lse_rows[r][kv_head * job.lse_head_stride] =
+          is_empty ? -__builtin_inff() : head.softmax[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
     }
   }
 }

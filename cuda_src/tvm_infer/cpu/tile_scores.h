@@ -7,11 +7,19 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
+// Addresses of a block's keys or values for one head: column c is rows[c] + offset, and offset is where the head lies.
+template <typename T>
+struct KeyRows {
+  const T* const* rows;  // nullptr: nothing to fetch
+  int64_t offset;        // elements
+  const T* operator[](int c) const { return rows[c] + offset; }
+};
+
 // s[r][c] = q[r] . k_rows[c] for R <= 4 rows and columns [begin, end); may write garbage up to kWidth columns further.
 // kWidth dot products run at once and are reduced together. With kFetch, the rows of `prefetch` are fetched on the way, a line per load
 // (in bursts they fill the queue of misses and stop everything): the values that will be needed next.
 template <typename T, int R, bool kFetch>
-void DotScores(const float* q, int q_stride, const T* const* k_rows, const T* const* prefetch, int begin, int end, int head_dim, float* s,
+void DotScores(const float* q, int q_stride, KeyRows<T> k_rows, KeyRows<T> prefetch, int begin, int end, int head_dim, float* s,
                int s_stride) {
   constexpr int kKeys = kWidth / R;
   for (int c = begin; c < end; c += kKeys) {
@@ -47,7 +55,7 @@ void DotScores(const float* q, int q_stride, const T* const* k_rows, const T* co
 
 // kt[d][c] = k_rows[c][d] for columns [begin, end) and up to the next multiples of kWidth around them, where kt is 0.
 template <typename T>
-void PackKeys(const T* const* k_rows, int begin, int end, int head_dim, float* kt, int kt_stride) {
+void PackKeys(KeyRows<T> k_rows, int begin, int end, int head_dim, float* kt, int kt_stride) {
   for (int c = begin - begin % kWidth; c < end; c += kWidth) {
     for (int d = 0; d < head_dim; d += kWidth) {
       Vec block[kWidth];

@@ -12,11 +12,11 @@ struct Measured {
   int64_t fixed, row, kv;  // picoseconds
 };
 constexpr int kNumClasses = 6;
-constexpr Measured kFloat32[kNumClasses] = {{4, 53'000, 27'000, 45'000},   {8, 53'000, 27'000, 57'000},   {16, 53'000, 27'000, 78'000},
-                                            {32, 53'000, 27'000, 127'000}, {64, 53'000, 31'000, 213'000}, {192, 53'000, 34'000, 541'000}};
-constexpr Measured kSixteenBit[kNumClasses] = {{4, 60'000, 20'000, 25'500},   {8, 60'000, 20'000, 40'500},
-                                               {16, 60'000, 21'000, 64'000},  {32, 60'000, 25'000, 111'000},
-                                               {64, 60'000, 26'000, 202'000}, {192, 60'000, 28'000, 498'000}};
+constexpr Measured kFloat32[kNumClasses] = {{4, 48'000, 22'000, 46'000},   {8, 48'000, 22'000, 53'000},   {16, 48'000, 23'000, 84'000},
+                                            {32, 46'000, 26'000, 130'000}, {64, 44'000, 31'000, 215'000}, {192, 44'000, 31'000, 524'000}};
+constexpr Measured kSixteenBit[kNumClasses] = {{4, 54'000, 15'000, 26'000},   {8, 54'000, 18'000, 36'000},
+                                               {16, 52'000, 20'000, 60'000},  {32, 50'000, 21'000, 105'000},
+                                               {64, 48'000, 24'000, 191'000}, {192, 48'000, 25'000, 477'000}};
 constexpr int32_t kKvGranule = 64;  // cuts between blocks of keys
 
 // Work per key grows with head_dim, but for the softmax, which weighs as much as 16 of it.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/tile_scores.h"
 #include "tvm_infer/cpu/vec_partial.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
@@ -9,8 +10,7 @@ namespace tvm_infer::cpu::TVM_INFER_ISA {
 // o[r][0 … N * kWidth) += sum over columns c in [begin, end) of p[r][c] * v_rows[c][col …]. With kFetch, the same elements of the rows
 // of `prefetch` are fetched on the way: the keys that will be needed next.
 template <typename T, int R, int N, bool kFetch>
-void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, int begin, int end, float* o, int o_stride,
-               const T* const* prefetch) {
+void AddValues(const float* p, int p_stride, KeyRows<T> v_rows, KeyRows<T> prefetch, int col, int begin, int end, float* o, int o_stride) {
   Vec acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -41,12 +41,11 @@ void AddValues(const float* p, int p_stride, const T* const* v_rows, int col, in
 
 // v[c][0 … padded) = v_rows[c], widened, zeros behind head_dim; and pointers to its rows. Prefetches like AddValues.
 template <typename T>
-void WidenValues(const T* const* v_rows, const T* const* prefetch, int begin, int end, int head_dim, float* v, int v_stride,
-                 const float** rows) {
+void WidenValues(KeyRows<T> v_rows, KeyRows<T> prefetch, int begin, int end, int head_dim, float* v, int v_stride, const float** rows) {
   for (int c = begin; c < end; ++c) {
     rows[c] = v + c * v_stride;
     for (int d = 0; d < head_dim; d += kWidth) {
-      if (prefetch != nullptr) __builtin_prefetch(prefetch[c] + d, 0, 3);
+      if (prefetch.rows != nullptr) __builtin_prefetch(prefetch[c] + d, 0, 3);
       Store(v + c * v_stride + d, LoadUpTo(v_rows[c] + d, head_dim - d));
     }
   }
