@@ -84,7 +84,7 @@ class PrefillTile {
       WaitTurn();
       IssueLogits(s, query, c_.ring.Data(k));
       c_.ring.WaitFull(c_.cursor);
-      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate);
+      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
       PassTurn();
       ptx::WgmmaWait<1>();
       ptx::PinRegisters(s);
@@ -113,7 +113,7 @@ class PrefillTile {
     // The last tile: no later logits to go with its values.
     c_.ring.WaitFull(c_.cursor);
     CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate);
+    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
     ptx::WgmmaWait<0>();
     ptx::PinRegisters(o);
     c_.Release(c_.cursor);
@@ -167,21 +167,30 @@ class PrefillTile {
     ptx::PinRegisters(s);
   }
 
-  // o (+)= P @ V, asynchronous.
-  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[32], uint32_t v_stage, bool accumulate) {
+  // o (+)= P @ V, asynchronous. Of a tile with at most 64 keys only that half.
+  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[32], uint32_t v_stage, bool accumulate,
+                                              int32_t num_keys) {
     using Boxes = typename Config::Boxes;
     // Pages of 8 tokens: the next 8 keys are the next page.
     constexpr uint32_t kNext8Keys = Config::kPageSize == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
     const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
     ptx::PinRegisters(o);
     ptx::PinRegisters(p);
-    ptx::WgmmaFence();
+    const auto issue = [&](int last) {
+      ptx::WgmmaFence();
 #pragma unroll
-    for (int key = 0; key < kTileKeys; key += 16) {
-      const uint32_t bytes = key / Config::kPageSize * Boxes::kPageBytes + key % Config::kPageSize * tile::kPanelRowBytes;
-      ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
+      for (int key = 0; key < last; key += 16) {
+        const uint32_t bytes = key / Config::kPageSize * Boxes::kPageBytes + key % Config::kPageSize * tile::kPanelRowBytes;
+        ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
+      }
+      ptx::WgmmaCommit();
+    };
+    // NOTE: by a shuffled value, so that the branch is known to be uniform: else the compiler would wait after each product.
+    if (__shfl_sync(0xffffffff, num_keys, 0) > kTileKeys / 2) {
+      issue(kTileKeys);
+    } else {
+      issue(kTileKeys / 2);
     }
-    ptx::WgmmaCommit();
     ptx::PinRegisters(o);
   }
 
