@@ -25,5 +25,5 @@ say "tests"
 if [ $# -gt 0 ]; then
   pytest "$@"
 else
-  pytest -n "$(nproc)" --dist worksteal --durations 15 --cov tvm_infer --cov-report term:skip-covered
+  pytest -n "$(nproc)" --dist worksteal --durations 15 --cov --cov-config "$PWD/pyproject.toml" --cov-report term
 fi

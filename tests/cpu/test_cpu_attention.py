@@ -22,7 +22,7 @@ import matrix_cases as matrix
 def run_matrix(*arguments: str, **environment: str) -> list[dict]:
     """matrix_cases.py in a process of its own."""
     script = pathlib.Path(__file__).with_name("matrix_cases.py")
-    root = str(pathlib.Path(__file__).resolve().parents[2])
+    root = str(pathlib.Path(tvm_infer.__file__).parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
@@ -106,7 +106,8 @@ assert os.waitstatus_to_exitcode(status) == 0
 assert m.check(case, **settings)["digest"] == digest
 """
     here = pathlib.Path(__file__).resolve()
-    path = os.pathsep.join([str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
+    root = str(pathlib.Path(tvm_infer.__file__).parents[1])
+    path = os.pathsep.join([str(here.parent), root, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TVM_INFER_NUM_THREADS": "3"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -246,7 +247,7 @@ try:
 except tvm_infer.errors.ArgumentError as e:
     print(e)
 """
-    root = str(pathlib.Path(__file__).resolve().parents[2])
+    root = str(pathlib.Path(tvm_infer.__file__).parents[1])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code],
