@@ -126,7 +126,7 @@ def executors() -> list[Executor]:
     if not devices:
         found.append(Executor("cuda sm_90a", False, driver))
     else:
-        found.append(Executor("cuda sm_90a", False, "this version has no CUDA kernels yet; attention runs on the host"))
+        found.append(Executor("cuda sm_90a", False, "the kernel is in the source tree but no packed function launches it yet"))
     return found
 
 
