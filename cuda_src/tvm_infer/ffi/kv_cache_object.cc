@@ -1,5 +1,9 @@
 #include "tvm_infer/ffi/kv_cache_object.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -15,16 +19,24 @@ constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 constexpr int64_t kMaxHeadDim = 256;
 constexpr size_t kAlignment = 64;  // bytes: a cache line, an AVX-512 register
+constexpr size_t kHugePage = size_t{2} << 20;
 
 // Aligned memory that nobody has written: large blocks come from the system untouched and cost nothing until they are used.
 struct AlignedAllocator {
   void AllocData(DLTensor* tensor) {
     const size_t bytes = std::max<size_t>(tvm::ffi::GetDataSize(*tensor), 1);
-    tensor->data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    tensor->data = std::aligned_alloc(alignment, rounded);
     if (tensor->data == nullptr) {
       TVM_INFER_THROW(ArgumentError) << "the system has no " << bytes << " bytes for one layer's pages or a workspace of the KV cache; "
                                      << "create it with fewer pages (num_pages) or a smaller step (max_batch, max_tokens)";
     }
+#if defined(__linux__)
+    // Attention reads small rows all over the cache, and would otherwise miss in the table of address translations at most of them. A wish:
+    // where the system does not grant it, reads are slower and nothing else changes.
+    if (alignment == kHugePage) madvise(tensor->data, rounded, MADV_HUGEPAGE);
+#endif
   }
   void FreeData(DLTensor* tensor) { std::free(tensor->data); }
 };
