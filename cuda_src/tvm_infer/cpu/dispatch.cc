@@ -1,5 +1,7 @@
 // The choice of instruction set and thread count, once per process.
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <charconv>
 #include <cstdlib>
@@ -57,9 +59,11 @@ int CountThreads() {
     }
     return count;
   }
+#if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+#endif
   const unsigned count = std::thread::hardware_concurrency();
   return count == 0 ? 1 : static_cast<int>(count < kMaxThreads ? count : kMaxThreads);
 }
