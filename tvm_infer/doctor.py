@@ -126,7 +126,9 @@ def executors() -> list[Executor]:
     if not devices:
         found.append(Executor("cuda sm_90a", False, driver))
     else:
-        found.append(Executor("cuda sm_90a", False, "the kernel is in the source tree but no packed function launches it yet"))
+        found.append(
+            Executor("cuda sm_90a", False, "the kernel is in the source tree but no packed function launches it yet")
+        )
     return found
 
 
