@@ -322,3 +322,66 @@ def test_fixed_split_size_makes_rows_batch_invariant(fixed):
             batch.q[rows], batch.kv_cache, plan, kv_page_indptr=[0, len(pages)], kv_page_indices=pages
         )
         assert np.array_equal(alone, together[rows])
+
+
+def offset_view(x: np.ndarray, fill: float = np.nan) -> np.ndarray:
+    """`x` inside a larger, poisoned array: an offset, and strides that are not dense; head_dim stays contiguous."""
+    big = np.full((x.shape[0] + 3, *[n + 2 for n in x.shape[1:-1]], x.shape[-1]), fill, x.dtype)
+    inner = big[(slice(2, 2 + x.shape[0]), *[slice(1, 1 + n) for n in x.shape[1:-1]])]
+    inner[...] = x
+    assert not inner.flags.c_contiguous
+    return inner
+
+
+def index_view(x: np.ndarray) -> np.ndarray:
+    """The same for indices, which must be dense: an offset only."""
+    return np.concatenate([np.full(3, -99, np.int32), x, np.full(2, -99, np.int32)])[3 : 3 + len(x)]
+
+
+def test_views_into_plan_and_ragged_attention():
+    batch = batch_of()
+    plan = tvm_infer.plan(
+        index_view(batch.qo_indptr), index_view(batch.kv_len), num_qo_heads=6, num_kv_heads=2, head_dim=40, num_ctas=3
+    )
+    out = offset_view(np.zeros_like(batch.q), 5.0)
+    tvm_infer.ragged_attention(
+        offset_view(batch.q),
+        offset_view(np.concatenate(batch.keys)),
+        offset_view(np.concatenate(batch.values)),
+        plan,
+        kv_indptr=index_view(np.concatenate([[0], np.cumsum(KV)]).astype(np.int32)),
+        out=out,
+    )
+    assert relative_error(out, batch.reference()[0]) < TOLERANCE["float32"]
+    assert (out.base[:2] == 5).all() and (out.base[:, 0] == 5).all() and (out.base[:, -1] == 5).all()
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["append", "append_attention"])
+def test_views_into_append(together):
+    batch = batch_of()
+    blank = batch.kv_cache.copy()
+    for r, (n, length) in enumerate(zip(QO, KV, strict=True)):
+        for j in range(length - n, length):
+            blank[batch.kv_page_indices[batch.kv_page_indptr[r] + j // batch.page_size], :, :, j % batch.page_size] = 9
+    caches = offset_view(blank[:, 0]), offset_view(blank[:, 1])
+    k, v = offset_view(batch.k_new), offset_view(batch.v_new)
+    tables = {name: index_view(x) for name, x in batch.tables.items()}
+    if together:
+        tvm_infer.append_attention(offset_view(batch.q), k, v, caches, plan_of(batch), **tables)
+    else:
+        indptr, kv_len = index_view(batch.qo_indptr), index_view(batch.kv_len)
+        tvm_infer.append(k, v, caches, qo_indptr=indptr, kv_len=kv_len, **tables)
+    for cache, plane in zip(caches, (0, 1), strict=True):
+        assert np.array_equal(cache, batch.kv_cache[:, plane], equal_nan=True)
+        assert np.isnan(cache.base[:2]).all() and np.isnan(cache.base[:, 0]).all()  # nothing beside the view
+
+
+def test_offset_views_of_tvm_tensors():
+    """TVM passes views by byte_offset instead of moving the data pointer."""
+    import tvm
+
+    batch = batch_of()
+    big = tvm.runtime.tensor(np.concatenate([np.full_like(batch.q[:2], np.nan), batch.q]).reshape(-1))
+    q = big._create_view(batch.q.shape, "float32", relative_byte_offset=batch.q[:2].nbytes)
+    o = tvm_infer.attention(q, tvm.runtime.tensor(batch.kv_cache), plan_of(batch), **batch.tables)
+    assert relative_error(o.numpy(), batch.reference()[0]) < TOLERANCE["float32"]
