@@ -164,17 +164,8 @@ def test_offset_and_strided_views(kind):
     batch = batch_of()
 
     def view(x: np.ndarray, fill):
-        big = np.full((x.shape[0] + 3, *[n + 2 for n in x.shape[1:-1]], x.shape[-1]), fill, x.dtype)
-        inner = big[(slice(2, 2 + x.shape[0]), *[slice(1, 1 + n) for n in x.shape[1:-1]])]
-        inner[...] = x
-        if kind == "torch":
-            torch = pytest.importorskip("torch")
-            return torch.from_numpy(big)[(slice(2, 2 + x.shape[0]), *[slice(1, 1 + n) for n in x.shape[1:-1]])]
-        return inner
-
-    def index_view(x: np.ndarray):
-        big = np.concatenate([np.full(3, -99, np.int32), x, np.full(2, -99, np.int32)])
-        return big[3 : 3 + len(x)]
+        inner = offset_view(x, fill)
+        return pytest.importorskip("torch").from_numpy(inner) if kind == "torch" else inner
 
     q = view(batch.q, np.nan)
     k, v = view(batch.kv_cache[:, 0], np.nan), view(batch.kv_cache[:, 1], np.nan)
