@@ -57,6 +57,14 @@ class ExecutorError(TvmInferError, RuntimeError):
     """No executor for this device, data type or head_dim."""
 
 
+class DeviceError(TvmInferError, RuntimeError):
+    """The CUDA driver refused a call; the message names the call and the driver's reason."""
+
+
+class CompileError(TvmInferError, RuntimeError):
+    """nvcc did not compile a kernel; the message holds what it printed."""
+
+
 class AbiError(TvmInferError, RuntimeError):
     """A compiled model was built against another tvm_infer ABI."""
 

@@ -19,13 +19,14 @@ MAY_INCLUDE = {
     "schedule": set(),
     "kv": {"schedule"},
     "cpu": {"schedule"},
-    "ffi": {"schedule", "kv", "cpu"},
+    "cuda": {"schedule"},
+    "ffi": {"schedule", "kv", "cpu", "cuda"},
     "ptx": set(),
     "tile": {"ptx"},
-    "attention": {"tile", "ptx", "schedule"},
-    "kernels": {"attention", "tile", "ptx", "schedule"},
+    "attention": {"tile", "ptx", "schedule", "cuda"},
+    "kernels": {"attention", "tile", "ptx", "schedule", "cuda"},
 }
-FOREIGN = re.compile(r"^(tvm/|dlpack/|cuda|cute/|cutlass/|cub/|thrust/)")
+FOREIGN = re.compile(r"^(tvm/|dlpack/|cuda\.|cuda_|cute/|cutlass/|cub/|thrust/)")
 
 
 def includes(path: pathlib.Path) -> list[str]:

@@ -27,7 +27,7 @@ class AttentionParams(ctypes.Structure):
 
     _fields_ = [
         ("plan", ctypes.c_void_p),
-        ("kv_page_indptr", ctypes.c_void_p),
+        ("kv_indptr", ctypes.c_void_p),
         ("kv_page_indices", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
         ("q_stride_token", ctypes.c_int64),
@@ -38,9 +38,11 @@ class AttentionParams(ctypes.Structure):
         ("lse", ctypes.c_void_p),
         ("partial_o", ctypes.c_void_p),
         ("partial_lse", ctypes.c_void_p),
-        ("arrivals", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("kv_strides", ctypes.c_int64 * 6),
+        ("expected_plan", ctypes.c_int32 * 7),
         ("sm_scale_log2", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
     ]
 
 
@@ -78,12 +80,12 @@ class Kernel:
         self._image = path.read_bytes()
         _check(_cuda.cuModuleLoadData(ctypes.byref(self._module), self._image))
         _check(_cuda.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
-        info, size, address = (ctypes.c_int32 * 2)(), ctypes.c_size_t(), ctypes.c_uint64()
+        info, size, address = (ctypes.c_int32 * 4)(), ctypes.c_size_t(), ctypes.c_uint64()
         _check(
             _cuda.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), self._module, f"{name}_info".encode())
         )
-        _check(_cuda.cuMemcpyDtoH_v2(info, address, ctypes.c_size_t(8)))
-        self.threads, self.shared_bytes = info[0], info[1]
+        _check(_cuda.cuMemcpyDtoH_v2(info, address, ctypes.c_size_t(16)))
+        self.threads, self.shared_bytes = info[1], info[2]
         _check(_cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, self.shared_bytes))
 
     def launch(self, grid: int, params: tuple[Any, ...], dependent: bool = False) -> None:

@@ -68,10 +68,9 @@ class Batch:
 
     def set_plan(self, plan: np.ndarray) -> None:
         self.plan = torch.from_numpy(plan).cuda()
-        partial_rows, merges = max(1, int(plan[14])), max(1, int(plan[12]))
+        partial_rows = max(1, int(plan[14]))
         self.partial_o = torch.full((partial_rows, self.case.dim), math.nan, device="cuda")
         self.partial_lse = torch.full((partial_rows,), math.nan, device="cuda")
-        self.arrivals = torch.zeros(merges, device="cuda", dtype=torch.int32)
         q = self.q
         self.params = AttentionParams(
             self.plan.data_ptr(),
@@ -86,9 +85,8 @@ class Batch:
             self.lse.data_ptr(),
             self.partial_o.data_ptr(),
             self.partial_lse.data_ptr(),
-            self.arrivals.data_ptr(),
-            self.case.dim**-0.5 * math.log2(math.e),
-            0,
+            sm_scale_log2=self.case.dim**-0.5 * math.log2(math.e),
+            expected_plan=(self.case.hkv, self.case.hq // self.case.hkv, len(q), partial_rows, len(self.case.qo), 0, 0),
         )
 
     def clone(self) -> Batch:
@@ -197,7 +195,7 @@ class Runner:
             return {"name": case.name, "skipped": "no cubin"}
         batch = Batch(case, plan)
         errors = []
-        for _ in range(2):  # twice: the second launch meets what the first left in `arrivals`
+        for _ in range(2):  # twice: the second launch meets what the first left in the plan's tickets
             batch.o.fill_(math.nan)
             batch.lse.fill_(math.nan)
             kernel.launch(int(plan[5]), (batch.params, batch.maps))

@@ -94,7 +94,7 @@ def test_buffers_without_a_plan(mixed):
         Plan(words[:-1].copy())
     other = words.copy()
     other[1] = 99
-    with pytest.raises(PlanMismatchError, match=r"version 99.*version 1"):
+    with pytest.raises(PlanMismatchError, match=r"version 99.*version 2"):
         Plan(other)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ArgumentError, MissingDependencyError, PlanMismatchError
 
 PLAN_MAGIC = 0x4E4C5054
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 FINAL_ROWS = -1
 
 _HEADER_INT32 = (
@@ -26,7 +26,7 @@ HEADER = np.dtype(
         ("makespan", "<i8"),
         ("total_cost", "<i8"),
         ("tile_classes_offset", "<i4"),
-        ("reserved", "<i4"),
+        ("tickets_offset", "<i4"),
     ]
 )
 _WORK_FIELDS = (

@@ -279,7 +279,9 @@ def plan(
         rows, heads, keys = (i.row_begin, i.num_rows), (w.head, w.num_heads), (i.request, w.kv_begin, w.kv_end, 0)
         works.append((*rows, *heads, *keys, i.position, i.tile_class, w.out, w.merge))
     slots = [m[4] for m in layout.merges]
+    first = {w.cta: work for w, work in zip(reversed(placed), reversed(works), strict=True)}
     arrays = {
+        "first_works": np.array([first.get(c, (0,) * len(fmt.WORK.fields or ())) for c in range(num_ctas)], fmt.WORK),
         "works": np.array(works, fmt.WORK),
         "work_indptr": np.cumsum([0, *np.bincount([w.cta for w in placed], minlength=num_ctas)]).astype(np.int32),
         "merges": np.array([m[:4] for m in layout.merges], fmt.MERGE),
@@ -288,6 +290,7 @@ def plan(
         "qo_indptr": np.array(qo_indptr, np.int32),
         "kv_len": np.array(kv_len, np.int32),
         "tile_classes": np.array(classes, fmt.TILE_CLASS),
+        "tickets": np.zeros(1 + len(layout.merges), np.int32),
     }
     header = np.zeros(1, fmt.HEADER)
     key = capture_key(num_ctas, num_qo_heads, num_kv_heads, band, fixed_split_size, classes)
@@ -313,7 +316,8 @@ def plan(
     }
     words = bytearray(header.nbytes)
     for name, array in arrays.items():
-        values_of[f"{name}_offset"] = len(words) if array.size else 0
+        if name != "first_works":  # its place is fixed
+            values_of[f"{name}_offset"] = len(words) if array.size else 0
         words += array.tobytes() + bytes(-array.nbytes % 16)
     values_of["bytes_used"] = len(words)
     for name, value in values_of.items():

@@ -9,6 +9,7 @@
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/ptx/tma.cuh"
 
 namespace tvm_infer::attention {
 
@@ -26,7 +27,7 @@ class KvProducer {
     const bool is_prefill = work.tile_class != kDecodeClass;
     if (!is_prefill || tiles.count == 0) Flush();
     if (tiles.count == 0) return;
-    const int32_t* pages = params_.kv_page_indices + __ldg(params_.kv_page_indptr + work.kv_list) + tiles.base / Config::kPageSize;
+    const int32_t* pages = params_.kv_page_indices + __ldg(params_.kv_indptr + work.kv_list) + tiles.base / Config::kPageSize;
     const int32_t num_pages = (work.kv_end - tiles.base + Config::kPageSize - 1) / Config::kPageSize;
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const int32_t head = work.kv_head_begin + h;
@@ -80,7 +81,7 @@ class KvProducer {
     __syncwarp();  // NOTE: the bytes must be expected before a copy of this stage can complete the phase
     return ring_.Data(cursor_);
   }
-  __device__ __forceinline__ void IssuePages(const ptx::TensorMap& map, int32_t page, int32_t count, int32_t head, uint64_t policy) {
+  __device__ __forceinline__ void IssuePages(const cuda::TensorMap& map, int32_t page, int32_t count, int32_t head, uint64_t policy) {
     const uint32_t stage = Acquire(count);
     if (lane_ < count) {
       ptx::TmaLoad5d(stage + lane_ * Config::Boxes::kPageBytes, &map, ring_.FullBarrier(cursor_), policy, 0, 0, 0, head, page);

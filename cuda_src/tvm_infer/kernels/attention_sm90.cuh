@@ -18,6 +18,7 @@
 #include "tvm_infer/ptx/address.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
 #include "tvm_infer/ptx/sync.cuh"
+#include "tvm_infer/ptx/tma.cuh"
 #include "tvm_infer/schedule/plan.h"
 
 namespace tvm_infer::kernels {
@@ -28,8 +29,9 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
   const MergeJob job(c.plan, merge);
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (c.Thread() == 0) {
-    const bool is_last = ptx::AtomicAddAcqRel(c.params.arrivals + merge, 1) == job.num_slots - 1;
-    if (is_last) c.params.arrivals[merge] = 0;  // for the next launch
+    int32_t* arrivals = c.plan.tickets() + 1 + merge;
+    const bool is_last = ptx::AtomicAddAcqRel(arrivals, 1) == job.num_slots - 1;
+    if (is_last) *arrivals = 0;  // for the next launch
     c.shared.is_last_arrival = is_last;
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
@@ -107,11 +109,12 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
 }  // namespace tvm_infer::kernels
 
 // A kernel by name: what generated source expands, one line for each specialisation.
-#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                   \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>; \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                              \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                       \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                          \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps);                                     \
-  }                                                                                                    \
-  extern "C" __device__ const int32_t NAME##_info[] = {NAME##Config::kThreads, sizeof(NAME##Config::SharedMemory)}
+#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                                          \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>;                        \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                     \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                              \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                 \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps);                                                            \
+  }                                                                                                                           \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
+                                                                         sizeof(NAME##Config::SharedMemory), 1}

@@ -5,20 +5,16 @@
 
 namespace tvm_infer::ptx {
 
-// A CUtensorMap, opaque here so that kernels need no driver header. Passed by value as a __grid_constant__ parameter.
-struct alignas(64) TensorMap {
-  uint8_t bytes[128];
-};
-
-__device__ __forceinline__ void PrefetchTensorMap(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// `map`: a CUtensorMap.
+__device__ __forceinline__ void PrefetchTensorMap(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // K and V are read once by one CTA (decode) or soon again by its neighbours (prefill).
 inline constexpr uint64_t kEvictFirst = 0x12f0000000000000ull;
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 
 // Copies one box to shared memory and counts its bytes on `barrier`. Coordinates are those of the tensor map, innermost first.
-__device__ __forceinline__ void TmaLoad5d(uint32_t dst, const TensorMap* map, uint32_t barrier, uint64_t cache_policy, int32_t c0,
-                                          int32_t c1, int32_t c2, int32_t c3, int32_t c4) {
+__device__ __forceinline__ void TmaLoad5d(uint32_t dst, const void* map, uint32_t barrier, uint64_t cache_policy, int32_t c0, int32_t c1,
+                                          int32_t c2, int32_t c3, int32_t c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(dst),

@@ -1,6 +1,7 @@
 // The Plan: who computes which query rows against which keys, and which partial results are merged.
 //
-// One contiguous block of int32 words: a PlanHeader, then the arrays it points at. It is made once per step from lengths alone and
+// One contiguous block of int32 words: a PlanHeader, then arrays. The first array stands at a fixed place, so that a CTA of a kernel finds
+// its first work by one load; the header points at the others. A plan is made once per step from lengths alone and
 // shared by every layer. The header is read by the executor (on the device, for CUDA), so that a plan is refreshed by one copy of
 // `bytes_used` bytes into the same buffer: no kernel argument changes, and a captured graph can be replayed with the new plan.
 //
@@ -18,7 +19,7 @@
 namespace tvm_infer {
 
 inline constexpr int32_t kPlanMagic = 0x4e4c5054;  // "TPLN"
-inline constexpr int32_t kPlanVersion = 1;
+inline constexpr int32_t kPlanVersion = 2;
 inline constexpr int32_t kFinalRows = -1;  // Work::out of a work that writes final rows
 inline constexpr int32_t kNoMerge = -1;    // Work::merge of the same
 inline constexpr int32_t kUnbounded = -1;  // Band::left, Band::right
@@ -96,9 +97,24 @@ struct PlanHeader {
   int64_t makespan;             // predicted load of the busiest CTA, picoseconds
   int64_t total_cost;           // predicted load of all CTAs together, picoseconds
   int32_t tile_classes_offset;  // TileClass[num_tile_classes] that the plan was made with: a plan explains its own loads
-  int32_t reserved;
+  int32_t tickets_offset;       // int32[1 + num_merges], all 0: words for executors on a device, which leave [1 …] at 0 after a launch.
+                                // [0]: why one refused the plan (PlanRefusal); [1 + m]: partials of merge m that have arrived
 };
 static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
+// Right behind the header: Work first_works[num_ctas], a copy of each CTA's first work; num_rows == 0 for a CTA without any.
+
+// What a kernel found wrong with a plan that it was launched with; it wrote nothing then. (A captured graph is replayed with plans that
+// no host code has seen.)
+enum PlanRefusal : int32_t {
+  kPlanAccepted = 0,
+  kNotAPlan = 1,         // magic or version
+  kOtherHeads = 2,       // num_kv_heads or group_size are not the tensors'
+  kTooManyCtas = 3,      // more CTAs than were launched
+  kTooManyTokens = 4,    // more query tokens than q has rows
+  kTooManyPartials = 5,  // more partial rows than the workspace holds
+  kTooManyLists = 6,     // more KV lists than the page table has
+  kOtherCaptureKey = 7,  // not the capture key that the launch was captured with
+};
 
 // Read access to a plan in memory; works on the host and in device code.
 #if defined(__CUDACC__)
@@ -114,6 +130,7 @@ struct PlanView {
   TVM_INFER_HD const T* At(int32_t offset) const {
     return offset == 0 ? nullptr : reinterpret_cast<const T*>(reinterpret_cast<const char*>(header) + offset);
   }
+  TVM_INFER_HD const Work* first_works() const { return reinterpret_cast<const Work*>(header + 1); }
   TVM_INFER_HD const Work* works() const { return At<Work>(header->works_offset); }
   TVM_INFER_HD const int32_t* work_indptr() const { return At<int32_t>(header->work_indptr_offset); }
   TVM_INFER_HD const Merge* merges() const { return At<Merge>(header->merges_offset); }
@@ -122,6 +139,7 @@ struct PlanView {
   TVM_INFER_HD const int32_t* qo_indptr() const { return At<int32_t>(header->qo_indptr_offset); }
   TVM_INFER_HD const int32_t* kv_len() const { return At<int32_t>(header->kv_len_offset); }
   TVM_INFER_HD const int32_t* token_order() const { return At<int32_t>(header->token_order_offset); }
+  TVM_INFER_HD int32_t* tickets() const { return const_cast<int32_t*>(At<int32_t>(header->tickets_offset)); }
   TVM_INFER_HD const TileClass* tile_classes() const { return At<TileClass>(header->tile_classes_offset); }
 };
 

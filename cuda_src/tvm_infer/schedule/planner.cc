@@ -57,9 +57,10 @@ void CheckParams(const PlanParams& p) {
 }
 
 int64_t PlanBytes(const PlanParams& p, const LayoutBounds& sizes, int64_t num_requests) {
-  return Align16(sizeof(PlanHeader)) + sizes.placements * int64_t{sizeof(Work)} + Align16((int64_t{p.num_ctas} + 1) * 4) +
+  return Align16(sizeof(PlanHeader)) + (p.num_ctas + sizes.placements) * int64_t{sizeof(Work)} + Align16((int64_t{p.num_ctas} + 1) * 4) +
          sizes.merges * int64_t{sizeof(Merge)} + Align16((sizes.merges + 1) * 4) + Align16(sizes.partials * 4) +
-         Align16((num_requests + 1) * 4) + Align16(num_requests * 4) + p.num_tile_classes * int64_t{sizeof(TileClass)};
+         Align16((num_requests + 1) * 4) + Align16(num_requests * 4) + p.num_tile_classes * int64_t{sizeof(TileClass)} +
+         Align16((1 + sizes.merges) * 4);
 }
 
 uint64_t Mix(uint64_t state, uint64_t value) {  // the finaliser of splitmix64 over a running state
@@ -236,15 +237,20 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   header.total_cost = layout.total_cost;
 
   PlanWriter writer(out);
+  int32_t first_works_offset;
+  Work* first_works = writer.Array<Work>(params.num_ctas, &first_works_offset);
   Work* works = writer.Array<Work>(header.num_works, &header.works_offset);
   int32_t* work_indptr = writer.Array<int32_t>(params.num_ctas + 1, &header.work_indptr_offset);
   scratch_->WriteWorks(params, layout, works, work_indptr);
+  for (int32_t c = 0; c < params.num_ctas; ++c) first_works[c] = work_indptr[c] < work_indptr[c + 1] ? works[work_indptr[c]] : Work{};
   writer.Copy(layout.merges.data(), header.num_merges, &header.merges_offset);
   writer.Copy(layout.merge_indptr.data(), header.num_merges + 1, &header.merge_indptr_offset);
   writer.Copy(layout.merge_slots.data(), header.num_merge_slots, &header.merge_slots_offset);
   writer.Copy(qo_indptr, num_requests + 1, &header.qo_indptr_offset);
   writer.Copy(kv_len, num_requests, &header.kv_len_offset);
   writer.Copy(params.tile_classes, params.num_tile_classes, &header.tile_classes_offset);
+  int32_t* tickets = writer.Array<int32_t>(1 + header.num_merges, &header.tickets_offset);
+  std::memset(tickets, 0, (1 + header.num_merges) * sizeof(int32_t));
   std::memcpy(out, &header, sizeof(header));
   return bytes;
 }

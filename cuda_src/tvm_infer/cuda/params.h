@@ -1,0 +1,115 @@
+// What launches hand to kernels: plain structs that host and device code share.
+#pragma once
+
+#include <cstdint>
+
+namespace tvm_infer::cuda {
+
+// A CUtensorMap, opaque, so that neither side needs a driver header. Passed by value as a __grid_constant__ parameter.
+struct alignas(64) TensorMap {
+  uint8_t bytes[128];
+};
+
+// What a kernel says of itself: every kernel NAME has a device constant NAME_info of this type in its cubin.
+struct KernelInfo {
+  int32_t abi;           // kKernelAbi of the sources it was compiled from
+  int32_t threads;       // in a CTA
+  int32_t shared_bytes;  // dynamic shared memory
+  int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
+};
+inline constexpr int32_t kKernelAbi = 2;  // bumped when a struct of this file or the Plan changes
+
+// What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
+struct ExpectedPlan {
+  int32_t num_kv_heads;
+  int32_t group_size;
+  int32_t max_tokens;        // rows of q
+  int32_t max_partial_rows;  // of the workspace
+  int32_t max_kv_lists;      // of the page table
+  uint32_t capture_key[2];   // 0, 0: any
+};
+
+struct AttentionParams {
+  void* plan;                      // PlanHeader and its arrays, device memory; its tickets are written
+  const int32_t* kv_indptr;        // [num_kv_lists + 1]. Paged: entries of kv_page_indices. Ragged: rows of k and v
+  const int32_t* kv_page_indices;  // pages of each list in order; null for ragged keys
+  const void* q;                   // [num_tokens, num_qo_heads, head_dim], head_dim contiguous
+  int64_t q_stride_token;          // elements, as all strides here
+  int64_t q_stride_head;
+  void* o;  // as q
+  int64_t o_stride_token;
+  int64_t o_stride_head;
+  float* lse;          // [num_tokens, num_qo_heads] contiguous, natural logarithm; may be null
+  float* partial_o;    // [max_partial_rows, head_dim]
+  float* partial_lse;  // [max_partial_rows], natural logarithm
+  // For kernels that gather by token (pages of fewer than 8 tokens); the others use the tensor maps.
+  const void* k;
+  const void* v;
+  int64_t k_stride_page;
+  int64_t k_stride_head;
+  int64_t k_stride_token;
+  int64_t v_stride_page;
+  int64_t v_stride_head;
+  int64_t v_stride_token;
+  ExpectedPlan expected;
+  float sm_scale_log2;  // sm_scale * log2(e), > 0
+};
+
+// Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
+// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows.
+struct KvTensorMaps {
+  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1); ragged: (64, 128, head_dim / 64, 1, 1)
+  TensorMap v_pages;   // the same of V
+  TensorMap k_panels;  // box: one panel of a page (64, page_size, 1, 1, 1); ragged: unused
+};
+
+// New tokens' K and V to the end of their requests (kernels/append.cuh). Token t of request r goes to position
+// kv_len[r] - (qo_indptr[r + 1] - t); lengths are the plan's where there is one.
+struct AppendParams {
+  const void* plan;          // null: qo_indptr, kv_len and num_requests below
+  const int32_t* qo_indptr;  // [num_requests + 1], device
+  const int32_t* kv_len;     // [num_requests], device
+  int32_t num_requests;
+  int32_t max_tokens;  // rows of k and v; tokens behind qo_indptr[num_requests] are padding and go nowhere
+  const int32_t* kv_page_indptr;
+  const int32_t* kv_page_indices;
+  const void* k;  // [max_tokens, num_kv_heads, head_dim], head_dim contiguous
+  const void* v;
+  int64_t k_stride_token;
+  int64_t k_stride_head;
+  int64_t v_stride_token;
+  int64_t v_stride_head;
+  void* k_cache;  // by page, head, token in page
+  void* v_cache;
+  int64_t k_cache_stride_page;
+  int64_t k_cache_stride_head;
+  int64_t k_cache_stride_token;
+  int64_t v_cache_stride_page;
+  int64_t v_cache_stride_head;
+  int64_t v_cache_stride_token;
+  ExpectedPlan expected;  // where there is a plan
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+};
+
+// (o, lse) = (o_a, lse_a) (+) (o_b, lse_b), row by row (kernels/merge_states.cuh).
+struct MergeStatesParams {
+  const void* o_a;  // [num_rows, num_heads, head_dim], head_dim contiguous
+  const void* o_b;
+  void* o;
+  const float* lse_a;  // [num_rows, num_heads]
+  const float* lse_b;
+  float* lse;  // may be null
+  int64_t o_a_stride_row, o_a_stride_head;
+  int64_t o_b_stride_row, o_b_stride_head;
+  int64_t o_stride_row, o_stride_head;
+  int64_t lse_a_stride_row, lse_a_stride_head;
+  int64_t lse_b_stride_row, lse_b_stride_head;
+  int64_t lse_stride_row, lse_stride_head;
+  int32_t num_rows;
+  int32_t num_heads;
+  int32_t head_dim;
+};
+
+}  // namespace tvm_infer::cuda
