@@ -161,7 +161,8 @@ class Plan:
         """int64 [num_works]: predicted picoseconds of each work, all its KV heads together."""
         works = self.works
         tile = self.tile_classes[works["tile_class"]]
-        keys = works["kv_end"].astype(np.int64) - works["kv_begin"]
+        granule = tile["kv_granule"].astype(np.int64)
+        keys = -(-(works["kv_end"] - works["kv_begin"]) // granule) * granule  # a tile is computed whole
         return (
             np.maximum(1, tile["fixed"] + tile["row"] * works["num_rows"] + tile["kv"] * keys) * works["num_kv_heads"]
         )

@@ -28,6 +28,10 @@ class TileClass(NamedTuple):
     row: int
     kv: int
 
+    def cost(self, overhead: int, num_keys: int) -> int:
+        """Of one work and KV head; its last tile of keys is computed whole."""
+        return max(1, overhead + self.kv * -(-num_keys // self.kv_granule) * self.kv_granule)
+
 
 class Item(NamedTuple):
     """A row tile of a request with the keys it sees, or a piece of these keys; all KV heads cost the same."""
@@ -43,7 +47,7 @@ class Item(NamedTuple):
     tile: int  # items of one tile have the same number
 
     def cost(self, tile_class: TileClass) -> int:
-        return max(1, self.overhead + tile_class.kv * (self.kv_end - self.kv_begin))
+        return tile_class.cost(self.overhead, self.kv_end - self.kv_begin)
 
 
 class Placed(NamedTuple):
@@ -137,17 +141,19 @@ def lay(
 
     def cut_head(i: int, head: int) -> bool:
         item = items[i]
-        kv, granule = classes[item.tile_class].kv, classes[item.tile_class].kv_granule
+        tile_class = classes[item.tile_class]
+        granule, granule_cost = tile_class.kv_granule, tile_class.kv * tile_class.kv_granule
         begin, slots, is_last = item.kv_begin, [], False
         while not is_last:
             room = target - filled[heap[0][1]]
             end = item.kv_end
-            is_last = max(1, item.overhead + kv * (end - begin)) <= room
+            is_last = tile_class.cost(item.overhead, end - begin) <= room
             if not is_last:  # as many granules as fit, leaving at least one for the next piece
-                end = min(begin + max(0, room - item.overhead) // kv, end - granule) // granule * granule
+                fit = max(0, room - item.overhead) // granule_cost * granule
+                end = min(begin + fit, end - granule) // granule * granule
                 if end < begin + granule:
                     return False
-            cost = max(1, item.overhead + kv * (end - begin))
+            cost = tile_class.cost(item.overhead, end - begin)
             put(i, head, 1, begin, end, cost, out_row=out.partial_rows, merge=len(out.merges))
             slots.append(out.partial_rows)
             out.partial_rows += item.num_rows

@@ -67,7 +67,7 @@ int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
   for (int32_t c = 0; c < p.num_tile_classes; ++c) {
     const TileClass& t = p.tile_classes[c];
     max_cost = std::max(max_cost, static_cast<double>(t.fixed) + static_cast<double>(t.row) * t.rows +
-                                      static_cast<double>(t.kv) * static_cast<double>(max_kv_len));
+                                      static_cast<double>(t.kv) * static_cast<double>(ChargedKeys(t, max_kv_len)));
   }
   const double max_total = max_cost * static_cast<double>(bound) * p.num_kv_heads;
   if (rows > kMaxInt32 || bound > kMaxInt32 / p.num_kv_heads || max_total > kMaxTotalCost) {

@@ -128,7 +128,7 @@ bool Layout::CutHead(const PlanParams& p, const Items& items, int64_t target, in
     is_last = CostOf(t, overhead, end - begin) <= room;
     if (!is_last) {
       // As many granules as fit, leaving at least one for the next piece.
-      const int64_t fit = room < overhead ? 0 : (room - overhead) / t.kv;
+      const int64_t fit = room < overhead ? 0 : (room - overhead) / (t.kv * granule) * granule;
       end = std::min(begin + fit, end - granule) / granule * granule;
       if (end < begin + granule) return false;
     }
