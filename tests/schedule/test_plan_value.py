@@ -47,7 +47,9 @@ def test_loads_are_the_predicted_ones(mixed):
             tile = mixed.tile_classes[work["tile_class"]]
             one = int(tile["fixed"]) + int(tile["row"]) * int(work["num_rows"])
             keys = int(work["kv_end"] - work["kv_begin"])
-            one += int(tile["kv"]) * -(-keys // int(tile["kv_granule"])) * int(tile["kv_granule"])  # tiles are computed whole
+            one += (
+                int(tile["kv"]) * -(-keys // int(tile["kv_granule"])) * int(tile["kv_granule"])
+            )  # tiles are computed whole
             expected[cta] += one * int(work["num_kv_heads"])
     assert (mixed.loads() == expected).all()
     assert mixed.makespan_us == pytest.approx(expected.max() / 1e6)
