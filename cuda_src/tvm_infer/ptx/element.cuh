@@ -1,4 +1,5 @@
-// The two 16-bit floats, packed in pairs. Tags instead of CUDA's classes: kernels only move and convert them, and compile faster.
+// Elements of tensors: the two 16-bit floats, packed in pairs, and float. Tags instead of CUDA's classes: kernels only move and convert
+// them, and compile faster.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,9 @@ struct Fp16 {
   static constexpr bool kIsBf16 = false;
   uint16_t bits;
 };
+struct Fp32 {
+  float value;
+};
 
 // Two floats, rounded to nearest even; `low` in the lower half.
 template <typename Element>
@@ -24,6 +28,18 @@ __device__ __forceinline__ uint32_t Pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   }
   return pair;
+}
+
+// The two values of a pair; x is the lower half.
+template <typename Element>
+__device__ __forceinline__ float2 Unpack(uint32_t pair) {
+  if constexpr (Element::kIsBf16) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  } else {
+    float low, high;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(pair));
+    return make_float2(low, high);
+  }
 }
 
 // 2^x; 0 for -inf.

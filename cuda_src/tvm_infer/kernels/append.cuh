@@ -1,0 +1,169 @@
+// New tokens' keys and values to the pages of their requests: a copy with a lookup. Long appends are bound by bandwidth; short ones by the
+// chain of dependent loads plan -> request -> page, beside which the copied rows are loaded.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/cuda/params.h"
+#include "tvm_infer/ptx/sync.cuh"
+#include "tvm_infer/schedule/plan.h"
+
+namespace tvm_infer::kernels {
+
+inline constexpr int32_t kAppendThreads = 256;
+inline constexpr int32_t kAppendCtasPerSm = 3;  // 80 registers, 96 KiB in flight on an SM
+inline constexpr uint32_t kAppendLoads = 8;  // 16-byte vectors that a lane has in flight: K and V of a token, 8 heads of 128, are 8 a lane
+
+// Where requests begin and end, and how many there are: none where the plan is refused.
+struct AppendLengths {
+  const int32_t* qo_indptr;  // [num_requests + 1]
+  const int32_t* kv_len;     // [num_requests]
+  int32_t num_requests;
+};
+
+// Whether the plan is what the launch was made for; the attention kernel of the same call checks it too, and says why it refused.
+__device__ __forceinline__ bool IsExpected(const PlanHeader& header, const cuda::ExpectedPlan& expected) {
+  const bool any_key = (expected.capture_key[0] | expected.capture_key[1]) == 0;
+  return (header.magic == kPlanMagic) & (header.version == kPlanVersion) & (header.num_kv_heads == expected.num_kv_heads) &
+         (header.group_size == expected.group_size) & (header.num_tokens <= expected.max_tokens) &
+         (header.num_partial_rows <= expected.max_partial_rows) & (header.num_kv_lists <= expected.max_kv_lists) &
+         (any_key | ((header.capture_key[0] == expected.capture_key[0]) & (header.capture_key[1] == expected.capture_key[1])));
+}
+
+__device__ __forceinline__ AppendLengths LoadLengths(const cuda::AppendParams& p) {
+  if (p.plan == nullptr) return {p.qo_indptr, p.kv_len, p.num_requests};
+  union {
+    PlanHeader header;
+    int4 words[sizeof(PlanHeader) / 16];
+  } plan;  // in one trip to memory: field by field, each comparison would wait for its own
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(PlanHeader) / 16); ++i) plan.words[i] = __ldg(static_cast<const int4*>(p.plan) + i);
+  const auto* base = static_cast<const char*>(p.plan);
+  return {reinterpret_cast<const int32_t*>(base + plan.header.qo_indptr_offset),
+          reinterpret_cast<const int32_t*>(base + plan.header.kv_len_offset),
+          IsExpected(plan.header, p.expected) ? plan.header.num_requests : 0};
+}
+
+// The request that `token` belongs to: how many of qo_indptr[1 … num_requests] are <= token; num_requests for padding. By a whole warp,
+// 128 entries a trip to memory: one trip for 128 requests, two for 16,512.
+__device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32_t token) {
+  constexpr int32_t kProbes = 4;
+  const int32_t lane = threadIdx.x % 32;
+  int32_t low = 0, open = lengths.num_requests;  // the answer is in [low, low + open]
+  while (open > 0) {
+    const int32_t stride = (open + 32 * kProbes - 1) / (32 * kProbes);
+    int32_t entries[kProbes], passed = 0;
+#pragma unroll
+    for (int32_t i = 0; i < kProbes; ++i) entries[i] = __ldg(lengths.qo_indptr + low + min((32 * i + lane + 1) * stride, open));
+#pragma unroll
+    for (int32_t i = 0; i < kProbes; ++i) passed += __popc(__ballot_sync(0xffffffff, entries[i] <= token));
+    const int32_t step = min(passed * stride, open);
+    low += step;
+    open = min(stride, open - step) - 1;  // -1 where every entry passed
+  }
+  return low;
+}
+
+// A request's lengths and pages, kept while a warp walks its tokens.
+struct AppendRequest {
+  int32_t end = 0;  // its last token, exclusive
+  int32_t kv_len = 0;
+  int32_t first_page = 0;  // its entries of kv_page_indices
+  int32_t end_page = 0;
+
+  __device__ __forceinline__ void Load(const cuda::AppendParams& p, const AppendLengths& lengths, int32_t request) {
+    end = __ldg(lengths.qo_indptr + request + 1);
+    kv_len = __ldg(lengths.kv_len + request);
+    first_page = __ldg(p.kv_page_indptr + request);
+    end_page = __ldg(p.kv_page_indptr + request + 1);
+  }
+};
+
+// A lane's vectors of a token: every 32nd of its rows, the K heads' and then the V heads'.
+struct AppendVector {
+  uint32_t row, column;  // column in vectors
+
+  __device__ __forceinline__ AppendVector(uint32_t index, uint32_t row_vectors) : row(index / row_vectors), column(index % row_vectors) {}
+  __device__ __forceinline__ void Advance(uint32_t row_vectors, uint32_t step_rows, uint32_t step_columns) {
+    row += step_rows;
+    column += step_columns;
+    if (column >= row_vectors) column -= row_vectors, ++row;
+  }
+  __device__ __forceinline__ const uint4* From(const cuda::AppendParams& p, int64_t token) const {
+    const bool is_v = row >= p.num_kv_heads;
+    const int64_t head = is_v ? row - p.num_kv_heads : row;
+    const uint16_t* from = static_cast<const uint16_t*>(is_v ? p.v : p.k) + token * (is_v ? p.v_stride_token : p.k_stride_token) +
+                           head * (is_v ? p.v_stride_head : p.k_stride_head);
+    return reinterpret_cast<const uint4*>(from) + column;
+  }
+  __device__ __forceinline__ uint4* To(const cuda::AppendParams& p, int64_t page, int64_t slot) const {
+    const bool is_v = row >= p.num_kv_heads;
+    const int64_t head = is_v ? row - p.num_kv_heads : row;
+    uint16_t* to = static_cast<uint16_t*>(is_v ? p.v_cache : p.k_cache) + page * (is_v ? p.v_cache_stride_page : p.k_cache_stride_page) +
+                   head * (is_v ? p.v_cache_stride_head : p.k_cache_stride_head) +
+                   slot * (is_v ? p.v_cache_stride_token : p.k_cache_stride_token);
+    return reinterpret_cast<uint4*>(to) + column;
+  }
+};
+
+// A task is a token's K and V, or a part of them where there are more warps than tokens. Each warp takes a run of tasks, so that it looks
+// for a request only where the run begins and where a request ends.
+__device__ __forceinline__ void Append(const cuda::AppendParams& p) {
+  ptx::AllowDependentGrid();
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t warp = blockIdx.x * (kAppendThreads / 32) + threadIdx.x / 32, num_warps = gridDim.x * (kAppendThreads / 32);
+  const uint32_t row_vectors = p.head_dim / 8, step_rows = 32 / row_vectors, step_columns = 32 % row_vectors;
+  const uint32_t token_vectors = 2 * p.num_kv_heads * row_vectors;
+  const uint32_t token_loads = (token_vectors + 31) / 32;  // of a warp; max_tokens of these are below 2^31: cuda/append.cc
+  const uint32_t loads = min(kAppendLoads, (p.max_tokens * token_loads + num_warps - 1) / num_warps);
+  const uint32_t parts = (token_loads + loads - 1) / loads;  // tasks of a token
+  const uint32_t num_tasks = p.max_tokens * parts;
+  const uint32_t run = num_tasks / num_warps, rest = num_tasks % num_warps;
+  const uint32_t first_task = warp * run + min(warp, rest), end_task = first_task + run + (warp < rest);
+  int32_t token = first_task / parts;
+  uint32_t part = first_task % parts;
+
+  ptx::WaitForPriorGrid();  // lengths, k and v may be the prior grid's, and the cache may still be read by it
+  const AppendLengths lengths = LoadLengths(p);
+  AppendRequest request;
+  for (uint32_t task = first_task; task < end_task; ++task) {
+    const uint32_t first = part * loads * 32 + lane, end = min(token_vectors, (part + 1) * loads * 32);
+    uint4 values[kAppendLoads];
+    AppendVector vector(first, row_vectors);
+#pragma unroll
+    for (uint32_t i = 0; i < kAppendLoads; ++i) {
+      if (first + 32 * i < end) values[i] = __ldcg(vector.From(p, token));
+      vector.Advance(row_vectors, step_rows, step_columns);
+    }
+    if (token >= request.end) {
+      const int32_t index = RequestOf(lengths, token);
+      if (index >= lengths.num_requests) return;  // padding, as are all tokens behind
+      request.Load(p, lengths, index);
+    }
+    const int32_t position = request.kv_len - (request.end - token);
+    const int32_t page_entry = request.first_page + position / p.page_size;
+    // A token before its request's first position or behind its last page goes nowhere, rather than to another request's page.
+    if (position >= 0 && page_entry < request.end_page) {
+      const int64_t page = __ldg(p.kv_page_indices + page_entry), slot = position % p.page_size;
+      vector = AppendVector(first, row_vectors);
+#pragma unroll
+      for (uint32_t i = 0; i < kAppendLoads; ++i) {
+        if (first + 32 * i < end) *vector.To(p, page, slot) = values[i];
+        vector.Advance(row_vectors, step_rows, step_columns);
+      }
+    }
+    if (++part == parts) part = 0, ++token;
+  }
+}
+
+}  // namespace tvm_infer::kernels
+
+// A kernel by name, for elements of 16 bits: k and v, their cache and its strides in 16-byte steps (cuda/append.cc checks that).
+#define TVM_INFER_APPEND(NAME, ELEMENT)                                                                                                   \
+  static_assert(sizeof(ELEMENT) == 2, "append.cuh copies 16-bit elements, 8 at a time");                                                  \
+  extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kAppendThreads, tvm_infer::kernels::kAppendCtasPerSm)                  \
+      NAME(const __grid_constant__ tvm_infer::cuda::AppendParams params) {                                                                \
+    tvm_infer::kernels::Append(params);                                                                                                   \
+  }                                                                                                                                       \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, tvm_infer::kernels::kAppendThreads, \
+                                                                         0, tvm_infer::kernels::kAppendCtasPerSm}
