@@ -1,8 +1,11 @@
 #include "tvm_infer/ffi/plan.h"
 
+#include <tvm/ffi/extra/c_env_api.h>
+
 #include <string>
 #include <vector>
 
+#include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/ffi/common.h"
 
 namespace tvm_infer::ffi_api {
@@ -77,6 +80,24 @@ tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64
     const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens};
     const PlanCapacity capacity = ComputeCapacity(params, limits);
     return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});
+  });
+}
+
+void UploadPlan(TensorView plan_host, TensorView plan_device) {
+  Guarded([&] {
+    CheckIndex(plan_host, "plan_host");
+    if (plan_device.device().device_type != kDLCUDA) {
+      TVM_INFER_THROW(ArgumentError) << "argument `plan_device` is on device type " << static_cast<int>(plan_device.device().device_type)
+                                     << "; plans are uploaded to cuda devices (type " << static_cast<int>(kDLCUDA)
+                                     << "). The cpu executor takes the host's plan itself";
+    }
+    CheckRank(plan_device, "plan_device", 1, "the words of a plan");
+    CheckDType(plan_device, "plan_device", DLDataType{kDLInt, 32, 1}, "a plan is int32 words");
+    CheckContiguous(plan_device, "plan_device");
+    const int32_t device_id = plan_device.device().device_id;
+    constexpr int64_t kWordBytes = sizeof(int32_t);
+    cuda::UploadPlan(device_id, TVMFFIEnvGetStream(kDLCUDA, device_id), DataPtr<void>(plan_host), plan_host.numel() * kWordBytes,
+                     DataPtr<void>(plan_device), plan_device.numel() * kWordBytes);
   });
 }
 

@@ -12,6 +12,7 @@
   V(abi_version, AbiVersion)        \
   V(plan, MakePlan)                 \
   V(plan_capacity, PlanCapacityOf)  \
+  V(plan_upload, UploadPlan)        \
   V(cpu_tile_table, CpuTileTable)   \
   V(cpu_info, CpuInfo)
 
@@ -34,6 +35,12 @@ int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, in
 tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
                                int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
                                int64_t max_kv_tokens);
+
+// Copies a plan to a cuda device, in the order of the current stream: its bytes_used, through pinned memory, so that plan_host may be
+// written again at once.
+//   plan_host    int32, contiguous, on the host: from MakePlan
+//   plan_device  int32, contiguous, on the device, 16-byte aligned, at least as many bytes as the plan uses
+void UploadPlan(tvm::ffi::TensorView plan_host, tvm::ffi::TensorView plan_device);
 
 // The CPU executor's tile table for a dtype ("float32", "float16", "bfloat16"), 5 integers a class.
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim);

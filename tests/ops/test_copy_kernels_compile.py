@@ -1,0 +1,45 @@
+"""The append and merge kernels compile for sm_90a, fast, without spills, and say what they are."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+CUDA_SRC = pathlib.Path(__file__).resolve().parents[2] / "cuda_src"
+FLAGS = (
+    "-cubin",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-std=c++20",
+    "-O3",
+    "-Xptxas",
+    "-v",
+    "--Werror",
+    "all-warnings",
+)
+# name -> (header, what generated source expands, registers that its CTAs per SM leave a thread)
+KERNELS = {
+    "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
+    "merge_states_bf16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_bf16, Bf16);", 40),
+    "merge_states_fp16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp16, Fp16);", 40),
+    "merge_states_fp32": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp32, Fp32);", 40),
+}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_kernel_compiles_and_does_not_spill(name, tmp_path):
+    header, expansion, max_registers = KERNELS[name]
+    source, cubin = tmp_path / f"{name}.cu", tmp_path / f"{name}.cubin"
+    source.write_text(f'#include "tvm_infer/kernels/{header}.cuh"\n{expansion}\n')
+    log = subprocess.run(
+        ["nvcc", *FLAGS, "-I", str(CUDA_SRC), str(source), "-o", str(cubin)], capture_output=True, text=True
+    )
+    assert log.returncode == 0, log.stderr
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log.stderr) == [("0", "0")]
+    assert int(re.findall(r"Used (\d+) registers", log.stderr)[0]) <= max_registers
+    symbols = cubin.read_bytes()
+    assert f"\0{name}\0".encode() in symbols and f"\0{name}_info\0".encode() in symbols
