@@ -22,12 +22,15 @@ class KvProducer {
   __device__ __forceinline__ KvProducer(const AttentionParams& params, const KvTensorMaps& maps, const Ring& ring)
       : params_(params), maps_(maps), ring_(ring), lane_(threadIdx.x % 32) {}
 
+  // Asks for what Run needs first: a work's place in the page table.
+  __device__ __forceinline__ void Begin(const Work& work) { pages_ = params_.kv_page_indices + __ldg(params_.kv_indptr + work.kv_list); }
+
   __device__ __forceinline__ void Run(const Work& work) {
     const Tiles tiles(work);
     const bool is_prefill = work.tile_class != kDecodeClass;
     if (!is_prefill || tiles.count == 0) Flush();
     if (tiles.count == 0) return;
-    const int32_t* pages = params_.kv_page_indices + __ldg(params_.kv_indptr + work.kv_list) + tiles.base / Config::kPageSize;
+    const int32_t* pages = pages_ + tiles.base / Config::kPageSize;
     const int32_t num_pages = (work.kv_end - tiles.base + Config::kPageSize - 1) / Config::kPageSize;
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const int32_t head = work.kv_head_begin + h;
@@ -105,6 +108,7 @@ class KvProducer {
   const Ring& ring_;
   const int32_t lane_;
   typename Ring::Cursor cursor_;
+  const int32_t* pages_ = nullptr;  // of the work's list
   int32_t pending_page_ = kNoPage;  // of a tile of V
   int32_t pending_head_ = -1;       // -1: none
 };

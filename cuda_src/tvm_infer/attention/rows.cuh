@@ -19,20 +19,52 @@ __device__ __forceinline__ Work LoadWork(const Work* works, int32_t index) {
   return u.work;
 }
 
-// Works of one CTA.
+// Works of a CTA that has any.
 struct WorkQueue {
   const Work* works;
   int32_t begin;
   int32_t end;
 
-  __device__ __forceinline__ WorkQueue(const PlanView& plan, int32_t cta) : works(plan.works()), begin(0), end(0) {
-    if (cta < plan.header->num_ctas) {
-      const int32_t* indptr = plan.work_indptr();
-      // NOTE: equal in all lanes, and said so: the compiler keeps them in uniform registers.
-      begin = __shfl_sync(0xffffffff, __ldg(indptr + cta), 0);
-      end = __shfl_sync(0xffffffff, __ldg(indptr + cta + 1), 0);
-    }
+  __device__ __forceinline__ WorkQueue(const PlanView& plan, int32_t cta) : works(plan.works()) {
+    const int32_t* indptr = plan.work_indptr();
+    // NOTE: equal in all lanes, and said so: the compiler keeps them in uniform registers.
+    begin = __shfl_sync(0xffffffff, __ldg(indptr + cta), 0);
+    end = __shfl_sync(0xffffffff, __ldg(indptr + cta + 1), 0);
   }
+};
+
+// The same, one work after the other, by a whole warp. The next is on its way while one runs: lane i holds word i of it, a register where
+// a Work takes twelve.
+struct WorkStream {
+  Work work;
+
+  __device__ __forceinline__ WorkStream(const PlanView& plan, int32_t cta, const Work& first) : work(first) {
+    // NOTE: nothing of this is needed before Prefetch, and nothing before it waits for these loads.
+    const int32_t* indptr = plan.work_indptr();
+    index_ = __ldg(indptr + cta);
+    end_ = __ldg(indptr + cta + 1);
+    works_ = reinterpret_cast<const int32_t*>(plan.works());
+  }
+  __device__ __forceinline__ void Prefetch() {
+    const int32_t lane = threadIdx.x % 32;
+    if (++index_ < end_ && lane < kWords) next_ = __ldg(works_ + index_ * kWords + lane);
+  }
+  // After Prefetch. False: that was the last.
+  __device__ __forceinline__ bool Next() {
+    if (index_ >= end_) return false;
+    int32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = __shfl_sync(0xffffffff, next_, i);
+    __builtin_memcpy(&work, words, sizeof(Work));
+    return true;
+  }
+
+ private:
+  static constexpr int kWords = sizeof(Work) / 4;
+  const int32_t* works_;
+  int32_t index_;
+  int32_t end_;
+  int32_t next_ = 0;
 };
 
 struct RowAddress {

@@ -11,6 +11,7 @@
 #include "tvm_infer/attention/decode_tile.cuh"
 #include "tvm_infer/attention/kv_producer.cuh"
 #include "tvm_infer/attention/params.cuh"
+#include "tvm_infer/attention/plan_check.cuh"
 #include "tvm_infer/attention/prefill_tile.cuh"
 #include "tvm_infer/attention/query_loader.cuh"
 #include "tvm_infer/attention/rows.cuh"
@@ -65,24 +66,42 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     }
     ptx::MbarrierInitFence();
   }
-  __syncthreads();
   ptx::AllowDependentGrid();
   ptx::WaitForPriorGrid();  // the plan, q, K, V and the buffers written below may be the prior grid's
 
+  // NOTE: the first work has a fixed place, so that it arrives together with the header: from here to the first copy of K are three
+  // loads, one after the other (work, kv_indptr, page).
   const PlanView plan(params.plan);
+  const Work first = LoadWork(plan.first_works(), blockIdx.x);
+  constexpr int kCheckingWarp = 3;
+  bool stops = first.num_rows == 0;
+  if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x).Stops(blockIdx.x);
+  // NOTE: the vote tells the compiler that all of a warp leave or stay; it gives up its uniform registers otherwise.
+  if (__any_sync(0xffffffff, __syncthreads_or(stops))) {
+    if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x).Report(plan);
+    return;
+  }
+
   if (warp < 4) {
     ptx::RegistersDecrease<Config::kProducerRegisters>();
     if (warp == 0) {
-      const WorkQueue queue(plan, blockIdx.x);
       KvProducer<Config> producer(params, maps, ring);
-      for (int32_t i = queue.begin; i < queue.end; ++i) producer.Run(LoadWork(queue.works, i));
+      WorkStream works(plan, blockIdx.x, first);
+      do {
+        producer.Begin(works.work);
+        works.Prefetch();
+        producer.Run(works.work);
+      } while (works.Next());
       producer.Flush();
     } else if (warp <= kQueryLoaders) {
-      const WorkQueue queue(plan, blockIdx.x);
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
       QueryLoader<Config> loader(params, plan, buffer, query_full, query_empty, first_row);
-      for (int32_t i = queue.begin; i < queue.end; ++i) loader.Run(LoadWork(queue.works, i));
+      WorkStream works(plan, blockIdx.x, first);
+      do {
+        works.Prefetch();
+        loader.Run(works.work);
+      } while (works.Next());
     }
   } else {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
@@ -92,7 +111,8 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     DecodeTile<Config> decode(consumer);
     prefill.GiveFirstTurn();
     for (int32_t i = queue.begin; i < queue.end; ++i) {
-      const Work work = LoadWork(queue.works, i);
+      // NOTE: the copy of the first work is read again: it is in the L1 now, and its twelve words in registers would spill.
+      const Work work = i == queue.begin ? LoadWork(plan.first_works(), blockIdx.x) : LoadWork(queue.works, i);
       if (work.tile_class == kDecodeClass) {
         decode.Run(work);
       } else if (work.kv_end <= work.kv_begin) {
