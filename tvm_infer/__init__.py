@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .blas import matmul, set_blas
     from .compiler import compile as compile
-    from .ops import append, append_attention, attention, merge, plan, ragged_attention, workspace_size
+    from .ops import append, append_attention, attention, merge, ragged_attention
+    from .planning import plan, plan_status, workspace_size
     from .runtime import PagedKVCache
     from .schedule import Plan
 
@@ -31,6 +32,7 @@ __all__ = [
     "matmul",
     "merge",
     "plan",
+    "plan_status",
     "ragged_attention",
     "set_blas",
     "workspace_size",
@@ -46,10 +48,11 @@ _LAZY = {
     "compile": "compiler",
     "matmul": "blas",
     "merge": "ops",
-    "plan": "ops",
+    "plan": "planning",
+    "plan_status": "planning",
     "ragged_attention": "ops",
     "set_blas": "blas",
-    "workspace_size": "ops",
+    "workspace_size": "planning",
 }
 
 

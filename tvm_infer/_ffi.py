@@ -19,9 +19,19 @@ def _register_errors() -> None:
             tvm_ffi.register_error(value.__name__, value)
 
 
+def _jit_cubin(name: str, arch: str) -> bytes:
+    """The cubin of a kernel that the CUDA executor misses; compiled, or taken from the cache."""
+    import importlib
+
+    return importlib.import_module("tvm_infer.jit").cubin(name, arch)
+
+
 @functools.cache
 def library() -> Any:
-    """Load the shared library once; its packed functions are global (`tvm_infer.*`) from then on."""
+    """Load the shared library once; its packed functions are global (`tvm_infer.*`) from then on.
+
+    The other way, C++ asks `tvm_infer.jit_cubin(name, arch) -> bytes` for kernels that it misses.
+    """
     path = LIBRARY_DIR / "libtvm_infer.so"
     if not path.exists():
         raise errors.MissingDependencyError(
@@ -29,6 +39,7 @@ def library() -> Any:
             "or build in place with `./tests/build.sh`"
         )
     _register_errors()
+    tvm_ffi.register_global_func("tvm_infer.jit_cubin", _jit_cubin, override=True)
     return tvm_ffi.load_module(str(path))
 
 

@@ -2,181 +2,41 @@
 
 Tensors are torch tensors, numpy arrays or TVM tensors; none is copied, strides and offsets are honoured (head_dim must be
 contiguous). Outputs are of the kind of `q`. Notation follows arXiv 2501.01005.
+
+The device of `q` chooses the executor; every other tensor of the call lies on the same device, and none is moved there silently.
+On cuda calls are asynchronous, on torch's current stream (with TVM tensors: the stream of TVMFFIEnvSetStream), and safe to capture
+in a CUDA graph once a first call has loaded the kernels. Elements are bfloat16 or float16 there, rows start on 16-byte boundaries.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import _array, _ffi
+from . import _array, _device, _ffi
 from .errors import ArgumentError
+from .planning import WorkspaceSize, cpu_tile_table, cuda_tile_table, num_threads, plan, plan_status, workspace_size
 from .schedule import Plan
 
+__all__ = [
+    "WorkspaceSize",
+    "append",
+    "append_attention",
+    "attention",
+    "cpu_tile_table",
+    "cuda_tile_table",
+    "merge",
+    "num_threads",
+    "plan",
+    "plan_status",
+    "ragged_attention",
+    "workspace_size",
+]
+
 _LAYOUTS = {"HND": 0, "NHD": 1}
-
-
-class WorkspaceSize(NamedTuple):
-    """What a batch within given limits needs at most.
-
-    plan_bytes : bytes of the plan buffer. partial_rows : rows of fp32 partial results; a workspace holds
-    ``partial_rows * (head_dim + 1)`` floats.
-    """
-
-    plan_bytes: int
-    partial_rows: int
-
-    def workspace_floats(self, head_dim: int) -> int:
-        """float32 elements of the `workspace` argument for this head_dim."""
-        return self.partial_rows * (head_dim + 1)
-
-
-def cpu_tile_table(dtype: str = "float32", head_dim: int = 128) -> tuple[int, ...]:
-    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass)."""
-    return tuple(_ffi.func("cpu_tile_table")(dtype, head_dim))
-
-
-def num_threads() -> int:
-    """Threads of the CPU executor: TVM_INFER_NUM_THREADS, else the processors this process may run on."""
-    return int(_ffi.func("cpu_info")().split()[1])
-
-
-def _plan_settings(num_ctas: int | None, tile_table: Any, dtype: str, head_dim: int) -> tuple[int, Any]:
-    return (
-        num_threads() if num_ctas is None else num_ctas,
-        tuple(tile_table) if tile_table is not None else cpu_tile_table(dtype, head_dim),
-    )
-
-
-def workspace_size(
-    *,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    max_requests: int,
-    max_tokens: int,
-    max_kv_tokens: int | None = None,
-    dtype: str = "float32",
-    causal: bool = True,
-    window_left: int = -1,
-    num_ctas: int | None = None,
-    fixed_split_size: int = 0,
-    tile_table: Any = None,
-) -> WorkspaceSize:
-    """Exact upper bounds of what plans within the limits need.
-
-    Parameters
-    ----------
-    max_requests, max_tokens : requests and query tokens of one step, at most.
-    max_kv_tokens : keys of all requests together; needed only with `fixed_split_size > 0`, where plans grow with it.
-    Others as in :func:`plan`.
-    """
-    if fixed_split_size > 0 and max_kv_tokens is None:
-        raise ArgumentError(
-            f"argument `max_kv_tokens` is None with fixed_split_size {fixed_split_size}; a plan with a fixed split size grows "
-            "with the number of keys: say how many there are at most"
-        )
-    num_ctas, tile_table = _plan_settings(num_ctas, tile_table, dtype, head_dim)
-    plan_bytes, partial_rows = _ffi.func("plan_capacity")(
-        num_qo_heads,
-        num_kv_heads,
-        num_ctas,
-        int(causal),
-        window_left,
-        fixed_split_size,
-        tile_table,
-        max_requests,
-        max_tokens,
-        max_kv_tokens or 0,
-    )
-    return WorkspaceSize(int(plan_bytes), int(partial_rows))
-
-
-def plan(
-    qo_indptr: Any,
-    kv_len: Any,
-    *,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: str = "float32",
-    causal: bool = True,
-    window_left: int = -1,
-    num_ctas: int | None = None,
-    fixed_split_size: int = 0,
-    tile_table: Any = None,
-    out: np.ndarray | None = None,
-    max_partial_rows: int | None = None,
-) -> Plan:
-    """Schedule a batch: who computes which rows against which keys (section 3.3.1, Algorithm 1).
-
-    A plan depends on lengths and heads only, so one plan serves every layer of a model.
-
-    Parameters
-    ----------
-    qo_indptr : int32 [num_requests + 1], host; query tokens of request r are [qo_indptr[r], qo_indptr[r + 1]). A list will do.
-    kv_len : int32 [num_requests], host; keys of each request, its new tokens included.
-    num_qo_heads, num_kv_heads : the first is a multiple of the second.
-    head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise.
-    causal : a query sees no key after its own position; query token t of request r stands at
-        ``kv_len[r] - (qo_indptr[r + 1] - t)``.
-    window_left : keys before its own position that a query sees; -1 for all.
-    num_ctas : work queues to fill; default: the CPU executor's threads.
-    fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
-        not depend on the rest of the batch; -1 never splits.
-    tile_table : five integers per tile class; default: the CPU executor's.
-    out : int32 buffer to write the plan to (see :func:`workspace_size`); default: one is allocated.
-    max_partial_rows : partial rows that the workspace at hand has; default: no limit with an allocated plan.
-
-    Raises
-    ------
-    ArgumentError : an indptr that does not start at 0 or decreases, kv_len shorter than the new tokens, bad heads.
-    WorkspaceError : `out` or `max_partial_rows` is too small; says what is needed.
-    """
-    qo_indptr, kv_len = _array.as_index(qo_indptr, "qo_indptr"), _array.as_index(kv_len, "kv_len")
-    num_ctas, tile_table = _plan_settings(num_ctas, tile_table, dtype, head_dim)
-    if out is None:
-        host_indptr = np.asarray(qo_indptr)
-        size = workspace_size(
-            num_qo_heads=num_qo_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_requests=len(host_indptr) - 1,
-            max_tokens=max(int(host_indptr[-1]), 0) if host_indptr.size else 0,
-            max_kv_tokens=int(np.maximum(np.asarray(kv_len, dtype=np.int64), 0).sum()),
-            causal=causal,
-            window_left=window_left,
-            num_ctas=num_ctas,
-            fixed_split_size=fixed_split_size,
-            tile_table=tile_table,
-        )
-        out = np.zeros(size.plan_bytes // 4, np.int32)
-        max_partial_rows = size.partial_rows if max_partial_rows is None else max_partial_rows
-    elif max_partial_rows is None:
-        raise ArgumentError(
-            "argument `max_partial_rows` is None with a given `out`; say how many partial rows the workspace has "
-            "(tvm_infer.workspace_size gives both)"
-        )
-    _ffi.func("plan")(
-        qo_indptr,
-        kv_len,
-        num_qo_heads,
-        num_kv_heads,
-        num_ctas,
-        int(causal),
-        window_left,
-        fixed_split_size,
-        tile_table,
-        max_partial_rows,
-        _array.as_tensor(out, "out", output=True),
-    )
-    return Plan(out)
-
-
-def _plan_tensor(plan: Any) -> Any:
-    return plan.buffer if isinstance(plan, Plan) else _array.as_tensor(plan, "plan")
+_KV_HEAD_AXIS = (-3, -2)  # of a cache, by layout
 
 
 def _scale(sm_scale: float | None, q: Any) -> float:
@@ -200,17 +60,73 @@ def _cache(kv_cache: Any, kv_layout: str) -> tuple[Any, Any, int]:
     return _array.as_tensor(kv_cache, "kv_cache"), None, _LAYOUTS[kv_layout]
 
 
-def _outputs(q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any, Any]:
+def _tables(q: Any, **tables: Any) -> list[Any]:
+    """Index arguments: on the host lists will do; on cuda they lie where `q` lies, and nothing is copied silently."""
+    device = _device.cuda_index(q)
+    if device is None:
+        return [_array.as_index(x, name) for name, x in tables.items()]
+    for name, x in tables.items():
+        _device.require(x, name, device)
+    return list(tables.values())
+
+
+def _num_kv_heads(k_cache: Any, layout: int) -> int:
+    return k_cache.shape[_KV_HEAD_AXIS[layout]] if len(k_cache.shape) >= 4 else -1
+
+
+def _prepare(
+    q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int, num_lists: int
+) -> tuple[Any, Any, Any, Any]:
+    """The plan as packed functions take it, and workspace, out and lse, allocated where they are not given."""
     if len(q.shape) != 3:
         raise ArgumentError(f"argument `q` has shape {tuple(q.shape)}; it must be [num_tokens, num_qo_heads, head_dim]")
-    if workspace is None:
-        parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
-        workspace = np.empty(parsed.num_partial_rows * (q.shape[-1] + 1), np.float32)
+    device = _device.cuda_index(q)
+    if device is not None:
+        words, workspace = _prepare_cuda(q, plan, workspace, num_kv_heads, num_lists, device)
+    else:
+        words = plan.buffer if isinstance(plan, Plan) else _array.as_tensor(plan, "plan")
+        if workspace is None:
+            parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
+            workspace = np.empty(parsed.num_partial_rows * (q.shape[-1] + 1), np.float32)
     if out is None:
-        out = _array.empty_like(q, tuple(q.shape))
+        out = _array.empty_like(q, q.shape)
     if lse is None and return_lse:
-        lse = _array.empty_like(q, tuple(q.shape[:2]), "float32")
-    return workspace, out, lse
+        lse = _array.empty_like(q, q.shape[:2], "float32")
+    return words, workspace, out, lse
+
+
+def _prepare_cuda(q: Any, plan: Any, workspace: Any, num_kv_heads: int, num_lists: int, device: int) -> tuple[Any, Any]:
+    """The plan on the device, checked by its copy on the host before anything is launched, and a workspace."""
+    num_tokens, num_qo_heads, head_dim = q.shape
+    if not isinstance(plan, Plan):
+        _device.require(plan, "plan", device)
+        if workspace is None:
+            raise ArgumentError(
+                "argument `workspace` is None with a `plan` that is bare device memory, whose partial rows the host cannot see; pass a "
+                "workspace (tvm_infer.workspace_size(…, device=…).workspace_floats(head_dim) floats), or a Plan"
+            )
+        return plan, workspace
+    if _device.cuda_index(plan.device_buffer) != device:
+        where = "the host only" if plan.device_buffer is None else str(plan.device_buffer.device)
+        raise ArgumentError(
+            f"argument `plan` lies on {where}, `q` on cuda:{device}; make the plan with tvm_infer.plan(…, "
+            f'device="cuda:{device}"), which copies it there'
+        )
+    if workspace is None:
+        partial_rows = plan.num_partial_rows
+        workspace = _array.empty_like(q, (partial_rows * (head_dim + 1),), "float32")
+    else:
+        partial_rows = math.prod(getattr(workspace, "shape", (0,))) // (head_dim + 1)
+    _ffi.func("check_plan")(
+        plan.host_tensor,
+        num_tokens,
+        num_qo_heads,
+        num_kv_heads,
+        partial_rows,
+        num_lists,
+        _device.cuda_info(device).num_sms,
+    )
+    return plan.device_buffer, workspace
 
 
 def attention(
@@ -231,30 +147,44 @@ def attention(
 
     Parameters
     ----------
-    q : [num_tokens, num_qo_heads, head_dim]; float32, float16 or bfloat16, as the cache.
+    q : [num_tokens, num_qo_heads, head_dim]; float32, float16 or bfloat16, as the cache. On cuda float16 or bfloat16.
     kv_cache : [num_pages, 2, num_kv_heads, page_size, head_dim], or (k_cache, v_cache) of [num_pages, num_kv_heads, page_size,
         head_dim] each; with kv_layout "NHD" the last three are page_size, num_kv_heads, head_dim.
-    plan : from :func:`plan`, for these lengths.
+    plan : from :func:`plan`, for these lengths and for the device of `q`. On cuda a bare int32 device buffer will do, with a
+        `workspace`; the kernel then checks it alone (:func:`plan_status`).
     kv_page_indptr, kv_page_indices : int32; request r's pages are kv_page_indices[kv_page_indptr[r] : kv_page_indptr[r + 1]].
-    sm_scale : factor on q·k; default 1 / sqrt(head_dim).
-    out : as `q`; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`.
+        On cuda device tensors, whose values nobody checks.
+    sm_scale : factor on q·k; default 1 / sqrt(head_dim). On cuda > 0.
+    out : as `q`; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`. On cuda contiguous.
     workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim + 1)``; allocated if None.
+        Calls on one stream may share it.
 
     Returns
     -------
     out, or (out, lse) with `return_lse` or a given `lse`. LSE is the natural logarithm of the sum of exponentials; a row that
     sees no key has O = 0 and LSE = -inf.
+
+    Raises
+    ------
+    ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays.
+    PlanMismatchError : the plan was made for other lengths or heads. WorkspaceError : `workspace` is too small.
+    ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are.
+    DeviceError, CompileError : the driver or the compiler failed.
+    Nothing is written and nothing launched then.
     """
-    workspace, out, lse = _outputs(q, plan, workspace, out, lse, return_lse)
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
+    page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
+    words, workspace, out, lse = _prepare(
+        q, plan, workspace, out, lse, return_lse, _num_kv_heads(k_cache, layout), page_indptr.shape[0] - 1
+    )
     _ffi.func("paged_attention")(
-        _plan_tensor(plan),
+        words,
         _array.as_tensor(q, "q"),
         k_cache,
         v_cache,
         layout,
-        _array.as_index(kv_page_indptr, "kv_page_indptr"),
-        _array.as_index(kv_page_indices, "kv_page_indices"),
+        page_indptr,
+        page_indices,
         _scale(sm_scale, q),
         _array.as_tensor(workspace, "workspace", output=True),
         _array.as_tensor(out, "out", output=True),
@@ -278,16 +208,18 @@ def ragged_attention(
 ) -> Any:
     """Attention of ragged queries over ragged keys without pages.
 
-    k, v : [num_kv_tokens, num_kv_heads, head_dim]. kv_indptr : int32 [num_requests + 1]; request r's keys are rows
-    kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
+    k, v : [num_kv_tokens, num_kv_heads, head_dim]. kv_indptr : int32 [num_requests + 1], on the device of `q`; request r's keys are
+    rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
     """
-    workspace, out, lse = _outputs(q, plan, workspace, out, lse, return_lse)
+    (indptr,) = _tables(q, kv_indptr=kv_indptr)
+    num_kv_heads = k.shape[1] if len(getattr(k, "shape", ())) == 3 else -1
+    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, indptr.shape[0] - 1)
     _ffi.func("ragged_attention")(
-        _plan_tensor(plan),
+        words,
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
-        _array.as_index(kv_indptr, "kv_indptr"),
+        indptr,
         _scale(sm_scale, q),
         _array.as_tensor(workspace, "workspace", output=True),
         _array.as_tensor(out, "out", output=True),
@@ -310,19 +242,23 @@ def append(
     """Write new keys and values at the end of each request, in place.
 
     k, v : [num_tokens, num_kv_heads, head_dim]. Token t of request r goes to position ``kv_len[r] - (qo_indptr[r + 1] - t)``:
-    `kv_len` counts the new tokens. Others as in :func:`attention`.
+    `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the device of `k`, and tokens behind
+    qo_indptr[num_requests] are padding.
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
+    indptr, lengths, page_indptr, page_indices = _tables(
+        k, qo_indptr=qo_indptr, kv_len=kv_len, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices
+    )
     _ffi.func("append")(
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
-        _array.as_index(qo_indptr, "qo_indptr"),
-        _array.as_index(kv_len, "kv_len"),
+        indptr,
+        lengths,
         k_cache,
         v_cache,
         layout,
-        _array.as_index(kv_page_indptr, "kv_page_indptr"),
-        _array.as_index(kv_page_indices, "kv_page_indices"),
+        page_indptr,
+        page_indices,
     )
 
 
@@ -343,18 +279,21 @@ def append_attention(
     workspace: Any = None,
 ) -> Any:
     """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
-    workspace, out, lse = _outputs(q, plan, workspace, out, lse, return_lse)
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
+    page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
+    words, workspace, out, lse = _prepare(
+        q, plan, workspace, out, lse, return_lse, _num_kv_heads(k_cache, layout), page_indptr.shape[0] - 1
+    )
     _ffi.func("append_paged_attention")(
-        _plan_tensor(plan),
+        words,
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
         k_cache,
         v_cache,
         layout,
-        _array.as_index(kv_page_indptr, "kv_page_indptr"),
-        _array.as_index(kv_page_indices, "kv_page_indices"),
+        page_indptr,
+        page_indices,
         _scale(sm_scale, q),
         _array.as_tensor(workspace, "workspace", output=True),
         _array.as_tensor(out, "out", output=True),
@@ -367,7 +306,7 @@ def merge(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, out: Any = None, lse: A
     """Attention over the union of two disjoint sets of keys, from the attention over each (section 2.2).
 
     o_a, o_b : [num_rows, num_heads, head_dim]. lse_a, lse_b : float32 [num_rows, num_heads], natural logarithm; -inf is the
-    identity. Returns (o, lse); `out` and `lse` may be the inputs.
+    identity, and its O is not looked at. Returns (o, lse); `out` and `lse` may be the inputs. On cuda float32 states merge too.
     """
     if len(o_a.shape) != 3:
         raise ArgumentError(f"argument `o_a` has shape {tuple(o_a.shape)}; it must be [num_rows, num_heads, head_dim]")

@@ -1,0 +1,300 @@
+"""Plans: how much they need, how they are made, how they get to a device (docs/plan.md)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _array, _device, _ffi
+from .errors import ArgumentError, DTypeError, ExecutorError, PlanMismatchError
+from .schedule import Plan
+
+_CUDA_DTYPES = ("bfloat16", "float16")
+_MAX_INT32 = 2**31 - 1
+
+# PlanRefusal of plan.h: what a kernel found in a plan that it would not run.
+_REFUSALS = {
+    1: "the buffer holds no plan of this version: upload one with tvm_infer.plan(…, device_out=buffer)",
+    2: "it was made for other head counts than the tensors have: plan with their num_qo_heads and num_kv_heads",
+    3: "it has more CTAs than were launched: plan with the device's number of SMs (device=…, no num_ctas)",
+    4: "it has more query tokens than q has rows: plan with this batch's qo_indptr",
+    5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
+    6: "it has more requests than the page table: pass the table of the batch that was planned",
+    7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
+}
+
+
+class WorkspaceSize(NamedTuple):
+    """What a batch within given limits needs at most.
+
+    plan_bytes : bytes of the plan buffer. partial_rows : rows of fp32 partial results; a workspace holds
+    ``partial_rows * (head_dim + 1)`` floats.
+    """
+
+    plan_bytes: int
+    partial_rows: int
+
+    def workspace_floats(self, head_dim: int) -> int:
+        """float32 elements of the `workspace` argument for this head_dim."""
+        return self.partial_rows * (head_dim + 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_table(kind: str, dtype: str, head_dim: int) -> Any:
+    return _ffi.func(f"{kind}_tile_table")(dtype, head_dim)
+
+
+def cpu_tile_table(dtype: str = "float32", head_dim: int = 128) -> tuple[int, ...]:
+    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass)."""
+    return tuple(_tile_table("cpu", dtype, head_dim))
+
+
+def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128) -> tuple[int, ...]:
+    """The CUDA executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+
+    Raises
+    ------
+    ExecutorError : no kernels for this dtype or head_dim; names those that there are.
+    """
+    _check_cuda_dtype(dtype)
+    return tuple(_tile_table("cuda", dtype, head_dim))
+
+
+def _check_cuda_dtype(dtype: str) -> None:
+    if dtype in _CUDA_DTYPES:
+        return
+    kinds = " and ".join(_CUDA_DTYPES)
+    if dtype == "float32":
+        raise ExecutorError(
+            f'argument `dtype` is "float32", which the cuda executor does not take: it takes {kinds}. Say which one the tensors '
+            'have (dtype="bfloat16"), or plan for the cpu'
+        )
+    raise DTypeError(f"argument `dtype` is {dtype!r}; the cuda executor takes {kinds}")
+
+
+def num_threads() -> int:
+    """Threads of the CPU executor: TVM_INFER_NUM_THREADS, else the processors this process may run on."""
+    return int(_ffi.func("cpu_info")().split()[1])
+
+
+def _settings(
+    device: _device.Device, num_ctas: int | None, tile_table: Any, dtype: str, head_dim: int
+) -> tuple[int, Any]:
+    """CTAs to fill and the tile table; defaults are the device's."""
+    if device.kind == "cuda":
+        _check_cuda_dtype(dtype)
+        if num_ctas is None:
+            num_ctas = _device.cuda_info(device.index).num_sms
+    elif num_ctas is None:
+        num_ctas = num_threads()
+    if tile_table is None:
+        return num_ctas, _tile_table(device.kind, dtype, head_dim)
+    return num_ctas, tuple(tile_table)
+
+
+@functools.lru_cache(maxsize=256)
+def _capacity(*limits: Any) -> WorkspaceSize:
+    plan_bytes, partial_rows = _ffi.func("plan_capacity")(*limits)
+    return WorkspaceSize(int(plan_bytes), int(partial_rows))
+
+
+def workspace_size(
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_requests: int,
+    max_tokens: int,
+    max_kv_tokens: int | None = None,
+    dtype: str = "float32",
+    causal: bool = True,
+    window_left: int = -1,
+    num_ctas: int | None = None,
+    fixed_split_size: int = 0,
+    tile_table: Any = None,
+    device: Any = None,
+) -> WorkspaceSize:
+    """Exact upper bounds of what plans within the limits need.
+
+    Parameters
+    ----------
+    max_requests, max_tokens : requests and query tokens of one step, at most.
+    max_kv_tokens : keys of all requests together; needed only with `fixed_split_size > 0`, where plans grow with it.
+    Others as in :func:`plan`, with the same values.
+
+    Returns
+    -------
+    WorkspaceSize : (plan_bytes, partial_rows). ``plan_bytes // 4`` int32 words do for `out` and `device_out` of :func:`plan`.
+    """
+    if fixed_split_size > 0 and max_kv_tokens is None:
+        raise ArgumentError(
+            f"argument `max_kv_tokens` is None with fixed_split_size {fixed_split_size}; a plan with a fixed split size grows "
+            "with the number of keys: say how many there are at most"
+        )
+    num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim)
+    return _capacity(
+        num_qo_heads,
+        num_kv_heads,
+        num_ctas,
+        int(causal),
+        window_left,
+        fixed_split_size,
+        tile_table,
+        max_requests,
+        max_tokens,
+        max_kv_tokens or 0,
+    )
+
+
+def _rounded(n: int) -> int:
+    """The next power of two, so that batches of similar sizes find their capacity computed."""
+    return min(1 << max(n - 1, 15).bit_length(), _MAX_INT32)
+
+
+def _allocate(qo_indptr: Any, kv_len: Any, fixed_split_size: int, settings: tuple[Any, ...]) -> tuple[np.ndarray, int]:
+    """A buffer that holds any plan of these lengths, and its most partial rows. Lengths may be wrong: the planner says so."""
+    indptr = np.asarray(qo_indptr)
+    max_tokens = max(int(indptr.flat[-1]), 0) if indptr.size else 0
+    max_keys = 0
+    if fixed_split_size > 0:
+        max_keys = _rounded(int(np.maximum(np.asarray(kv_len, dtype=np.int64), 0).sum()))
+    size = _capacity(*settings, _rounded(indptr.size), _rounded(max_tokens), max_keys)
+    return np.empty(size.plan_bytes // 4, np.int32), size.partial_rows
+
+
+def plan(
+    qo_indptr: Any,
+    kv_len: Any,
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str = "float32",
+    causal: bool = True,
+    window_left: int = -1,
+    num_ctas: int | None = None,
+    fixed_split_size: int = 0,
+    tile_table: Any = None,
+    device: Any = None,
+    out: np.ndarray | None = None,
+    device_out: Any = None,
+    max_partial_rows: int | None = None,
+) -> Plan:
+    """Schedule a batch: who computes which rows against which keys (section 3.3.1, Algorithm 1).
+
+    A plan depends on lengths and heads only, so one plan serves every layer of a model. Planning is host work; with a cuda
+    `device` the plan is then copied there, in the order of the current stream and without waiting for it, so that `out` may be
+    planned into again at once. A captured CUDA graph is replayed with the next step's plan by planning into the same `device_out`.
+
+    Parameters
+    ----------
+    qo_indptr : int32 [num_requests + 1], host; query tokens of request r are [qo_indptr[r], qo_indptr[r + 1]). A list will do.
+    kv_len : int32 [num_requests], host; keys of each request, its new tokens included.
+    num_qo_heads, num_kv_heads : the first is a multiple of the second.
+    head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise. On cuda dtype is
+        "bfloat16" or "float16".
+    causal : a query sees no key after its own position; query token t of request r stands at
+        ``kv_len[r] - (qo_indptr[r + 1] - t)``.
+    window_left : keys before its own position that a query sees; -1 for all.
+    num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
+    fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
+        not depend on the rest of the batch; -1 never splits.
+    tile_table : five integers per tile class; default: the executor's.
+    device : where the plan runs: "cpu", "cuda", "cuda:1", a torch.device or a TVM device; default: that of `device_out`, else
+        "cpu".
+    out : int32 host buffer to write the plan to (see :func:`workspace_size`); default: one is allocated.
+    device_out : int32 buffer on the device to copy the plan to, contiguous, at least the plan's ``bytes_used``; default: one is
+        allocated, by torch where torch is loaded, else by TVM. Memory of a stream of its own is the caller's to order.
+    max_partial_rows : partial rows that the workspace at hand has; default: no limit with an allocated plan.
+
+    Returns
+    -------
+    Plan : ``plan.device_buffer`` is the plan on the device (None for the cpu).
+
+    Raises
+    ------
+    ArgumentError : an indptr that does not start at 0 or decreases, kv_len shorter than the new tokens, bad heads, a device that
+        is none, lengths that lie on a device.
+    WorkspaceError : `out`, `device_out` or `max_partial_rows` is too small; says what is needed.
+    ExecutorError : no such device, or no kernels for its architecture, the dtype or head_dim.
+    DeviceError : the stream is being captured for a graph, or the driver failed.
+    """
+    target = _target(device, device_out)
+    qo_indptr, kv_len = _array.as_index(qo_indptr, "qo_indptr"), _array.as_index(kv_len, "kv_len")
+    for name, x in (("qo_indptr", qo_indptr), ("kv_len", kv_len)):
+        if not isinstance(x, np.ndarray) and _device.cuda_index(x) is not None:
+            raise ArgumentError(
+                f"argument `{name}` is {_device.describe(x)}; plans are made by the host: keep the lengths there (`.cpu()` waits "
+                "for the device at every step)"
+            )
+    num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim)
+    settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
+    is_allocated = out is None
+    if out is None:
+        out, most_partial_rows = _allocate(qo_indptr, kv_len, fixed_split_size, settings)
+        if max_partial_rows is None:
+            max_partial_rows = most_partial_rows
+    elif max_partial_rows is None:
+        raise ArgumentError(
+            "argument `max_partial_rows` is None with a given `out`; say how many partial rows the workspace has "
+            "(tvm_infer.workspace_size gives both)"
+        )
+    else:
+        out = _array.as_tensor(out, "out", output=True)
+    bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
+    if is_allocated:
+        out = out[: bytes_used // 4]
+    if target.kind == "cuda":
+        if device_out is None:
+            device_out = _array.empty_on(target, (bytes_used // 4,), "int32")
+        _ffi.func("plan_upload")(out, device_out)
+    return Plan(out, device_out)
+
+
+def _target(device: Any, device_out: Any) -> _device.Device:
+    """The device to plan for; `device_out`, if there is one, lies on it."""
+    if device_out is None:
+        return _device.parse(device)
+    index = _device.cuda_index(device_out)
+    if index is None:
+        raise ArgumentError(
+            f"argument `device_out` is {_device.describe(device_out)}; it must be int32 memory of a cuda device. A plan for the cpu "
+            "executor is `out` itself"
+        )
+    target = _device.Device("cuda", index)
+    if device is not None and _device.parse(device) != target:
+        raise ArgumentError(
+            f"argument `device` is {str(device)!r}, `device_out` is on cuda:{index}; they must be the same device"
+        )
+    return target
+
+
+def plan_status(plan: Any) -> str:
+    """What the kernels that ran with a plan found: "accepted", or an error that says why they refused it.
+
+    A kernel checks its plan on the device, because a captured graph is replayed with plans that no host code has seen. One that
+    refuses writes nothing but this word. Waits for the current stream.
+
+    Parameters
+    ----------
+    plan : Plan with a device buffer, or the int32 device buffer itself.
+
+    Raises
+    ------
+    PlanMismatchError : a launch refused the plan.
+    ArgumentError : the plan lies on the host only, where calls raise at once.
+    """
+    buffer = plan.device_buffer if isinstance(plan, Plan) else plan
+    if _device.cuda_index(buffer) is None:
+        raise ArgumentError(
+            "argument `plan` has no device buffer; the cpu executor raises at once instead of keeping a status"
+            if isinstance(plan, Plan)
+            else f"argument `plan` is {_device.describe(plan)}; it must be a Plan or its buffer on a cuda device"
+        )
+    status = int(_ffi.func("plan_status")(buffer))
+    if status == 0:
+        return "accepted"
+    meaning = _REFUSALS.get(status, "this version does not know the reason")
+    raise PlanMismatchError(f"a kernel refused the plan (status {status}) and wrote nothing: {meaning}")
