@@ -4,34 +4,18 @@
 
 #include "tvm_infer/cuda/driver.h"
 #include "tvm_infer/cuda/kernels.h"
-#include "tvm_infer/cuda/row_alignment.h"
 #include "tvm_infer/error.h"
 
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int64_t kElementBytes = 2;
 constexpr int64_t kVectorElements = 8;  // 16 bytes
 constexpr int64_t kWarp = 32;
-
-void Check(const AppendParams& p) {
-  if (p.head_dim % kVectorElements != 0) {
-    TVM_INFER_THROW(ArgumentError) << "argument `k` has head_dim " << p.head_dim << "; it must be a multiple of " << kVectorElements;
-  }
-  CheckRows("k", p.k, kElementBytes, {{p.k_stride_token, p.max_tokens}, {p.k_stride_head, p.num_kv_heads}});
-  CheckRows("v", p.v, kElementBytes, {{p.v_stride_token, p.max_tokens}, {p.v_stride_head, p.num_kv_heads}});
-  constexpr int64_t kManyPages = 2;
-  CheckRows("k_cache", p.k_cache, kElementBytes,
-            {{p.k_cache_stride_page, kManyPages}, {p.k_cache_stride_head, p.num_kv_heads}, {p.k_cache_stride_token, p.page_size}});
-  CheckRows("v_cache", p.v_cache, kElementBytes,
-            {{p.v_cache_stride_page, kManyPages}, {p.v_cache_stride_head, p.num_kv_heads}, {p.v_cache_stride_token, p.page_size}});
-}
 
 }  // namespace
 
 void LaunchAppend(int32_t device_id, void* stream, const AppendParams& params) {
   if (params.max_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0) return;
-  Check(params);
   // Loads of a warp that copies 32 vectors at a time: the most warps that find work.
   const int64_t token_loads = (2 * params.num_kv_heads * (params.head_dim / kVectorElements) + kWarp - 1) / kWarp;
   const int64_t loads = params.max_tokens * token_loads;

@@ -4,29 +4,13 @@
 
 #include "tvm_infer/cuda/driver.h"
 #include "tvm_infer/cuda/kernels.h"
-#include "tvm_infer/cuda/row_alignment.h"
 #include "tvm_infer/error.h"
 
 namespace tvm_infer::cuda {
 namespace {
 
 constexpr int64_t kWarp = 32;
-
-int64_t ElementBytes(DTypeTag dtype) { return dtype == DTypeTag::kFloat32 ? 4 : 2; }
-
-void Check(const MergeStatesParams& p, int64_t element_bytes) {
-  if (p.head_dim * element_bytes % kRowAlignment != 0) {
-    TVM_INFER_THROW(ArgumentError) << "argument `o_a` has head_dim " << p.head_dim << "; it must be a multiple of "
-                                   << kRowAlignment / element_bytes;
-  }
-  CheckRows("o_a", p.o_a, element_bytes, {{p.o_a_stride_row, p.num_rows}, {p.o_a_stride_head, p.num_heads}});
-  CheckRows("o_b", p.o_b, element_bytes, {{p.o_b_stride_row, p.num_rows}, {p.o_b_stride_head, p.num_heads}});
-  CheckRows("o", p.o, element_bytes, {{p.o_stride_row, p.num_rows}, {p.o_stride_head, p.num_heads}});
-  if (static_cast<int64_t>(p.num_rows) * p.num_heads > INT32_MAX) {
-    TVM_INFER_THROW(ArgumentError) << "argument `o_a` has " << p.num_rows << " rows of " << p.num_heads
-                                   << " heads; at most 2^31 - 1 heads in all are merged by one call. Merge the rows in several calls";
-  }
-}
+constexpr int64_t kVectorBytes = 16;
 
 CachedKernel& KernelOf(DTypeTag dtype) {
   static auto* const kernels = new CachedKernel[3]{CachedKernel(std::string("merge_states_") + Suffix(DTypeTag::kFloat32)),
@@ -39,13 +23,16 @@ CachedKernel& KernelOf(DTypeTag dtype) {
 
 void LaunchMergeStates(int32_t device_id, void* stream, DTypeTag dtype, const MergeStatesParams& params) {
   if (params.num_rows == 0 || params.num_heads == 0 || params.head_dim == 0) return;
-  const int64_t element_bytes = ElementBytes(dtype);
-  Check(params, element_bytes);
+  const int64_t pairs = static_cast<int64_t>(params.num_rows) * params.num_heads;
+  if (pairs > INT32_MAX) {
+    TVM_INFER_THROW(ArgumentError) << "argument `o_a` has " << params.num_rows << " rows of " << params.num_heads
+                                   << " heads; at most 2^31 - 1 heads in all are merged by one call. Merge the rows in several calls";
+  }
   const Kernel& kernel = KernelOf(dtype).Get(device_id, stream);
-  const int64_t vectors = params.head_dim * element_bytes / kRowAlignment;
+  const int64_t element_bytes = dtype == DTypeTag::kFloat32 ? 4 : 2;
+  const int64_t vectors = params.head_dim * element_bytes / kVectorBytes;
   const int64_t pairs_of_warp = std::max<int64_t>(1, kWarp / vectors);
   const int64_t pairs_of_cta = pairs_of_warp * (kernel.info.threads / kWarp);
-  const int64_t pairs = static_cast<int64_t>(params.num_rows) * params.num_heads;
   const int64_t grid = std::min<int64_t>((pairs + pairs_of_cta - 1) / pairs_of_cta, GetDevice(device_id).num_sms * kernel.info.ctas_per_sm);
   void* args[] = {const_cast<MergeStatesParams*>(&params)};
   LaunchKernel(kernel, static_cast<int32_t>(grid), stream, args);

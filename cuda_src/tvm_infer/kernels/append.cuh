@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/attention/plan_check.cuh"
 #include "tvm_infer/cuda/params.h"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/schedule/plan.h"
@@ -21,27 +22,17 @@ struct AppendLengths {
   int32_t num_requests;
 };
 
-// Whether the plan is what the launch was made for; the attention kernel of the same call checks it too, and says why it refused.
-__device__ __forceinline__ bool IsExpected(const PlanHeader& header, const cuda::ExpectedPlan& expected) {
-  const bool any_key = (expected.capture_key[0] | expected.capture_key[1]) == 0;
-  return (header.magic == kPlanMagic) & (header.version == kPlanVersion) & (header.num_kv_heads == expected.num_kv_heads) &
-         (header.group_size == expected.group_size) & (header.num_tokens <= expected.max_tokens) &
-         (header.num_partial_rows <= expected.max_partial_rows) & (header.num_kv_lists <= expected.max_kv_lists) &
-         (any_key | ((header.capture_key[0] == expected.capture_key[0]) & (header.capture_key[1] == expected.capture_key[1])));
-}
-
+// By a whole warp.
 __device__ __forceinline__ AppendLengths LoadLengths(const cuda::AppendParams& p) {
   if (p.plan == nullptr) return {p.qo_indptr, p.kv_len, p.num_requests};
-  union {
-    PlanHeader header;
-    int4 words[sizeof(PlanHeader) / 16];
-  } plan;  // in one trip to memory: field by field, each comparison would wait for its own
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(PlanHeader) / 16); ++i) plan.words[i] = __ldg(static_cast<const int4*>(p.plan) + i);
+  const PlanView plan(p.plan);
+  // The attention kernel of the same call checks too, and says why it refused. How many CTAs that one has is its own business.
+  const attention::PlanCheck check(plan, p.expected, INT32_MAX);
   const auto* base = static_cast<const char*>(p.plan);
-  return {reinterpret_cast<const int32_t*>(base + plan.header.qo_indptr_offset),
-          reinterpret_cast<const int32_t*>(base + plan.header.kv_len_offset),
-          IsExpected(plan.header, p.expected) ? plan.header.num_requests : 0};
+  const AppendLengths lengths = {reinterpret_cast<const int32_t*>(base + plan.header->qo_indptr_offset),
+                                 reinterpret_cast<const int32_t*>(base + plan.header->kv_len_offset), plan.header->num_requests};
+  const bool is_refused = __any_sync(0xffffffff, check.Stops(-1));
+  return {lengths.qo_indptr, lengths.kv_len, is_refused ? 0 : lengths.num_requests};
 }
 
 // The request that `token` belongs to: how many of qo_indptr[1 … num_requests] are <= token; num_requests for padding. By a whole warp,
@@ -158,7 +149,7 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name, for elements of 16 bits: k and v, their cache and its strides in 16-byte steps (cuda/append.cc checks that).
+// A kernel by name, for elements of 16 bits: rows of k, v and their cache start on 16-byte boundaries (the bindings check that).
 #define TVM_INFER_APPEND(NAME, ELEMENT)                                                                                                   \
   static_assert(sizeof(ELEMENT) == 2, "append.cuh copies 16-bit elements, 8 at a time");                                                  \
   extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kAppendThreads, tvm_infer::kernels::kAppendCtasPerSm)                  \

@@ -85,7 +85,7 @@ __device__ __forceinline__ void MergeStates(const cuda::MergeStatesParams& p) {
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name; ELEMENT is Bf16, Fp16 or Fp32. Rows start on 16-byte boundaries (cuda/merge_states.cc checks that).
+// A kernel by name; ELEMENT is Bf16, Fp16 or Fp32. Rows start on 16-byte boundaries (the bindings check that).
 #define TVM_INFER_MERGE_STATES(NAME, ELEMENT)                                                                                      \
   extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kMergeStatesThreads, tvm_infer::kernels::kMergeStatesCtasPerSm) \
       NAME(const __grid_constant__ tvm_infer::cuda::MergeStatesParams params) {                                                    \
