@@ -112,4 +112,11 @@ struct MergeStatesParams {
   int32_t head_dim;
 };
 
+// A sum over memory, to see how fast it is read (kernels/read_ceiling.cuh).
+struct ReadCeilingParams {
+  const void* data;     // 16-byte aligned
+  int64_t num_vectors;  // of 16 bytes
+  uint32_t* sum;        // the sum of all 32-bit words, modulo 2^32, is added to it
+};
+
 }  // namespace tvm_infer::cuda

@@ -14,12 +14,14 @@
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/plan.h"
+#include "tvm_infer/ffi/read_ceiling.h"
 #include "tvm_infer/ffi/tensor.h"
 
 // V(name, function): name is what follows "tvm_infer."
-#define TVM_INFER_FUNCTIONS(V)     \
-  TVM_INFER_PLAN_FUNCTIONS(V)      \
-  TVM_INFER_ATTENTION_FUNCTIONS(V) \
-  TVM_INFER_KV_CACHE_FUNCTIONS(V)  \
-  TVM_INFER_MATMUL_FUNCTIONS(V)    \
+#define TVM_INFER_FUNCTIONS(V)        \
+  TVM_INFER_PLAN_FUNCTIONS(V)         \
+  TVM_INFER_ATTENTION_FUNCTIONS(V)    \
+  TVM_INFER_KV_CACHE_FUNCTIONS(V)     \
+  TVM_INFER_MATMUL_FUNCTIONS(V)       \
+  TVM_INFER_READ_CEILING_FUNCTIONS(V) \
   TVM_INFER_TENSOR_FUNCTIONS(V)
