@@ -68,33 +68,74 @@ def bench_matmul(peers: str, json_path: str | None) -> None:
 
 
 @bench.command("attention")
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option("--peers", default="torch,tvm-tir", show_default=True, help="comma-separated; what is absent is said")
-@click.option("--suite", default="cpu", show_default=True, help="a named list of workloads")
-@click.option("--workload", "workloads", multiple=True, help="run only these workloads (repeatable)")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's")
+@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick; default: the device's")
+@click.option("--workload", "workloads", multiple=True, help="run only these workloads of the suite (repeatable)")
 @click.option(
     "--dtype", "dtypes", multiple=True, help="float32, float16 or bfloat16 (repeatable); default: the suite's"
 )
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
+@click.option("--peers", help='comma-separated, "" for none; what is absent is said; default: all that the device has')
+@click.option(
+    "--json", "json_path", is_flag=False, flag_value="-", help="write the results to this file; to stdout without one"
+)
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False), help="draw a chart to this file (needs matplotlib)"
+)
+@click.option("--kv-lens", help="shapes by flag: keys of each request, new tokens included, such as 64x2048")
+@click.option("--qo-lens", help="shapes by flag: new tokens of each request; default: one each")
+@click.option("--heads", help="shapes by flag: query heads / KV heads [default: 32/8]")
+@click.option("--head-dim", type=int, help="shapes by flag [default: 128]")
+@click.option("--page-size", type=int, help="shapes by flag [default: 16]")
+@click.option("--layout", help="shapes by flag: HND or NHD, of a page [default: HND]")
+@click.option("--ragged", is_flag=True, help="shapes by flag: keys without pages")
 def bench_attention(
-    device: str,
-    peers: str,
-    suite: str,
+    device: str | None,
+    suite: str | None,
     workloads: tuple[str, ...],
     dtypes: tuple[str, ...],
+    peers: str | None,
     json_path: str | None,
+    plot_path: str | None,
+    kv_lens: str | None,
+    qo_lens: str | None,
+    heads: str | None,
+    head_dim: int | None,
+    page_size: int | None,
+    layout: str | None,
+    ragged: bool,
 ) -> None:
-    """Latency of attention beside its peers and the machine's ceilings."""
-    from .bench import attention
+    """Latency of attention beside its peers and the machine's ceilings.
 
-    attention.run(
+    Lists of lengths are comma-separated items: 2048 (one request), 64x2048 (64 requests of 2048 each), 128..4096/16 (16 requests,
+    evenly spaced). A list of one number serves every request of the other list. Example, two prompts beside 62 decode requests:
+
+    \b
+      tvm-infer bench attention --device cuda --qo-lens 2x1024,62x1 --kv-lens 2x1024,62x4096
+    """
+    from .bench import attention, shapes
+
+    given = {
+        "heads": heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "kv_layout": layout,
+        "ragged": ragged or None,
+    }
+    custom = shapes.from_flags(kv_lens, qo_lens, dtypes, **{k: v for k, v in given.items() if v is not None})
+    results = attention.run(
         device=device,
-        peers=[p for p in peers.split(",") if p],
+        peers=None if peers is None else [p.strip() for p in peers.split(",") if p.strip()],
         suite=suite,
         workloads=workloads,
-        dtypes=dtypes,
+        dtypes=() if custom else dtypes,
+        custom=custom,
         json_path=json_path,
+        plot_path=plot_path,
     )
+    failed = attention.num_failed(results)
+    if failed:
+        click.echo(f"{failed} of {len(results['rows'])} rows failed", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,206 +1,150 @@
-"""Latency of attention on the CPU executor, beside its peers and the read bandwidth measured in the same run."""
+"""`tvm-infer bench attention`: latency of attention beside its peers and the machine's ceilings, on the CPU or a CUDA device."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from .. import _ffi, ops
-from ..errors import ArgumentError
-from ..testing import make_paged_batch, relative_error
-from ..testing.batches import PagedBatch, numpy_dtype
+from .. import __version__, _ffi, ops
+from ..doctor import package_versions
+from ..errors import ArgumentError, TvmInferError
 from . import peers as peers_module
-from .timing import measure
-from .workloads import Workload, select
+from . import plot, report, run_cpu, run_cuda, suites
+from .cuda_device import CudaDevice
+from .rows import WrongResult, shape_of
+from .workloads import Workload
 
-# what each dtype loses against float64 on random data, with room; a peer or kernel beyond it is wrong, not slow
-_TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
-
-
-def read_bandwidth(num_threads: int, gib: float = 0.5) -> float:
-    """GB/s at which `num_threads` threads read memory that no cache holds."""
-    data = np.ones(int(gib * 2**24) * 16, np.float32)
-    f = _ffi.func("cpu_stream_read")
-    timing = measure(lambda: f(data, num_threads), seconds=0.5, min_runs=10)
-    return data.nbytes / timing.median / 1e3
+DEVICES = ("cpu", "cuda")
+SCHEMA = 1  # of the JSON; bumped when a key changes its meaning
 
 
-def _batch(workload: Workload) -> PagedBatch:
-    """A random batch of the workload; big, so its cache is filled page by page instead of token by token."""
-    if sum(workload.kv_lens) <= 4096:
-        return make_paged_batch(
-            list(workload.qo_lens),
-            list(workload.kv_lens),
-            num_qo_heads=workload.num_qo_heads,
-            num_kv_heads=workload.num_kv_heads,
-            head_dim=workload.head_dim,
-            page_size=workload.page_size,
-            dtype=workload.dtype,
-        )
-    rng = np.random.default_rng(0)
-    kind = numpy_dtype(workload.dtype)
-    counts = [-(-n // workload.page_size) for n in workload.kv_lens]
-    cache = rng.standard_normal(
-        (sum(counts), 2, workload.num_kv_heads, workload.page_size, workload.head_dim), dtype=np.float32
-    ).astype(kind)
-    order = rng.permutation(sum(counts)).astype(np.int32)
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    keys, values = [], []
-    for r, length in enumerate(workload.kv_lens):
-        rows = cache[order[indptr[r] : indptr[r + 1]]].transpose(1, 0, 3, 2, 4)
-        dense = rows.reshape(2, -1, workload.num_kv_heads, workload.head_dim)[:, :length]
-        keys.append(dense[0])
-        values.append(dense[1])
-    qo_indptr = np.concatenate([[0], np.cumsum(workload.qo_lens)]).astype(np.int32)
-    shape = (int(qo_indptr[-1]), workload.num_qo_heads, workload.head_dim)
-    none = np.zeros((0, workload.num_kv_heads, workload.head_dim), kind)
-    return PagedBatch(
-        q=rng.standard_normal(shape, dtype=np.float32).astype(kind),
-        k_new=none,
-        v_new=none,
-        kv_cache=cache,
-        keys=keys,
-        values=values,
-        qo_indptr=qo_indptr,
-        kv_len=np.asarray(workload.kv_lens, np.int32),
-        kv_page_indptr=indptr,
-        kv_page_indices=order,
-        page_size=workload.page_size,
-        sm_scale=workload.head_dim**-0.5,
-    )
+def _workloads(
+    device: str | None, suite: str | None, names: tuple[str, ...], dtypes: tuple[str, ...], custom: Sequence[Workload]
+) -> tuple[str, list[Workload]]:
+    """(device, workloads): what is asked for, the device following from the suite or the suite from the device."""
+    if device is not None and device not in DEVICES:
+        raise ArgumentError(f"argument `device` is {device!r}; it must be one of {', '.join(DEVICES)}")
+    if custom:
+        if suite is not None or names:
+            raise ArgumentError(
+                f"argument `{'suite' if suite else 'workload'}` is given together with shapes by flag; give either a suite or shapes"
+            )
+        return device or "cpu", list(custom)
+    suite = suites.DEFAULT[device or "cpu"] if suite is None else suite
+    chosen = suites.select(suite, names, dtypes)
+    return device or suites.suite(suite).device, chosen
 
 
-def measure_workload(workload: Workload, peers: list[str], threads: int) -> dict[str, Any]:
-    """One row: correctness first, then our time between two measurements of the read bandwidth (the better one counts, because a
-    shared machine's speed drifts), the planner's, and each peer's."""
-    batch = _batch(workload)
-    settings: dict[str, Any] = {
-        "num_qo_heads": workload.num_qo_heads,
-        "num_kv_heads": workload.num_kv_heads,
-        "head_dim": workload.head_dim,
-        "dtype": workload.dtype,
+def _check_folder(path: str | None, argument: str) -> None:
+    """What cannot be written is refused before minutes of measuring."""
+    folder = pathlib.Path(path).resolve().parent if path else None
+    if folder is not None and not folder.is_dir():
+        raise ArgumentError(f"argument `{argument}` is {path!r}, but there is no folder {folder}; make it first")
+
+
+def _measure_all(
+    chosen: Sequence[Workload], measure: Callable[[Workload], dict[str, Any]], after: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """A row for each workload. One that fails says why under "failed"; the others are still measured."""
+    from rich.console import Console
+    from rich.progress import track
+
+    rows = []
+    for workload in track(chosen, "measuring", console=Console(stderr=True), transient=True):
+        try:
+            rows.append(measure(workload))
+        except (WrongResult, TvmInferError, RuntimeError, MemoryError) as error:
+            rows.append(shape_of(workload) | {"failed": f"{type(error).__name__}: {error}"})
+        after()
+    return rows
+
+
+def _run_cpu(chosen: Sequence[Workload], peers: Sequence[str]) -> dict[str, Any]:
+    threads = ops.num_threads()
+    rows = _measure_all(chosen, lambda w: run_cpu.measure_workload(w, peers, threads), lambda: None)
+    isa = _ffi.func("cpu_info")().split()[0]
+    return {"device": "cpu", "isa": isa, "threads": threads, "method": run_cpu.METHOD, "rows": rows}
+
+
+def _run_cuda(device: CudaDevice, chosen: Sequence[Workload], peers: Sequence[str]) -> dict[str, Any]:
+    ceilings = device.ceilings()
+    device.release()
+    rows = _measure_all(chosen, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
+    return {
+        "device": "cuda",
+        **device.describe(),
+        "method": run_cuda.METHOD,
+        "ceilings": vars(ceilings),
+        "rows": rows,
     }
-    plan = ops.plan(batch.qo_indptr, batch.kv_len, **settings)
-    out = np.zeros_like(batch.q)
-    workspace = np.empty(max(1, plan.num_partial_rows * (workload.head_dim + 1)), np.float32)
-
-    tables: dict[str, Any] = batch.tables
-
-    def run() -> None:
-        ops.attention(batch.q, batch.kv_cache, plan, out=out, workspace=workspace, **tables)
-
-    expected, _ = batch.reference()
-    run()
-    error = relative_error(out, expected)
-    if not error <= _TOLERANCE[workload.dtype]:
-        raise AssertionError(f"{workload.name} {workload.dtype}: relative error {error:.2e}; not timed")
-    bandwidth = read_bandwidth(threads)
-    timing = measure(run)
-    bandwidth = max(bandwidth, read_bandwidth(threads))
-    plan_timing = measure(lambda: ops.plan(batch.qo_indptr, batch.kv_len, **settings), seconds=0.2)
-    row: dict[str, Any] = {
-        "workload": workload.name,
-        "dtype": workload.dtype,
-        "us": timing.median,
-        "p90_us": timing.p90,
-        "gb_per_s": workload.kv_bytes / timing.median / 1e3,
-        "read_gb_per_s": bandwidth,
-        "of_read_bandwidth": workload.kv_bytes / timing.median / 1e3 / bandwidth,
-        "gflop_per_s": workload.flops / timing.median / 1e3,
-        "relative_error": error,
-        "plan_us": plan_timing.median,
-        "predicted_us": plan.makespan_us,
-        "peers": {},
-    }
-    for name in peers:
-        row["peers"][name] = _measure_peer(name, workload, batch, expected, timing.median)
-    return row
-
-
-def _measure_peer(
-    name: str, workload: Workload, batch: PagedBatch, expected: np.ndarray, ours: float
-) -> dict[str, Any]:
-    try:
-        run, output = peers_module.peer(name).prepare(workload, batch)
-    except peers_module.Skipped as reason:
-        return {"skipped": str(reason)}
-    error = relative_error(output(), expected)
-    if not error <= _TOLERANCE[workload.dtype]:
-        return {"skipped": f"wrong result (relative error {error:.1e})"}
-    timing = measure(run, min_runs=3)
-    return {"us": timing.median, "speedup": timing.median / ours, "relative_error": error}
 
 
 def run(
     *,
-    device: str = "cpu",
-    peers: list[str] | None = None,
-    suite: str = "cpu",
+    device: str | None = None,
+    peers: Sequence[str] | None = None,
+    suite: str | None = None,
     workloads: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
+    custom: Sequence[Workload] = (),
     json_path: str | None = None,
+    plot_path: str | None = None,
+    cuda_device: Callable[[], CudaDevice] = CudaDevice,
 ) -> dict[str, Any]:
-    """Measure a suite, print a table, write JSON if asked, and return the results."""
-    from rich.console import Console
-    from rich.progress import track
+    """Measure, print a table, write JSON and a plot if asked, and return the results.
 
-    if device != "cpu":
-        raise ArgumentError(f'argument `device` is {device!r}; this version has executors for "cpu" only')
-    peers = ["torch", "tvm-tir"] if peers is None else peers
+    Parameters
+    ----------
+    device : "cpu" or "cuda"; default: the suite's.
+    suite, workloads, dtypes : a suite by name (default: the device's), and which of its workloads in which dtypes.
+    custom : workloads in place of a suite's (shapes.py makes them from flags).
+    peers : names of peers (peers.py); default: all that the device has.
+    json_path : file for the results, or "-" for stdout; the table goes to stderr then. plot_path : file for a chart.
+    cuda_device : makes what stands for the GPU.
+
+    Returns
+    -------
+    dict : "schema", "date", "versions", "device" and what describes it, "method", "ceilings" (CUDA), "rows". A row whose result is
+    wrong, or which could not be run, has "failed" in place of figures.
+
+    Raises
+    ------
+    ArgumentError : an unknown device, suite, workload or peer. MissingDependencyError : torch or matplotlib is needed and absent.
+    ExecutorError : no CUDA device. All before anything is measured.
+    """
+    from rich.console import Console
+
+    device, chosen = _workloads(device, suite, workloads, dtypes, custom)
+    peers = peers_module.known(device) if peers is None else list(peers)
     for name in peers:
-        peers_module.peer(name)
-    chosen = select(suite, workloads, dtypes)
-    threads = ops.num_threads()
-    isa = _ffi.func("cpu_info")().split()[0]
-    console = Console()
-    console = Console(width=max(console.width, 160))  # a table that wraps cannot be read
-    rows = [
-        measure_workload(w, peers, threads)
-        for w in track(chosen, "measuring", console=Console(stderr=True), transient=True)
-    ]
-    results = {"device": "cpu", "isa": isa, "threads": threads, "rows": rows}
-    _print(console, results, peers)
-    if json_path:
+        peers_module.peer(name, device)
+    _check_folder(json_path if json_path != "-" else None, "json")
+    _check_folder(plot_path, "plot")
+    if plot_path:
+        plot.require_matplotlib()
+    results = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"tvm_infer": __version__, **package_versions()},
+        **(_run_cpu(chosen, peers) if device == "cpu" else _run_cuda(cuda_device(), chosen, peers)),
+    }
+    console = Console(stderr=json_path == "-")
+    report.print_table(Console(width=max(console.width, 160), stderr=json_path == "-"), results, peers)
+    if json_path == "-":
+        json.dump(results, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif json_path:
         with open(json_path, "w") as f:
             json.dump(results, f, indent=2)
+    if plot_path:
+        plot.save(results, plot_path)
     return results
 
 
-def _print(console: Any, results: dict[str, Any], peers: list[str]) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"attention on {results['device']} ({results['isa']}, {results['threads']} threads); medians, causal; "
-        "of read: KV bytes a second against a plain read of 0.5 GiB by as many threads",
-        title_justify="left",
-    )
-    for column in ("workload", "dtype", "µs", "KV GB/s", "read GB/s", "of read", "GFLOP/s", "error", "plan µs"):
-        table.add_column(column, justify="left" if column in ("workload", "dtype") else "right")
-    for name in peers:
-        table.add_column(f"{name} µs (ours is … ×)", justify="right")
-    notes = []
-    for row in results["rows"]:
-        cells = [
-            row["workload"],
-            row["dtype"],
-            f"{row['us']:.0f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['read_gb_per_s']:.1f}",
-            f"{row['of_read_bandwidth']:.0%}",
-            f"{row['gflop_per_s']:.0f}",
-            f"{row['relative_error']:.0e}",
-            f"{row['plan_us']:.1f}",
-        ]
-        for name in peers:
-            peer = row["peers"][name]
-            if "skipped" in peer:
-                cells.append("–")
-                notes.append(f"{name}, {row['workload']} {row['dtype']}: {peer['skipped']}")
-            else:
-                cells.append(f"{peer['us']:.0f} ({peer['speedup']:.2f}×)")
-        table.add_row(*cells)
-    console.print(table)
-    for note in notes:
-        console.print(f"not measured: {note}")
+def num_failed(results: dict[str, Any]) -> int:
+    """Rows without a figure."""
+    return sum("failed" in row for row in results["rows"])

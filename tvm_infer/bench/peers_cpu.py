@@ -1,42 +1,32 @@
-"""What our CPU attention is measured beside. Each peer says why it cannot run instead of being left out silently."""
+"""Peers of the CPU executor: PyTorch, and the kernels of TVM's own paged KV cache."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError
 from ..testing import PagedBatch
+from .peers import Prepared, Skipped, require
 from .workloads import Workload
-
-
-class Skipped(Exception):
-    """A peer cannot run a workload; the message says why."""
-
-
-class Peer(Protocol):
-    """A way to compute a workload: prepare everything that is not timed, return what is, and how to get its output."""
-
-    def prepare(
-        self, workload: Workload, batch: PagedBatch
-    ) -> tuple[Callable[[], object], Callable[[], np.ndarray]]: ...
 
 
 class Torch:
     """torch.nn.functional.scaled_dot_product_attention on dense keys (no pages), one call per group of equal lengths."""
 
-    def prepare(self, workload: Workload, batch: PagedBatch) -> tuple[Callable[[], object], Callable[[], np.ndarray]]:
-        if importlib.util.find_spec("torch") is None:
-            raise Skipped("torch is not installed (tvm_infer[torch])")
+    def variants(self, workload: Workload) -> Sequence[str]:
+        return ("",)
+
+    def prepare(self, variant: str, workload: Workload, batches: Sequence[PagedBatch]) -> Prepared:
+        require("torch", "torch")
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
         from ..ops import num_threads
 
         torch.set_num_threads(num_threads())
+        batch = batches[0]
 
         def tensor(x: np.ndarray) -> Any:
             dtype = getattr(torch, workload.dtype)
@@ -74,18 +64,25 @@ class Torch:
                     o[batch.qo_indptr[r] : batch.qo_indptr[r + 1]] = rows.to(torch.float64).numpy()
             return o
 
-        return run, output
+        return Prepared([run], output)
 
 
 class TvmTir:
     """The kernels of TVM's builtin paged KV cache for the CPU, compiled for this machine."""
 
-    def prepare(self, workload: Workload, batch: PagedBatch) -> tuple[Callable[[], object], Callable[[], np.ndarray]]:
+    def variants(self, workload: Workload) -> Sequence[str]:
+        return ("",)
+
+    def prepare(self, variant: str, workload: Workload, batches: Sequence[PagedBatch]) -> Prepared:
+        require("tvm")
         import tvm
         from tvm.relax.frontend.nn.llm import _decode_kernels, _prefill_kernels
 
         if workload.dtype == "bfloat16":
             raise Skipped("TVM's CPU kernels do not compile for bfloat16")
+        if workload.ragged:
+            raise Skipped("keys without pages: not measured")
+        batch = batches[0]
         decode = all(n == 1 for n in workload.qo_lens)
         heads: tuple[Any, ...] = (
             workload.num_kv_heads,
@@ -130,14 +127,4 @@ class TvmTir:
             run()
             return o.numpy().astype(np.float64)
 
-        return run, output
-
-
-PEERS: dict[str, Peer] = {"torch": Torch(), "tvm-tir": TvmTir()}
-
-
-def peer(name: str) -> Peer:
-    """The peer called `name`."""
-    if name not in PEERS:
-        raise ArgumentError(f"argument `peers` names {name!r}; it must be among {', '.join(PEERS)}")
-    return PEERS[name]
+        return Prepared([run], output)

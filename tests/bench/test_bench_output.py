@@ -1,0 +1,195 @@
+"""What `bench attention` prints, writes and draws, and how it ends, from a result made here."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from tvm_infer import errors
+from tvm_infer.bench import attention, plot, report
+from tvm_infer.cli import main
+
+
+def row(name, us, bound="read", **more):
+    return {
+        "workload": name,
+        "dtype": "bfloat16",
+        "us": us,
+        "p10_us": us,
+        "p90_us": us,
+        "gb_per_s": 3000.0,
+        "tflop_per_s": 500.0,
+        "bound": bound,
+        "ceiling_us": 0.8 * us,
+        "of_ceiling": 0.8,
+        "relative_error": 2e-3,
+        "predicted_us": us,
+        "plan_us": 9.5,
+        "upload_us": 3.0,
+        "peers": {
+            "torch": {"us": 2 * us, "speedup": 2.0, "variant": "flash"},
+            "flex": {"skipped": "lengths differ"},
+            "flashinfer": {"skipped": "flashinfer is not installed"},
+        },
+        **more,
+    }
+
+
+def results():
+    return {
+        "schema": 1,
+        "device": "cuda",
+        "device_name": "NVIDIA H200",
+        "num_sms": 132,
+        "driver": "580.1",
+        "cuda": "13.0",
+        "ceilings": {"read_gb_per_s": 4550.0, "copy_gb_per_s": 4265.0, "matmul_tflop_per_s": 790.0},
+        "rows": [
+            row("decode", 12.3),
+            row(
+                "prefill",
+                1234.5,
+                "matmul",
+                peers={
+                    "torch": {"us": 2469.0, "speedup": 2.0, "variant": "cudnn"},
+                    "flex": {"us": 3000.0, "speedup": 2.4, "variant": ""},
+                    "flashinfer": {"skipped": "flashinfer is not installed"},
+                },
+            ),
+            {"workload": "plan 64 decode", "dtype": "bfloat16", "plan_us": 8.0, "upload_us": 3.0, "predicted_us": 1.0},
+            {"workload": "broken", "dtype": "bfloat16", "failed": "WrongResult: relative error [1.0]"},
+        ],
+    }
+
+
+PEERS = ["torch", "flex", "flashinfer"]
+
+
+def table() -> str:
+    console = Console(width=220, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_table(console, results(), PEERS)
+    return console.export_text()
+
+
+def test_the_table_has_every_row_and_says_what_is_missing():
+    text = table()
+    assert "NVIDIA H200 (132 SMs, driver 580.1, CUDA 13.0)" in text and "bf16 matmul 790 TFLOP/s" in text
+    for cell in (
+        "12.3",
+        "3000 GB/s",
+        "500 TFLOP/s",
+        "80.0% read",
+        "24.6 (2.00×) flash",
+        "2469 (2.00×) cudnn",
+        "plan 64 decode",
+    ):
+        assert cell in text
+    assert "FAILED: broken bfloat16: WrongResult: relative error [1.0]" in text  # no markup is eaten
+    assert "not measured: flex, decode bfloat16: lengths differ" in text
+    assert "not measured: flashinfer, all rows: flashinfer is not installed" in text
+
+
+def test_the_plot_shows_rows_and_peers(tmp_path):
+    path = tmp_path / "chart.png"
+    figure = plot.save(results(), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["decode", "prefill"]
+    assert sorted(bar.get_width() for bar in axes.patches) == pytest.approx([80.0, 80.0])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["ours, bound by reading memory", "ours, bound by matmul", "torch", "flex"]
+    torch_points = next(c for c in axes.collections if c.get_label() == "torch").get_offsets()
+    assert torch_points[:, 0].tolist() == pytest.approx([40.0, 40.0])  # twice our time: half our share
+
+
+def test_the_plot_of_nothing_and_of_the_cpu(tmp_path):
+    cpu = {"device": "cpu", "isa": "avx2", "threads": 2, "rows": [row("decode", 5.0, peers={})]}
+    plot.save(cpu, str(tmp_path / "cpu.svg"))
+    plot.save({**cpu, "rows": []}, str(tmp_path / "empty.png"))
+    with pytest.raises(errors.ArgumentError, match="cannot be written"):
+        plot.save(cpu, str(tmp_path / "chart.nonsense"))
+
+
+def test_no_matplotlib_is_said_before_measuring(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(attention, "_run_cpu", lambda *_: pytest.fail("measured"))
+    with pytest.raises(errors.MissingDependencyError, match=r"tvm_infer\[plot\]"):
+        attention.run(plot_path="x.png")
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, ["bench", "attention", *arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """Results without measuring; returns what was asked for."""
+    asked = {}
+
+    def cpu(chosen, peers):
+        asked.update(chosen=chosen, peers=peers)
+        return {"device": "cpu", "isa": "avx2", "threads": 2, "method": "", "rows": asked.get("rows", [])}
+
+    monkeypatch.setattr(attention, "_run_cpu", cpu)
+    return asked
+
+
+def test_json_goes_to_stdout_alone(canned):
+    for arguments in (["--json"], ["--json", "-"]):
+        result = invoke(*arguments, "--peers", "")
+        assert result.exit_code == 0 and canned["peers"] == []
+        assert json.loads(result.stdout)["device"] == "cpu" and "attention on cpu" in result.stderr
+
+
+def test_flags_reach_the_benchmark(canned, tmp_path):
+    path = tmp_path / "r.json"
+    result = invoke(
+        "--kv-lens", "2x64", "--heads", "4/2", "--dtype", "float16", "--dtype", "bfloat16", "--json", str(path)
+    )
+    assert result.exit_code == 0 and json.loads(path.read_text())["rows"] == []
+    assert [(w.dtype, w.kv_lens, w.num_qo_heads) for w in canned["chosen"]] == [
+        ("float16", (64, 64), 4),
+        ("bfloat16", (64, 64), 4),
+    ]
+    assert canned["peers"] == ["torch", "tvm-tir"]
+
+
+def test_a_failed_row_makes_the_exit_code_1(canned):
+    canned["rows"] = [{"workload": "w", "dtype": "float32", "failed": "WrongResult: no"}]
+    result = invoke("--peers", "")
+    assert result.exit_code == 1 and "1 of 1 rows failed" in result.stderr and "FAILED: w float32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-lens", "64*2"], "`--kv-lens`"),
+        (["--page-size", "16"], "`--page-size` is given without"),
+        (["--kv-lens", "64", "--suite", "cpu"], "`suite` is given together"),
+        (["--kv-lens", "64", "--workload", "x"], "`workload` is given together"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_1(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 1 and message in result.stderr and "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_suite_implies_the_device():
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for arguments in (["--suite", "h200"], ["--device", "cuda"], ["--device", "cuda", "--kv-lens", "64"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 1 and '`device` is "cuda"' in result.stderr

@@ -1,0 +1,116 @@
+"""What a benchmark asks of a CUDA device: plans, our attention, GPU time, ceilings. Tests put another class in its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import ops
+from ..errors import ExecutorError, MissingDependencyError
+from ..schedule import Plan
+from .ceilings import Ceilings, measure_ceilings
+from .inputs import DeviceBatch, indptr
+from .planning import time_upload
+from .timing import Timing, time_graph
+from .workloads import Workload
+
+_DRIVER_VERSION = pathlib.Path("/proc/driver/nvidia/version")
+
+
+class CudaDevice:
+    """torch's current CUDA device, measured through tvm_infer's public functions.
+
+    Raises
+    ------
+    MissingDependencyError : torch is not installed, or is built without CUDA. ExecutorError : torch finds no CUDA device.
+    """
+
+    torch_device = "cuda"
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("torch") is None:
+            raise MissingDependencyError(
+                'argument `device` is "cuda", which needs torch for tensors, graphs and events, and torch is not installed: '
+                "`pip install 'tvm_infer[torch]'`"
+            )
+        import torch
+
+        if torch.version.cuda is None:
+            raise MissingDependencyError(
+                f'argument `device` is "cuda", but torch {torch.__version__} is built without CUDA: install a CUDA build of torch'
+            )
+        if not torch.cuda.is_available():
+            raise ExecutorError(
+                'argument `device` is "cuda", but torch finds no CUDA device here; `tvm-infer doctor` shows driver and devices. '
+                "Use --device cpu to measure the CPU executor"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Name, SMs and memory of the device; versions of driver, CUDA and torch."""
+        import torch
+
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        driver = _DRIVER_VERSION.read_text() if _DRIVER_VERSION.exists() else ""
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", driver)
+        return {
+            "device_name": properties.name,
+            "num_sms": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": found.group(1) if found else None,
+            "cuda": torch.version.cuda,
+        }
+
+    def plan(self, workload: Workload) -> Plan:
+        """The workload's plan, on the host and on the device."""
+        where: dict[str, Any] = {"device": self.torch_device}
+        return ops.plan(
+            indptr(workload.qo_lens),
+            list(workload.kv_lens),
+            num_qo_heads=workload.num_qo_heads,
+            num_kv_heads=workload.num_kv_heads,
+            head_dim=workload.head_dim,
+            dtype=workload.dtype,
+            **where,
+        )
+
+    def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
+        """A call of tvm_infer.attention (or ragged_attention) on the batch, everything allocated before."""
+        settings: dict[str, Any] = {
+            "sm_scale": batch.sm_scale,
+            "out": batch.out,
+            "lse": batch.lse,
+            "workspace": workspace,
+        }
+        if batch.workload.ragged:
+            k, v = batch.kv[0], batch.kv[1]
+            return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
+        settings |= {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices}
+        return lambda: ops.attention(batch.q, batch.kv, plan, kv_layout=batch.workload.kv_layout, **settings)
+
+    def time(self, launches: Sequence[Callable[[], object]]) -> Timing:
+        """Microseconds of one launch, by replaying a CUDA graph of all of them."""
+        return time_graph(launches)
+
+    def time_upload(self, plan: Any) -> Timing:
+        """Host microseconds of one copy of the plan to the device."""
+        return time_upload(plan.buffer, plan.device_buffer, self.synchronize)
+
+    def ceilings(self) -> Ceilings:
+        """What this device does at best."""
+        return measure_ceilings(self, self.torch_device)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        import torch
+
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Give memory that nothing holds any more back to the device: the next workload needs it in another shape."""
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

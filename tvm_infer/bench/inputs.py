@@ -1,0 +1,157 @@
+"""Random batches: numpy arrays on the host, torch tensors on a device. All peers get the same data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..testing import make_paged_batch
+from ..testing.batches import PagedBatch, numpy_dtype
+from .workloads import Workload
+
+_SLOW_FILL_TOKENS = 4096  # keys that make_paged_batch may fill token by token
+
+
+def indptr(lengths: tuple[int, ...] | list[int]) -> np.ndarray:
+    """int32 [len(lengths) + 1]: where each run begins and ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def host_batch(workload: Workload) -> PagedBatch:
+    """A random batch on the host; a big one has its cache filled page by page instead of token by token."""
+    if sum(workload.kv_lens) <= _SLOW_FILL_TOKENS:
+        return make_paged_batch(
+            list(workload.qo_lens),
+            list(workload.kv_lens),
+            num_qo_heads=workload.num_qo_heads,
+            num_kv_heads=workload.num_kv_heads,
+            head_dim=workload.head_dim,
+            page_size=workload.page_size,
+            dtype=workload.dtype,
+        )
+    rng = np.random.default_rng(0)
+    kind = numpy_dtype(workload.dtype)
+    counts = [-(-n // workload.page_size) for n in workload.kv_lens]
+    cache = rng.standard_normal(
+        (sum(counts), 2, workload.num_kv_heads, workload.page_size, workload.head_dim), dtype=np.float32
+    ).astype(kind)
+    order = rng.permutation(sum(counts)).astype(np.int32)
+    page_indptr = indptr(counts)
+    keys, values = [], []
+    for r, length in enumerate(workload.kv_lens):
+        rows = cache[order[page_indptr[r] : page_indptr[r + 1]]].transpose(1, 0, 3, 2, 4)
+        dense = rows.reshape(2, -1, workload.num_kv_heads, workload.head_dim)[:, :length]
+        keys.append(dense[0])
+        values.append(dense[1])
+    qo_indptr = indptr(workload.qo_lens)
+    shape = (int(qo_indptr[-1]), workload.num_qo_heads, workload.head_dim)
+    none = np.zeros((0, workload.num_kv_heads, workload.head_dim), kind)
+    return PagedBatch(
+        q=rng.standard_normal(shape, dtype=np.float32).astype(kind),
+        k_new=none,
+        v_new=none,
+        kv_cache=cache,
+        keys=keys,
+        values=values,
+        qo_indptr=qo_indptr,
+        kv_len=np.asarray(workload.kv_lens, np.int32),
+        kv_page_indptr=page_indptr,
+        kv_page_indices=order,
+        page_size=workload.page_size,
+        sm_scale=workload.head_dim**-0.5,
+    )
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch as torch tensors on one device.
+
+    q, out : [num_tokens, num_qo_heads, head_dim]. lse : float32 [num_tokens, num_qo_heads].
+    kv : paged [num_pages, 2, num_kv_heads, page_size, head_dim], or with kv_layout "NHD" [num_pages, 2, page_size, num_kv_heads,
+    head_dim]; ragged [2, num_kv_tokens, num_kv_heads, head_dim].
+    page_indptr, page_indices : int32, each request's pages in random order; None where ragged.
+    kv_indptr : int32 [num_requests + 1], keys of each request. All indices are on the device.
+    """
+
+    workload: Workload
+    q: Any
+    kv: Any
+    out: Any
+    lse: Any
+    page_indptr: Any
+    page_indices: Any
+    kv_indptr: Any
+    qo_indptr: Any
+    host_page_indptr: np.ndarray
+
+    @property
+    def sm_scale(self) -> float:
+        """1 / sqrt(head_dim)."""
+        return float(self.workload.head_dim**-0.5)
+
+    def copy(self) -> DeviceBatch:
+        """The same values in other memory; index tables are shared."""
+        return replace(self, q=self.q.clone(), kv=self.kv.clone(), out=self.out.clone(), lse=self.lse.clone())
+
+    def poison_outputs(self) -> None:
+        """NaN in every output, so that what a kernel does not write is seen."""
+        self.out.fill_(float("nan"))
+        self.lse.fill_(float("nan"))
+
+    def pages(self, request: int) -> Any:
+        """Page numbers of a request, int64."""
+        begin, end = (int(i) for i in self.host_page_indptr[request : request + 2])
+        return self.page_indices[begin:end].long()
+
+    def dense(self, request: int) -> tuple[Any, Any]:
+        """(k, v) of a request without pages, [num_kv_heads, kv_len, head_dim] each, in the batch's dtype."""
+        w, length = self.workload, self.workload.kv_lens[request]
+        if w.ragged:
+            begin = sum(w.kv_lens[:request])
+            rows = self.kv[:, begin : begin + length].transpose(1, 2)
+            return rows[0], rows[1]
+        pool = self.kv if w.kv_layout == "HND" else self.kv.transpose(2, 3)
+        rows = (
+            pool[self.pages(request)].permute(1, 2, 0, 3, 4).reshape(2, w.num_kv_heads, -1, w.head_dim)[:, :, :length]
+        )
+        return rows[0], rows[1]
+
+
+def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
+    """A random batch, N(0, 1), on a torch device; pages are handed out in random order."""
+    import torch
+
+    w = workload
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = getattr(torch, w.dtype)
+
+    def normal(*shape: int) -> Any:
+        return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
+
+    def index(values: np.ndarray) -> Any:
+        return torch.from_numpy(values).to(device)
+
+    counts = [-(-n // w.page_size) for n in w.kv_lens]
+    page_indptr = indptr(counts)
+    if w.ragged:
+        kv = normal(2, sum(w.kv_lens), w.num_kv_heads, w.head_dim)
+    elif w.kv_layout == "HND":
+        kv = normal(sum(counts), 2, w.num_kv_heads, w.page_size, w.head_dim)
+    else:
+        kv = normal(sum(counts), 2, w.page_size, w.num_kv_heads, w.head_dim)
+    q = normal(sum(w.qo_lens), w.num_qo_heads, w.head_dim)
+    order = torch.randperm(sum(counts), generator=generator, device=device, dtype=torch.int32)
+    return DeviceBatch(
+        workload=w,
+        q=q,
+        kv=kv,
+        out=torch.empty_like(q),
+        lse=torch.empty(q.shape[:2], device=device, dtype=torch.float32),
+        page_indptr=None if w.ragged else index(page_indptr),
+        page_indices=None if w.ragged else order,
+        kv_indptr=index(indptr(w.kv_lens)),
+        qo_indptr=index(indptr(w.qo_lens)),
+        host_page_indptr=page_indptr,
+    )

@@ -1,0 +1,27 @@
+"""What a row of the benchmark has on every device: its workload in words, and why it has no figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .shapes import format_lengths
+from .workloads import Workload
+
+
+class WrongResult(Exception):
+    """Our own result is wrong: the row has no figure."""
+
+
+def shape_of(workload: Workload) -> dict[str, Any]:
+    """A row's description of its workload."""
+    return {
+        "workload": workload.name,
+        "dtype": workload.dtype,
+        "num_qo_heads": workload.num_qo_heads,
+        "num_kv_heads": workload.num_kv_heads,
+        "head_dim": workload.head_dim,
+        "page_size": None if workload.ragged else workload.page_size,
+        "kv_layout": "ragged" if workload.ragged else workload.kv_layout,
+        "qo_lens": format_lengths(workload.qo_lens),
+        "kv_lens": format_lengths(workload.kv_lens),
+    }
