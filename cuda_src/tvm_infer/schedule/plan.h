@@ -31,7 +31,8 @@ struct Band {
 };
 
 // One kernel shape, and what it costs there. A work of `rows` rows and `kv` keys costs fixed + row * rows + kv_cost * kv for each of
-// its KV heads, kv rounded up to a multiple of kv_granule: a tile of keys is computed whole. Picoseconds on one CTA, measured, integers: C++ and Python planners agree to the last bit.
+// its KV heads, kv rounded up to a multiple of kv_granule: a tile of keys is computed whole. Picoseconds on one CTA, measured, integers:
+// C++ and Python planners agree to the last bit.
 struct TileClass {
   int32_t rows;        // packed rows that one work of this class holds, at most
   int32_t kv_granule;  // keys of a tile; KV is cut at multiples of this many keys (counted from the list's first key)
