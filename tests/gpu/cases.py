@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 # Tile table of attention_sm90.cuh (rows, kv_granule, fixed, row, kv; picoseconds): decode class, prefill class. Measured on an H200. A
 # key costs the decode class 15.2 ns when every SM decodes, less beside prefill: 13.5 balances both.
 SM90_TILES = ((16, 128, 1_000_000, 10_000, 13_500), (128, 128, 3_600_000, 0, 14_000))
+RAGGED = 0  # in place of a page size: K and V are rows [kv_tokens, num_kv_heads, head_dim], a request's in a run
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch. Causal unless said; `window` keys before the query's own are visible, -1 for all."""
+    """One batch. Causal unless said; `window` keys before the query's own are visible, -1 for all. page RAGGED: no pages."""
 
     name: str
     qo: tuple[int, ...]
@@ -30,7 +31,8 @@ class Case:
 
     @property
     def kernel(self) -> str:
-        return f"{self.dtype}_{self.dim}_{self.page}"
+        keys = "ragged" if self.page == RAGGED else f"p{self.page}"
+        return f"attention_{self.dtype}_h{self.dim}_{keys}"
 
     @property
     def flops(self) -> int:
@@ -86,14 +88,29 @@ def check_cases() -> list[Case]:
                     Case(f"{name} mixed", (300, 1, 1, 64, 1, 1, 2), (300, 999, 2048, 700, 1, 16, 50), 24, 8, **kw)
                 )
                 cases.append(Case(f"{name} window", (300, 1, 64), (300, 777, 1000), window=77, split=192, **kw))
-    for page in (16, 64):
+    for dtype in ("bf16", "fp16"):
+        for dim in (64, 128):
+            for page in (1, RAGGED):
+                kw = {"dtype": dtype, "dim": dim, "page": page}
+                name = f"{dtype} d{dim} {'ragged' if page == RAGGED else 'p1'}"
+                prompts, mixed = (1, 7, 33, 130, 257), ((300, 1, 1, 64, 1, 1, 2), (300, 999, 2048, 700, 1, 16, 50))
+                cases.append(Case(f"{name} decode", ones, odd_kv, **kw))
+                cases.append(Case(f"{name} decode split80", ones, odd_kv, 9, 3, split=80, **kw))
+                cases.append(Case(f"{name} prefill", prompts, prompts, **kw))
+                cases.append(Case(f"{name} prefill split64", prompts, prompts, 14, 2, split=64, **kw))
+                cases.append(Case(f"{name} mixed", *mixed, 24, 8, **kw))
+                cases.append(Case(f"{name} window", (300, 1, 64), (300, 777, 1000), window=77, split=192, **kw))
+                cases.append(Case(f"{name} full", (7, 1, 200, 33, 1), (5, 64, 300, 1024, 0), causal=False, **kw))
+                cases.append(Case(f"{name} long", (1, 2, 1000), (40000, 9000, 12345), **kw))
+    for page in (1, 16, 64):
         cases.append(Case(f"NHD p{page}", (300, 1, 1, 64), (300, 999, 2048, 700), page=page, layout="NHD"))
     return cases
 
 
 def _decode(batch: int, kv: int, **kw: object) -> Case:
     heads = f"h{kw.get('hq', 32)}/{kw.get('hkv', 8)}"
-    return Case(f"decode {heads} b{batch} kv{kv}", (1,) * batch, (kv,) * batch, **kw)  # type: ignore[arg-type]
+    page = f" p{kw['page']}" if "page" in kw else ""
+    return Case(f"decode {heads} b{batch} kv{kv}{page}", (1,) * batch, (kv,) * batch, **kw)  # type: ignore[arg-type]
 
 
 MIXED_LENS = (3401, 1163, 1462, 936, 1113, 919, 3497, 3976, 599, 1325, 2078, 4031, 2413, 2632, 1102, 723)
@@ -125,6 +142,8 @@ def bench_cases(tiles: tuple[tuple[int, ...], ...] = SM90_TILES) -> list[tuple[C
         rows.append((_decode(16, kv, tiles=tiles), bar))
     for kv, bar in ((2048, 127.0), (8192, 490.0)):
         rows.append((_decode(64, kv, tiles=tiles), bar))
+    for batch, kv, bar in ((16, 2048, 38.0), (64, 2048, 127.0), (64, 8192, 490.0)):
+        rows.append((_decode(batch, kv, page=1, tiles=tiles), 1.05 * bar))
     rows.append((_decode(64, 2048, hq=64, tiles=tiles), 127.0))
     rows.append((_decode(64, 8192, hq=64, tiles=tiles), 490.0))
     rows.append((_decode(16, 2048, hkv=32, tiles=tiles), 125.0))
@@ -133,6 +152,10 @@ def bench_cases(tiles: tuple[tuple[int, ...], ...] = SM90_TILES) -> list[tuple[C
     rows.append((Case("skew uniform", (1,) * 64, UNIFORM_LENS, tiles=tiles), 250.0))
     for n, length, bar in ((1, 1024, 290.0), (1, 4096, 560.0), (1, 16384, 640.0), (8, 2048, 510.0), (16, 512, 340.0)):
         rows.append((Case(f"prefill {n}x{length}", (length,) * n, (length,) * n, tags=f, tiles=tiles), bar))
+    for n, length, bar in ((1, 4096, 560.0), (1, 16384, 640.0), (8, 2048, 510.0)):
+        lens = (length,) * n
+        rows.append((Case(f"prefill {n}x{length} p1", lens, lens, page=1, tags=f, tiles=tiles), 0.85 * bar))
+        rows.append((Case(f"prefill {n}x{length} ragged", lens, lens, page=RAGGED, tags=f, tiles=tiles), bar))
     rows.append((Case("prefill 16 mixed", MIXED_LENS, MIXED_LENS, tags=f, tiles=tiles), 515.0))
     rows.append((Case("chunked 4x512 on 16384", (512,) * 4, (16384,) * 4, tags=f, tiles=tiles), 600.0))
     rows.append(

@@ -74,7 +74,8 @@ class _LaunchConfig(ctypes.Structure):
 class Kernel:
     """A kernel of a cubin; its threads and shared memory come out of the cubin itself."""
 
-    def __init__(self, path: pathlib.Path, name: str = "attention") -> None:
+    def __init__(self, path: pathlib.Path) -> None:
+        name = path.stem
         torch.cuda.current_stream()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._image = path.read_bytes()
@@ -130,8 +131,8 @@ def _encode(tensor: torch.Tensor, box: tuple[int, ...]) -> TensorMap:
     return TensorMap.from_buffer_copy(ctypes.string_at(aligned, 128))
 
 
-def kv_tensor_maps(k: torch.Tensor, v: torch.Tensor) -> KvTensorMaps:
-    """k, v: [num_pages, num_kv_heads, page_size, head_dim] views."""
-    tokens, panels = k.shape[2], k.shape[3] // 64
+def kv_tensor_maps(k: torch.Tensor, v: torch.Tensor, box_tokens: int) -> KvTensorMaps:
+    """k, v: [num_pages, num_kv_heads, page_size, head_dim] views; box_tokens: page_size, or 128 for ragged keys (one page)."""
+    tokens, panels = box_tokens, k.shape[3] // 64
     page, panel = (64, tokens, panels, 1, 1), (64, tokens, 1, 1, 1)
     return KvTensorMaps(_encode(k, page), _encode(v, page), _encode(k, panel))

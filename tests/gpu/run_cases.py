@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Case, bench_cases, check_cases
-from driver import AttentionParams, Kernel, kv_tensor_maps
+from cases import RAGGED, Case, bench_cases, check_cases
+from driver import AttentionParams, Kernel, KvTensorMaps, kv_tensor_maps
+from refusals import check_refusals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+REFUSED = "append h32-8 split128"  # the case whose plan is made unfit: it has cut rows
 ROTATE_BYTES = 256 << 20  # more than four times the L2
 
 
@@ -28,43 +30,85 @@ class Batch:
 
     def __init__(self, case: Case, plan: np.ndarray, seed: int = 0, poison: bool = True) -> None:
         torch.manual_seed(seed)
-        dtype, page = DTYPES[case.dtype], case.page
-        self.case = case
+        self.case, self.dtype = case, DTYPES[case.dtype]
+        # pool: [num_pages, 2, num_kv_heads, page_size, head_dim] view. places[r]: (page, token in it) of each key of request r.
+        if case.page == RAGGED:
+            self._lay_out_rows(poison)
+        else:
+            self._lay_out_pages(poison)
+        tokens = sum(case.qo)
+        self.q = torch.empty((tokens, case.hq, case.dim), device="cuda", dtype=self.dtype).normal_()
+        self.o = torch.full_like(self.q, math.nan)
+        self.lse = torch.full((tokens, case.hq), math.nan, device="cuda")
+        self.set_plan(plan)
+
+    def _lay_out_pages(self, poison: bool) -> None:
+        case, page = self.case, self.case.page
         pages_of = [-(-n // page) for n in case.kv]
         num_pages = sum(pages_of) + 3
         order = torch.randperm(num_pages, device="cuda", dtype=torch.int32)
         shape = (num_pages, 2, case.hkv, page, case.dim)
-        pool = torch.empty(shape, device="cuda", dtype=dtype).normal_()
         if case.layout == "NHD":
-            pool = (
-                torch.empty((num_pages, 2, page, case.hkv, case.dim), device="cuda", dtype=dtype)
-                .normal_()
-                .transpose(2, 3)
-            )
-        self.tables, indices, indptr, taken = [], [], [0], 0
+            shape = (num_pages, 2, page, case.hkv, case.dim)
+        pool = torch.empty(shape, device="cuda", dtype=self.dtype).normal_()
+        self.pool = pool.transpose(2, 3) if case.layout == "NHD" else pool
+        self.places, indices, indptr, taken = [], [], [0], 0
         for r, count in enumerate(pages_of):
-            pages = order[taken : taken + count].long()
+            pages = order[taken : taken + count]
             taken += count
-            if poison and count:
-                pool[pages[-1], :, :, case.kv[r] - (count - 1) * page :] = math.nan
-                if case.window >= 0 and case.qo[r]:
-                    first = max(0, case.kv[r] - case.qo[r] - case.window)
-                    pool[pages[: first // page]] = math.nan
-                    pool[pages[first // page], :, :, : first % page] = math.nan
-            self.tables.append(pages)
-            indices += [pages.int(), torch.full((1,), -1_234_567_890, device="cuda", dtype=torch.int32)]
+            slot = torch.arange(count * page, device="cuda")
+            places = (pages.long().repeat_interleave(page), slot % page)
+            if poison:
+                self._poison(places, case.kv[r], len(slot))
+                self._poison(places, 0, self._first_visible(r))
+            self.places.append((places[0][: case.kv[r]], places[1][: case.kv[r]]))
+            indices += [pages, torch.full((1,), -1_234_567_890, device="cuda", dtype=torch.int32)]
             indptr.append(indptr[-1] + count + 1)
         if poison:
-            pool[order[taken:].long()] = math.nan
-        self.pool = pool
+            self.pool[order[taken:].long()] = math.nan
         self.indices = torch.cat(indices)
         self.indptr = torch.tensor(indptr, device="cuda", dtype=torch.int32)
-        tokens = sum(case.qo)
-        self.q = torch.empty((tokens, case.hq, case.dim), device="cuda", dtype=dtype).normal_()
-        self.o = torch.full_like(self.q, math.nan)
-        self.lse = torch.full((tokens, case.hq), math.nan, device="cuda")
-        self.set_plan(plan)
-        self.maps = kv_tensor_maps(pool[:, 0], pool[:, 1])
+
+    def _lay_out_rows(self, poison: bool) -> None:
+        """Rows of one tensor; between requests a gap of odd length, as another list's rows would be there."""
+        case, gap = self.case, 3
+        indptr = [gap]
+        for n in case.kv:
+            indptr.append(indptr[-1] + n + gap)
+        shape = (2, indptr[-1], case.hkv, case.dim)
+        self.pool = torch.empty(shape, device="cuda", dtype=self.dtype).normal_().transpose(1, 2)[None]
+        self.places = []
+        slot = torch.arange(indptr[-1], device="cuda")
+        is_key = torch.zeros_like(slot, dtype=torch.bool)
+        for r, n in enumerate(case.kv):
+            rows = slot[indptr[r] : indptr[r] + n]
+            is_key[rows] = True
+            is_key[rows[: self._first_visible(r)]] = False
+            self.places.append((torch.zeros_like(rows), rows))
+        if poison:
+            self.pool[0, :, :, slot[~is_key]] = math.nan
+        self.indices = None
+        self.indptr = torch.tensor(indptr, device="cuda", dtype=torch.int32)
+
+    def _first_visible(self, r: int) -> int:
+        """First key of request r that a query of it sees."""
+        case = self.case
+        return max(0, case.kv[r] - case.qo[r] - case.window) if case.window >= 0 and case.qo[r] else 0
+
+    def _poison(self, places: tuple[torch.Tensor, torch.Tensor], begin: int, end: int) -> None:
+        self.pool[places[0][begin:end], :, :, places[1][begin:end]] = math.nan
+
+    def _set_keys(self) -> None:
+        """Tensor maps, or pointers and strides for the kernel that gathers."""
+        k, v, page = self.pool[:, 0], self.pool[:, 1], self.case.page
+        self.params.k, self.params.v = k.data_ptr(), v.data_ptr()
+        for i, view in enumerate((k, v)):
+            for j, axis in enumerate((0, 1, 2)):
+                self.params.kv_strides[3 * i + j] = view.stride(axis)
+        if page == RAGGED or page >= 8:
+            self.maps = kv_tensor_maps(k, v, 128 if page == RAGGED else page)
+        else:
+            self.maps = KvTensorMaps()
 
     def set_plan(self, plan: np.ndarray) -> None:
         self.plan = torch.from_numpy(plan).cuda()
@@ -75,7 +119,7 @@ class Batch:
         self.params = AttentionParams(
             self.plan.data_ptr(),
             self.indptr.data_ptr(),
-            self.indices.data_ptr(),
+            None if self.indices is None else self.indices.data_ptr(),
             q.data_ptr(),
             q.stride(0),
             q.stride(1),
@@ -88,6 +132,7 @@ class Batch:
             sm_scale_log2=self.case.dim**-0.5 * math.log2(math.e),
             expected_plan=(self.case.hkv, self.case.hq // self.case.hkv, len(q), partial_rows, len(self.case.qo), 0, 0),
         )
+        self._set_keys()
 
     def clone(self) -> Batch:
         """Another copy of all tensors, for rotation above the L2."""
@@ -95,8 +140,8 @@ class Batch:
         other.__dict__.update(self.__dict__)
         other.pool = self.pool.clone(memory_format=torch.preserve_format)
         other.q, other.o, other.lse = self.q.clone(), self.o.clone(), self.lse.clone()
-        other.maps = kv_tensor_maps(other.pool[:, 0], other.pool[:, 1])
         other.params = AttentionParams.from_buffer_copy(self.params)
+        other._set_keys()
         for name in ("q", "o", "lse"):
             setattr(other.params, name, getattr(other, name).data_ptr())
         return other
@@ -113,8 +158,9 @@ class Batch:
                 tokens = torch.unique(
                     torch.cat([tokens[:2], tokens[-2:], torch.randint(n, (max_tokens,), device="cuda")])
                 )
-            kv = self.pool[self.tables[r]].double()  # [pages, 2, hkv, page, dim]
-            kv = kv.permute(1, 2, 0, 3, 4).reshape(2, case.hkv, -1, case.dim)[:, :, :m]
+            kv = (
+                self.pool[self.places[r][0], :, :, self.places[r][1]].double().permute(1, 2, 0, 3)
+            )  # [2, hkv, keys, dim]
             q = self.q[first + tokens].double().view(-1, case.hkv, group, case.dim)
             s = torch.einsum("thgd,hkd->thgk", q, kv[0]) * case.dim**-0.5
             position = tokens + (m - n)
@@ -206,6 +252,10 @@ class Runner:
         ok = o_error < tolerance(case) and lse_error < 2e-3 and same and errors[0][0][0] < tolerance(case)
         return {"name": case.name, "ok": ok, "o": o_error, "lse": lse_error, "same": same, "merges": int(plan[12])}
 
+    def refusals(self, case: Case, plan: np.ndarray) -> list[dict[str, Any]]:
+        kernel = self.kernel(case.kernel)
+        return [] if kernel is None else check_refusals(kernel, Batch(case, plan), plan)
+
     def bench(self, case: Case, plan: np.ndarray, bar: float, dependent: bool = True) -> dict[str, Any]:
         kernel = self.kernel(case.kernel)
         assert kernel is not None
@@ -264,6 +314,12 @@ def main() -> None:
                 result["check"].append(row)
                 if not row.get("ok", True):
                     print("FAIL", row, flush=True)
+                elif case.name == REFUSED:
+                    result["refusals"] = runner.refusals(case, plan_of(case))
+                    for refusal in result["refusals"]:
+                        if not refusal["ok"]:
+                            print("FAIL", refusal, flush=True)
+                    print(f"refusals: {sum(r['ok'] for r in result['refusals'])} of {len(result['refusals'])} ok")
         done = [r for r in result["check"] if "ok" in r]
         print(
             f"check: {sum(r['ok'] for r in done)} of {len(done)} ok, {len(result['check']) - len(done)} without a cubin"

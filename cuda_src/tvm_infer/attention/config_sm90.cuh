@@ -13,19 +13,26 @@ namespace tvm_infer::attention {
 inline constexpr int kDecodeClass = 0;   // up to 16 packed rows: bound by the bytes of K and V
 inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the tensor cores
 
+// In place of a page size: keys are rows of one tensor [kv_tokens, num_kv_heads, head_dim], those of a list in a run.
+inline constexpr int kRagged = 0;
+
 template <typename Element_, int kHeadDim_, int kPageSize_>
 struct ConfigSm90 {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPageSize = kPageSize_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");
-  static_assert(kPageSize == 8 || kPageSize == 16 || kPageSize == 32 || kPageSize == 64, "pages of 8, 16, 32 or 64 tokens");
+  static constexpr bool kIsRagged = kPageSize == kRagged;
+  static constexpr bool kIsGather = !kIsRagged && kPageSize < 8;  // by cp.async, since a swizzled box holds whole groups of 8 tokens
+  static_assert(kIsRagged || (kPageSize <= 64 && (kPageSize & (kPageSize - 1)) == 0), "pages of 1, 2, 4, 8, 16, 32 or 64 tokens");
 
   static constexpr int kTileKeys = 128;
+  static constexpr int kTileAlign = kIsRagged || kIsGather ? 1 : kPageSize;        // where in its list a tile may start
+  static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
   static constexpr int kPrefillRows = 128;
 
-  // Warpgroup 0 loads (warp 0: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute.
+  // Warpgroup 0 loads (warp 0, gather also warp 3: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute.
   static constexpr int kConsumerWarpgroups = 2;
   static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
@@ -35,8 +42,8 @@ struct ConfigSm90 {
   static constexpr int kConsumerRegisters = 232;
 
   static constexpr int kPanels = kHeadDim / tile::kPanelElements;
-  using Boxes = tile::PageBoxes<kPageSize, kHeadDim>;
-  static constexpr int kPagesPerTile = kTileKeys / kPageSize;
+  using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
+  static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
   // Queries of the next head arrive while the last tiles of this one are computed.
   static constexpr int kQueryBuffers = 2;
@@ -49,6 +56,7 @@ struct ConfigSm90 {
   static constexpr int kDecodeStages = 131072 / kStageBytes;
   static_assert(kDecodeStages < kStages);
   using Ring = tile::Ring<kStages, kStageBytes>;
+  static constexpr int kFullArrivals = kIsGather ? 64 : 1;  // of a stage: the threads that gather, or one that expects bytes
 
   // Named barriers.
   static constexpr int kBarrierConsumers = 1;

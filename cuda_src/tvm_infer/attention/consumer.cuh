@@ -8,6 +8,7 @@
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/ptx/address.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
+#include "tvm_infer/ptx/sync.cuh"
 
 namespace tvm_infer::attention {
 
@@ -30,6 +31,13 @@ struct Consumer {
 
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
     if (Lane() == 0) ring.Release(at);
+  }
+  // For the tensor cores' own reads (wgmma, the async proxy). A gathered tile was written by cp.async, in the generic proxy, and accesses
+  // of different proxies are ordered only where a proxy fence lies on the path between them (PTX ISA, memory consistency model,
+  // causality order). The path is: copy, its arrival on the barrier, this wait, this fence, wgmma. TMA writes in the async proxy itself.
+  __device__ __forceinline__ void WaitFullForWgmma(const typename Ring::Cursor& at) const {
+    ring.WaitFull(at);
+    if constexpr (Config::kIsGather) ptx::FenceProxyAsyncShared();
   }
   // The next query buffer belongs to the consumers from here …; returns which.
   __device__ __forceinline__ uint32_t WaitQuery() {

@@ -49,7 +49,7 @@ class DecodeTile {
   }
 
  private:
-  using Tiles = KeyTiles<Config::kPageSize, kTileKeys>;
+  using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
   __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kHeadDim / 16][4], const int64_t (&offset)[2], int32_t kv_head) {
     const auto* base =

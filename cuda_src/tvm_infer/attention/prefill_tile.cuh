@@ -41,7 +41,7 @@ class PrefillTile {
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
-    c_.ring.WaitFull(c_.cursor);
+    c_.WaitFullForWgmma(c_.cursor);
     WaitTurn();
     IssueLogits(s, query, c_.ring.Data(c_.cursor));
     PassTurn();
@@ -77,13 +77,13 @@ class PrefillTile {
       const typename Ring::Cursor k = c_.cursor;
       c_.cursor.Advance();
       if (ends_head || values_begin > 0) {
-        c_.ring.WaitFull(c_.cursor);
+        c_.WaitFullForWgmma(c_.cursor);
         CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
       }
-      c_.ring.WaitFull(k);
+      c_.WaitFullForWgmma(k);
       WaitTurn();
       IssueLogits(s, query, c_.ring.Data(k));
-      c_.ring.WaitFull(c_.cursor);
+      c_.WaitFullForWgmma(c_.cursor);
       IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
       PassTurn();
       ptx::WgmmaWait<1>();
@@ -111,7 +111,7 @@ class PrefillTile {
     }
 
     // The last tile: no later logits to go with its values.
-    c_.ring.WaitFull(c_.cursor);
+    c_.WaitFullForWgmma(c_.cursor);
     CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
     IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
     ptx::WgmmaWait<0>();
@@ -145,7 +145,7 @@ class PrefillTile {
   }
 
  private:
-  using Tiles = KeyTiles<Config::kPageSize, kTileKeys>;
+  using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
   __device__ __forceinline__ void WaitTurn() { ptx::BarrierSync(Config::kBarrierTurn + warpgroup_, Config::kConsumerThreads); }
   __device__ __forceinline__ void PassTurn() { ptx::BarrierArrive(Config::kBarrierTurn + 1 - warpgroup_, Config::kConsumerThreads); }
@@ -172,7 +172,7 @@ class PrefillTile {
                                               int32_t num_keys) {
     using Boxes = typename Config::Boxes;
     // Pages of 8 tokens: the next 8 keys are the next page.
-    constexpr uint32_t kNext8Keys = Config::kPageSize == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
+    constexpr uint32_t kNext8Keys = Config::kBoxKeys == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
     const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
     ptx::PinRegisters(o);
     ptx::PinRegisters(p);
@@ -180,7 +180,7 @@ class PrefillTile {
       ptx::WgmmaFence();
 #pragma unroll
       for (int key = 0; key < last; key += 16) {
-        const uint32_t bytes = key / Config::kPageSize * Boxes::kPageBytes + key % Config::kPageSize * tile::kPanelRowBytes;
+        const uint32_t bytes = key / Config::kBoxKeys * Boxes::kPageBytes + key % Config::kBoxKeys * tile::kPanelRowBytes;
         ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
       }
       ptx::WgmmaCommit();
@@ -199,14 +199,14 @@ class PrefillTile {
     for (int i = 0; i < 32; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its page (keys of the tile). Whole
-  // pages behind the last are zero already.
+  // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its box (keys of the tile). Whole boxes
+  // behind the last are zero already; gathered slots all are.
   __device__ __forceinline__ void CleanValues(uint32_t v_stage, int32_t begin, int32_t end) {
-    constexpr int kPageSize = Config::kPageSize;
-    const int32_t page_end = min((end + kPageSize - 1) / kPageSize * kPageSize, kTileKeys);
-    if (begin <= 0 && end >= page_end) return;
-    ZeroValues<kPageSize, kHeadDim>(v_stage, 0, begin, c_.Thread() % 128);
-    ZeroValues<kPageSize, kHeadDim>(v_stage, end, page_end, c_.Thread() % 128);
+    constexpr int kBoxKeys = Config::kBoxKeys;
+    const int32_t box_end = min((end + kBoxKeys - 1) / kBoxKeys * kBoxKeys, kTileKeys);
+    if (Config::kIsGather || (begin <= 0 && end >= box_end)) return;
+    ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, c_.Thread() % 128);
+    ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, c_.Thread() % 128);
     ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
   }

@@ -93,15 +93,14 @@ __device__ __forceinline__ KeyRange VisibleKeys(const Work& work, Band band, int
   return keys;
 }
 
-// Tiles of kTileKeys keys that a work visits. They start on page boundaries: the first holds kv_begin.
-template <int kPageSize, int kTileKeys>
+// Tiles of kTileKeys keys that a work visits, from a multiple of kAlign (pages are copied whole) on: the first holds kv_begin.
+template <int kAlign, int kTileKeys>
 struct KeyTiles {
   int32_t base;   // first key of the first tile
   int32_t count;  // 0 for a work without keys
 
   __device__ __forceinline__ explicit KeyTiles(const Work& work)
-      : base(work.kv_begin / kPageSize * kPageSize),
-        count(work.kv_end > work.kv_begin ? (work.kv_end - base + kTileKeys - 1) / kTileKeys : 0) {}
+      : base(work.kv_begin / kAlign * kAlign), count(work.kv_end > work.kv_begin ? (work.kv_end - base + kTileKeys - 1) / kTileKeys : 0) {}
 };
 
 }  // namespace tvm_infer::attention

@@ -1,8 +1,9 @@
 // Attention on Hopper: one persistent, warp-specialised kernel that walks a Plan. Prefill, append, decode and mixtures are one launch.
 //
-// A CTA executes its works in order. Warp 0 copies K and V into a ring of tiles, warps 1 and 2 bring queries, and two warpgroups compute:
-// a work's tile class says how (attention/prefill_tile.cuh, attention/decode_tile.cuh). Each role walks the works for itself; they meet
-// only at the barriers of the ring and of the query buffer. Where the plan cut the keys of a row, the last CTA to finish merges.
+// A CTA executes its works in order. Warp 0 (gather: and 3) copies K and V into a ring of tiles, warps 1 and 2 bring queries, and two
+// warpgroups compute: a work's tile class says how (attention/prefill_tile.cuh, attention/decode_tile.cuh). Each role walks the works for
+// itself; they meet only at the barriers of the ring and of the query buffer. Where the plan cut the keys of a row, the last CTA to finish
+// merges.
 #pragma once
 
 #include <cstdint>
@@ -53,11 +54,13 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   const uint32_t query_full = ptx::SharedAddress(shared.query_full), query_empty = ptx::SharedAddress(shared.query_empty);
   constexpr int kQueryLoaders = 2;
   if (threadIdx.x == 0) {
-    ptx::PrefetchTensorMap(&maps.k_pages);
-    ptx::PrefetchTensorMap(&maps.v_pages);
-    ptx::PrefetchTensorMap(&maps.k_panels);
+    if constexpr (!Config::kIsGather) {
+      ptx::PrefetchTensorMap(&maps.k_pages);
+      ptx::PrefetchTensorMap(&maps.v_pages);
+      if constexpr (!Config::kIsRagged) ptx::PrefetchTensorMap(&maps.k_panels);
+    }
     for (int i = 0; i < Config::kStages; ++i) {
-      ptx::MbarrierInit(ring.full + 8 * i, 1);
+      ptx::MbarrierInit(ring.full + 8 * i, Config::kFullArrivals);
       ptx::MbarrierInit(ring.empty + 8 * i, Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kQueryBuffers; ++i) {
@@ -84,7 +87,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
 
   if (warp < 4) {
     ptx::RegistersDecrease<Config::kProducerRegisters>();
-    if (warp == 0) {
+    if (warp == 0 || (Config::kIsGather && warp == 3)) {
       KvProducer<Config> producer(params, maps, ring);
       WorkStream works(plan, blockIdx.x, first);
       do {
@@ -92,7 +95,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
         works.Prefetch();
         producer.Run(works.work);
       } while (works.Next());
-      producer.Flush();
+      producer.Finish();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
@@ -138,3 +141,5 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
                                                                          sizeof(NAME##Config::SharedMemory), 1}
+#define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
+  TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)

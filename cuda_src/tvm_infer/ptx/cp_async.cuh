@@ -9,6 +9,23 @@ __device__ __forceinline__ void CpAsync16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
+// The same, or 16 zero bytes if `index` is negative: nothing is read then.
+__device__ __forceinline__ void CpAsync16OrZero(uint32_t dst, const void* src, int32_t index) {
+  asm volatile(
+      "{\n"
+      ".reg .pred zero;\n"
+      "setp.lt.s32 zero, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, zero;\n"
+      "}" ::"r"(dst),
+      "l"(src), "r"(index)
+      : "memory");
+}
+
+// Arrives on `barrier` when this thread's copies so far are done; one of the arrivals that the barrier was initialised with.
+__device__ __forceinline__ void CpAsyncArrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void CpAsyncWaitAll() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace tvm_infer::ptx

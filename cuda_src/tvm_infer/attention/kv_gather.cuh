@@ -1,0 +1,96 @@
+// Copies of K and V by token, for pages of fewer than 8 tokens: two warps, 16-byte cp.async, 64 keys of a tile each.
+//
+// head_dim / 8 lanes copy a row, 2 or 4 rows an instruction. A tile of 128 keys of head_dim 128 costs a warp 32 times four instructions
+// (shuffle of the page, its sign, one multiply-add for the address, copy). The layout is that of one page of 128 tokens, which
+// serves both classes; a tile starts at any key, and slots without a key are filled with zeros, since a weight of 0 times NaN is NaN.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/attention/config_sm90.cuh"
+#include "tvm_infer/attention/params.cuh"
+#include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/ptx/address.cuh"
+#include "tvm_infer/ptx/cp_async.cuh"
+
+namespace tvm_infer::attention {
+
+template <typename Config>
+class KvGather {
+ public:
+  static constexpr int kWarpKeys = Config::kTileKeys / 2;
+
+  // Keys 32 * m + lane of this warp's half of a tile: page * page_size + token in it, or -1 for no key.
+  struct Tile {
+    int32_t slot[kWarpKeys / 32];
+  };
+
+  __device__ __forceinline__ KvGather(const AttentionParams& params, const KvTensorMaps&) : params_(params) {}
+
+  // Asks for what Enter needs: the list's place in the page table.
+  __device__ __forceinline__ void Begin(const Work& work) { pages_ = params_.kv_page_indices + __ldg(params_.kv_indptr + work.kv_list); }
+  // The keys of a work; `base` is the first tile's first.
+  __device__ __forceinline__ void Enter(const Work& work, int32_t base) {
+    my_key_ = base + Half() * kWarpKeys + Lane();
+    end_ = work.kv_end;
+  }
+  // Table entries behind the last page may be garbage and are not read.
+  __device__ __forceinline__ Tile Load(int32_t tile) const {
+    Tile result;
+#pragma unroll
+    for (int m = 0; m < kWarpKeys / 32; ++m) {
+      const int32_t key = my_key_ + tile * Config::kTileKeys + 32 * m;
+      result.slot[m] = -1;
+      if (key < end_) result.slot[m] = __ldg(pages_ + key / Config::kPageSize) * Config::kPageSize + key % Config::kPageSize;
+    }
+    return result;
+  }
+
+  // To an empty stage; `full` is its barrier: 64 arrivals, each when the copies of one thread are done.
+  __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool) const {
+    CopyRows(tile, params_.k, params_.k_stride_page, params_.k_stride_token, head * params_.k_stride_head, stage, full);
+  }
+  __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool) const {
+    CopyRows(tile, params_.v, params_.v_stride_page, params_.v_stride_token, head * params_.v_stride_head, stage, full);
+  }
+  // Before the warp exits.
+  __device__ __forceinline__ void Finish() const { ptx::CpAsyncWaitAll(); }
+
+ private:
+  static constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes: the lanes of a row
+
+  __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static int32_t Half() { return threadIdx.x / 32 == 0 ? 0 : 1; }
+
+  // NOTE: strides of a page and of a token as 32 bits of bytes, so that an address is one multiply-add.
+  __device__ __forceinline__ static void CopyRows(const Tile& tile, const void* rows, int64_t stride_page, int64_t stride_token,
+                                                  int64_t head_offset, uint32_t stage, uint32_t full) {
+    const int32_t chunk = Lane() % kChunks, first_row = Lane() / kChunks * kChunks;
+    const char* source = static_cast<const char*>(rows) + (head_offset + chunk * 8) * 2;
+    asm volatile("" : "+l"(source));  // NOTE: one value, or the compiler adds its parts anew for every copy
+    const uint32_t page_bytes = static_cast<uint32_t>(stride_page) * 2, token_bytes = static_cast<uint32_t>(stride_token) * 2;
+    const uint32_t target = stage + Config::Boxes::Offset(Half() * kWarpKeys + first_row, chunk);
+#pragma unroll
+    for (int i = 0; i < tile::kSwizzleRows; ++i) {
+      // Rows first_row + i (+ 8, + 32, …): first_row is a multiple of 8, so their chunk stands at chunk ^ i.
+      const uint32_t row = (target ^ (i << 4)) + i * tile::kPanelRowBytes;
+#pragma unroll
+      for (int j = 0; j < kWarpKeys / tile::kSwizzleRows * kChunks / 32; ++j) {
+        const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
+        const int32_t slot = __shfl_sync(0xffffffff, tile.slot[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
+        const uint32_t page = static_cast<uint32_t>(slot) / Config::kPageSize, token = static_cast<uint32_t>(slot) % Config::kPageSize;
+        const char* from = ptx::Address(source, page, page_bytes);
+        if constexpr (Config::kPageSize > 1) from = ptx::Address(from, token, token_bytes);
+        ptx::CpAsync16OrZero(row + (32 * m + further) * tile::kPanelRowBytes, from, slot);
+      }
+    }
+    ptx::CpAsyncArrive(full);
+  }
+
+  const AttentionParams& params_;
+  const int32_t* pages_ = nullptr;
+  int32_t my_key_ = 0;
+  int32_t end_ = 0;
+};
+
+}  // namespace tvm_infer::attention
