@@ -81,14 +81,14 @@ struct AppendVector {
     if (column >= row_vectors) column -= row_vectors, ++row;
   }
   __device__ __forceinline__ const uint4* From(const cuda::AppendParams& p, int64_t token) const {
-    const bool is_v = row >= p.num_kv_heads;
+    const bool is_v = static_cast<int32_t>(row) >= p.num_kv_heads;
     const int64_t head = is_v ? row - p.num_kv_heads : row;
     const uint16_t* from = static_cast<const uint16_t*>(is_v ? p.v : p.k) + token * (is_v ? p.v_stride_token : p.k_stride_token) +
                            head * (is_v ? p.v_stride_head : p.k_stride_head);
     return reinterpret_cast<const uint4*>(from) + column;
   }
   __device__ __forceinline__ uint4* To(const cuda::AppendParams& p, int64_t page, int64_t slot) const {
-    const bool is_v = row >= p.num_kv_heads;
+    const bool is_v = static_cast<int32_t>(row) >= p.num_kv_heads;
     const int64_t head = is_v ? row - p.num_kv_heads : row;
     uint16_t* to = static_cast<uint16_t*>(is_v ? p.v_cache : p.k_cache) + page * (is_v ? p.v_cache_stride_page : p.k_cache_stride_page) +
                    head * (is_v ? p.v_cache_stride_head : p.k_cache_stride_head) +
