@@ -24,10 +24,16 @@ struct Consumer {
   typename Ring::Cursor cursor{};
   uint32_t query_turn = 0;  // turns of the query buffers taken so far; every head of every work is one
 
-  // NOTE: read anew each time, not kept: registers are short.
   __device__ __forceinline__ static int32_t Thread() { return static_cast<int32_t>(threadIdx.x) - 128; }  // 0 … kConsumerThreads - 1
   __device__ __forceinline__ static int32_t Warp() { return Thread() / 32; }                              // 0 … kConsumerWarps - 1
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
+  // The same as Thread(), read anew, for what is done once a head: addresses that depend on it are computed there. The compiler would
+  // compute them before the first work and keep them, and registers are short.
+  __device__ __forceinline__ static int32_t ThreadAnew() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return static_cast<int32_t>(thread) - 128;
+  }
 
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
     if (Lane() == 0) ring.Release(at);

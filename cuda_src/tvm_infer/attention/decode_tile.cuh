@@ -157,12 +157,12 @@ class DecodeTile {
     auto& shared = c_.shared;
     const uint32_t buffer = c_.WaitQuery();
     auto* scratch = reinterpret_cast<float*>(shared.query[buffer]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
-    const int32_t g = c_.Lane() / 4, t = c_.Lane() % 4;
+    const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     if (t == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared.warp_max[buffer][c_.Warp()][g + 8 * i] = softmax.max[i];
-        shared.warp_sum[buffer][c_.Warp()][g + 8 * i] = softmax.sum[i];
+        shared.warp_max[buffer][warp][g + 8 * i] = softmax.max[i];
+        shared.warp_sum[buffer][warp][g + 8 * i] = softmax.sum[i];
       }
     }
     const int32_t passes = work.num_rows > 8 ? 2 : 1;
@@ -170,14 +170,14 @@ class DecodeTile {
     for (int pass = 0; pass < 2; ++pass) {
       if (pass >= passes) break;
       if (pass > 0) ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      float* mine = scratch + (c_.Warp() * 8 + g) * kHeadDim + 2 * t;
+      float* mine = scratch + (warp * 8 + g) * kHeadDim + 2 * t;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         *reinterpret_cast<float2*>(mine + (j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      const int32_t row = 8 * pass + c_.Warp();
-      if (row < work.num_rows) MergeRow(work, h, row, buffer, scratch + c_.Warp() * kHeadDim);
+      const int32_t row = 8 * pass + warp;
+      if (row < work.num_rows) MergeRow(work, h, row, buffer, scratch + warp * kHeadDim);
     }
     c_.ReleaseQuery(buffer);
   }
@@ -190,7 +190,7 @@ class DecodeTile {
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.warp_max[buffer][w][row]);
     const float offset = max == kNegInf ? 0.f : max * scale;
-    const int32_t column = c_.Lane() * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
+    const int32_t lane = c_.ThreadAnew() % 32, column = lane * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
     float sum = 0.f, o[kColumns] = {};
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) {
@@ -207,7 +207,7 @@ class DecodeTile {
     const OutputRow out = is_final ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + h)
                                    : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(h) * work.num_rows + row);
     StoreColumns<Element>(out, is_final, column, o);
-    if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
+    if (lane == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
   }
 
   Consumer<Config>& c_;

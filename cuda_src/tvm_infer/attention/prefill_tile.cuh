@@ -205,8 +205,9 @@ class PrefillTile {
     constexpr int kBoxKeys = Config::kBoxKeys;
     const int32_t box_end = min((end + kBoxKeys - 1) / kBoxKeys * kBoxKeys, kTileKeys);
     if (Config::kIsGather || (begin <= 0 && end >= box_end)) return;
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, c_.Thread() % 128);
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, c_.Thread() % 128);
+    const int32_t thread = c_.ThreadAnew();
+    ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, thread % 128);
+    ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, thread % 128);
     ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
   }
