@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +30,7 @@ TINY = (
     Workload("plan", (1, 1), (37, 9), plan_only=True, **SMALL),
 )
 US = 2.0
+CUDA_SRC = pathlib.Path(__file__).resolve().parents[2] / "cuda_src"
 CEILINGS = ceilings.Ceilings(read_gb_per_s=4000.0, copy_gb_per_s=3900.0, matmul_tflop_per_s=800.0)
 
 
@@ -231,6 +235,29 @@ def test_the_read_ceiling_is_checked_and_takes_device_memory_only():
         ceilings.check_read(x, total + 1)
     with pytest.raises(errors.ArgumentError, match="`x` is on device type 1"):
         _ffi.func("read_ceiling")(x, total)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_the_read_ceiling_compiles_without_spills(tmp_path):
+    source, cubin = tmp_path / "read_ceiling.cu", tmp_path / "read_ceiling.cubin"
+    source.write_text('#include "tvm_infer/kernels/read_ceiling.cuh"\nTVM_INFER_READ_CEILING(read_ceiling);\n')
+    flags = [
+        "-cubin",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-std=c++20",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        "-I",
+        str(CUDA_SRC),
+    ]
+    log = subprocess.run(
+        ["nvcc", *flags, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
+    ).stderr
+    assert "0 bytes spill stores" in log and "0 bytes stack frame" in log
+    registers = int(re.findall(r"Used (\d+) registers", log)[0])
+    assert registers <= 64  # two CTAs of 512 threads on an SM
+    assert b"read_ceiling_info" in cubin.read_bytes()
 
 
 def test_planning_is_timed_on_the_executors_table():

@@ -124,7 +124,7 @@ def test_no_matplotlib_is_said_before_measuring(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(attention, "_run_cpu", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(attention, "_cpu_session", lambda *_: pytest.fail("measured"))
     with pytest.raises(errors.MissingDependencyError, match=r"tvm_infer\[plot\]"):
         attention.run(plot_path="x.png")
 
@@ -135,14 +135,24 @@ def invoke(*arguments: str):
 
 @pytest.fixture
 def canned(monkeypatch):
-    """Results without measuring; returns what was asked for."""
-    asked = {}
+    """Rows without measuring; returns what was asked for."""
+    asked = {"chosen": [], "row": {}}
 
-    def cpu(chosen, peers):
-        asked.update(chosen=chosen, peers=peers)
-        return {"device": "cpu", "isa": "avx2", "threads": 2, "method": "", "rows": asked.get("rows", [])}
+    def measure(workload):
+        asked["chosen"].append(workload)
+        return {
+            "workload": workload.name,
+            "dtype": workload.dtype,
+            "peers": {p: {"skipped": "no"} for p in asked["peers"]},
+            **asked["row"],
+        }
 
-    monkeypatch.setattr(attention, "_run_cpu", cpu)
+    def session(peers):
+        asked["peers"] = peers
+        head = {"device": "cpu", "isa": "avx2", "threads": 2, "method": ""}
+        return attention._Session(head, measure, lambda: None)
+
+    monkeypatch.setattr(attention, "_cpu_session", session)
     return asked
 
 
@@ -158,7 +168,7 @@ def test_flags_reach_the_benchmark(canned, tmp_path):
     result = invoke(
         "--kv-lens", "2x64", "--heads", "4/2", "--dtype", "float16", "--dtype", "bfloat16", "--json", str(path)
     )
-    assert result.exit_code == 0 and json.loads(path.read_text())["rows"] == []
+    assert result.exit_code == 0 and len(json.loads(path.read_text())["rows"]) == 2
     assert [(w.dtype, w.kv_lens, w.num_qo_heads) for w in canned["chosen"]] == [
         ("float16", (64, 64), 4),
         ("bfloat16", (64, 64), 4),
@@ -167,9 +177,24 @@ def test_flags_reach_the_benchmark(canned, tmp_path):
 
 
 def test_a_failed_row_makes_the_exit_code_1(canned):
-    canned["rows"] = [{"workload": "w", "dtype": "float32", "failed": "WrongResult: no"}]
-    result = invoke("--peers", "")
-    assert result.exit_code == 1 and "1 of 1 rows failed" in result.stderr and "FAILED: w float32" in result.stdout
+    canned["row"] = {"failed": "WrongResult: no"}
+    result = invoke("--peers", "", "--kv-lens", "9", "--dtype", "float32")
+    assert result.exit_code == 1 and "1 of 1 rows failed" in result.stderr
+    assert "FAILED: 1x1@9 h32/8 d128 page16 HND float32: WrongResult: no" in result.stdout
+
+
+def test_a_run_that_is_cut_off_leaves_its_rows(canned, tmp_path, monkeypatch):
+    path, real = tmp_path / "r.json", attention._row
+
+    def interrupted(session, workload):
+        if len(canned["chosen"]) == 2:
+            raise KeyboardInterrupt
+        return real(session, workload)
+
+    monkeypatch.setattr(attention, "_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attention.run(peers=[], json_path=str(path))
+    assert len(json.loads(path.read_text())["rows"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -46,41 +47,44 @@ def _check_folder(path: str | None, argument: str) -> None:
         raise ArgumentError(f"argument `{argument}` is {path!r}, but there is no folder {folder}; make it first")
 
 
-def _measure_all(
-    chosen: Sequence[Workload], measure: Callable[[Workload], dict[str, Any]], after: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """A row for each workload. One that fails says why under "failed"; the others are still measured."""
-    from rich.console import Console
-    from rich.progress import track
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """What a device says of itself, how it measures a workload, and what it does after each."""
 
-    rows = []
-    for workload in track(chosen, "measuring", console=Console(stderr=True), transient=True):
-        try:
-            rows.append(measure(workload))
-        except (WrongResult, TvmInferError, RuntimeError, MemoryError) as error:
-            rows.append(shape_of(workload) | {"failed": f"{type(error).__name__}: {error}"})
-        after()
-    return rows
+    head: dict[str, Any]
+    measure: Callable[[Workload], dict[str, Any]]
+    release: Callable[[], None]
 
 
-def _run_cpu(chosen: Sequence[Workload], peers: Sequence[str]) -> dict[str, Any]:
+def _cpu_session(peers: Sequence[str]) -> _Session:
     threads = ops.num_threads()
-    rows = _measure_all(chosen, lambda w: run_cpu.measure_workload(w, peers, threads), lambda: None)
     isa = _ffi.func("cpu_info")().split()[0]
-    return {"device": "cpu", "isa": isa, "threads": threads, "method": run_cpu.METHOD, "rows": rows}
+    head = {"device": "cpu", "isa": isa, "threads": threads, "method": run_cpu.METHOD}
+    return _Session(head, lambda w: run_cpu.measure_workload(w, peers, threads), lambda: None)
 
 
-def _run_cuda(device: CudaDevice, chosen: Sequence[Workload], peers: Sequence[str]) -> dict[str, Any]:
+def _cuda_session(device: CudaDevice, peers: Sequence[str]) -> _Session:
     ceilings = device.ceilings()
     device.release()
-    rows = _measure_all(chosen, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
-    return {
-        "device": "cuda",
-        **device.describe(),
-        "method": run_cuda.METHOD,
-        "ceilings": vars(ceilings),
-        "rows": rows,
-    }
+    head = {"device": "cuda", **device.describe(), "method": run_cuda.METHOD, "ceilings": vars(ceilings)}
+    return _Session(head, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
+
+
+def _row(session: _Session, workload: Workload) -> dict[str, Any]:
+    """The workload's row; one that fails says why under "failed", and the others are still measured."""
+    try:
+        return session.measure(workload)
+    except (WrongResult, TvmInferError, RuntimeError, MemoryError) as error:
+        return shape_of(workload) | {"failed": f"{type(error).__name__}: {error}"}
+    finally:
+        session.release()
+
+
+def _write(results: dict[str, Any], json_path: str | None) -> None:
+    if json_path == "-":
+        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    elif json_path:
+        pathlib.Path(json_path).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def run(
@@ -103,7 +107,8 @@ def run(
     suite, workloads, dtypes : a suite by name (default: the device's), and which of its workloads in which dtypes.
     custom : workloads in place of a suite's (shapes.py makes them from flags).
     peers : names of peers (peers.py); default: all that the device has.
-    json_path : file for the results, or "-" for stdout; the table goes to stderr then. plot_path : file for a chart.
+    json_path : file for the results, or "-" for stdout; the table goes to stderr then. A file is written after every row.
+    plot_path : file for a chart.
     cuda_device : makes what stands for the GPU.
 
     Returns
@@ -117,6 +122,7 @@ def run(
     ExecutorError : no CUDA device. All before anything is measured.
     """
     from rich.console import Console
+    from rich.progress import track
 
     device, chosen = _workloads(device, suite, workloads, dtypes, custom)
     peers = peers_module.known(device) if peers is None else list(peers)
@@ -126,20 +132,24 @@ def run(
     _check_folder(plot_path, "plot")
     if plot_path:
         plot.require_matplotlib()
+    session = _cpu_session(peers) if device == "cpu" else _cuda_session(cuda_device(), peers)
+    rows: list[dict[str, Any]] = []
     results = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"tvm_infer": __version__, **package_versions()},
-        **(_run_cpu(chosen, peers) if device == "cpu" else _run_cuda(cuda_device(), chosen, peers)),
+        "versions": {"tvm_infer": __version__, **package_versions(), **peers_module.versions()},
+        **session.head,
+        "rows": rows,
     }
+    for workload in track(chosen, "measuring", console=Console(stderr=True), transient=True):
+        rows.append(_row(session, workload))
+        if json_path != "-":
+            _write(results, json_path)  # a run that is cut off leaves what it has
     console = Console(stderr=json_path == "-")
-    report.print_table(Console(width=max(console.width, 160), stderr=json_path == "-"), results, peers)
+    console.width = max(console.width, 160 if device == "cpu" else 200)  # a table that wraps cannot be read
+    report.print_table(console, results, peers)
     if json_path == "-":
-        json.dump(results, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    elif json_path:
-        with open(json_path, "w") as f:
-            json.dump(results, f, indent=2)
+        _write(results, json_path)
     if plot_path:
         plot.save(results, plot_path)
     return results

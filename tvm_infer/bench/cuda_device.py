@@ -49,7 +49,7 @@ class CudaDevice:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Name, SMs and memory of the device; versions of driver, CUDA and torch."""
+        """Name, SMs and memory of the device; versions of driver, CUDA and cuDNN."""
         import torch
 
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -61,11 +61,11 @@ class CudaDevice:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "driver": found.group(1) if found else None,
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
         }
 
     def plan(self, workload: Workload) -> Plan:
         """The workload's plan, on the host and on the device."""
-        where: dict[str, Any] = {"device": self.torch_device}
         return ops.plan(
             indptr(workload.qo_lens),
             list(workload.kv_lens),
@@ -73,7 +73,7 @@ class CudaDevice:
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
             dtype=workload.dtype,
-            **where,
+            device=self.torch_device,
         )
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
@@ -94,7 +94,7 @@ class CudaDevice:
         """Microseconds of one launch, by replaying a CUDA graph of all of them."""
         return time_graph(launches)
 
-    def time_upload(self, plan: Any) -> Timing:
+    def time_upload(self, plan: Plan) -> Timing:
         """Host microseconds of one copy of the plan to the device."""
         return time_upload(plan.buffer, plan.device_buffer, self.synchronize)
 

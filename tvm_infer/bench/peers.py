@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ def peer(name: str, device: str) -> Peer:
         )
     module, attribute = _PEERS[device][name]
     return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)()  # type: ignore[no-any-return]
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what peers are made of, beside the packages that tvm_infer itself uses; None where absent."""
+    found: dict[str, str | None] = {}
+    for package in ("triton", "flashinfer-python"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def require(package: str, extra: str = "") -> None:
