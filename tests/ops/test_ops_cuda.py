@@ -159,6 +159,24 @@ def test_a_plan_into_given_buffers(calls):
         tvm_infer.plan(index(3), KV_LEN, device="cuda", **SETTINGS)
 
 
+def test_the_loop_in_the_documentation(calls):
+    import pathlib
+    import re
+    import types
+
+    page = pathlib.Path(__file__).parents[2] / "docs" / "plan.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    block = re.search(r"<!-- planning for a device.*?```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
+    steps = [types.SimpleNamespace(qo_indptr=QO, kv_len=[20 + i, 3 + i]) for i in range(3)]
+    replays = []
+    graph = types.SimpleNamespace(replay=lambda: replays.append(len(calls.of("plan_upload"))))
+    names = {"tvm_infer": tvm_infer, "numpy": np, "torch": torch, "steps": steps, "graph": graph}
+    exec(block, names)
+    assert replays == [1, 2, 3]
+    assert all(device is names["device"] and host is names["host"] for host, device in calls.of("plan_upload"))
+
+
 def test_upload_refuses_what_is_no_device_buffer():
     """The real packed function, as far as it goes without a device."""
     plan = tvm_infer.plan(QO, KV_LEN, **SETTINGS)
