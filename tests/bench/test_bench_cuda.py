@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ import torch
 from tvm_infer import _ffi, errors, ops
 from tvm_infer.bench import attention, ceilings, inputs, peers, peers_torch, planning, reference, run_cuda, suites
 from tvm_infer.bench.cuda_device import CudaDevice
-from tvm_infer.bench.timing import Timing
+from tvm_infer.bench.timing import Timing, time_graph
 from tvm_infer.bench.workloads import Workload
 from tvm_infer.testing.reference import attention_reference
 
@@ -235,6 +236,43 @@ def test_the_read_ceiling_is_checked_and_takes_device_memory_only():
         ceilings.check_read(x, total + 1)
     with pytest.raises(errors.ArgumentError, match="`x` is on device type 1"):
         _ffi.func("read_ceiling")(x, total)
+
+
+def test_graph_time_is_per_launch_and_replays_what_was_captured(monkeypatch):
+    """torch's graphs, events and synchronisation, with a clock that a replayed launch moves by 3 µs."""
+    clock, captured, log = [0.0], [], []
+
+    class Graph:
+        def replay(self):
+            clock[0] += 3.0 * len(captured)
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        assert log == ["launch"] * 3  # warmed up, then waited for, before the capture
+        log.clear()
+        yield
+        captured.extend(log)
+        log.clear()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) / 1e3  # ms
+
+    for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("Event", Event), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    timing = time_graph([lambda: log.append("launch")] * 5, replays=15)
+    assert captured == ["launch"] * 5 and log == ["replay"] * 17
+    assert timing == Timing(3.0, 3.0, 3.0, 15)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
