@@ -1,0 +1,188 @@
+"""What was held on a GPU, and whether it was held by the code as it stands.
+
+  python tests/gpu/record.py run [--sanitizer] [--out FILE]   on a machine with a GPU: all GPU tests, then tests/gpu/record.json
+  python tests/gpu/record.py check [--record FILE]            anywhere: families whose record is of other code; exit code 1 if any
+
+A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and ffi/, and
+its GPU tests. Comments and blank lines of C++ do not count; where the tree lies, file times and the order of listings do not either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RECORD = pathlib.Path(__file__).resolve().parent / "record.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """`kernel` in kernels/; `word`: what launchers and headers of this family alone have in their names; `tests` in tests/gpu."""
+
+    kernel: str
+    word: str
+    tests: tuple[str, ...]
+
+
+FAMILIES = {
+    "attention_sm90": Family(
+        "attention_sm90.cuh", "attention", ("test_gpu_attention.py", "test_gpu_invariance.py", "test_gpu_streams.py")
+    ),
+    "append": Family("append.cuh", "append", ("test_gpu_append.py",)),
+    "merge_states": Family("merge_states.cuh", "merge", ("test_gpu_merge.py",)),
+}
+COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
+LAUNCHER_FOLDERS = ("cuda", "ffi")  # where the walk from the ffi's CUDA files stays
+INCLUDE = re.compile(r'^\s*#\s*include\s*"(tvm_infer/[^"]+)"', re.MULTILINE)
+COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL)
+
+
+def walk(source: pathlib.Path, begin: Iterable[pathlib.Path], follow: Any) -> set[pathlib.Path]:
+    """`begin` and every file of ours that they include, at any depth, where `follow(path)` says so."""
+    seen: set[pathlib.Path] = set()
+    todo = list(begin)
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        found = [source / name for name in INCLUDE.findall(path.read_text())]
+        if path.suffix == ".h" and path.with_suffix(".cc").exists():
+            found.append(path.with_suffix(".cc"))
+        todo += [p for p in found if p.exists() and follow(p)]
+    return seen
+
+
+def kernel_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
+    """The kernel and all headers that it includes."""
+    source = root / "cuda_src"
+    kernel = source / "tvm_infer" / "kernels" / family.kernel
+    return walk(source, [kernel] if kernel.exists() else [], lambda p: p.suffix in {".h", ".cuh"})
+
+
+def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
+    """What brings a call to the kernel: from the ffi's CUDA files on, headers and sources in cuda/ and ffi/, other families' left out."""
+    source = root / "cuda_src"
+    ours = source / "tvm_infer"
+    others = [f.word for f in FAMILIES.values() if f != family]
+
+    def follow(path: pathlib.Path) -> bool:
+        folder = path.relative_to(ours).parts[0]
+        own = folder != "cuda" or not any(word in path.stem for word in others)  # ffi files serve all families
+        return folder in LAUNCHER_FOLDERS and own
+
+    begin = [p for p in (ours / "ffi").glob("*.cc") if "cuda" in p.stem]
+    return walk(source, begin, follow)
+
+
+def family_files(root: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """All files whose contents decide what a record of this family says."""
+    family = FAMILIES[name]
+    tests = {root / "tests" / "gpu" / test for test in (*COMMON_TESTS, *family.tests)}
+    files = kernel_files(root, family) | launcher_files(root, family) | {t for t in tests if t.exists()}
+    return sorted(files, key=lambda p: p.relative_to(root).as_posix())
+
+
+def contents(path: pathlib.Path) -> bytes:
+    """A file's text without what cannot matter."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        text = COMMENT_OR_STRING.sub(lambda m: " " if m.group().startswith("/") else m.group(), text)
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()).encode()
+
+
+def digest(root: pathlib.Path, name: str) -> str:
+    """sha256 over a family's files, by their names in the tree."""
+    total = hashlib.sha256()
+    for path in family_files(root, name):
+        total.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(contents(path)).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def complaints(root: pathlib.Path, record: dict[str, Any] | None) -> Iterator[str]:
+    """One line for each family whose record does not speak for the code as it stands."""
+    families = (record or {}).get("families", {})
+    for name in FAMILIES:
+        entry = families.get(name)
+        if entry is None:
+            yield f"{name}: no record of a GPU run"
+            continue
+        now = digest(root, name)
+        if entry["digest"] != now:
+            yield f"{name}: the record is of other code (digest {entry['digest'][:12]}, now {now[:12]}); run the GPU tests again"
+        elif entry["failed"] or not entry["passed"]:
+            yield f"{name}: recorded with {entry['failed']} failed and {entry['passed']} passed tests"
+
+
+def check(root: pathlib.Path = ROOT, path: pathlib.Path = RECORD) -> int:
+    """Prints complaints; 1 if there are any."""
+    lines = list(complaints(root, json.loads(path.read_text()) if path.exists() else None))
+    for line in lines:
+        print(f"GPU record: {line}")
+    if not lines:
+        print(f"GPU record: {', '.join(FAMILIES)} belong to the code as it stands")
+    return 1 if lines else 0
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    smi = shutil.which("nvidia-smi")
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"] if smi else None
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split() if query else []
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def run(out: pathlib.Path, sanitizer: bool, root: pathlib.Path = ROOT) -> int:
+    """All GPU tests on this machine's GPU, then the record. The exit code is pytest's, or the sanitizer's."""
+    tests = sorted(str(p) for p in (root / "tests" / "gpu").glob("test_gpu_*.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        counts = pathlib.Path(folder) / "counts.json"
+        command = [sys.executable, "-m", "pytest", *tests, "--device", "cuda", "--record-json", str(counts)]
+        code = subprocess.run([*command, "-p", "no:cacheprovider", "--durations", "10"], cwd=root, check=False).returncode
+        families = json.loads(counts.read_text()) if counts.exists() else {}
+    record: dict[str, Any] = machine()
+    record["families"] = {name: {"digest": digest(root, name), **families[name]} for name in FAMILIES if name in families}
+    if sanitizer:
+        script = root / "tests" / "gpu" / "sanitize.sh"
+        done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=root, check=False)
+        print(done.stdout, done.stderr, sep="", end="", flush=True)
+        record["sanitizer"] = {"exit_code": done.returncode, "lines": done.stdout.splitlines()}
+        code = code or done.returncode
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {out}")
+    return code
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="run all GPU tests here and write the record")
+    runner.add_argument("--out", type=pathlib.Path, default=RECORD)
+    runner.add_argument("--sanitizer", action="store_true", help="tests/gpu/sanitize.sh, too")
+    checker = commands.add_parser("check", help="say which families' records are of other code")
+    checker.add_argument("--record", type=pathlib.Path, default=RECORD)
+    args = parser.parse_args(["check", *argv[1:]] if argv[:1] == ["--check"] else argv)
+    return check(path=args.record) if args.command == "check" else run(args.out, args.sanitizer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
