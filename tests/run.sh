@@ -21,6 +21,10 @@ export PATH
 say "lint"
 ./tests/lint.sh
 
+say "record of the GPU tests"
+# a GPU is elsewhere, so this only warns; whoever touches kernels runs tests/gpu/record.py there
+if ! stale=$(python tests/gpu/record.py check); then printf 'WARNING: %s\n' "${stale//$'\n'/$'\n'WARNING: }"; fi
+
 say "tests"
 if [ $# -gt 0 ]; then
   pytest "$@"

@@ -71,6 +71,8 @@ def device(request) -> str:
         if not torch.cuda.is_available():
             pytest.fail("--device cuda, but torch sees no CUDA device")
         compile_kernels(request.session.items)
+    elif asked_for(request.config) is None:
+        torch.set_num_threads(1)  # small tensors, and as many processes beside this one as there are cores
     return name
 
 
@@ -82,13 +84,15 @@ def cuda(device) -> str:
 
 
 def compile_kernels(items) -> None:
-    """All kernels that the collected cases need, at once: one nvcc takes seconds, and the machine has many cores."""
-    import tvm_infer
+    """All kernels that the collected cases need, at once: one nvcc takes seconds, and GPU machines have many cores."""
+    from tvm_infer import jit
 
-    names = {i.callspec.params["case"].kernel for i in items if "case" in getattr(getattr(i, "callspec", None), "params", {})}
+    names = {
+        i.callspec.params["case"].kernel for i in items if "case" in getattr(getattr(i, "callspec", None), "params", {})
+    }
     names |= {"append_b16", *(f"merge_states_{t}" for t in ("bf16", "fp16", "fp32"))} if len(names) > 40 else set()
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
-        list(pool.map(lambda name: tvm_infer.jit.cubin(name, "sm_90a"), sorted(names)))
+        list(pool.map(lambda name: jit.cubin(name, "sm_90a"), sorted(names)))
 
 
 @pytest.fixture

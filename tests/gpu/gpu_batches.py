@@ -72,7 +72,16 @@ class Case:
     @property
     def name(self) -> str:
         store = f"p{self.page_size}-{self.layout}" if self.page_size else "ragged"
-        parts = (self.dtype, f"d{self.head_dim}", store, f"g{self.group}", self.shape, self.mask, self.split, self.views)
+        parts = (
+            self.dtype,
+            f"d{self.head_dim}",
+            store,
+            f"g{self.group}",
+            self.shape,
+            self.mask,
+            self.split,
+            self.views,
+        )
         return "-".join(parts) + (f"-{self.scale}" if self.scale else "")
 
     @property
@@ -175,12 +184,11 @@ def embedded(
     device: str,
     views: str,
     fill: float = math.nan,
-    strides: tuple[int, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(view of `shape`, the tensor it lies in), all `fill`.
 
-    "offset": one row ahead and one behind. "strided": every stride is larger than it must be and the offset is not a whole row; rows stay
-    on 16-byte boundaries. `strides`: which axes may be padded (default: all).
+    "offset": one row ahead and one behind. "strided": every stride is larger than it must be and the offset is not a whole row; rows
+    stay on 16-byte boundaries.
     """
     if views == "plain":
         base = torch.full(shape, fill, dtype=dtype, device=device)
@@ -188,9 +196,11 @@ def embedded(
     ahead = [1] + [0] * (len(shape) - 1)
     behind = list(ahead)
     if views == "strided":
-        ahead = [1 if strides is None or i in strides else 0 for i in range(len(shape) - 1)] + [8]
+        ahead = [1] * (len(shape) - 1) + [8]
         behind = [1] + [0] * (len(shape) - 1)
-    base = torch.full([a + n + b for a, n, b in zip(ahead, shape, behind, strict=True)], fill, dtype=dtype, device=device)
+    base = torch.full(
+        [a + n + b for a, n, b in zip(ahead, shape, behind, strict=True)], fill, dtype=dtype, device=device
+    )
     return base[tuple(slice(a, a + n) for a, n in zip(ahead, shape, strict=True))], base
 
 
@@ -375,7 +385,13 @@ class Batch:
         """(o, lse) of the call under test."""
         plan = self.plan() if plan is None else plan
         out, lse = self.outputs()
-        keywords = {"sm_scale": self.case.sm_scale, "out": out, "lse": lse, "workspace": self.workspace(plan), **changes}
+        keywords = {
+            "sm_scale": self.case.sm_scale,
+            "out": out,
+            "lse": lse,
+            "workspace": self.workspace(plan),
+            **changes,
+        }
         if self.case.page_size:
             return tvm_infer.attention(self.q, self.cache, plan, **self.tables, **keywords)
         return tvm_infer.ragged_attention(self.q, self.k, self.v, plan, kv_indptr=self.kv_indptr, **keywords)

@@ -3,8 +3,8 @@
   python tests/gpu/record.py run [--sanitizer] [--out FILE]   on a machine with a GPU: all GPU tests, then tests/gpu/record.json
   python tests/gpu/record.py check [--record FILE]            anywhere: families whose record is of other code; exit code 1 if any
 
-A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and ffi/, and
-its GPU tests. Comments and blank lines of C++ do not count; where the tree lies, file times and the order of listings do not either.
+A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and
+ffi/, and its GPU tests. Comments and blank lines of C++ do not count; nor do where the tree lies, file times, the order of listings.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def walk(source: pathlib.Path, begin: Iterable[pathlib.Path], follow: Any) -> se
         if path in seen:
             continue
         seen.add(path)
-        found = [source / name for name in INCLUDE.findall(path.read_text())]
+        found = [source / name for name in INCLUDE.findall(path.read_text(encoding="utf-8"))]
         if path.suffix == ".h" and path.with_suffix(".cc").exists():
             found.append(path.with_suffix(".cc"))
         todo += [p for p in found if p.exists() and follow(p)]
@@ -73,7 +73,7 @@ def kernel_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
 
 
 def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
-    """What brings a call to the kernel: from the ffi's CUDA files on, headers and sources in cuda/ and ffi/, other families' left out."""
+    """What brings a call to the kernel: from the ffi's CUDA files on, what they include of cuda/ and ffi/, less other families'."""
     source = root / "cuda_src"
     ours = source / "tvm_infer"
     others = [f.word for f in FAMILIES.values() if f != family]
@@ -97,7 +97,7 @@ def family_files(root: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 def contents(path: pathlib.Path) -> bytes:
     """A file's text without what cannot matter."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         text = COMMENT_OR_STRING.sub(lambda m: " " if m.group().startswith("/") else m.group(), text)
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()).encode()
@@ -128,7 +128,7 @@ def complaints(root: pathlib.Path, record: dict[str, Any] | None) -> Iterator[st
 
 def check(root: pathlib.Path = ROOT, path: pathlib.Path = RECORD) -> int:
     """Prints complaints; 1 if there are any."""
-    lines = list(complaints(root, json.loads(path.read_text()) if path.exists() else None))
+    lines = list(complaints(root, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None))
     for line in lines:
         print(f"GPU record: {line}")
     if not lines:
@@ -157,10 +157,14 @@ def run(out: pathlib.Path, sanitizer: bool, root: pathlib.Path = ROOT) -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.json"
         command = [sys.executable, "-m", "pytest", *tests, "--device", "cuda", "--record-json", str(counts)]
-        code = subprocess.run([*command, "-p", "no:cacheprovider", "--durations", "10"], cwd=root, check=False).returncode
-        families = json.loads(counts.read_text()) if counts.exists() else {}
+        code = subprocess.run(
+            [*command, "-p", "no:cacheprovider", "--durations", "10"], cwd=root, check=False
+        ).returncode
+        families = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
     record: dict[str, Any] = machine()
-    record["families"] = {name: {"digest": digest(root, name), **families[name]} for name in FAMILIES if name in families}
+    record["families"] = {
+        name: {"digest": digest(root, name), **families[name]} for name in FAMILIES if name in families
+    }
     if sanitizer:
         script = root / "tests" / "gpu" / "sanitize.sh"
         done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=root, check=False)

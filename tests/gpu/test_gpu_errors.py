@@ -150,7 +150,12 @@ ATTENTION = [
         [],
         lambda b: {"plan": make_plan([0, 1, 4, 5, 5], [*b.kv, 3], CASE, b.device)},
     ),
-    ("not a plan", errors.TvmInferError, ["plan"], lambda b: {"plan": torch.zeros(8, dtype=torch.int32, device=b.device)}),
+    (
+        "not a plan",
+        errors.TvmInferError,
+        ["plan"],
+        lambda b: {"plan": torch.zeros(8, dtype=torch.int32, device=b.device)},
+    ),
     ("layout", errors.ArgumentError, ["kv_layout"], lambda b: {"kv_layout": "DHN"}),
     ("cache heads", errors.TvmInferError, ["heads"], lambda b: {"kv_cache": b.cache[:, :, :3]}),
     ("cache rank", errors.ArgumentError, ["k_cache", "rank"], lambda b: {"kv_cache": b.cache[:, 0]}),

@@ -21,6 +21,11 @@ def tree(tmp_path) -> pathlib.Path:
     return root
 
 
+needs_launchers = pytest.mark.skipif(
+    not (record.ROOT / "cuda_src/tvm_infer/ffi/attention_cuda.cc").exists(), reason="no CUDA launchers in this tree"
+)
+
+
 def digests(root: pathlib.Path) -> dict[str, str]:
     return {name: record.digest(root, name) for name in record.FAMILIES}
 
@@ -29,7 +34,7 @@ def changed(root: pathlib.Path, path: str, text: str = "\nint another_line;\n") 
     """Families whose digest changes when `text` is added to a file."""
     before = digests(root)
     file = root / path
-    file.write_text(file.read_text() + text)
+    file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
     after = digests(root)
     return {name for name in before if before[name] != after[name]}
 
@@ -38,6 +43,7 @@ def test_place_and_times_do_not_matter(tree):
     assert digests(tree) == digests(record.ROOT)
 
 
+@needs_launchers
 def test_every_family_has_its_kernel_its_launchers_and_its_tests():
     for name, family in record.FAMILIES.items():
         files = {p.relative_to(record.ROOT).as_posix() for p in record.family_files(record.ROOT, name)}
@@ -46,12 +52,15 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
         assert {f"tests/gpu/{t}" for t in (*record.COMMON_TESTS, *family.tests)} <= files
         assert not any(part in f for f in files for part in ("/cpu/", "/kv/", "planner", "read_ceiling"))
         alone = [f for f in files if "/cuda/" in f and family.word in f]
-        assert alone and not any(f in record.family_files(record.ROOT, other) for f in alone for other in record.FAMILIES)
+        assert alone and not any(
+            f in record.family_files(record.ROOT, other) for f in alone for other in record.FAMILIES
+        )
     tests = {p.name for p in (record.ROOT / "tests" / "gpu").glob("test_gpu_*.py")} - {pathlib.Path(__file__).name}
     named = {t for f in record.FAMILIES.values() for t in f.tests} | set(record.COMMON_TESTS)
     assert tests <= named
 
 
+@needs_launchers
 @pytest.mark.parametrize(
     ("path", "families"),
     [
@@ -87,7 +96,9 @@ def test_a_header_included_newly_is_followed(tree):
     header = tree / "cuda_src/tvm_infer/ptx/brand_new.cuh"
     header.write_text("#pragma once\n")
     before = digests(tree)
-    assert changed(tree, f"{KERNELS}/merge_states.cuh", '\n#include "tvm_infer/ptx/brand_new.cuh"\n') == {"merge_states"}
+    assert changed(tree, f"{KERNELS}/merge_states.cuh", '\n#include "tvm_infer/ptx/brand_new.cuh"\n') == {
+        "merge_states"
+    }
     assert changed(tree, "cuda_src/tvm_infer/ptx/brand_new.cuh") == {"merge_states"}
     assert digests(tree)["append"] == before["append"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from gpu_batches import Batch, Case, same_bits
@@ -48,7 +49,15 @@ def test_append_and_attention_follow_each_other_on_a_side_stream(cuda):
         plan = batch.plan()
         out, lse = batch.outputs()
         tvm_infer.append_attention(
-            batch.q, batch.k_new, batch.v_new, batch.cache, plan, **batch.tables, out=out, lse=lse, workspace=batch.workspace(plan)
+            batch.q,
+            batch.k_new,
+            batch.v_new,
+            batch.cache,
+            plan,
+            **batch.tables,
+            out=out,
+            lse=lse,
+            workspace=batch.workspace(plan),
         )
     side.synchronize()
     assert same_bits(out, expected)
@@ -72,14 +81,13 @@ def test_merge_follows_what_the_stream_holds(cuda):
 
 def test_plans_made_ahead_are_not_overwritten_in_flight(cuda):
     """Twenty steps are planned while the stream still sleeps: each copy must bring its own plan, whatever the staging buffers."""
-    batches = [Batch(Case("ahead", lengths=((1,) * 4, (50 + i, 300 - i, 17, 64 * i + 1))), cuda, seed=i) for i in range(20)]
+    batches = [
+        Batch(Case("ahead", lengths=((1,) * 4, (50 + i, 300 - i, 17, 64 * i + 1))), cuda, seed=i) for i in range(20)
+    ]
     expected = [b.attend()[0] for b in batches]
-    host, words = None, 0
     plans = [b.plan() for b in batches]
     words = max(p.bytes_used for p in plans) // 4
     rows = max(p.num_partial_rows for p in plans)
-    import numpy as np
-
     host = np.zeros(words, np.int32)  # one host buffer and one device buffer for all
     device = torch.zeros(words, dtype=torch.int32, device=cuda)
     torch.cuda.synchronize()
@@ -99,7 +107,9 @@ def test_plans_made_ahead_are_not_overwritten_in_flight(cuda):
 def test_threads_with_plans_of_their_own(device):
     """Two threads, each with its stream, plan and workspace, get what one thread gets."""
     batches = [
-        Batch(Case("threads", split="cut96", lengths=((1, 20, 1), (700 + i, 90, 64)), dtype=("bf16", "fp16")[i]), device)
+        Batch(
+            Case("threads", split="cut96", lengths=((1, 20, 1), (700 + i, 90, 64)), dtype=("bf16", "fp16")[i]), device
+        )
         for i in range(2)
     ]
     expected = [b.attend()[0] for b in batches]
@@ -126,7 +136,7 @@ def test_threads_with_plans_of_their_own(device):
 def test_launches_back_to_back(device):
     """With programmatic dependent launch a call's prologue overlaps the call before it: a chain of them must still be a chain."""
     batch = Batch(Case("chain", split="cut64", lengths=((1, 1), (300, 129))), device)
-    plan, workspace = batch.plan(), None
+    plan = batch.plan()
     workspace = batch.workspace(plan)
     q, chained = batch.q.clone(), []
     for _ in range(5):  # each call's query is the last one's output
