@@ -22,6 +22,9 @@ __device__ __forceinline__ uint4 LoadOnce(const uint4* p) {
 
 // Adds the sum of all 32-bit words (modulo 2^32) to *params.sum: the loads cannot be left out, and the result can be checked.
 __device__ __forceinline__ void ReadCeiling(const cuda::ReadCeilingParams& params) {
+  __shared__ uint32_t total;  // one atomic to memory a CTA: thousands to one address would take microseconds
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
   ptx::AllowDependentGrid();
   ptx::WaitForPriorGrid();
   const uint4* data = static_cast<const uint4*>(params.data);
@@ -42,7 +45,9 @@ __device__ __forceinline__ void ReadCeiling(const cuda::ReadCeilingParams& param
     sum += (v.x + v.y) + (v.z + v.w);
   }
   sum = __reduce_add_sync(0xffffffff, sum);
-  if (threadIdx.x % 32 == 0) atomicAdd(params.sum, sum);
+  if (threadIdx.x % 32 == 0) atomicAdd(&total, sum);
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(params.sum, total);
 }
 
 }  // namespace tvm_infer::kernels
