@@ -70,12 +70,14 @@ def _tables(q: Any, **tables: Any) -> list[Any]:
     return list(tables.values())
 
 
-def _num_kv_heads(k_cache: Any, layout: int) -> int:
-    return k_cache.shape[_KV_HEAD_AXIS[layout]] if len(k_cache.shape) >= 4 else -1
+def _num_kv_heads(k: Any, axis: int, ranks: tuple[int, ...]) -> int | None:
+    """KV heads of a cache or of ragged keys; None for a rank that is none: the packed function says so."""
+    shape = getattr(k, "shape", ())
+    return int(shape[axis]) if len(shape) in ranks else None
 
 
 def _prepare(
-    q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int, num_lists: int
+    q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int | None, num_lists: int
 ) -> tuple[Any, Any, Any, Any]:
     """The plan as packed functions take it, and workspace, out and lse, allocated where they are not given."""
     if len(q.shape) != 3:
@@ -95,7 +97,9 @@ def _prepare(
     return words, workspace, out, lse
 
 
-def _prepare_cuda(q: Any, plan: Any, workspace: Any, num_kv_heads: int, num_lists: int, device: int) -> tuple[Any, Any]:
+def _prepare_cuda(
+    q: Any, plan: Any, workspace: Any, num_kv_heads: int | None, num_lists: int, device: int
+) -> tuple[Any, Any]:
     """The plan on the device, checked by its copy on the host before anything is launched, and a workspace."""
     num_tokens, num_qo_heads, head_dim = q.shape
     if not isinstance(plan, Plan):
@@ -117,15 +121,11 @@ def _prepare_cuda(q: Any, plan: Any, workspace: Any, num_kv_heads: int, num_list
         workspace = _array.empty_like(q, (partial_rows * (head_dim + 1),), "float32")
     else:
         partial_rows = math.prod(getattr(workspace, "shape", (0,))) // (head_dim + 1)
-    _ffi.func("check_plan")(
-        plan.host_tensor,
-        num_tokens,
-        num_qo_heads,
-        num_kv_heads,
-        partial_rows,
-        num_lists,
-        _device.cuda_info(device).num_sms,
-    )
+    if num_kv_heads is not None:
+        num_sms = _device.cuda_info(device).num_sms
+        _ffi.func("check_plan")(
+            plan.host_tensor, num_tokens, num_qo_heads, num_kv_heads, partial_rows, num_lists, num_sms
+        )
     return plan.device_buffer, workspace
 
 
@@ -175,7 +175,14 @@ def attention(
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
     words, workspace, out, lse = _prepare(
-        q, plan, workspace, out, lse, return_lse, _num_kv_heads(k_cache, layout), page_indptr.shape[0] - 1
+        q,
+        plan,
+        workspace,
+        out,
+        lse,
+        return_lse,
+        _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5)),
+        page_indptr.shape[0] - 1,
     )
     _ffi.func("paged_attention")(
         words,
@@ -212,7 +219,7 @@ def ragged_attention(
     rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
     """
     (indptr,) = _tables(q, kv_indptr=kv_indptr)
-    num_kv_heads = k.shape[1] if len(getattr(k, "shape", ())) == 3 else -1
+    num_kv_heads = _num_kv_heads(k, 1, (3,))
     words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, indptr.shape[0] - 1)
     _ffi.func("ragged_attention")(
         words,
@@ -282,7 +289,14 @@ def append_attention(
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
     words, workspace, out, lse = _prepare(
-        q, plan, workspace, out, lse, return_lse, _num_kv_heads(k_cache, layout), page_indptr.shape[0] - 1
+        q,
+        plan,
+        workspace,
+        out,
+        lse,
+        return_lse,
+        _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5)),
+        page_indptr.shape[0] - 1,
     )
     _ffi.func("append_paged_attention")(
         words,

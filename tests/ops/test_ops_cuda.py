@@ -212,6 +212,10 @@ def test_the_plan_is_checked_on_the_host_before_the_launch(calls):
     assert limits == [4, 4, 2, 1000 // 65, 2, NUM_SMS]
     tvm_infer.attention(**{**made, "kv_cache": cuda((6, 2, 16, 2, 64))}, kv_layout="NHD")
     assert calls.of("check_plan")[1][3] == 2
+    tvm_infer.attention(
+        **{**made, "kv_cache": cuda((6, 2, 64))}
+    )  # a rank that is none is the packed function's to name
+    assert len(calls.of("check_plan")) == 2 and len(calls.of("paged_attention")) == 3
 
 
 @pytest.mark.parametrize("name", ["kv_page_indptr", "kv_page_indices"])
