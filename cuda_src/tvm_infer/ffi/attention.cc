@@ -1,12 +1,9 @@
 #include "tvm_infer/ffi/attention.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-
 #include "tvm_infer/ffi/attention_checks.h"
+#include "tvm_infer/ffi/attention_cuda.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/value_checks.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -15,8 +12,10 @@ namespace {
 cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double sm_scale, const TensorView& workspace, const TensorView& o,
                              const OptionalTensor& lse) {
   const PlanHeader& header = CheckPlan(plan);
-  CheckQuery(header, q, o, lse);
-  CheckWorkspace(header, workspace, q.size(2));
+  CheckQuery(q, o, lse, kHost);
+  CheckPlanFitsQuery(header, q);
+  CheckWorkspace(workspace, kHost);
+  CheckPlanFitsWorkspace(header, workspace, q.size(2));
 
   cpu::AttentionArgs args{};
   args.plan = &header;
@@ -43,7 +42,8 @@ cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double
 
 void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests,
                const cpu::KVSource& cache, const CacheShape& shape) {
-  CheckNewTokens(k, v, qo_indptr[num_requests], shape);
+  CheckNewTokens(k, v, shape, kHost);
+  CheckNumNewTokens(k, v, qo_indptr[num_requests]);
   cpu::AppendArgs args{};
   args.dtype = shape.dtype;
   args.num_requests = num_requests;
@@ -61,16 +61,29 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
   cpu::Append(args, 0);
 }
 
+// The cache and its page table, for the plan's lists.
+CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout,
+                     const TensorView& kv_page_indptr, const TensorView& kv_page_indices, cpu::KVSource* source) {
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, source);
+  CheckPlanFitsCache(*plan.header, shape);
+  CheckCacheFitsQuery(shape, q);
+  CheckPageTable(kv_page_indptr, kv_page_indices, kHost, source);
+  CheckPageTableValues({source->page_indptr, kv_page_indptr.size(0), source->page_indices, kv_page_indices.size(0)},
+                       plan.header->num_kv_lists, plan.kv_len(), shape, DebugChecks());
+  return shape;
+}
+
 }  // namespace
 
 void PagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, TensorView kv_page_indptr,
                     TensorView kv_page_indices, double sm_scale, TensorView workspace, TensorView o, OptionalTensor lse) {
   Guarded([&] {
+    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
+      return on_cuda::PagedAttention(place, plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o,
+                                     lse);
+    }
     cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
-    const PlanView view(args.plan);
-    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &args.kv);
-    CheckSameHeads(*view.header, shape, q);
-    CheckPageTable(kv_page_indptr, kv_page_indices, view.header->num_kv_lists, view.kv_len(), shape, &args.kv);
+    PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
     cpu::Attention(args, 0);
   });
 }
@@ -78,8 +91,12 @@ void PagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalT
 void RaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale, TensorView workspace,
                      TensorView o, OptionalTensor lse) {
   Guarded([&] {
+    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
+      return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse);
+    }
     cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
-    CheckRagged(PlanView(args.plan), q, k, v, kv_indptr, &args.kv);
+    CheckRagged(q, k, v, kv_indptr, kHost, &args.kv);
+    CheckRaggedValues(args.kv.page_indptr, kv_indptr.size(0), k, PlanView(args.plan));
     cpu::Attention(args, 0);
   });
 }
@@ -87,14 +104,17 @@ void RaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, 
 void AppendPaged(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
                  int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices) {
   Guarded([&] {
-    CheckIndex(qo_indptr, "qo_indptr");
-    CheckIndex(kv_len, "kv_len");
-    CheckDim(qo_indptr, "qo_indptr", 0, kv_len.size(0) + 1, "one more than kv_len has entries");
+    if (const Place place = PlaceOf(k, "k"); place.is_cuda()) {
+      return on_cuda::AppendPaged(place, k, v, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
+    }
+    CheckAppendTensors(qo_indptr, kv_len, kHost);
     const int32_t num_requests = static_cast<int32_t>(kv_len.size(0));
     CheckAppendLengths(DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests);
     cpu::KVSource cache{};
-    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &cache);
-    CheckPageTable(kv_page_indptr, kv_page_indices, num_requests, DataPtr<int32_t>(kv_len), shape, &cache);
+    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, &cache);
+    CheckPageTable(kv_page_indptr, kv_page_indices, kHost, &cache);
+    CheckPageTableValues({cache.page_indptr, kv_page_indptr.size(0), cache.page_indices, kv_page_indices.size(0)}, num_requests,
+                         DataPtr<int32_t>(kv_len), shape, DebugChecks());
     RunAppend(k, v, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests, cache, shape);
   });
 }
@@ -103,11 +123,13 @@ void AppendPagedAttention(TensorView plan, TensorView q, TensorView k, TensorVie
                           int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace,
                           TensorView o, OptionalTensor lse) {
   Guarded([&] {
+    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
+      return on_cuda::AppendPagedAttention(place, plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale,
+                                           workspace, o, lse);
+    }
     cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
     const PlanView view(args.plan);
-    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, &args.kv);
-    CheckSameHeads(*view.header, shape, q);
-    CheckPageTable(kv_page_indptr, kv_page_indices, view.header->num_kv_lists, view.kv_len(), shape, &args.kv);
+    const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
     RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
     cpu::Attention(args, 0);
@@ -116,10 +138,11 @@ void AppendPagedAttention(TensorView plan, TensorView q, TensorView k, TensorVie
 
 void MergeStates(TensorView o_a, TensorView lse_a, TensorView o_b, TensorView lse_b, TensorView o, OptionalTensor lse) {
   Guarded([&] {
+    if (const Place place = PlaceOf(o_a, "o_a"); place.is_cuda()) return on_cuda::MergeStates(place, o_a, lse_a, o_b, lse_b, o, lse);
     cpu::MergeArgs args{};
-    args.dtype = CheckMergeOperand(o_a, lse_a, o_a, "o_a", "lse_a");
-    CheckMergeOperand(o_b, lse_b, o_a, "o_b", "lse_b");
-    CheckMergeOperand(o, lse, o_a, "o", "lse");
+    args.dtype = CheckMergeOperand(o_a, lse_a, o_a, "o_a", "lse_a", kHost);
+    CheckMergeOperand(o_b, lse_b, o_a, "o_b", "lse_b", kHost);
+    CheckMergeOperand(o, lse, o_a, "o", "lse", kHost);
     args.num_rows = o_a.size(0);
     args.num_heads = static_cast<int32_t>(o_a.size(1));
     args.head_dim = static_cast<int32_t>(o_a.size(2));

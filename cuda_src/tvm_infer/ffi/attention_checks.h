@@ -1,4 +1,5 @@
-// What the attention bindings check before anything runs. Each throws a typed Error that names the argument; none allocates.
+// What the attention bindings check of tensors before anything runs: shapes, data types, devices. Both executors share them; what they
+// hold is checked in value_checks.h. Each throws a typed Error that names the argument; none allocates.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,6 @@
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/common.h"
-#include "tvm_infer/schedule/plan.h"
 
 namespace tvm_infer::ffi_api {
 
@@ -16,25 +16,23 @@ struct CacheShape {
   int32_t num_kv_heads, page_size, head_dim;
 };
 
-// The header of a plan tensor: right magic, version and size (PlanMismatchError).
-const PlanHeader& CheckPlan(const TensorView& plan);
-// q, o and lse against each other and the plan's tokens and heads.
-void CheckQuery(const PlanHeader& header, const TensorView& q, const TensorView& o, const OptionalTensor& lse);
-void CheckWorkspace(const PlanHeader& header, const TensorView& workspace, int64_t head_dim);
+// q, o and lse against each other.
+void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& lse, const Place& place);
+void CheckWorkspace(const TensorView& workspace, const Place& place);
 // Any of the four cache forms (combined or separate, HND or NHD) as strides; page tables are left empty.
-CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, cpu::KVSource* source);
-void CheckSameHeads(const PlanHeader& header, const CacheShape& shape, const TensorView& q);
-// Every list has pages for its keys; with debug checks on, every page index that is used is within the pool.
-void CheckPageTable(const TensorView& indptr, const TensorView& indices, int32_t num_lists, const int32_t* kv_len, const CacheShape& shape,
-                    cpu::KVSource* source);
-void CheckRagged(const PlanView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr,
+CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const Place& place,
+                      cpu::KVSource* source);
+// Head_dim and data type of the cache are those of q.
+void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q);
+void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source);
+// Keys without pages: k and v against each other and q.
+void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr, const Place& place,
                  cpu::KVSource* source);
-// 0 = qo_indptr[0] <= qo_indptr[1] <= …, and no request has more new tokens than keys.
-void CheckAppendLengths(const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
-void CheckNewTokens(const TensorView& k, const TensorView& v, int64_t num_tokens, const CacheShape& shape);
+// New tokens against the cache.
+void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& shape, const Place& place);
+// The tensors of an append without a plan.
+void CheckAppendTensors(const TensorView& qo_indptr, const TensorView& kv_len, const Place& place);
 cpu::DType CheckMergeOperand(const TensorView& o, const OptionalTensor& lse, const TensorView& like, const char* o_name,
-                             const char* lse_name);
-bool DebugChecks();
-bool ExchangeDebugChecks(bool enabled);
+                             const char* lse_name, const Place& place);
 
 }  // namespace tvm_infer::ffi_api

@@ -16,11 +16,42 @@ std::string ShapeString(const TensorView& tensor) {
 
 std::string DTypeString(DLDataType dtype) { return std::string(tvm::ffi::DLDataTypeToString(dtype)); }
 
-void CheckCpu(const TensorView& tensor, const char* name) {
-  if (tensor.device().device_type != kDLCPU) {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` is on device type " << static_cast<int>(tensor.device().device_type)
-                                   << "; the cpu executor takes host tensors only. Move it to the host first";
+std::string DeviceString(DLDevice device) {
+  switch (device.device_type) {
+    case kDLCPU:
+      return "cpu";
+    case kDLCUDAHost:
+      return "pinned host memory";
+    case kDLCUDA:
+      return "cuda:" + std::to_string(device.device_id);
+    default:
+      return "device type " + std::to_string(static_cast<int>(device.device_type)) + ":" + std::to_string(device.device_id);
   }
+}
+
+Place PlaceOf(const TensorView& tensor, const char* name) {
+  const DLDevice device = tensor.device();
+  if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return kHost;
+  if (device.device_type == kDLCUDA) return {device, name};
+  TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` is on " << DeviceString(device)
+                                 << ", for which there is no executor. Executors: cpu for host tensors, cuda for tensors on CUDA devices. "
+                                 << "Move the tensors to one of them";
+}
+
+void CheckPlace(const TensorView& tensor, const char* name, const Place& place) {
+  if (!place.is_cuda()) return CheckCpu(tensor, name);
+  const DLDevice device = tensor.device();
+  if (device.device_type == kDLCUDA && device.device_id == place.device.device_id) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` is on " << DeviceString(device) << ", `" << place.chosen_by << "` on "
+                                 << DeviceString(place.device) << "; all tensors of a call must be on one device. Move `" << name
+                                 << "` there";
+}
+
+void CheckCpu(const TensorView& tensor, const char* name) {
+  const DLDevice device = tensor.device();
+  if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return;
+  TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` is on " << DeviceString(device)
+                                 << "; the cpu executor takes host tensors only. Move it to the host first";
 }
 
 void CheckRank(const TensorView& tensor, const char* name, int rank, const char* dims) {
@@ -61,8 +92,8 @@ void CheckContiguous(const TensorView& tensor, const char* name) {
   }
 }
 
-void CheckIndex(const TensorView& tensor, const char* name) {
-  CheckCpu(tensor, name);
+void CheckIndex(const TensorView& tensor, const char* name, const Place& place) {
+  CheckPlace(tensor, name, place);
   CheckRank(tensor, name, 1, "a list of indices");
   CheckDType(tensor, name, DLDataType{kDLInt, 32, 1}, "indices are int32");
   CheckContiguous(tensor, name);

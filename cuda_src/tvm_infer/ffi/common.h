@@ -52,6 +52,20 @@ inline auto Guarded(F&& f) {
 
 std::string ShapeString(const TensorView& tensor);  // "[3, 8, 128]"
 std::string DTypeString(DLDataType dtype);          // "float16"
+std::string DeviceString(DLDevice device);          // "cuda:0"
+
+// Where the tensors of a call are: the device of the one that chose the executor.
+struct Place {
+  DLDevice device;        // kDLCPU or kDLCUDA
+  const char* chosen_by;  // the argument, for messages
+  bool is_cuda() const { return device.device_type == kDLCUDA; }
+};
+inline constexpr Place kHost{{kDLCPU, 0}, ""};
+
+// The executor for a tensor's device: kHost (pinned memory counts as host memory) or a CUDA device. Throws ExecutorError for others.
+Place PlaceOf(const TensorView& tensor, const char* name);
+// Throws ArgumentError naming both devices where `tensor` is on another than `place`; ExecutorError where that is the host.
+void CheckPlace(const TensorView& tensor, const char* name, const Place& place);
 
 // Throws ArgumentError / DTypeError naming `name`, what it is and what it should be.
 void CheckCpu(const TensorView& tensor, const char* name);
@@ -60,8 +74,8 @@ void CheckDim(const TensorView& tensor, const char* name, int axis, int64_t expe
 void CheckLastDimContiguous(const TensorView& tensor, const char* name);
 void CheckDType(const TensorView& tensor, const char* name, DLDataType expected, const char* why);
 void CheckContiguous(const TensorView& tensor, const char* name);
-// int32, rank 1, contiguous, on the host.
-void CheckIndex(const TensorView& tensor, const char* name);
+// int32, rank 1, contiguous, at that place.
+void CheckIndex(const TensorView& tensor, const char* name, const Place& place = kHost);
 // float32, float16 or bfloat16.
 cpu::DType CheckFloat(const TensorView& tensor, const char* name);
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "tvm_infer/ffi/attention.h"
+#include "tvm_infer/ffi/cuda_functions.h"
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/plan.h"
@@ -21,6 +22,7 @@
 #define TVM_INFER_FUNCTIONS(V)        \
   TVM_INFER_PLAN_FUNCTIONS(V)         \
   TVM_INFER_ATTENTION_FUNCTIONS(V)    \
+  TVM_INFER_CUDA_FUNCTIONS(V)         \
   TVM_INFER_KV_CACHE_FUNCTIONS(V)     \
   TVM_INFER_MATMUL_FUNCTIONS(V)       \
   TVM_INFER_READ_CEILING_FUNCTIONS(V) \

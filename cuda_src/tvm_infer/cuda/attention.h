@@ -1,0 +1,30 @@
+// Launches kernels/attention_sm90.cuh: kernel by shape, tensor maps of K and V, one persistent grid.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/cuda/dtype.h"
+#include "tvm_infer/cuda/params.h"
+
+namespace tvm_infer::cuda {
+
+inline constexpr int32_t kRagged = 0;  // AttentionLaunch::page_size of keys without pages
+
+// All pointers are device memory. q, o, k and v and their strides are on 16-byte boundaries, partial_o and the plan too (the caller
+// checks: it knows their names).
+struct AttentionLaunch {
+  int32_t device_id;
+  void* stream;
+  DTypeTag dtype;
+  int32_t head_dim;
+  int32_t page_size;  // kRagged, or tokens in a page
+  int64_t num_pages;  // pages that k and v hold; ragged: their rows
+  // All fields. Ragged: strides of pages are unused. The plan's heads are expected.num_kv_heads and group_size.
+  AttentionParams params;
+};
+
+// The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
+// loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.
+void LaunchAttention(const AttentionLaunch& launch);
+
+}  // namespace tvm_infer::cuda

@@ -1,0 +1,51 @@
+#include "tvm_infer/cuda/tile_table.h"
+
+#include "tvm_infer/error.h"
+
+namespace tvm_infer::cuda {
+namespace {
+
+// kernels/attention_sm90.cuh on an H200: decode class, prefill class (attention/config_sm90.cuh). A key costs the decode class 15.2 ns of
+// one CTA when every SM decodes, less beside prefill, which leaves the bandwidth to it: 13.5 balances both.
+constexpr int32_t kNumSm90Classes = 2;
+constexpr TileClass kSm90HeadDim128[kNumSm90Classes] = {{16, 128, 1'000'000, 10'000, 13'500}, {128, 128, 3'600'000, 0, 14'000}};
+
+struct Row {
+  int32_t head_dim;
+  const TileClass* classes;
+  int32_t count;
+};
+// NOTE: head_dim 64 has not been measured. It plans with the costs of 128: only their proportions decide, and bytes and products of a
+// key halve alike; predicted times are too long.
+constexpr Row kRows[] = {{64, kSm90HeadDim128, kNumSm90Classes}, {128, kSm90HeadDim128, kNumSm90Classes}};
+
+const Row* FindRow(int32_t head_dim) {
+  for (const Row& row : kRows) {
+    if (row.head_dim == head_dim) return &row;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void CheckKernelShape(DTypeTag dtype, int32_t head_dim, const char* name) {
+  if (dtype == DTypeTag::kFloat32) {
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name
+                                   << "` has dtype float32; the cuda executor has kernels for float16 and bfloat16. "
+                                   << "Cast it, or pass host tensors (the cpu executor takes float32)";
+  }
+  if (FindRow(head_dim) == nullptr) {
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << "; the cuda executor has kernels for 64 and "
+                                   << "128. Pad the heads with zeros (and keep sm_scale that of the unpadded width), or pass host tensors "
+                                      "(the cpu executor takes every multiple of 8 up to 256)";
+  }
+}
+
+const TileClass* TileTable(DTypeTag dtype, int32_t head_dim, int32_t* count) {
+  CheckKernelShape(dtype, head_dim, "head_dim");
+  const Row* row = FindRow(head_dim);
+  *count = row->count;
+  return row->classes;
+}
+
+}  // namespace tvm_infer::cuda

@@ -1,0 +1,17 @@
+// Tile classes of the CUDA attention kernels, with their measured costs: what plans for a CUDA device are made with.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/cuda/dtype.h"
+#include "tvm_infer/schedule/plan.h"
+
+namespace tvm_infer::cuda {
+
+// A static table of `*count` classes. Throws Error("ExecutorError") for a dtype or head_dim that has no kernel.
+const TileClass* TileTable(DTypeTag dtype, int32_t head_dim, int32_t* count);
+
+// The same check alone. `name`: the argument it is said of.
+void CheckKernelShape(DTypeTag dtype, int32_t head_dim, const char* name);
+
+}  // namespace tvm_infer::cuda

@@ -1,0 +1,291 @@
+#include "tvm_infer/ffi/attention_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "tvm_infer/cuda/append.h"
+#include "tvm_infer/cuda/attention.h"
+#include "tvm_infer/cuda/merge_states.h"
+#include "tvm_infer/cuda/tile_table.h"
+#include "tvm_infer/ffi/attention_checks.h"
+#include "tvm_infer/ffi/cuda_scope.h"
+#include "tvm_infer/ffi/value_checks.h"
+
+namespace tvm_infer::ffi_api::on_cuda {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+cuda::DTypeTag ToTag(cpu::DType dtype) { return static_cast<cuda::DTypeTag>(dtype); }
+static_assert(static_cast<int>(cuda::DTypeTag::kFloat16) == static_cast<int>(cpu::DType::kFloat16));
+static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
+
+void CheckPlanTensor(const TensorView& plan, const Place& place) {
+  CheckIndex(plan, "plan", place);
+  const int64_t bytes = plan.numel() * static_cast<int64_t>(sizeof(int32_t));
+  if (bytes < static_cast<int64_t>(sizeof(PlanHeader))) {
+    TVM_INFER_THROW(PlanMismatchError) << "argument `plan`, " << bytes << " bytes, is not a plan; upload one made by tvm_infer.plan";
+  }
+  CheckAligned(plan, "plan");
+}
+
+// Everything of a launch but its keys.
+cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, const TensorView& q, double sm_scale,
+                                  const TensorView& workspace, const TensorView& o, const OptionalTensor& lse) {
+  CheckPlanTensor(plan, place);
+  CheckQuery(q, o, lse, place);
+  CheckWorkspace(workspace, place);
+  if (lse.has_value()) CheckContiguous(lse.value(), "lse");
+  CheckAlignedRows(q, "q");
+  CheckAlignedRows(o, "o");
+  CheckAligned(workspace, "workspace");
+  if (!(sm_scale > 0 && std::isfinite(sm_scale))) {
+    TVM_INFER_THROW(ArgumentError) << "argument `sm_scale` is " << sm_scale
+                                   << "; on CUDA it must be finite and above 0. For the opposite sign negate q";
+  }
+  cuda::AttentionLaunch launch{};
+  launch.dtype = ToTag(CheckFloat(q, "q"));
+  launch.head_dim = static_cast<int32_t>(q.size(2));
+  cuda::CheckKernelShape(launch.dtype, launch.head_dim, "q");
+
+  cuda::AttentionParams& params = launch.params;
+  params.plan = DataPtr<void>(plan);
+  params.q = DataPtr<void>(q);
+  params.q_stride_token = Stride(q, 0);
+  params.q_stride_head = Stride(q, 1);
+  params.o = DataPtr<void>(o);
+  params.o_stride_token = Stride(o, 0);
+  params.o_stride_head = Stride(o, 1);
+  params.lse = DataPtr<float>(lse);
+  const int64_t capacity = std::min<int64_t>(workspace.numel() / (q.size(2) + 1), INT32_MAX);
+  params.partial_o = DataPtr<float>(workspace);
+  params.partial_lse = params.partial_o + capacity * q.size(2);
+  params.expected.max_tokens = static_cast<int32_t>(q.size(0));
+  params.expected.max_partial_rows = static_cast<int32_t>(capacity);
+  params.sm_scale_log2 = static_cast<float>(sm_scale * kLog2E);
+  return launch;
+}
+
+void SetHeads(cuda::ExpectedPlan* expected, const TensorView& q, int64_t num_kv_heads, const char* kv_name) {
+  if (num_kv_heads < 1 || q.size(1) % num_kv_heads != 0) {
+    TVM_INFER_THROW(ArgumentError) << "argument `q` has " << q.size(1) << " heads, shape " << ShapeString(q) << ", `" << kv_name << "` has "
+                                   << num_kv_heads << "; query heads must be a multiple of KV heads";
+  }
+  expected->num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  expected->group_size = static_cast<int32_t>(q.size(1) / num_kv_heads);
+}
+
+void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
+  params->kv_indptr = source.page_indptr;
+  params->kv_page_indices = source.page_indices;
+  params->k = source.k;
+  params->v = source.v;
+  params->k_stride_page = source.k_page_stride;
+  params->k_stride_head = source.k_head_stride;
+  params->k_stride_token = source.k_token_stride;
+  params->v_stride_page = source.v_page_stride;
+  params->v_stride_head = source.v_head_stride;
+  params->v_stride_token = source.v_token_stride;
+}
+
+void CheckAlignedCache(const TensorView& k_cache, const OptionalTensor& v_cache) {
+  CheckAlignedRows(k_cache, "k_cache");
+  if (v_cache.has_value()) CheckAlignedRows(v_cache.value(), "v_cache");
+}
+
+// A paged call's launch, and the shape of its cache.
+CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, const Place& place, const TensorView& q,
+                       const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
+                       const TensorView& kv_page_indices) {
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, source);
+  CheckCacheFitsQuery(shape, q);
+  CheckAlignedCache(k_cache, v_cache);
+  CheckPageTable(kv_page_indptr, kv_page_indices, place, source);
+  SetHeads(&launch->params.expected, q, shape.num_kv_heads, "k_cache");
+  launch->params.expected.max_kv_lists = static_cast<int32_t>(kv_page_indptr.size(0)) - 1;
+  SetKeys(&launch->params, *source);
+  launch->page_size = shape.page_size;
+  launch->num_pages = shape.num_pages;
+  return shape;
+}
+
+void Launch(const CudaScope& scope, cuda::AttentionLaunch* launch) {
+  launch->device_id = scope.device_id();
+  launch->stream = scope.stream();
+  cuda::LaunchAttention(*launch);
+}
+
+bool MayCheckValues(const CudaScope& scope) { return DebugChecks() && !cuda::IsCapturing(scope.stream()); }
+
+// Copies of a paged call's plan and table, checked as the CPU executor checks its own. Returns the plan.
+std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& plan, const TensorView& q, const TensorView& workspace,
+                                      const CacheShape& shape, const TensorView& kv_page_indptr, const TensorView& kv_page_indices) {
+  std::vector<int32_t> words = scope.ToHost(plan);
+  const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
+  CheckPlanFitsQuery(header, q, /*is_padded=*/true);
+  CheckPlanFitsWorkspace(header, workspace, q.size(2));
+  CheckPlanFitsCache(header, shape);
+  const std::vector<int32_t> indptr = scope.ToHost(kv_page_indptr), indices = scope.ToHost(kv_page_indices);
+  CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, header.num_kv_lists,
+                       PlanView(&header).kv_len(), shape, /*check_pages=*/true);
+  return words;
+}
+
+// An append's launch but its lengths.
+cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                                const OptionalTensor& v_cache, const cpu::KVSource& cache, const CacheShape& shape) {
+  CheckNewTokens(k, v, shape, place);
+  CheckDim(v, "v", 0, k.size(0), "as k");
+  CheckAlignedRows(k, "k");
+  CheckAlignedRows(v, "v");
+  CheckAlignedCache(k_cache, v_cache);
+  if (shape.dtype == cpu::DType::kFloat32) {
+    TVM_INFER_THROW(ExecutorError) << "argument `k` has dtype float32; the cuda executor appends float16 and bfloat16. Cast it, or pass "
+                                      "host tensors (the cpu executor takes float32)";
+  }
+  cuda::AppendParams params{};
+  params.max_tokens = static_cast<int32_t>(k.size(0));
+  params.kv_page_indptr = cache.page_indptr;
+  params.kv_page_indices = cache.page_indices;
+  params.k = DataPtr<void>(k);
+  params.v = DataPtr<void>(v);
+  params.k_stride_token = Stride(k, 0);
+  params.k_stride_head = Stride(k, 1);
+  params.v_stride_token = Stride(v, 0);
+  params.v_stride_head = Stride(v, 1);
+  params.k_cache = const_cast<void*>(cache.k);
+  params.v_cache = const_cast<void*>(cache.v);
+  params.k_cache_stride_page = cache.k_page_stride;
+  params.k_cache_stride_head = cache.k_head_stride;
+  params.k_cache_stride_token = cache.k_token_stride;
+  params.v_cache_stride_page = cache.v_page_stride;
+  params.v_cache_stride_head = cache.v_head_stride;
+  params.v_cache_stride_token = cache.v_token_stride;
+  params.num_kv_heads = shape.num_kv_heads;
+  params.head_dim = shape.head_dim;
+  params.page_size = shape.page_size;
+  return params;
+}
+
+}  // namespace
+
+void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
+                    const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
+                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  cpu::KVSource source{};
+  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
+  const CudaScope scope(place.device);
+  if (MayCheckValues(scope)) CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
+  Launch(scope, &launch);
+}
+
+void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                     const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
+                     const OptionalTensor& lse) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  cpu::KVSource source{};
+  CheckRagged(q, k, v, kv_indptr, place, &source);
+  CheckAlignedRows(k, "k");
+  CheckAlignedRows(v, "v");
+  SetHeads(&launch.params.expected, q, k.size(1), "k");
+  launch.params.expected.max_kv_lists = static_cast<int32_t>(kv_indptr.size(0)) - 1;
+  SetKeys(&launch.params, source);
+  launch.page_size = cuda::kRagged;
+  launch.num_pages = k.size(0);
+  const CudaScope scope(place.device);
+  if (MayCheckValues(scope)) {
+    const std::vector<int32_t> words = scope.ToHost(plan), indptr = scope.ToHost(kv_indptr);
+    const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
+    CheckPlanFitsQuery(header, q, /*is_padded=*/true);
+    CheckPlanFitsWorkspace(header, workspace, q.size(2));
+    CheckRaggedValues(indptr.data(), kv_indptr.size(0), k, PlanView(&header));
+  }
+  Launch(scope, &launch);
+}
+
+void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
+                 const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
+                 const TensorView& kv_page_indices) {
+  CheckAppendTensors(qo_indptr, kv_len, place);
+  cpu::KVSource cache{};
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, &cache);
+  CheckPageTable(kv_page_indptr, kv_page_indices, place, &cache);
+  cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, cache, shape);
+  params.num_requests = static_cast<int32_t>(kv_len.size(0));
+  params.qo_indptr = DataPtr<const int32_t>(qo_indptr);
+  params.kv_len = DataPtr<const int32_t>(kv_len);
+  if (kv_page_indptr.size(0) != kv_len.size(0) + 1) {
+    TVM_INFER_THROW(ArgumentError) << "argument `kv_page_indptr` has " << kv_page_indptr.size(0) << " entries; " << kv_len.size(0)
+                                   << " requests need " << kv_len.size(0) + 1;
+  }
+  const CudaScope scope(place.device);
+  if (MayCheckValues(scope)) {
+    const std::vector<int32_t> qo = scope.ToHost(qo_indptr), lengths = scope.ToHost(kv_len);
+    const std::vector<int32_t> indptr = scope.ToHost(kv_page_indptr), indices = scope.ToHost(kv_page_indices);
+    CheckAppendLengths(qo.data(), lengths.data(), params.num_requests);
+    CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, params.num_requests,
+                         lengths.data(), shape, /*check_pages=*/true);
+  }
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+}
+
+void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
+                          const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
+                          const OptionalTensor& lse) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  cpu::KVSource source{};
+  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
+  cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, source, shape);
+  CheckDim(k, "k", 0, q.size(0), "tokens of q");
+  params.plan = launch.params.plan;
+  params.expected = launch.params.expected;
+  const CudaScope scope(place.device);
+  if (MayCheckValues(scope)) {
+    const std::vector<int32_t> words = CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
+    const PlanView view(words.data());
+    CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
+  }
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  Launch(scope, &launch);
+}
+
+void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
+                 const TensorView& o, const OptionalTensor& lse) {
+  const cpu::DType dtype = CheckMergeOperand(o_a, lse_a, o_a, "o_a", "lse_a", place);
+  CheckMergeOperand(o_b, lse_b, o_a, "o_b", "lse_b", place);
+  CheckMergeOperand(o, lse, o_a, "o", "lse", place);
+  CheckAlignedRows(o_a, "o_a");
+  CheckAlignedRows(o_b, "o_b");
+  CheckAlignedRows(o, "o");
+  cuda::MergeStatesParams params{};
+  params.o_a = DataPtr<void>(o_a);
+  params.o_b = DataPtr<void>(o_b);
+  params.o = DataPtr<void>(o);
+  params.lse_a = DataPtr<float>(lse_a);
+  params.lse_b = DataPtr<float>(lse_b);
+  params.lse = DataPtr<float>(lse);
+  params.o_a_stride_row = Stride(o_a, 0);
+  params.o_a_stride_head = Stride(o_a, 1);
+  params.o_b_stride_row = Stride(o_b, 0);
+  params.o_b_stride_head = Stride(o_b, 1);
+  params.o_stride_row = Stride(o, 0);
+  params.o_stride_head = Stride(o, 1);
+  params.lse_a_stride_row = Stride(lse_a, 0);
+  params.lse_a_stride_head = Stride(lse_a, 1);
+  params.lse_b_stride_row = Stride(lse_b, 0);
+  params.lse_b_stride_head = Stride(lse_b, 1);
+  if (lse.has_value()) {
+    params.lse_stride_row = Stride(lse.value(), 0);
+    params.lse_stride_head = Stride(lse.value(), 1);
+  }
+  params.num_rows = static_cast<int32_t>(o_a.size(0));
+  params.num_heads = static_cast<int32_t>(o_a.size(1));
+  params.head_dim = static_cast<int32_t>(o_a.size(2));
+  const CudaScope scope(place.device);
+  if (o_a.numel() > 0) cuda::LaunchMergeStates(scope.device_id(), scope.stream(), ToTag(dtype), params);
+}
+
+}  // namespace tvm_infer::ffi_api::on_cuda

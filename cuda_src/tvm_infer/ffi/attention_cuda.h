@@ -1,0 +1,42 @@
+// The attention functions (attention.h) on a CUDA device: the same arguments, all on that device; their values are not read.
+//
+// Validate, make the device current, take the environment's stream, launch. No device memory is allocated, nothing synchronises and
+// no state is kept, so calls may be captured; a kernel's first call, which loads it, must come before. Beyond attention.h:
+//   plan       on the device (tvm_infer.plan_upload); the kernel refuses one that does not fit and says why (tvm_infer.plan_status)
+//   q, o       float16 or bfloat16, head_dim 64 or 128; may have more rows than the plan has tokens (rows behind are not written)
+//   lse        contiguous
+//   workspace  holds numel / (head_dim + 1) partial rows
+//   sm_scale   > 0: it is folded into the exponent's base
+//   rows of q, o, k, v and of the caches begin on 16-byte boundaries, since copies are of 16 bytes
+// With debug checks on, every call copies the plan and the tables to the host and checks them as the CPU executor does. That
+// synchronises; while a stream is being captured these checks are left out.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/ffi/attention.h"
+#include "tvm_infer/ffi/common.h"
+
+namespace tvm_infer::ffi_api::on_cuda {
+
+void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
+                    const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
+                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse);
+
+void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                     const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
+                     const OptionalTensor& lse);
+
+void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
+                 const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
+                 const TensorView& kv_page_indices);
+
+void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
+                          const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
+                          const OptionalTensor& lse);
+
+void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
+                 const TensorView& o, const OptionalTensor& lse);
+
+}  // namespace tvm_infer::ffi_api::on_cuda
