@@ -12,8 +12,10 @@ namespace {
 constexpr int kPanelElements = 64;         // 128 bytes: the swizzle's span
 constexpr uint32_t kRaggedTileKeys = 128;  // of one copy, attention/config_sm90.cuh
 
+constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
+
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
-constexpr int32_t kPageSizes[] = {kRagged, 1, 8, 16, 32, 64};
+constexpr int32_t kPageSizes[] = {kRagged, 1, 2, 4, 8, 16, 32, 64};
 constexpr int32_t kHeadDims[] = {64, 128};
 constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
 constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
@@ -50,7 +52,7 @@ CachedKernel& KernelFor(DTypeTag dtype, int32_t head_dim, int32_t page_size) {
   const int page_index = IndexOf(kPageSizes, page_size);
   if (page_index == kNumPageSizes) {
     TVM_INFER_THROW(ExecutorError) << "argument `k_cache` has page_size " << page_size
-                                   << "; the cuda executor has kernels for pages of 1, 8, "
+                                   << "; the cuda executor has kernels for pages of 1, 2, 4, 8, "
                                    << "16, 32 and 64 tokens. Lay the cache out in such pages, or pass host tensors (the cpu executor takes "
                                       "any page_size)";
   }
@@ -94,6 +96,23 @@ KvTensorMaps EncodeMaps(const AttentionLaunch& launch) {
   return maps;
 }
 
+// Gathers keep a page's and a token's stride in 32 bits of bytes.
+void CheckGatherStride(int64_t stride, const char* name, const char* of) {
+  constexpr int64_t kMaxBytes = int64_t{1} << 32;
+  if (2 * stride < kMaxBytes) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has a stride of " << 2 * stride << " bytes between " << of
+                                 << "; with pages of fewer than " << kMinBoxTokens
+                                 << " tokens it must be below 4 GiB on CUDA. Make the cache "
+                                    "contiguous, or use larger pages";
+}
+
+void CheckGather(const AttentionParams& p) {
+  CheckGatherStride(p.k_stride_page, "k_cache", "pages");
+  CheckGatherStride(p.k_stride_token, "k_cache", "tokens");
+  CheckGatherStride(p.v_stride_page, "v_cache", "pages");
+  CheckGatherStride(p.v_stride_token, "v_cache", "tokens");
+}
+
 }  // namespace
 
 void LaunchAttention(const AttentionLaunch& launch) {
@@ -101,8 +120,12 @@ void LaunchAttention(const AttentionLaunch& launch) {
   const Device& device = GetDevice(launch.device_id);
   const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
-  KvTensorMaps maps{};
-  if (launch.page_size == kRagged || launch.page_size >= 8) maps = EncodeMaps(launch);  // smaller pages are gathered by token
+  KvTensorMaps maps{};                                 // gathers take no maps
+  if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
+    maps = EncodeMaps(launch);
+  } else {
+    CheckGather(launch.params);
+  }
   AttentionParams params = launch.params;
   void* arguments[] = {&params, &maps};
   LaunchKernel(kernel, device.num_sms * kernel.info.ctas_per_sm, launch.stream, arguments);

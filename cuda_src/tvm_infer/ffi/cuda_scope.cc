@@ -27,12 +27,13 @@ std::string JitCubin(const std::string& name, const std::string& arch) {
                                  << " bytes, and not negative. Make it contiguous, or pad its rows";
 }
 
+// NOTE: before main, so that every binding finds it, whichever is called first. It registers nothing with tvm-ffi.
+[[maybe_unused]] const bool provider_is_set = (cuda::SetCubinProvider(JitCubin), true);
+
 }  // namespace
 
 CudaScope::CudaScope(DLDevice device)
-    : device_id_(device.device_id), guard_(device.device_id), stream_(TVMFFIEnvGetStream(kDLCUDA, device.device_id)) {
-  cuda::SetCubinProvider(JitCubin);
-}
+    : device_id_(device.device_id), guard_(device.device_id), stream_(TVMFFIEnvGetStream(kDLCUDA, device.device_id)) {}
 
 std::vector<int32_t> CudaScope::ToHost(const TensorView& tensor) const {
   std::vector<int32_t> host(static_cast<size_t>(tensor.numel()));

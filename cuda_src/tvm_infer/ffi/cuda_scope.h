@@ -1,4 +1,5 @@
 // The CUDA half of every binding's "guard and stream, resolve": the device's context current and the stream of the caller's environment.
+// cuda_scope.cc also says where missing kernels come from: the global function `tvm_infer.jit_cubin(name, arch) -> bytes`, if there is one.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,6 @@ namespace tvm_infer::ffi_api {
 
 class CudaScope {
  public:
-  // Kernels that are not loaded are asked of the global function `tvm_infer.jit_cubin(name, arch) -> bytes`, if there is one.
   explicit CudaScope(DLDevice device);
 
   int32_t device_id() const { return device_id_; }
