@@ -29,6 +29,12 @@ SETTINGS = (
         "threads of the CPU executor; empty: the processors this process may run on",
     ),
     Setting("TVM_INFER_CPU_ISA", "", "avx512, avx2 or portable; empty: the best that this processor has"),
+    Setting("TVM_INFER_NVCC", "", "the nvcc to compile kernels with; empty: of CUDA_HOME, PATH or the extra `cuda`"),
+    Setting(
+        "TVM_INFER_CUBIN_DIR", "", "folder of prebuilt kernels (tvm-infer build --out), looked in before compiling"
+    ),
+    Setting("TVM_INFER_PROGRESS", "1", "0: no line on standard error while a kernel is compiled"),
+    Setting("TVM_INFER_LINEINFO", "0", "1: kernels carry line numbers for profilers (and paths of their headers)"),
     Setting("TVM_INFER_DEBUG_CHECKS", "0", "1: check every page index before it is used"),
 )
 

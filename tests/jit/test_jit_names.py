@@ -1,0 +1,56 @@
+"""Names of kernels, their parameters, their source."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvm_infer import errors
+from tvm_infer.jit import all_names, parse
+from tvm_infer.jit.headers import include_dir, reached
+
+NAMES = all_names()
+
+
+def test_the_matrix():
+    attention = {f"attention_{e}_h{d}" for e, d in itertools.product(("bf16", "fp16"), (64, 128))}
+    expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 8, 16, 32, 64))} | {
+        f"{a}_ragged" for a in attention
+    }
+    expected |= {"append_b16", "read_ceiling"} | {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
+    assert set(NAMES) == expected and len(NAMES) == len(expected)
+
+
+@given(st.sampled_from(NAMES))
+def test_a_name_comes_back(name):
+    spec = parse(name)
+    assert spec.name == name and parse(spec.name) == spec
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", name)  # a C symbol
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_source_is_short_and_names_the_kernel(name):
+    include, call = parse(name).source().splitlines()
+    assert include.startswith('#include "tvm_infer/kernels/')
+    assert re.fullmatch(rf"TVM_INFER_\w+\({name}(, \w+)*\);", call)
+    header = re.search(r'"(.+)"', include)[1]
+    macro = call.partition("(")[0]
+    assert (include_dir() / header).is_file()
+    assert f"#define {macro}(".encode() in reached(include, include_dir())[header] or macro.endswith("_RAGGED")
+
+
+@given(st.text(max_size=30).filter(lambda t: t not in NAMES))
+def test_what_is_no_name_is_refused(text):
+    with pytest.raises(errors.ArgumentError, match="which is no kernel"):
+        parse(text)
+
+
+def test_the_refusal_lists_what_there_is():
+    with pytest.raises(errors.ArgumentError) as error:
+        parse("attention_bf16_h128_p15")
+    assert "did you mean 'attention_bf16_h128_p1" in str(error.value)
+    assert all(name in str(error.value) for name in NAMES)

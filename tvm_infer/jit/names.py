@@ -1,0 +1,113 @@
+"""Every kernel there is: names <-> parameters <-> the few lines of source that nvcc is given.
+
+A name is the kernel's symbol, its cubin's file name and its key in the registry, and holds no architecture. Adding a head_dim or
+a data type is one entry of a tuple below; adding a kernel is one row of FAMILIES.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import ArgumentError
+
+# in names -> in source (ptx/element.cuh)
+ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
+ATTENTION_ELEMENTS = ("bf16", "fp16")
+HEAD_DIMS = (64, 128)
+PAGE_SIZES = (1, 8, 16, 32, 64)  # tokens; 1 gathers token by token, the others copy pages
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels of one header that differ in parameters only.
+
+    template : of the name, "attention_{element}_h{head_dim}_p{page_size}". axes : the values of each parameter.
+    macro : what the source expands, behind TVM_INFER_; its arguments are the name and then `arguments`, with elements spelled as
+        the source spells them.
+    """
+
+    key: str
+    template: str
+    header: str
+    macro: str
+    arguments: str
+    axes: Mapping[str, tuple[object, ...]]
+
+
+FAMILIES = (
+    Family(
+        key="attention paged",
+        template="attention_{element}_h{head_dim}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90",
+        arguments="{type}, {head_dim}, {page_size}",
+        axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS, "page_size": PAGE_SIZES},
+    ),
+    Family(
+        key="attention ragged",
+        template="attention_{element}_h{head_dim}_ragged",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_RAGGED",
+        arguments="{type}, {head_dim}",
+        axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
+    ),
+    Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
+    Family(
+        key="merge states",
+        template="merge_states_{element}",
+        header="merge_states.cuh",
+        macro="MERGE_STATES",
+        arguments="{type}",
+        axes={"element": tuple(ELEMENTS)},
+    ),
+    Family("read ceiling", "read_ceiling", "read_ceiling.cuh", "READ_CEILING", "", {}),
+)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel: its family and the family's parameters, as (parameter, value) pairs in the order of its name."""
+
+    family: Family
+    parameters: tuple[tuple[str, object], ...]
+
+    @property
+    def name(self) -> str:
+        """The symbol, "attention_bf16_h128_p16"."""
+        return self.family.template.format(**dict(self.parameters))
+
+    def source(self) -> str:
+        """What nvcc compiles: one include and one macro."""
+        values = dict(self.parameters)
+        values["type"] = ELEMENTS.get(str(values.get("element")), "")
+        arguments = ", ".join(part for part in (self.name, self.family.arguments.format(**values)) if part)
+        return f'#include "tvm_infer/kernels/{self.family.header}"\nTVM_INFER_{self.family.macro}({arguments});\n'
+
+
+@functools.cache
+def _specs() -> dict[str, KernelSpec]:
+    specs = (
+        KernelSpec(family, tuple(zip(family.axes, values, strict=True)))
+        for family in FAMILIES
+        for values in itertools.product(*family.axes.values())
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def all_names() -> tuple[str, ...]:
+    """Names of all kernels, in the order of the table."""
+    return tuple(_specs())
+
+
+def parse(name: str) -> KernelSpec:
+    """The kernel called `name`. Raises ArgumentError that lists what there is."""
+    spec = _specs().get(name)
+    if spec is None:
+        close = difflib.get_close_matches(name, _specs(), n=1)
+        hint = f"; did you mean {close[0]!r}" if close else ""
+        raise ArgumentError(f"argument `name` is {name!r}, which is no kernel{hint}. There are: {', '.join(_specs())}")
+    return spec
