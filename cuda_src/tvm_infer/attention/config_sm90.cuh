@@ -67,13 +67,22 @@ struct ConfigSm90 {
     alignas(1024) uint8_t ring[kStages * kStageBytes];
     // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
     alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
-    float warp_max[kQueryBuffers][kConsumerWarps][kDecodeRows];
-    float warp_sum[kQueryBuffers][kConsumerWarps][kDecodeRows];
+    // Beside each query buffer, and its owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
+    // when they are stored would be a chain of loads and divisions that nothing covers.
+    union {
+      struct {
+        float warp_max[kConsumerWarps][kDecodeRows];
+        float warp_sum[kConsumerWarps][kDecodeRows];
+      };
+      int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
+    } scratch[kQueryBuffers];
+    int2 head[kQueryBuffers];  // prefill: first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 2 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerWarps arrivals
     int32_t is_last_arrival;
   };
+  static constexpr uint32_t kQueryOffset = kStages * kStageBytes;  // of `query` in it
   static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };

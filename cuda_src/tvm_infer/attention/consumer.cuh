@@ -35,6 +35,10 @@ struct Consumer {
     return static_cast<int32_t>(thread) - 128;
   }
 
+  // NOTE: from the ring's address, which is at hand; the generic one of `shared` would be kept, or spilled.
+  __device__ __forceinline__ uint32_t QueryAddress(uint32_t buffer) const {
+    return ring.data + Config::kQueryOffset + buffer * Config::kQueryBytes;
+  }
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
     if (Lane() == 0) ring.Release(at);
   }

@@ -86,7 +86,7 @@ class DecodeTile {
       c_.cursor.Advance();
       uint32_t p[4];
       if (has_keys) {
-        if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits(s, keys, key);
+        if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits<true>(s, keys, key);
         float rescale[2];
         softmax.Update(s, c_.params.sm_scale_log2, rescale);
 #pragma unroll
@@ -161,8 +161,8 @@ class DecodeTile {
     if (t == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared.warp_max[buffer][warp][g + 8 * i] = softmax.max[i];
-        shared.warp_sum[buffer][warp][g + 8 * i] = softmax.sum[i];
+        shared.scratch[buffer].warp_max[warp][g + 8 * i] = softmax.max[i];
+        shared.scratch[buffer].warp_sum[warp][g + 8 * i] = softmax.sum[i];
       }
     }
     const int32_t passes = work.num_rows > 8 ? 2 : 1;
@@ -188,14 +188,14 @@ class DecodeTile {
     const float scale = c_.params.sm_scale_log2;
     float max = kNegInf;
 #pragma unroll
-    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.warp_max[buffer][w][row]);
+    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.scratch[buffer].warp_max[w][row]);
     const float offset = max == kNegInf ? 0.f : max * scale;
     const int32_t lane = c_.ThreadAnew() % 32, column = lane * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
     float sum = 0.f, o[kColumns] = {};
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) {
-      const float weight = ptx::Exp2(shared.warp_max[buffer][w][row] * scale - offset);
-      sum += weight * shared.warp_sum[buffer][w][row];
+      const float weight = ptx::Exp2(shared.scratch[buffer].warp_max[w][row] * scale - offset);
+      sum += weight * shared.scratch[buffer].warp_sum[w][row];
       const float* part = scratch + w * 8 * kHeadDim + at;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) o[i] += weight * part[i];

@@ -10,8 +10,9 @@
 
 namespace tvm_infer::attention {
 
-// Logits outside their row's keys become -inf. `tile_key` is the key of column 0.
-template <int kCount>
+// Logits outside their row's keys become -inf. `tile_key` is the key of column 0. Without kHasBegin all rows begin before it: the usual
+// case, at two instead of three instructions a logit.
+template <bool kHasBegin, int kCount>
 __device__ __forceinline__ void MaskLogits(float (&s)[kCount], const KeyRange (&keys)[2], int32_t tile_key) {
   const int32_t column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -24,7 +25,7 @@ __device__ __forceinline__ void MaskLogits(float (&s)[kCount], const KeyRange (&
       for (int e = 0; e < 2; ++e) {
         const int32_t k = 8 * j + e;
         float& x = s[4 * j + 2 * i + e];
-        x = k >= begin && k < end ? x : kNegInf;
+        x = (!kHasBegin || k >= begin) && k < end ? x : kNegInf;
       }
     }
   }

@@ -6,6 +6,9 @@
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/ptx/element.cuh"
+#include "tvm_infer/ptx/load_store.cuh"
+#include "tvm_infer/ptx/mma.cuh"
+#include "tvm_infer/tile/swizzle.cuh"
 
 namespace tvm_infer::attention {
 
@@ -49,37 +52,49 @@ __device__ __forceinline__ void StoreColumns(const OutputRow& row, bool is_final
   }
 }
 
-// A warp's accumulator (rows g and g + 8 of 16, see ptx/wgmma.cuh) as final 16-bit rows: lanes of a quad exchange column pairs, so that
-// each stores 16 bytes and a quad 64 contiguous ones. rows[i].o == nullptr: the row is not stored.
-template <typename Element, int kCount>
-__device__ __forceinline__ void StoreFinalFragment(const OutputRow (&rows)[2], const float (&o)[kCount], const float (&factor)[2]) {
-  const int32_t t = threadIdx.x % 4;
+// A warp's accumulator (16 rows, see ptx/wgmma.cuh) as 16-bit rows in shared memory: panels of `kPanelRows` rows, of which `staging` is
+// the first of the warp's.
+template <typename Element, int kHeadDim, int kPanelRows>
+__device__ __forceinline__ void StageRows(uint32_t staging, const float (&o)[kHeadDim / 2], const float (&factor)[2]) {
+  const uint32_t row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int j = 0; j < kHeadDim / 8; j += 2) {
+    uint32_t w[4];  // 8 x 8 blocks: rows g, rows g + 8 of columns 8j …, then of the next 8
 #pragma unroll
-    for (int j = 0; j < kCount / 4; j += 4) {
-      uint32_t w[4];  // column pair t of blocks j … j + 3
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        w[b] = ptx::Pack<Element>(o[4 * (j + b) + 2 * i] * factor[i], o[4 * (j + b) + 2 * i + 1] * factor[i]);
-      }
-      // Transpose of 4 lanes x 4 words: first across lane bit 0, then bit 1.
-#pragma unroll
-      for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool is_high = (t & bit) != 0;
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          if (b & bit) continue;
-          const uint32_t received = __shfl_xor_sync(0xffffffff, is_high ? w[b] : w[b | bit], bit);
-          w[b] = is_high ? received : w[b];
-          w[b | bit] = is_high ? w[b | bit] : received;
-        }
-      }
-      if (rows[i].o != nullptr) {
-        *reinterpret_cast<uint4*>(static_cast<Element*>(rows[i].o) + 8 * (j + t)) = make_uint4(w[0], w[1], w[2], w[3]);
-      }
+    for (int m = 0; m < 4; ++m) {
+      const int at = 4 * (j + m / 2) + 2 * (m % 2);
+      w[m] = ptx::Pack<Element>(o[at] * factor[m % 2], o[at + 1] * factor[m % 2]);
     }
+    ptx::StoreMatrixX4(staging + j / 8 * kPanelRows * tile::kPanelRowBytes + tile::SwizzledOffset(row, j % 8 + chunk), w);
   }
 }
+
+// Staged rows, 8 or 16, in registers, 16 bytes a lane, on their way to where `rows` says (see SharedMemory::scratch).
+template <int kHeadDim, int kPanelRows>
+struct StagedRows {
+  static constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks, kSteps = 4;  // 2 or 4 rows at once
+  static constexpr int kRowsHeld = kSteps * kRowsAtOnce;
+  uint4 data[kSteps];
+  uint32_t offset[kSteps];
+
+  __device__ __forceinline__ StagedRows(uint32_t staging, uint32_t rows, int32_t first) {
+    const uint32_t lane = threadIdx.x % 32, chunk = lane % kChunks;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const uint32_t row = first + i * kRowsAtOnce + lane / kChunks;
+      offset[i] = ptx::LoadShared4(rows + row * 8);
+      data[i] = ptx::LoadShared16(staging + chunk / 8 * kPanelRows * tile::kPanelRowBytes + tile::SwizzledOffset(row, chunk % 8));
+    }
+  }
+  // The first `num_rows` of them.
+  __device__ __forceinline__ void Store(void* o, int32_t first, int32_t num_rows) const {
+    const int32_t lane = threadIdx.x % 32;
+    char* column = static_cast<char*>(o) + lane % kChunks * 16;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      ptx::StoreGlobal16(column + static_cast<uint64_t>(offset[i]) * 16, data[i], first + i * kRowsAtOnce + lane / kChunks < num_rows);
+    }
+  }
+};
 
 }  // namespace tvm_infer::attention

@@ -49,18 +49,16 @@ class PrefillTile {
     ptx::PinRegisters(s);
     c_.Release(c_.cursor);
     c_.cursor.Advance();
-    if (tiles.count == 1) c_.ReleaseQuery(query);
     Softmax(s, visible, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
     bool accumulate = false;  // o holds earlier values of this head
-    int32_t values_begin, values_end, done_index, done_head;
+    int32_t values_begin, values_end, done_index;
     for (;;) {
       // p holds the weights of `tile` of `head` of work `index`. Step to the tile after it.
       values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
       values_end = work.kv_end - tiles.base - tile * kTileKeys;
       done_index = index;
-      done_head = head;
       const bool ends_head = ++tile == tiles.count;
       if (ends_head) {
         tile = 0;
@@ -89,12 +87,11 @@ class PrefillTile {
       ptx::WgmmaWait<1>();
       ptx::PinRegisters(s);
       c_.Release(k);
-      if (tile + 1 == tiles.count) c_.ReleaseQuery(query);
       if (ends_head) {
         // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
-        Store(LoadWork(queue.works, done_index), done_head, softmax, o);
+        Store(query ^ 1, softmax, o);
         softmax = OnlineSoftmax();
       }
       Softmax(s, visible, tiles.base + tile * kTileKeys, softmax, rescale);
@@ -102,12 +99,12 @@ class PrefillTile {
       ptx::PinRegisters(o);
       c_.Release(c_.cursor);
       c_.cursor.Advance();
+      PackWeights(p, s);  // NOTE: before the branch, so that it runs between the exponentials
       if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
       }
       accumulate = !ends_head;
-      PackWeights(p, s);
     }
 
     // The last tile: no later logits to go with its values.
@@ -118,7 +115,9 @@ class PrefillTile {
     ptx::PinRegisters(o);
     c_.Release(c_.cursor);
     c_.cursor.Advance();
-    Store(LoadWork(queue.works, done_index), done_head, softmax, o);
+    // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
+    ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
+    Store(query, softmax, o);
     return done_index;
   }
 
@@ -152,8 +151,8 @@ class PrefillTile {
 
   // s = Q @ K^T, asynchronous.
   __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
-    const ptx::Descriptor q = tile::Uniform(
-        tile::MatrixDescriptor(ptx::SharedAddress(c_.shared.query[query]) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
+    const ptx::Descriptor q =
+        tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     ptx::PinRegisters(s);
     ptx::WgmmaFence();
@@ -228,7 +227,11 @@ class PrefillTile {
   // Logits of one tile to weights.
   __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, int32_t tile_key, OnlineSoftmax& softmax,
                                           float (&rescale)[2]) {
-    if (tile_key < visible.all.begin || tile_key + kTileKeys > visible.all.end) MaskLogits(s, visible.keys, tile_key);
+    if (tile_key < visible.all.begin) {
+      MaskLogits<true>(s, visible.keys, tile_key);
+    } else if (tile_key + kTileKeys > visible.all.end) {
+      MaskLogits<false>(s, visible.keys, tile_key);
+    }
     softmax.Update(s, c_.params.sm_scale_log2, rescale);
   }
 
@@ -237,33 +240,49 @@ class PrefillTile {
                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
   }
 
-  // NOTE: the work is loaded again by the caller: its fields in registers through the loop would spill.
-  __device__ __forceinline__ void Store(const Work& work, int32_t head, OnlineSoftmax softmax, const float (&o)[kOutputs]) {
+  // Stores a head's rows and gives its query buffer back, through which final rows pass.
+  __device__ __forceinline__ void Store(uint32_t query, OnlineSoftmax softmax, const float (&o)[kOutputs]) {
+    static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
     softmax.SumOverQuad();
-    const bool is_final = work.out == kFinalRows;
     const float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
-    OutputRow rows[2];
+    const int32_t first_row = warpgroup_ * kRows + c_.Warp() % 4 * 16;  // of this warp's 16
+    const int2 head = c_.shared.head[query];
+    const int32_t num_rows = head.y - first_row;
+    const int2* rows = c_.shared.scratch[query].rows + first_row;
+    float lse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t row = warpgroup_ * kRows + c_.Warp() % 4 * 16 + c_.Lane() / 4 + 8 * i;
-      rows[i] = {nullptr, nullptr};
-      if (row >= work.num_rows) continue;
-      rows[i] = RowOf(work, head, row);
-      if (c_.Lane() % 4 == 0 && rows[i].lse != nullptr) {
-        *rows[i].lse = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
+    for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
+    if (head.x == kFinalRows) {
+      const uint32_t staging = c_.QueryAddress(query) + (warpgroup_ * kRows * kHeadDim * 2 + c_.Warp() % 4 * 16 * tile::kPanelRowBytes);
+      StageRows<Element, kHeadDim, kRows>(staging, o, factor);
+      int32_t at[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) at[i] = rows[c_.Lane() / 4 + 8 * i].y;
+      __syncwarp();
+      using Staged = StagedRows<kHeadDim, kRows>;
+#pragma unroll
+      for (int first = 0; first < 16; first += Staged::kRowsHeld) {
+        const Staged staged(staging, ptx::SharedAddress(rows), first);
+        if (first + Staged::kRowsHeld == 16) c_.ReleaseQuery(query);
+        staged.Store(c_.params.o, first, num_rows);
       }
-    }
-    if (is_final) {
-      StoreFinalFragment<Element>(rows, o, factor);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (c_.Lane() % 4 == 0 && c_.Lane() / 4 + 8 * i < num_rows && c_.params.lse != nullptr) c_.params.lse[at[i]] = lse[i];
+      }
       return;
     }
+    c_.ReleaseQuery(query);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (rows[i].o == nullptr) continue;
+      const int32_t row = c_.Lane() / 4 + 8 * i;
+      if (row >= num_rows) continue;
+      const OutputRow partial = PartialRow<kHeadDim>(c_.params, head.x + first_row + row);
+      if (c_.Lane() % 4 == 0) *partial.lse = lse[i];
 #pragma unroll
       for (int j = 0; j < kOutputs / 4; ++j) {
         const float x[2] = {o[4 * j + 2 * i] * factor[i], o[4 * j + 2 * i + 1] * factor[i]};
-        StoreColumns<Element>(rows[i], false, 8 * j + c_.Lane() % 4 * 2, x);
+        StoreColumns<Element>(partial, false, 8 * j + c_.Lane() % 4 * 2, x);
       }
     }
   }

@@ -21,47 +21,65 @@ class QueryLoader {
   static constexpr int kRows = 64;
 
   // `buffer`: this warp's rows in the first query buffer, panels of 64 rows. `full`, `empty`: barriers of the first buffer.
-  __device__ __forceinline__ QueryLoader(const AttentionParams& params, const PlanView& plan, uint32_t buffer, uint32_t full,
-                                         uint32_t empty, int32_t first_row)
-      : params_(params), plan_(plan), buffer_(buffer), full_(full), empty_(empty), first_row_(first_row), lane_(threadIdx.x % 32) {}
+  __device__ __forceinline__ QueryLoader(const AttentionParams& params, const PlanView& plan, typename Config::SharedMemory& shared,
+                                         uint32_t buffer, uint32_t full, uint32_t empty, int32_t first_row)
+      : params_(params),
+        plan_(plan),
+        shared_(shared),
+        buffer_(buffer),
+        full_(full),
+        empty_(empty),
+        first_row_(first_row),
+        lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run(const Work& work) {
     const bool is_prefill = work.tile_class != kDecodeClass;
-    // Offsets of rows lane and lane + 32 for KV head 0; other heads are a constant further on.
-    int64_t offset[2] = {0, 0};
+    RowAddress rows[2] = {};  // rows lane and lane + 32 of this warp's
     if (is_prefill) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int32_t row = min(first_row_ + 32 * i + lane_, work.num_rows - 1);
-        const RowAddress at = AddressOf(plan_, work.row_begin + row);
-        offset[i] = at.token * params_.q_stride_token + at.head * params_.q_stride_head;
+        rows[i] = AddressOf(plan_, work.row_begin + row);
       }
     }
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const uint32_t buffer = turn_ % Config::kQueryBuffers, parity = turn_ / Config::kQueryBuffers % 2;
       ++turn_;
       ptx::MbarrierWait(empty_ + 8 * buffer, parity ^ 1);
-      if (is_prefill) LoadHead(work, work.kv_head_begin + h, offset, buffer_ + buffer * Config::kQueryBytes);
+      if (is_prefill && work.num_rows > first_row_) LoadHead(work, h, rows, buffer);
       __syncwarp();
       if (lane_ == 0) ptx::MbarrierArrive(full_ + 8 * buffer);
     }
   }
 
  private:
-  __device__ __forceinline__ void LoadHead(const Work& work, int32_t kv_head, const int64_t (&offset)[2], uint32_t buffer) {
+  // Every row of the buffer gets a row: those behind num_rows repeat the last, and need no test.
+  __device__ __forceinline__ void LoadHead(const Work& work, int32_t h, const RowAddress (&rows)[2], uint32_t buffer) {
     constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
     constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
-    const int32_t chunk = lane_ % kChunks;
-    const auto* q = static_cast<const uint16_t*>(params_.q) + kv_head * plan_.header->group_size * params_.q_stride_head + chunk * 8;
-    const uint32_t panel = buffer + chunk / 8 * kRows * tile::kPanelRowBytes;
-    const int32_t num_rows = min(kRows, work.num_rows - first_row_);  // may be negative: nothing to do, its logits are not used
+    const int32_t group = params_.expected.group_size, first_head = (work.kv_head_begin + h) * group;
+    uint32_t offset[2];  // in units of 16 bytes
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t token = rows[i].token, head = first_head + rows[i].head;
+      offset[i] = static_cast<uint32_t>((token * params_.q_stride_token + head * params_.q_stride_head) / 8);
+      const auto out = static_cast<uint32_t>((token * params_.o_stride_token + head * params_.o_stride_head) / 8);
+      shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(out),
+                                                                   token * (params_.expected.num_kv_heads * group) + head};
+    }
+    if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
+
+    const uint32_t chunk = lane_ % kChunks, row = lane_ / kChunks;  // row of the first step
+    const char* column = static_cast<const char*>(params_.q) + chunk * 16;
+    const uint32_t panel = buffer_ + buffer * Config::kQueryBytes + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
+    const uint32_t swizzled = (chunk % 8 ^ row) << 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll 4
+#pragma unroll 8
       for (int i = 0; i < 32; i += kRowsAtOnce) {
-        const int32_t row_in_half = i + lane_ / kChunks, row = 32 * half + row_in_half;
-        const int64_t row_offset = __shfl_sync(0xffffffff, offset[half], row_in_half);
-        if (row < num_rows) ptx::CpAsync16(panel + tile::SwizzledOffset(row, chunk % 8), q + row_offset);
+        const uint32_t from = __shfl_sync(0xffffffff, offset[half], i + row);
+        ptx::CpAsync16(panel + (32 * half + i) * tile::kPanelRowBytes + (swizzled ^ i % tile::kSwizzleRows << 4),
+                       column + static_cast<uint64_t>(from) * 16);
       }
     }
     ptx::CpAsyncWaitAll();
@@ -70,6 +88,7 @@ class QueryLoader {
 
   const AttentionParams& params_;
   const PlanView& plan_;
+  typename Config::SharedMemory& shared_;
   const uint32_t buffer_;
   const uint32_t full_;
   const uint32_t empty_;

@@ -61,7 +61,7 @@ struct OnlineSoftmax {
 };
 
 // 1 / sum, and 0 for a row without keys: its O is 0.
-__device__ __forceinline__ float InverseSum(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+__device__ __forceinline__ float InverseSum(float sum) { return sum == 0.f ? 0.f : ptx::Reciprocal(sum); }
 // Natural logarithm of the sum of exp(sm_scale * s); -inf without keys.
 __device__ __forceinline__ float LogSumExp(float max, float sum, float scale_log2) {
   return sum == 0.f ? kNegInf : (max * scale_log2 + ptx::Log2(sum)) * kLn2;

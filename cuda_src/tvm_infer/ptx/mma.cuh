@@ -24,6 +24,12 @@ __device__ __forceinline__ void LoadMatrixX4Transposed(uint32_t (&r)[4], uint32_
                : "memory");
 }
 
+// Lane l gives the address of row l % 8 of matrix l / 8; register i holds matrix i as an accumulator does: (g, 2t + {0, 1}).
+__device__ __forceinline__ void StoreMatrixX4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 #define TVM_INFER_MMA(TYPE)                                                           \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
