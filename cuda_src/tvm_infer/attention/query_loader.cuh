@@ -73,13 +73,19 @@ class QueryLoader {
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
     const uint32_t panel = buffer_ + buffer * Config::kQueryBytes + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
     const uint32_t swizzled = (chunk % 8 ^ row) << 4;
+    // NOTE: shuffles first, then copies: one at a time, each would wait for the one before to have read its address.
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int32_t first = 0; first < kRows; first += kBatch * kRowsAtOnce) {
+      uint32_t from[kBatch];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll 8
-      for (int i = 0; i < 32; i += kRowsAtOnce) {
-        const uint32_t from = __shfl_sync(0xffffffff, offset[half], i + row);
-        ptx::CpAsync16(panel + (32 * half + i) * tile::kPanelRowBytes + (swizzled ^ i % tile::kSwizzleRows << 4),
-                       column + static_cast<uint64_t>(from) * 16);
+      for (int i = 0; i < kBatch; ++i) {
+        from[i] = __shfl_sync(0xffffffff, first < 32 ? offset[0] : offset[1], (first + i * kRowsAtOnce + row) % 32);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const uint32_t to = panel + (first + i * kRowsAtOnce) * tile::kPanelRowBytes;
+        ptx::CpAsync16(to + (swizzled ^ (i * kRowsAtOnce) % tile::kSwizzleRows << 4), column + static_cast<uint64_t>(from[i]) * 16);
       }
     }
     ptx::CpAsyncWaitAll();
