@@ -53,10 +53,10 @@ __device__ __forceinline__ void StoreColumns(const OutputRow& row, bool is_final
 }
 
 // A warp's accumulator (16 rows, see ptx/wgmma.cuh) as 16-bit rows in shared memory: panels of `kPanelRows` rows, of which `staging` is
-// the first of the warp's.
+// the first of the warp's. `lane` as an argument: see Consumer::ThreadAnew.
 template <typename Element, int kHeadDim, int kPanelRows>
-__device__ __forceinline__ void StageRows(uint32_t staging, const float (&o)[kHeadDim / 2], const float (&factor)[2]) {
-  const uint32_t row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
+__device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const float (&o)[kHeadDim / 2], const float (&factor)[2]) {
+  const uint32_t row = lane % 16, chunk = lane / 16;
 #pragma unroll
   for (int j = 0; j < kHeadDim / 8; j += 2) {
     uint32_t w[4];  // 8 x 8 blocks: rows g, rows g + 8 of columns 8j …, then of the next 8
@@ -77,8 +77,8 @@ struct StagedRows {
   uint4 data[kSteps];
   uint32_t offset[kSteps];
 
-  __device__ __forceinline__ StagedRows(uint32_t staging, uint32_t rows, int32_t first) {
-    const uint32_t lane = threadIdx.x % 32, chunk = lane % kChunks;
+  __device__ __forceinline__ StagedRows(uint32_t lane, uint32_t staging, uint32_t rows, int32_t first) {
+    const uint32_t chunk = lane % kChunks;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const uint32_t row = first + i * kRowsAtOnce + lane / kChunks;
@@ -87,8 +87,7 @@ struct StagedRows {
     }
   }
   // The first `num_rows` of them.
-  __device__ __forceinline__ void Store(void* o, int32_t first, int32_t num_rows) const {
-    const int32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ void Store(int32_t lane, void* o, int32_t first, int32_t num_rows) const {
     char* column = static_cast<char*>(o) + lane % kChunks * 16;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {

@@ -245,7 +245,7 @@ class PrefillTile {
     static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
     softmax.SumOverQuad();
     const float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
-    const int32_t first_row = warpgroup_ * kRows + c_.Warp() % 4 * 16;  // of this warp's 16
+    const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
     const int2 head = c_.shared.head[query];
     const int32_t num_rows = head.y - first_row;
     const int2* rows = c_.shared.scratch[query].rows + first_row;
@@ -253,36 +253,37 @@ class PrefillTile {
 #pragma unroll
     for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
     if (head.x == kFinalRows) {
-      const uint32_t staging = c_.QueryAddress(query) + (warpgroup_ * kRows * kHeadDim * 2 + c_.Warp() % 4 * 16 * tile::kPanelRowBytes);
-      StageRows<Element, kHeadDim, kRows>(staging, o, factor);
+      const uint32_t staging =
+          c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
+      StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
       int32_t at[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) at[i] = rows[c_.Lane() / 4 + 8 * i].y;
+      for (int i = 0; i < 2; ++i) at[i] = rows[lane / 4 + 8 * i].y;
       __syncwarp();
       using Staged = StagedRows<kHeadDim, kRows>;
 #pragma unroll
       for (int first = 0; first < 16; first += Staged::kRowsHeld) {
-        const Staged staged(staging, ptx::SharedAddress(rows), first);
+        const Staged staged(lane, staging, ptx::SharedAddress(rows), first);
         if (first + Staged::kRowsHeld == 16) c_.ReleaseQuery(query);
-        staged.Store(c_.params.o, first, num_rows);
+        staged.Store(lane, c_.params.o, first, num_rows);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (c_.Lane() % 4 == 0 && c_.Lane() / 4 + 8 * i < num_rows && c_.params.lse != nullptr) c_.params.lse[at[i]] = lse[i];
+        if (lane % 4 == 0 && lane / 4 + 8 * i < num_rows && c_.params.lse != nullptr) c_.params.lse[at[i]] = lse[i];
       }
       return;
     }
     c_.ReleaseQuery(query);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t row = c_.Lane() / 4 + 8 * i;
+      const int32_t row = lane / 4 + 8 * i;
       if (row >= num_rows) continue;
       const OutputRow partial = PartialRow<kHeadDim>(c_.params, head.x + first_row + row);
-      if (c_.Lane() % 4 == 0) *partial.lse = lse[i];
+      if (lane % 4 == 0) *partial.lse = lse[i];
 #pragma unroll
       for (int j = 0; j < kOutputs / 4; ++j) {
         const float x[2] = {o[4 * j + 2 * i] * factor[i], o[4 * j + 2 * i + 1] * factor[i]};
-        StoreColumns<Element>(partial, false, 8 * j + c_.Lane() % 4 * 2, x);
+        StoreColumns<Element>(partial, false, 8 * j + lane % 4 * 2, x);
       }
     }
   }
