@@ -253,8 +253,7 @@ class PrefillTile {
 #pragma unroll
     for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
     if (head.x == kFinalRows) {
-      const uint32_t staging =
-          c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
+      const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
       StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
       int32_t at[2];
 #pragma unroll

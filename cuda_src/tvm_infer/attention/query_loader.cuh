@@ -33,42 +33,64 @@ class QueryLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run(const Work& work) {
-    const bool is_prefill = work.tile_class != kDecodeClass;
-    RowAddress rows[2] = {};  // rows lane and lane + 32 of this warp's
-    if (is_prefill) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t row = min(first_row_ + 32 * i + lane_, work.num_rows - 1);
-        rows[i] = AddressOf(plan_, work.row_begin + row);
-      }
-    }
+    const bool is_prefill = work.tile_class != kDecodeClass && work.num_rows > first_row_;
+    Rows rows;
+    if (is_prefill) rows = FirstHead(work);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const uint32_t buffer = turn_ % Config::kQueryBuffers, parity = turn_ / Config::kQueryBuffers % 2;
       ++turn_;
       ptx::MbarrierWait(empty_ + 8 * buffer, parity ^ 1);
-      if (is_prefill && work.num_rows > first_row_) LoadHead(work, h, rows, buffer);
+      if (is_prefill) {
+        if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
+        LoadHead(rows, buffer);
+        rows.Step(params_);
+      }
       __syncwarp();
       if (lane_ == 0) ptx::MbarrierArrive(full_ + 8 * buffer);
     }
   }
 
  private:
-  // Every row of the buffer gets a row: those behind num_rows repeat the last, and need no test.
-  __device__ __forceinline__ void LoadHead(const Work& work, int32_t h, const RowAddress (&rows)[2], uint32_t buffer) {
-    constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
-    constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
-    const int32_t group = params_.expected.group_size, first_head = (work.kv_head_begin + h) * group;
-    uint32_t offset[2];  // in units of 16 bytes
+  // Rows lane and lane + 32 of this warp's, for one KV head. Every row of the buffer gets a row: those behind the work's last repeat it,
+  // and need no test.
+  struct Rows {
+    uint32_t q[2];  // offset in Q, in units of 16 bytes
+    uint32_t o[2];  // the same in O
+    int32_t lse[2];
+
+    // On to the next KV head.
+    __device__ __forceinline__ void Step(const AttentionParams& p) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        q[i] += static_cast<uint32_t>(p.expected.group_size * p.q_stride_head / 8);
+        o[i] += static_cast<uint32_t>(p.expected.group_size * p.o_stride_head / 8);
+        lse[i] += p.expected.group_size;
+      }
+    }
+  };
+
+  __device__ __forceinline__ Rows FirstHead(const Work& work) const {
+    const int32_t group = params_.expected.group_size;
+    Rows rows;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t token = rows[i].token, head = first_head + rows[i].head;
-      offset[i] = static_cast<uint32_t>((token * params_.q_stride_token + head * params_.q_stride_head) / 8);
-      const auto out = static_cast<uint32_t>((token * params_.o_stride_token + head * params_.o_stride_head) / 8);
-      shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(out),
-                                                                   token * (params_.expected.num_kv_heads * group) + head};
+      const int32_t row = min(first_row_ + 32 * i + lane_, work.num_rows - 1);
+      const RowAddress at = AddressOf(plan_, work.row_begin + row);
+      const int32_t head = work.kv_head_begin * group + at.head;
+      rows.q[i] = static_cast<uint32_t>((at.token * params_.q_stride_token + head * params_.q_stride_head) / 8);
+      rows.o[i] = static_cast<uint32_t>((at.token * params_.o_stride_token + head * params_.o_stride_head) / 8);
+      rows.lse[i] = at.token * (params_.expected.num_kv_heads * group) + head;
     }
-    if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
+    return rows;
+  }
 
+  __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t buffer) {
+    constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
+    constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(rows.o[i]), rows.lse[i]};
+    }
     const uint32_t chunk = lane_ % kChunks, row = lane_ / kChunks;  // row of the first step
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
     const uint32_t panel = buffer_ + buffer * Config::kQueryBytes + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
@@ -80,7 +102,7 @@ class QueryLoader {
       uint32_t from[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        from[i] = __shfl_sync(0xffffffff, first < 32 ? offset[0] : offset[1], (first + i * kRowsAtOnce + row) % 32);
+        from[i] = __shfl_sync(0xffffffff, first < 32 ? rows.q[0] : rows.q[1], (first + i * kRowsAtOnce + row) % 32);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
