@@ -40,6 +40,25 @@ def doctor(as_json: bool) -> None:
         module.print_report()
 
 
+@main.command()
+@click.option("--spec", "names", multiple=True, help="a kernel's name (repeatable); --list prints all")
+@click.option("--all", "every", is_flag=True, help="all kernels")
+@click.option("--list", "listed", is_flag=True, help="print the names of all kernels and stop")
+@click.option("--arch", default="sm_90a", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False), help="put the cubins here, for TVM_INFER_CUBIN_DIR elsewhere")
+@click.option("--jobs", type=click.IntRange(min=1), help="kernels at once; default: the processors of this process")
+def build(names: tuple[str, ...], every: bool, listed: bool, arch: str, out: str | None, jobs: int | None) -> None:
+    """Compile CUDA kernels ahead of time, into the cache and, if asked, a folder for machines without a compiler."""
+    from .jit import report
+
+    if listed:
+        click.echo("\n".join(report.all_names()))
+    elif every == bool(names):
+        raise click.UsageError("say which kernels: either --all, or --spec NAME once or more (--list prints the names)")
+    else:
+        report.build_and_print(report.all_names() if every else names, arch=arch, jobs=jobs, out=out)
+
+
 @main.group()
 def bench() -> None:
     """Measure; every figure that the documentation quotes comes from here."""

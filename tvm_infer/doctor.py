@@ -5,11 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import os
+import pathlib
 import platform
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -81,15 +78,28 @@ def gpus() -> tuple[str, list[Gpu]]:
     return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}", devices
 
 
-def nvcc() -> str | None:
-    """Version and path of nvcc, if any."""
-    home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
-    if path is None:
-        return None
-    out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release ([\d.]+)", out)
-    return f"{found.group(1) if found else 'unknown version'} ({path})"
+def nvcc() -> str:
+    """Version and path of the nvcc that kernels are compiled with and what led to it, or what to install."""
+    from .errors import TvmInferError
+    from .jit import nvcc as finder
+
+    try:
+        found = finder.find()
+        finder.check_release(found, "sm_90a")
+    except TvmInferError as error:
+        return f"not usable: {error}"
+    return str(found)
+
+
+def cached_kernels() -> str:
+    """Kernels that need no compiler: of the cache, and of TVM_INFER_CUBIN_DIR."""
+    from .jit import cubins
+
+    cached, prebuilt = cubins.cached_names(), env.setting("TVM_INFER_CUBIN_DIR").value
+    parts = [f"{len(cached)} in the cache" + (f" ({', '.join(cached)})" if cached else "")]
+    if prebuilt:
+        parts.append(f"{len(list(pathlib.Path(prebuilt).expanduser().glob('*.cubin')))} in {prebuilt}")
+    return "; ".join(parts)
 
 
 def tvm_features() -> dict[str, str]:
@@ -122,14 +132,28 @@ def executors() -> list[Executor]:
         found.append(Executor("cpu", True, f"{isa}, {threads} threads; float32, float16, bfloat16; head_dim 8 to 256"))
     except TvmInferError as error:
         found.append(Executor("cpu", False, str(error)))
+    found.append(_cuda_executor())
+    return found
+
+
+def _cuda_executor() -> Executor:
+    from . import _ffi
+    from .errors import TvmInferError
+
+    name = "cuda sm_90a"
     driver, devices = gpus()
     if not devices:
-        found.append(Executor("cuda sm_90a", False, driver))
-    else:
-        found.append(
-            Executor("cuda sm_90a", False, "the kernel is in the source tree but no packed function launches it yet")
-        )
-    return found
+        return Executor(name, False, driver)
+    fitting = [i for i, gpu in enumerate(devices) if gpu.compute_capability == (9, 0)]
+    if not fitting:
+        have = ", ".join(f"{g.name} (sm_{g.compute_capability[0]}{g.compute_capability[1]})" for g in devices)
+        return Executor(name, False, f"needs a device of compute capability 9.0; here: {have}")
+    try:
+        info = _ffi.func("cuda_info")(fitting[0])  # "sm_90a 132 NVIDIA H200"
+    except TvmInferError as error:
+        return Executor(name, False, str(error))
+    _, sms, device = info.split(" ", 2)
+    return Executor(name, True, f"{device}, {sms} SMs, {driver}; float16, bfloat16; head_dim 64 and 128")
 
 
 def report() -> dict[str, object]:
@@ -146,7 +170,8 @@ def report() -> dict[str, object]:
         "gpus": [
             f"{g.name}, sm_{g.compute_capability[0]}{g.compute_capability[1]}, {g.memory_gib:.0f} GiB" for g in devices
         ],
-        "nvcc": nvcc() or "not found (only needed to compile CUDA kernels)",
+        "nvcc": nvcc(),
+        "kernels": cached_kernels(),
         "cache folder": f"{cache} ({'exists' if cache.exists() else 'not made yet'})",
         "executors": [vars(e) for e in executors()],
         "settings": {s.name: s.value for s in env.SETTINGS},

@@ -9,13 +9,14 @@ from click.testing import CliRunner
 
 from tvm_infer import __version__, doctor, env
 from tvm_infer.cli import main
+from tvm_infer.jit import nvcc
 
 
 def invoke(*arguments: str):
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"], ["build"]])
 def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage:" in result.output
@@ -62,8 +63,28 @@ def test_doctor_with_a_driver_that_fails(monkeypatch):
 
 
 def test_nvcc_absent(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda *a, **k: None)
-    assert doctor.nvcc() is None
+    monkeypatch.setattr(nvcc.shutil, "which", lambda *a, **k: None)
+    monkeypatch.setattr(nvcc, "_packaged", lambda: None)
+    assert doctor.nvcc().startswith("not usable: nvcc is needed")
+    assert "pip install 'tvm_infer[cuda]'" in doctor.nvcc()
+
+
+def test_a_gpu_of_another_architecture_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "gpus", lambda: ("CUDA 13.0", [doctor.Gpu("Some A100", (8, 0), 80.0)]))
+    executor = next(e for e in doctor.executors() if e.name != "cpu")
+    assert not executor.usable and "9.0" in executor.detail and "Some A100 (sm_80)" in executor.detail
+
+
+def test_a_hopper_is_usable(monkeypatch):
+    from tvm_infer import _ffi
+
+    func = _ffi.func
+    monkeypatch.setattr(doctor, "gpus", lambda: ("CUDA 13.0", [doctor.Gpu("NVIDIA H200", (9, 0), 140.0)]))
+    monkeypatch.setattr(
+        _ffi, "func", lambda name: (lambda i: "sm_90a 132 NVIDIA H200") if name == "cuda_info" else func(name)
+    )
+    executor = next(e for e in doctor.executors() if e.name != "cpu")
+    assert executor.usable and executor.detail.startswith("NVIDIA H200, 132 SMs, CUDA 13.0")
 
 
 def test_cache_dir_follows_the_setting(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ NAMES = all_names()
 
 def test_the_matrix():
     attention = {f"attention_{e}_h{d}" for e, d in itertools.product(("bf16", "fp16"), (64, 128))}
-    expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 8, 16, 32, 64))} | {
+    expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 2, 4, 8, 16, 32, 64))} | {
         f"{a}_ragged" for a in attention
     }
     expected |= {"append_b16", "read_ceiling"} | {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}

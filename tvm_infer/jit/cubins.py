@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -66,10 +67,7 @@ def key(spec: KernelSpec, arch: str, compiler: nvcc.Nvcc, include_dir: pathlib.P
 def build_one(
     name: str, arch: str = DEFAULT_ARCH, include_dir: pathlib.Path | None = None, alone: bool = True
 ) -> Built:
-    """The kernel from the cache, compiled if it is not there. One process compiles a key, others wait for it.
-
-    alone : no other thread compiles, so that the line of progress may be printed in two parts.
-    """
+    """The kernel from the cache, compiled if it is not there. One process compiles a key, others wait for it."""
     spec, folder_of_headers = parse(name), include_dir or headers.include_dir()
     nvcc.flags(arch)  # an unknown architecture is refused before a compiler is looked for
     compiler = nvcc.find()
@@ -78,7 +76,7 @@ def build_one(
     def make(folder: pathlib.Path) -> None:
         nonlocal compiled
         compiled = True
-        _compile(spec, arch, compiler, folder_of_headers, folder, alone)
+        _compile(spec, arch, compiler, folder_of_headers, folder)
 
     folder = cache_dir.published_folder(_KIND, key(spec, arch, compiler, folder_of_headers), make)
     resources = Resources(**json.loads((folder / _RESOURCES).read_text())["resources"])
@@ -86,9 +84,10 @@ def build_one(
 
 
 @contextlib.contextmanager
-def _progress(text: str, alone: bool) -> Iterator[list[str]]:
-    """A line on standard error, begun before the work where nothing else prints, ended with what the caller puts into the list."""
+def _progress(text: str) -> Iterator[list[str]]:
+    """A line on standard error, ended with what the caller puts into the list. Threads beside each other print it whole."""
     show, outcome = env.setting("TVM_INFER_PROGRESS").value != "0", list[str]()
+    alone = threading.current_thread() is threading.main_thread()
     if show and alone:
         print(text, end=" ", file=sys.stderr, flush=True)
     try:
@@ -104,12 +103,11 @@ def _compile(
     compiler: nvcc.Nvcc,
     include_dir: pathlib.Path,
     folder: pathlib.Path,
-    alone: bool,
 ) -> None:
     name = spec.name
     source, cubin_path = folder / f"{name}.cu", folder / f"{name}.cubin"
     source.write_text(spec.source())
-    with _progress(f"tvm_infer: compiling {name} for {arch} …", alone) as outcome:
+    with _progress(f"tvm_infer: compiling {name} for {arch} …") as outcome:
         run = nvcc.compile_cubin(compiler, source, cubin_path, arch, [include_dir])
         outcome.append(f"{run.seconds:.1f} s")
     resources = _resources(run, cubin_file.kernel_info(cubin_path.read_bytes(), name))
@@ -166,7 +164,7 @@ def build(
 
     def one(name: str) -> Built | CompileError:
         try:
-            built = build_one(name, arch, alone=threads == 1)
+            built = build_one(name, arch)
         except CompileError as error:
             return error
         if out is not None:

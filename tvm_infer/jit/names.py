@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 ATTENTION_ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 128)
-PAGE_SIZES = (1, 8, 16, 32, 64)  # tokens; 1 gathers token by token, the others copy pages
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""Every kernel of the table compiles in seconds, stays in registers and fits an SM."""
+
+from __future__ import annotations
+
+import pytest
+
+from tvm_infer import jit
+from tvm_infer.jit import cubins
+
+MAX_SHARED_BYTES = 232448  # of a CTA on sm_90
+MAX_CPU_SECONDS = 5  # of nvcc and all it starts
+
+
+@pytest.mark.needs_nvcc
+@pytest.mark.parametrize("name", jit.all_names())
+def test_resources(name, cache):
+    resources = cubins.build_one(name).resources
+    assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+    assert 0 < resources.shared_bytes <= MAX_SHARED_BYTES or not name.startswith("attention")
+    assert resources.shared_bytes <= MAX_SHARED_BYTES
+    assert resources.cpu_seconds <= MAX_CPU_SECONDS
+    if name.startswith("attention"):
+        # 384 threads share 65536 registers: at most 168 at entry, or setmaxnreg has nothing to hand around
+        assert (resources.threads, resources.registers) == (384, 168)
