@@ -29,19 +29,21 @@ RECORD = pathlib.Path(__file__).resolve().parent / "record.json"
 
 @dataclass(frozen=True)
 class Family:
-    """`kernel` in kernels/; `word`: what launchers and headers of this family alone have in their names; `tests` in tests/gpu."""
+    """`kernel` in kernels/; files in cuda/ with one of `words` in their names are this family's alone; `tests` in tests/gpu."""
 
     kernel: str
-    word: str
+    words: tuple[str, ...]
     tests: tuple[str, ...]
 
 
 FAMILIES = {
     "attention_sm90": Family(
-        "attention_sm90.cuh", "attention", ("test_gpu_attention.py", "test_gpu_invariance.py", "test_gpu_streams.py")
+        "attention_sm90.cuh",
+        ("attention", "tile_table"),
+        ("test_gpu_attention.py", "test_gpu_invariance.py", "test_gpu_streams.py"),
     ),
-    "append": Family("append.cuh", "append", ("test_gpu_append.py",)),
-    "merge_states": Family("merge_states.cuh", "merge", ("test_gpu_merge.py",)),
+    "append": Family("append.cuh", ("append",), ("test_gpu_append.py",)),
+    "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
 }
 COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
 LAUNCHER_FOLDERS = ("cuda", "ffi")  # where the walk from the ffi's CUDA files stays
@@ -76,7 +78,7 @@ def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
     """What brings a call to the kernel: from the ffi's CUDA files on, what they include of cuda/ and ffi/, less other families'."""
     source = root / "cuda_src"
     ours = source / "tvm_infer"
-    others = [f.word for f in FAMILIES.values() if f != family]
+    others = [word for f in FAMILIES.values() if f != family for word in f.words]
 
     def follow(path: pathlib.Path) -> bool:
         folder = path.relative_to(ours).parts[0]

@@ -28,7 +28,8 @@ SUBSET = {c.name for c in [c for c in CASES if work(c) < SUBSET_WORK][::20]}
 
 
 def marks(case: Case) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.subset] if case.name in SUBSET else []
+    heavy = [pytest.mark.slow] if case.shape in ("long", "alike", "many") else []
+    return heavy + ([pytest.mark.subset] if case.name in SUBSET else [])
 
 
 def check(case: Case, device: str) -> Errors:
