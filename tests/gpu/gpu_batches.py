@@ -155,7 +155,7 @@ def special_cases() -> list[Case]:
     """Lengths that the matrix has not: very long, very many, all alike, one token."""
     many = tuple(37 * i % 900 + 1 for i in range(300))
     longs = ((1, 2, 400), (40000, 9000, 12345))
-    cases = [
+    return [
         Case("many", lengths=((1,) * 300, many)),
         Case("many", lengths=((1,) * 300, many), dtype="fp16", head_dim=64, page_size=1, split="cut192", group=7),
         Case("long", lengths=longs, group=8),
@@ -170,8 +170,13 @@ def special_cases() -> list[Case]:
         Case("one-prompt", lengths=((1025,), (3073,)), group=5, page_size=32, layout="NHD", head_dim=64, split="cut96"),
         Case("pages", lengths=((1,) * 20, tuple(range(120, 140))), page_size=64, group=64),
         Case("pages", lengths=(tuple(range(1, 21)), tuple(range(120, 140))), page_size=1, group=71, dtype="fp16"),
+        # small pages, gathered as those of one token are
+        Case("decode", page_size=4, group=8),
+        Case("mixed", page_size=2, dtype="fp16", head_dim=64, layout="NHD2", views="strided", split="cut96", group=5),
+        Case("append", page_size=4, dtype="fp16", layout="NHD", mask="w15", views="offset", split="cut64", group=3),
+        Case("skewed", page_size=2, mask="full", layout="HND2", group=7),
+        Case("prefill", page_size=4, head_dim=64, mask="w100", group=16),
     ]
-    return cases
 
 
 def attention_cases() -> list[Case]:

@@ -21,11 +21,6 @@ def tree(tmp_path) -> pathlib.Path:
     return root
 
 
-needs_launchers = pytest.mark.skipif(
-    not (record.ROOT / "cuda_src/tvm_infer/ffi/attention_cuda.cc").exists(), reason="no CUDA launchers in this tree"
-)
-
-
 def digests(root: pathlib.Path) -> dict[str, str]:
     return {name: record.digest(root, name) for name in record.FAMILIES}
 
@@ -43,7 +38,6 @@ def test_place_and_times_do_not_matter(tree):
     assert digests(tree) == digests(record.ROOT)
 
 
-@needs_launchers
 def test_every_family_has_its_kernel_its_launchers_and_its_tests():
     for name, family in record.FAMILIES.items():
         files = {p.relative_to(record.ROOT).as_posix() for p in record.family_files(record.ROOT, name)}
@@ -60,7 +54,6 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
     assert tests <= named
 
 
-@needs_launchers
 @pytest.mark.parametrize(
     ("path", "families"),
     [
