@@ -35,7 +35,9 @@ SETTINGS = (
     ),
     Setting("TVM_INFER_PROGRESS", "1", "0: no line on standard error while a kernel is compiled"),
     Setting("TVM_INFER_LINEINFO", "0", "1: kernels carry line numbers for profilers (and paths of their headers)"),
-    Setting("TVM_INFER_DEBUG_CHECKS", "0", "1: check every page index before it is used"),
+    Setting(
+        "TVM_INFER_DEBUG_CHECKS", "0", "1: check every page index before it is used; on CUDA that makes every call wait"
+    ),
 )
 
 

@@ -106,11 +106,16 @@ void CheckGatherStride(int64_t stride, const char* name, const char* of) {
                                     "contiguous, or use larger pages";
 }
 
-void CheckGather(const AttentionParams& p) {
-  CheckGatherStride(p.k_stride_page, "k_cache", "pages");
-  CheckGatherStride(p.k_stride_token, "k_cache", "tokens");
-  CheckGatherStride(p.v_stride_page, "v_cache", "pages");
-  CheckGatherStride(p.v_stride_token, "v_cache", "tokens");
+void CheckGather(const AttentionLaunch& launch) {
+  const AttentionParams& p = launch.params;
+  if (launch.num_pages > 1) {
+    CheckGatherStride(p.k_stride_page, "k_cache", "pages");
+    CheckGatherStride(p.v_stride_page, "v_cache", "pages");
+  }
+  if (launch.page_size > 1) {
+    CheckGatherStride(p.k_stride_token, "k_cache", "tokens");
+    CheckGatherStride(p.v_stride_token, "v_cache", "tokens");
+  }
 }
 
 }  // namespace
@@ -124,7 +129,7 @@ void LaunchAttention(const AttentionLaunch& launch) {
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
     maps = EncodeMaps(launch);
   } else {
-    CheckGather(launch.params);
+    CheckGather(launch);
   }
   AttentionParams params = launch.params;
   void* arguments[] = {&params, &maps};

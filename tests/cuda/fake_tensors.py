@@ -1,0 +1,118 @@
+"""Tensors that say they lie on a CUDA device, and the fake driver's record: what tests of the launch path look at."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+CPU, CUDA, PINNED, ROCM = 1, 2, 3, 10  # DLDeviceType
+_CODES = {"int32": (0, 32), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
+_kept: list[Any] = []  # DLPack owners; the process is short
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class _Exporter:
+    def __init__(self, managed: _DLManagedTensor) -> None:
+        self._managed = managed
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._managed.tensor.device_type, self._managed.tensor.device_id
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+
+
+def tensor(shape, dtype="bfloat16", *, device=(CUDA, 0), strides=None, offset=0, data=None):
+    """A tensor of zeros (or `data`) in host memory, 64-byte aligned, that says it is on `device`. offset: bytes; strides: elements."""
+    code, bits = _CODES[dtype]
+    dense = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
+    strides = dense if strides is None else strides
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 0) + 1
+    memory = np.zeros(max(span, 1) * bits // 8 + 128 + offset, np.uint8)
+    start = -memory.ctypes.data % 64
+    if data is not None:
+        raw = np.ascontiguousarray(data).view(np.uint8).ravel()
+        memory[start + offset : start + offset + raw.size] = raw
+    dims = (ctypes.c_int64 * len(shape))(*shape)
+    steps = (ctypes.c_int64 * len(shape))(*strides)
+    address = memory.ctypes.data + start
+    managed = _DLManagedTensor(_DLTensor(address, *device, len(shape), code, bits, 1, dims, steps, offset), None, None)
+    _kept.append((managed, memory, dims, steps))
+    result = tvm_ffi.from_dlpack(_Exporter(managed))
+    addresses[id(result)] = address + offset
+    _kept.append(result)
+    return result
+
+
+addresses: dict[int, int] = {}  # of a tensor's first element, by id
+
+
+def index(values, **kwargs):
+    """An int32 tensor of these values."""
+    data = np.asarray(values, np.int32)
+    return tensor(data.shape, "int32", data=data, **kwargs)
+
+
+class Driver:
+    """The fake libcuda.so.1 of this process."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._library.fake_log.restype = ctypes.c_char_p
+        self._library.fake_params.restype = self._library.fake_maps.restype = ctypes.c_void_p
+
+    def calls(self, name: str) -> list[str]:
+        """Arguments of the calls of a function since clear(), one string each."""
+        lines = self._library.fake_log().decode().splitlines()
+        return [line[len(name) :].strip() for line in lines if line.split(" ")[0] == name]
+
+    def launches(self) -> list[dict[str, str]]:
+        """name, grid, block, shared, stream, attributes (count, id, value), device of each launch."""
+        split = [line.split(" ") for line in self.calls("cuLaunchKernelEx")]
+        return [{"name": words[0], **dict(word.split("=") for word in words[1:])} for words in split]
+
+    def maps(self) -> list[dict[str, str]]:
+        """The fields of each encoded tensor map."""
+        return [dict(word.split("=") for word in line.split(" ")) for line in self.calls("cuTensorMapEncodeTiled")]
+
+    def params(self, structure: type) -> Any:
+        """The first parameter of the last attention launch."""
+        return structure.from_buffer_copy(ctypes.string_at(self._library.fake_params(), ctypes.sizeof(structure)))
+
+    def clear(self) -> None:
+        self._library.fake_clear()
+
+    def fail(self, function: str, code: int) -> None:
+        """The next call of `function` returns `code`."""
+        self._library.fake_fail(function.encode(), code)
+
+    def capture(self, on: bool) -> None:
+        self._library.fake_capture(int(on))
+
+    def current_device(self) -> int:
+        """Of the current context; -1: none is."""
+        return self._library.fake_current_device()

@@ -1,0 +1,530 @@
+"""Run by test_fake_driver.py in a process whose libcuda.so.1 is fake_libcuda.cc."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+import tvm_infer
+from tvm_infer import _ffi, errors
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
+
+ABI, THREADS, SHARED = 2, 384, 230000
+QO, KV_LEN = [0, 1, 4], [20, 3]
+HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
+
+
+class Params(ctypes.Structure):
+    """cuda/params.h, AttentionParams."""
+
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("plan", "kv_indptr", "kv_page_indices", "q")],
+        *[(n, ctypes.c_int64) for n in ("q_stride_token", "q_stride_head")],
+        ("o", ctypes.c_void_p),
+        *[(n, ctypes.c_int64) for n in ("o_stride_token", "o_stride_head")],
+        *[(n, ctypes.c_void_p) for n in ("lse", "partial_o", "partial_lse", "k", "v")],
+        ("kv_strides", ctypes.c_int64 * 6),
+        *[
+            (n, ctypes.c_int32)
+            for n in ("num_kv_heads", "group_size", "max_tokens", "max_partial_rows", "max_kv_lists")
+        ],
+        ("capture_key", ctypes.c_uint32 * 2),
+        ("sm_scale_log2", ctypes.c_float),
+    ]
+
+
+def cubin(name, abi=ABI, threads=THREADS, shared=SHARED, ctas=1):
+    return f"{name} {abi} {threads} {shared} {ctas}".encode() + b"\0"
+
+
+asked: list[tuple[str, str]] = []
+_ffi.library()  # registers the real one, which this replaces
+
+
+@tvm_ffi.register_global_func("tvm_infer.jit_cubin", override=True)
+def jit_cubin(name, arch):
+    asked.append((str(name), str(arch)))
+    if "read_ceiling" in str(name):
+        return b""
+    return cubin(name)
+
+
+@pytest.fixture
+def driver():
+    _ffi.library()
+    made = Driver()
+    made.clear()
+    asked.clear()
+    yield made
+    assert made.current_device() == -1  # no call leaves a context behind
+
+
+def host_plan(num_ctas=132, **kwargs):
+    settings = {
+        "num_qo_heads": HQ,
+        "num_kv_heads": HKV,
+        "head_dim": DIM,
+        "dtype": "bfloat16",
+        "num_ctas": num_ctas,
+        **kwargs,
+    }
+    return tvm_infer.plan(QO, KV_LEN, tile_table=tuple(_ffi.func("cuda_tile_table")("bfloat16", DIM)), **settings)
+
+
+def paged(**changes):
+    made = {
+        "plan": index(host_plan().buffer),
+        "q": tensor((ROWS, HQ, DIM)),
+        "k_cache": tensor((PAGES, 2, HKV, PAGE, DIM)),
+        "v_cache": None,
+        "kv_layout": 0,
+        "kv_page_indptr": index([0, 2, 3]),
+        "kv_page_indices": index([4, 0, 2]),
+        "sm_scale": 0.5,
+        "workspace": tensor((7 * (DIM + 1) + 3,), "float32"),
+        "o": tensor((ROWS, HQ, DIM)),
+        "lse": tensor((ROWS, HQ), "float32"),
+    }
+    return {**made, **changes}
+
+
+def attend(**changes):
+    arguments = paged(**changes)
+    _ffi.func("paged_attention")(*arguments.values())
+    return arguments
+
+
+def ragged(**changes):
+    made = paged()
+    made = {
+        **{n: made[n] for n in ("plan", "q")},
+        "k": tensor((23, HKV, DIM)),
+        "v": tensor((23, HKV, DIM)),
+        "kv_indptr": index([0, 20, 23]),
+        **{n: made[n] for n in ("sm_scale", "workspace", "o", "lse")},
+        **changes,
+    }
+    _ffi.func("ragged_attention")(*made.values())
+    return made
+
+
+def test_paged_launch(driver):
+    a = attend()
+    (launch,) = driver.launches()
+    assert launch == {
+        "name": "attention_bf16_h128_p16",
+        "grid": "132,1,1",
+        "block": f"{THREADS},1,1",
+        "shared": str(SHARED),
+        "stream": "0",
+        "attributes": "1,6,1",
+        "device": "0",
+    }
+    p = driver.params(Params)
+    at = lambda name: addresses[id(a[name])]  # noqa: E731
+    assert (p.plan, p.q, p.o, p.lse) == (at("plan"), at("q"), at("o"), at("lse"))
+    assert (p.kv_indptr, p.kv_page_indices) == (at("kv_page_indptr"), at("kv_page_indices"))
+    assert (p.q_stride_token, p.q_stride_head, p.o_stride_token, p.o_stride_head) == (HQ * DIM, DIM, HQ * DIM, DIM)
+    assert p.partial_o == at("workspace") and p.partial_lse == at("workspace") + 7 * DIM * 4
+    plane = HKV * PAGE * DIM
+    assert (p.k, p.v) == (at("k_cache"), at("k_cache") + plane * 2)
+    assert list(p.kv_strides) == [2 * plane, PAGE * DIM, DIM] * 2
+    assert (p.num_kv_heads, p.group_size, p.max_tokens, p.max_partial_rows, p.max_kv_lists) == (
+        HKV,
+        HQ // HKV,
+        ROWS,
+        7,
+        2,
+    )
+    assert list(p.capture_key) == [0, 0]
+    assert p.sm_scale_log2 == pytest.approx(0.5 * math.log2(math.e), rel=1e-6)
+    k_pages, v_pages, k_panels = driver.maps()
+    assert k_pages == {
+        "type": "9",
+        "rank": "5",
+        "base": str(p.k),
+        "sizes": f"64,{PAGE},2,{HKV},{PAGES}",
+        "strides": f"{DIM * 2},128,{PAGE * DIM * 2},{plane * 4}",
+        "box": f"64,{PAGE},2,1,1",
+        "element": "1,1,1,1,1",
+        "modes": "0,3,2,0",
+    }
+    assert v_pages == {**k_pages, "base": str(p.v)} and k_panels == {**k_pages, "box": f"64,{PAGE},1,1,1"}
+
+
+def test_nothing_that_a_capture_forbids_after_the_first_call(driver):
+    attend()
+    driver.clear()
+    driver.capture(True)
+    attend()
+    assert len(driver.launches()) == 1
+    for name in ("cuStreamSynchronize", "cuMemcpyDtoH", "cuLibraryLoadData", "cuMemHostAlloc"):
+        assert driver.calls(name) == []
+
+
+def test_a_kernel_is_not_loaded_inside_a_capture(driver):
+    driver.capture(True)
+    with pytest.raises(errors.DeviceError, match=r"attention_bf16_h128_p64.*captured.*once before"):
+        attend(k_cache=tensor((PAGES, 2, HKV, 64, DIM)))
+    assert driver.calls("cuLibraryLoadData") == [] and asked == []
+
+
+def test_other_device_and_layouts(driver):
+    there = {"device": (CUDA, 1)}
+    a = {
+        "plan": index(host_plan().buffer, **there),
+        "q": tensor((ROWS, HQ, DIM), "float16", **there),
+        "k_cache": tensor((PAGES, 8, HKV, DIM), "float16", **there),
+        "v_cache": tensor((PAGES, 8, HKV, DIM), "float16", strides=(9 * HKV * DIM, HKV * DIM, DIM, 1), **there),
+        "kv_layout": 1,
+        "kv_page_indptr": index([0, 2, 3], **there),
+        "kv_page_indices": index([4, 0, 2], **there),
+        "workspace": tensor((0,), "float32", **there),
+        "o": tensor((ROWS, HQ, DIM), "float16", offset=32, **there),
+        "lse": None,
+    }
+    a = attend(**a)
+    (launch,) = driver.launches()
+    assert (launch["name"], launch["device"]) == ("attention_fp16_h128_p8", "1")
+    p = driver.params(Params)
+    assert p.o == addresses[id(a["o"])] and p.lse is None and p.max_partial_rows == 0
+    assert driver.maps()[0]["type"] == "6"
+    assert driver.maps()[0]["strides"] == f"{HKV * DIM * 2},128,{DIM * 2},{8 * HKV * DIM * 2}"
+    assert driver.maps()[1]["strides"] == f"{HKV * DIM * 2},128,{DIM * 2},{9 * HKV * DIM * 2}"
+    assert asked == [("attention_fp16_h128_p8", "sm_90a")]
+    assert driver.calls("cuKernelSetAttribute") == [f"8 {SHARED} 1"]
+
+
+def test_head_dim_64_needs_two_maps_and_axes_of_one_any_stride(driver):
+    k = tensor((1, 1, 32, 64), strides=(7, 3, 64, 1))
+    a = {"q": tensor((ROWS, HQ, 64)), "o": tensor((ROWS, HQ, 64)), "k_cache": k, "v_cache": tensor((1, 1, 32, 64))}
+    attend(**a)
+    assert driver.launches()[0]["name"] == "attention_bf16_h64_p32"
+    assert [m["box"] for m in driver.maps()] == ["64,32,1,1,1"] * 2
+    assert driver.params(Params).group_size == HQ
+
+
+@pytest.mark.parametrize("page", [1, 2, 4])
+def test_small_pages_are_gathered_without_maps(driver, page):
+    attend(k_cache=tensor((PAGES, 2, HKV, page, DIM)))
+    assert driver.launches()[0]["name"] == f"attention_bf16_h128_p{page}" and driver.maps() == []
+
+
+def test_ragged_launch(driver):
+    a = ragged()
+    assert driver.launches()[0]["name"] == "attention_bf16_h128_ragged"
+    k_map, _ = driver.maps()
+    assert (k_map["sizes"], k_map["box"]) == (f"64,23,2,{HKV},1", "64,128,2,1,1")
+    assert k_map["strides"].split(",")[:3] == [str(HKV * DIM * 2), "128", str(DIM * 2)]
+    p = driver.params(Params)
+    assert p.kv_indptr == addresses[id(a["kv_indptr"])] and p.kv_page_indices is None and p.max_kv_lists == 2
+
+
+def test_no_tokens_no_pages(driver):
+    empty = tensor((0, HQ, DIM))
+    attend(q=empty, o=tensor((0, HQ, DIM)), lse=None)
+    assert driver.launches() == []
+    attend(k_cache=tensor((0, 2, HKV, PAGE, DIM)))  # requests without keys: a map needs an address all the same
+    assert len(driver.launches()) == 1
+
+
+def test_append_then_attend_on_one_stream(driver):
+    a = paged()
+    new = [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+    values = list(a.values())
+    _ffi.func("append_paged_attention")(*values[:2], *new, *values[2:])
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16", "attention_bf16_h128_p16"]
+
+
+def test_append_and_merge(driver):
+    new = [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+    tables = [index([0, 2, 3]), index([4, 0, 2])]
+    _ffi.func("append")(*new, index(QO), index(KV_LEN), tensor((PAGES, 2, HKV, PAGE, DIM)), None, 0, *tables)
+    state = lambda: [tensor((ROWS, HQ, DIM), "float32"), tensor((ROWS, HQ), "float32")]  # noqa: E731
+    _ffi.func("merge")(*state(), *state(), *state())
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16", "merge_states_fp32"]
+
+
+ERRORS = [
+    (
+        "dtype",
+        errors.ExecutorError,
+        ["`q`", "float32", "float16 and bfloat16", "cpu"],
+        lambda: {"q": tensor((ROWS, HQ, DIM), "float32"), "o": tensor((ROWS, HQ, DIM), "float32")},
+    ),
+    (
+        "head_dim",
+        errors.ExecutorError,
+        ["`q`", "head_dim 96", "64 and 128"],
+        lambda: {"q": tensor((ROWS, HQ, 96)), "o": tensor((ROWS, HQ, 96))},
+    ),
+    (
+        "page_size",
+        errors.ExecutorError,
+        ["`k_cache`", "page_size 24", "8"],
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, 24, DIM))},
+    ),
+    (
+        "plan on the host",
+        errors.ArgumentError,
+        ["`plan`", "cpu", "cuda:0"],
+        lambda: {"plan": index([0] * 64, device=(CPU, 0))},
+    ),
+    (
+        "table elsewhere",
+        errors.ArgumentError,
+        ["`kv_page_indices`", "cuda:1", "cuda:0"],
+        lambda: {"kv_page_indices": index([0], device=(CUDA, 1))},
+    ),
+    (
+        "cache pinned",
+        errors.ArgumentError,
+        ["`k_cache`", "pinned", "cuda:0"],
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, PAGE, DIM), device=(PINNED, 0))},
+    ),
+    (
+        "q elsewhere",
+        errors.ExecutorError,
+        ["`q`", "device type 10", "cpu", "cuda"],
+        lambda: {"q": tensor((ROWS, HQ, DIM), device=(ROCM, 0))},
+    ),
+    ("no such device", errors.ExecutorError, ["cuda device 9", "3 devices"], lambda: on_device(9)),
+    ("architecture", errors.ExecutorError, ["Fake A100", "sm_80", "sm_90a", "cpu"], lambda: on_device(2)),
+    ("plan too short", errors.PlanMismatchError, ["`plan`", "40 bytes"], lambda: {"plan": index([0] * 10)}),
+    ("plan dtype", errors.DTypeError, ["`plan`", "float32", "int32"], lambda: {"plan": tensor((64,), "float32")}),
+    ("plan misaligned", errors.ArgumentError, ["`plan`", "4 bytes", "16"], lambda: {"plan": index([0] * 64, offset=4)}),
+    ("q misaligned", errors.ArgumentError, ["`q`", "2 bytes", "16"], lambda: {"q": tensor((ROWS, HQ, DIM), offset=2)}),
+    (
+        "q stride",
+        errors.ArgumentError,
+        ["`q`", "dimension 1", "multiples of 16"],
+        lambda: {"q": tensor((ROWS, HQ, DIM), strides=(HQ * 132, 132, 1))},
+    ),
+    ("o misaligned", errors.ArgumentError, ["`o`", "8 bytes"], lambda: {"o": tensor((ROWS, HQ, DIM), offset=8)}),
+    (
+        "cache stride",
+        errors.ArgumentError,
+        ["`k_cache`", "dimension 3"],
+        lambda: {
+            "k_cache": tensor(
+                (PAGES, 2, HKV, PAGE, DIM), strides=(2 * HKV * PAGE * 130, HKV * PAGE * 130, PAGE * 130, 130, 1)
+            )
+        },
+    ),
+    (
+        "workspace misaligned",
+        errors.ArgumentError,
+        ["`workspace`", "4 bytes"],
+        lambda: {"workspace": tensor((500,), "float32", offset=4)},
+    ),
+    (
+        "lse strided",
+        errors.ArgumentError,
+        ["`lse`", "contiguous"],
+        lambda: {"lse": tensor((ROWS, HQ), "float32", strides=(2 * HQ, 1))},
+    ),
+    ("lse dtype", errors.DTypeError, ["`lse`", "float16", "float32"], lambda: {"lse": tensor((ROWS, HQ), "float16")}),
+    ("scale 0", errors.ArgumentError, ["`sm_scale` is 0", "above 0"], lambda: {"sm_scale": 0.0}),
+    ("scale negative", errors.ArgumentError, ["`sm_scale` is -1"], lambda: {"sm_scale": -1.0}),
+    ("scale nan", errors.ArgumentError, ["`sm_scale` is "], lambda: {"sm_scale": float("nan")}),
+    ("scale infinite", errors.ArgumentError, ["`sm_scale` is inf"], lambda: {"sm_scale": float("inf")}),
+    (
+        "heads",
+        errors.ArgumentError,
+        ["`q`", "8 heads", "`k_cache` has 3"],
+        lambda: {"k_cache": tensor((PAGES, 2, 3, PAGE, DIM))},
+    ),
+    (
+        "cache dtype",
+        errors.DTypeError,
+        ["`q`", "bfloat16", "`k_cache`"],
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, PAGE, DIM), "float16")},
+    ),
+    ("o shape", errors.ArgumentError, ["`o`", "dimension 0"], lambda: {"o": tensor((ROWS + 1, HQ, DIM))}),
+    (
+        "table dtype",
+        errors.DTypeError,
+        ["`kv_page_indptr`", "float32"],
+        lambda: {"kv_page_indptr": tensor((3,), "float32")},
+    ),
+    ("table empty", errors.ArgumentError, ["`kv_page_indptr`", "empty"], lambda: {"kv_page_indptr": index([])}),
+]
+
+
+def on_device(number):
+    """All tensors of a call on another device."""
+    there = {"device": (CUDA, number)}
+    return {
+        "plan": index(host_plan().buffer, **there),
+        "q": tensor((ROWS, HQ, DIM), **there),
+        "k_cache": tensor((PAGES, 2, HKV, PAGE, DIM), **there),
+        "kv_page_indptr": index([0, 2, 3], **there),
+        "kv_page_indices": index([4, 0, 2], **there),
+        "workspace": tensor((0,), "float32", **there),
+        "o": tensor((ROWS, HQ, DIM), **there),
+        "lse": None,
+    }
+
+
+@pytest.mark.parametrize(("kind", "words", "changes"), [row[1:] for row in ERRORS], ids=[row[0] for row in ERRORS])
+def test_bad_arguments_are_refused_before_any_launch(driver, kind, words, changes):
+    with pytest.raises(kind) as caught:
+        attend(**changes())
+    for word in words:
+        assert word in str(caught.value)
+    assert driver.launches() == []
+
+
+def test_gather_strides_below_4_gib(driver):
+    # One page of two tokens 4 GiB apart; its memory, all of it but the pages written to, exists as addresses only.
+    with pytest.raises(errors.ArgumentError, match=r"`k_cache`.*4294967296 bytes between tokens.*4 GiB"):
+        attend(k_cache=tensor((1, 1, 2, DIM), strides=(1 << 40, 1 << 40, 1 << 31, 1)), v_cache=tensor((1, 1, 2, DIM)))
+    assert driver.launches() == []
+
+
+def test_driver_errors_have_a_name_and_leave_the_context_alone(driver):
+    attend()
+    driver.clear()
+    driver.fail("cuLaunchKernelEx", 700)
+    with pytest.raises(
+        errors.DeviceError,
+        match=r"cuLaunchKernelEx of `attention_bf16_h128_p16` failed: CUDA_ERROR_ILLEGAL_ADDRESS \(700\)",
+    ):
+        attend()
+    driver.fail("cuTensorMapEncodeTiled", 1)
+    with pytest.raises(errors.DeviceError, match="cuTensorMapEncodeTiled"):
+        attend()
+    attend()
+
+
+def test_cubins_by_name(driver):
+    add = _ffi.func("add_cubin")
+    call = {"q": tensor((ROWS, HQ, 64)), "o": tensor((ROWS, HQ, 64)), "k_cache": tensor((PAGES, 2, HKV, 64, 64))}
+    name = "attention_bf16_h64_p64"
+    add(name, "sm_80", cubin(name))  # for another architecture: not used
+    add(name, "sm_90a", cubin(name, abi=99))
+    with pytest.raises(errors.AbiError, match=rf"{name}.*ABI 99.*launches {ABI}"):
+        attend(**call)
+    assert driver.calls("cuLibraryUnload") == [""] and asked == []
+    add(name, "sm_90a", cubin(name, shared=10**6))
+    with pytest.raises(errors.ExecutorError, match=r"1000000 bytes of shared memory.*232448"):
+        attend(**call)
+    add(name, "sm_90a", b"garbage\0")
+    with pytest.raises(errors.DeviceError, match=f"cuLibraryLoadData of `{name}`"):
+        attend(**call)
+    add(name, "sm_90a", cubin("other"))
+    with pytest.raises(errors.DeviceError, match=f"cuLibraryGetKernel of `{name}`"):
+        attend(**call)
+    add(name, "sm_90a", cubin(name, ctas=2, threads=128))
+    attend(**call)
+    assert (driver.launches()[0]["grid"], driver.launches()[0]["block"]) == ("264,1,1", "128,1,1")
+    add(name, "sm_90a", cubin(name, ctas=2, threads=128))  # the same again
+    with pytest.raises(errors.ArgumentError, match=f"{name}.*loaded already"):
+        add(name, "sm_90a", cubin(name))
+    with pytest.raises(errors.ArgumentError, match="empty"):
+        add("x", "sm_90a", b"")
+
+
+def test_a_kernel_that_nobody_makes(driver):
+    x, total = tensor((64,), "float32"), index([0])
+    with pytest.raises(errors.ExecutorError, match=r"`read_ceiling` for sm_90a.*tvm-infer build"):
+        _ffi.func("read_ceiling")(x, total)
+    assert asked == [("read_ceiling", "sm_90a")]
+
+
+def test_cuda_info(driver):
+    info = _ffi.func("cuda_info")
+    assert (info(0), info(2)) == ("sm_90a 132 Fake H200", "sm_80 108 Fake A100")
+    for number in (-1, 3, 1000):
+        with pytest.raises(errors.ExecutorError, match=f"no cuda device {number}.*3 devices"):
+            info(number)
+
+
+@pytest.fixture
+def debug_checks():
+    before = _ffi.func("set_debug_checks")(True)
+    yield
+    _ffi.func("set_debug_checks")(before)
+
+
+DEBUG_ERRORS = [
+    (errors.PlanMismatchError, "not a plan", lambda: {"plan": index([0] * 64)}),
+    (errors.ArgumentError, "page 5 at entry 1", lambda: {"kv_page_indices": index([4, 5, 2])}),
+    (errors.PlanMismatchError, "kv_len 20", lambda: {"kv_page_indptr": index([0, 1, 3])}),
+    (errors.ArgumentError, "ends at 9", lambda: {"kv_page_indptr": index([0, 2, 9])}),
+    (
+        errors.PlanMismatchError,
+        "`q` has 3 tokens",
+        lambda: {"q": tensor((3, HQ, DIM)), "o": tensor((3, HQ, DIM)), "lse": None},
+    ),
+    (errors.PlanMismatchError, "1 KV heads", lambda: {"k_cache": tensor((PAGES, 2, 1, PAGE, DIM))}),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "changes"), DEBUG_ERRORS, ids=[row[1] for row in DEBUG_ERRORS])
+def test_debug_checks_read_the_device(driver, debug_checks, kind, words, changes):
+    with pytest.raises(kind, match=words):
+        attend(**changes())
+    assert driver.launches() == [] and driver.calls("cuStreamSynchronize")
+    attend()
+    assert len(driver.launches()) == 1
+
+
+def test_debug_checks_stay_out_of_a_capture(driver, debug_checks):
+    attend()
+    driver.clear()
+    driver.capture(True)
+    attend(kv_page_indices=index([4, 5, 2]))
+    assert len(driver.launches()) == 1 and driver.calls("cuStreamSynchronize") == []
+
+
+def test_debug_checks_of_ragged_and_append(driver, debug_checks):
+    with pytest.raises(errors.PlanMismatchError, match="request 0 19 keys"):
+        ragged(kv_indptr=index([0, 19, 22]))
+    ragged()
+    new = [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+    with pytest.raises(errors.ArgumentError, match="`kv_len` is 2 for request 1"):
+        cache = tensor((PAGES, 2, HKV, PAGE, DIM))
+        _ffi.func("append")(*new, index(QO), index([20, 2]), cache, None, 0, index([0, 2, 3]), index([4, 0, 2]))
+
+
+def test_plan_status(driver):
+    status, header = _ffi.func("plan_status"), tvm_infer.schedule.plan.HEADER
+    words = host_plan().buffer.copy()
+    assert status(index(words)) == 0
+    words[words.view(np.uint8)[: header.itemsize].view(header)[0]["tickets_offset"] // 4] = 4
+    assert status(index(words)) == 4
+    assert status(index(np.zeros(100, np.int32))) == 1 and status(index([1, 2])) == 1
+    with pytest.raises(errors.ArgumentError, match="`plan_device` is on the host"):
+        status(words)
+
+
+CHECKS = [
+    (None, None, {}),
+    (None, None, {"tokens": 9, "lists": 7, "sms": 200, "rows": 10**6}),
+    (errors.PlanMismatchError, "4 query tokens; `q` has 3", {"tokens": 3}),
+    (errors.PlanMismatchError, "8 query heads and 2 KV heads; the tensors have 16 and 2", {"qo_heads": 16}),
+    (errors.PlanMismatchError, "the tensors have 8 and 4", {"kv_heads": 4}),
+    (errors.PlanMismatchError, "132 CTAs; the device runs 108", {"sms": 108}),
+    (errors.PlanMismatchError, "2 requests; the page table has 1", {"lists": 1}),
+    (errors.WorkspaceError, "holds -1 partial rows", {"rows": -1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "changes"), CHECKS)
+def test_check_plan(driver, kind, words, changes):
+    values = {"tokens": ROWS, "qo_heads": HQ, "kv_heads": HKV, "rows": 10**6, "lists": 2, "sms": 132, **changes}
+    call = lambda: _ffi.func("check_plan")(host_plan().buffer, *values.values())  # noqa: E731
+    if kind is None:
+        call()
+    else:
+        with pytest.raises(kind, match=words):
+            call()
