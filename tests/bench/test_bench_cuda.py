@@ -16,7 +16,18 @@ import pytest
 import torch
 
 from tvm_infer import _ffi, errors, ops
-from tvm_infer.bench import attention, ceilings, inputs, peers, peers_torch, planning, reference, run_cuda, suites
+from tvm_infer.bench import (
+    attention,
+    ceilings,
+    inputs,
+    peers,
+    peers_torch,
+    planning,
+    reference,
+    run_cuda,
+    suites,
+    timing,
+)
 from tvm_infer.bench.cuda_device import CudaDevice
 from tvm_infer.bench.timing import Timing, time_graph
 from tvm_infer.bench.workloads import Workload
@@ -86,7 +97,8 @@ def test_every_row_has_what_the_json_promises(tiny, tmp_path, capsys):
     path = tmp_path / "out.json"
     results = attention.run(suite="tiny", peers=["torch", "flashinfer"], json_path=str(path), cuda_device=HostDevice)
     assert json.loads(path.read_text()) == results
-    assert results["device"] == "cuda" and results["device_name"] == "fake" and results["schema"] == 1
+    assert results["device"] == "cuda" and results["device_name"] == "fake" and results["schema"] == 2
+    assert results["rest_s"] == timing.REST_S
     assert results["ceilings"] == vars(CEILINGS) and "float64" in results["method"]
     assert results["versions"]["torch"] and results["date"]
     rows = {r["workload"]: r for r in results["rows"]}
@@ -102,6 +114,7 @@ def test_every_row_has_what_the_json_promises(tiny, tmp_path, capsys):
         assert row["plan_us"] > 0 and row["upload_us"] == 1.0
         assert "flashinfer is not installed" in row["peers"]["flashinfer"]["skipped"]
         assert set(row["peers"]["torch"]["variants"]) == {"flash", "cudnn"}
+        assert row["vs_best_peer"] == (1.0 if "us" in row["peers"]["torch"] else None)
     assert rows["plan"]["plan_us"] > 0 and "us" not in rows["plan"]
     out = " ".join(capsys.readouterr().out.split())
     assert "read 4000 GB/s" in out and "not measured: flashinfer, all rows" in out
@@ -238,12 +251,30 @@ def test_the_read_ceiling_is_checked_and_takes_device_memory_only():
         _ffi.func("read_ceiling")(x, total)
 
 
+def test_the_copy_ceiling_is_a_kernel_that_reads_and_writes(monkeypatch):
+    """Not copy_, which a graph gives to the copy engine."""
+    monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 12)
+    called = []
+
+    class Timer:
+        def time(self, launches):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                for launch in launches:
+                    launch()
+            called.extend(event.name for event in profile.events())
+            return Timing(US, US, US, 1)
+
+    assert ceilings._copy_us(Timer(), "cpu") == US
+    assert "aten::neg" in called and "aten::copy_" not in called
+
+
 def test_graph_time_is_per_launch_and_replays_what_was_captured(monkeypatch):
     """torch's graphs, events and synchronisation, with a clock that a replayed launch moves by 3 µs."""
     clock, captured, log = [0.0], [], []
 
     class Graph:
         def replay(self):
+            assert log[0] == f"rest {timing.REST_S}"
             clock[0] += 3.0 * len(captured)
             log.append("replay")
 
@@ -270,9 +301,10 @@ def test_graph_time_is_per_launch_and_replays_what_was_captured(monkeypatch):
 
     for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("Event", Event), ("synchronize", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    timing = time_graph([lambda: log.append("launch")] * 5, replays=15)
-    assert captured == ["launch"] * 5 and log == ["replay"] * 17
-    assert timing == Timing(3.0, 3.0, 3.0, 15)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append(f"rest {seconds}"))
+    measured = time_graph([lambda: log.append("launch")] * 5, replays=15)
+    assert captured == ["launch"] * 5 and log[1:] == ["replay"] * 17
+    assert measured == Timing(3.0, 3.0, 3.0, 15)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from tvm_infer import errors
-from tvm_infer.bench import attention, plot, report
+from tvm_infer.bench import attention, markdown, plot, report, rows
 from tvm_infer.cli import main
 
 
@@ -42,7 +43,9 @@ def row(name, us, bound="read", **more):
 
 def results():
     return {
-        "schema": 1,
+        "schema": 2,
+        "date": "2026-01-02T03:04:05+00:00",
+        "versions": {"torch": "2.11.0", "flashinfer-python": None},
         "device": "cuda",
         "device_name": "NVIDIA H200",
         "num_sms": 132,
@@ -105,6 +108,32 @@ def test_the_plot_shows_rows_and_peers(tmp_path):
     assert legend == ["ours, bound by reading memory", "ours, bound by matmul", "torch", "flex"]
     torch_points = next(c for c in axes.collections if c.get_label() == "torch").get_offsets()
     assert torch_points[:, 0].tolist() == pytest.approx([40.0, 40.0])  # twice our time: half our share
+
+
+def test_the_plot_names_the_best_peer_of_each_row(tmp_path):
+    (axes,) = plot.save(results(), str(tmp_path / "chart.png")).axes
+    assert [text.get_text() for text in axes.texts] == ["µs", "peer / ours", "12.3", "2.00×", "1234", "2.00×"]
+
+
+def test_the_fastest_of_several_peers():
+    peers = {"a": {"us": 8.0, "speedup": 2.0}, "b": {"skipped": "no"}, "c": {"us": 3.0, "speedup": 0.75}}
+    assert rows.best_peer(peers) == ("c", peers["c"]) and rows.vs_best_peer(peers) == 0.75
+    assert rows.best_peer({"b": {"skipped": "no"}}) is None and rows.vs_best_peer({}) is None
+
+
+def test_the_markdown_table(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(results()))
+    done = subprocess.run(
+        [sys.executable, "-m", "tvm_infer.bench.markdown", str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == markdown.table(results())
+    head, empty, *lines = done.stdout.splitlines()
+    assert "torch 2.11.0, 2026-01-02" in head and "copy 4,265 GB/s" in head and empty == ""
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| decode | 12.3 | 3,000 GB/s | 80% read | 24.6 (torch flash) | 2.00 |" in lines
+    assert "| prefill | 1234 | 500 TFLOP/s | 80% matmul | 2469 (torch cudnn) | 2.00 |" in lines
+    assert lines[-2:] == ["| plan 64 decode | – | plan 8.0 µs |  |  |  |", "| broken | failed |  |  |  |  |"]
 
 
 def test_the_plot_of_nothing_and_of_the_cpu(tmp_path):

@@ -17,10 +17,11 @@ from . import peers as peers_module
 from . import plot, report, run_cpu, run_cuda, suites
 from .cuda_device import CudaDevice
 from .rows import WrongResult, shape_of
+from .timing import REST_S
 from .workloads import Workload
 
 DEVICES = ("cpu", "cuda")
-SCHEMA = 1  # of the JSON; bumped when a key changes its meaning
+SCHEMA = 2  # of the JSON; bumped when a key changes its meaning
 
 
 def _workloads(
@@ -66,7 +67,13 @@ def _cpu_session(peers: Sequence[str]) -> _Session:
 def _cuda_session(device: CudaDevice, peers: Sequence[str]) -> _Session:
     ceilings = device.ceilings()
     device.release()
-    head = {"device": "cuda", **device.describe(), "method": run_cuda.METHOD, "ceilings": vars(ceilings)}
+    head = {
+        "device": "cuda",
+        **device.describe(),
+        "method": run_cuda.METHOD,
+        "rest_s": REST_S,
+        "ceilings": vars(ceilings),
+    }
     return _Session(head, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
 
 
@@ -113,8 +120,8 @@ def run(
 
     Returns
     -------
-    dict : "schema", "date", "versions", "device" and what describes it, "method", "ceilings" (CUDA), "rows". A row whose result is
-    wrong, or which could not be run, has "failed" in place of figures.
+    dict : "schema", "date", "versions", "device" and what describes it, "method", on CUDA "rest_s" and "ceilings", "rows". A row whose
+    result is wrong, or which could not be run, has "failed" in place of figures.
 
     Raises
     ------

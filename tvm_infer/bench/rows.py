@@ -25,3 +25,15 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "qo_lens": format_lengths(workload.qo_lens),
         "kv_lens": format_lengths(workload.kv_lens),
     }
+
+
+def best_peer(peers: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, its entry) of the fastest of a row's "peers"; None where none was measured."""
+    timed = {name: peer for name, peer in peers.items() if "us" in peer}
+    return min(timed.items(), key=lambda item: item[1]["us"]) if timed else None
+
+
+def vs_best_peer(peers: dict[str, Any]) -> float | None:
+    """The fastest peer's time over ours; None where no peer was measured."""
+    best = best_peer(peers)
+    return best[1]["speedup"] if best else None

@@ -13,7 +13,7 @@ from ..testing.batches import PagedBatch
 from .ceilings import read_bandwidth
 from .inputs import host_batch, indptr
 from .peers import measure_peer, peer
-from .rows import WrongResult, shape_of
+from .rows import WrongResult, shape_of, vs_best_peer
 from .timing import measure
 from .workloads import Workload
 
@@ -95,4 +95,5 @@ def measure_workload(workload: Workload, peers: Sequence[str], threads: int) -> 
         )
         for name in peers
     }
+    row["vs_best_peer"] = vs_best_peer(row["peers"])
     return row

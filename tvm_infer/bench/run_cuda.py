@@ -11,22 +11,23 @@ from .inputs import DeviceBatch, device_batch
 from .peers import measure_peer, peer
 from .planning import time_plan
 from .reference import LSE_TOLERANCE, PEER_TOLERANCE, TOLERANCE, Reference, reference
-from .rows import WrongResult, shape_of
+from .rows import WrongResult, shape_of, vs_best_peer
+from .timing import REST_S
 from .workloads import Workload
 
-ROTATE_BYTES = (
-    256 << 20
-)  # inputs and outputs of all copies: four times the L2 and more, so that each launch reads memory
+# Inputs and outputs of all copies: four times the L2 and more, so that each launch reads memory.
+ROTATE_BYTES = 256 << 20
 MAX_COPIES = 200
 MIN_LAUNCHES = 8  # in a graph
 # A workload of more FLOP is walked over once a replay: under longer load than that the card lowers its clock.
 LONG_FLOPS = 4e11
 
 METHOD = (
-    "CUDA graph over launches on rotating copies of q, K/V and o (256 MiB or more together, at most 200 copies), replayed; us: median "
-    "replay / launches, GPU time back to back. Results checked against float64 before and after. bytes: K and V of every request once, "
-    "q, o. flops: 4 x visible (query, key) pairs x heads x head_dim. of_ceiling: the longer of bytes / read ceiling and flops / matmul "
-    "ceiling of this run, over us. plan_us: host time of planning into a given buffer; upload_us: host time of the plan's copy."
+    "CUDA graph over launches on rotating copies of q, K/V and o (256 MiB or more together, at most 200 copies), replayed after the "
+    f"GPU has been idle for {REST_S} s. us: median replay / launches, GPU time back to back. Results checked against float64 before "
+    "and after. bytes: K and V of every request once, q, o. flops: 4 x visible (query, key) pairs x heads x head_dim. of_ceiling: "
+    "the longer of bytes / read ceiling and flops / matmul ceiling of this run, over us. plan_us: host time of planning into a given "
+    "buffer; upload_us: host time of the plan's copy."
 )
 
 
@@ -93,6 +94,18 @@ def _measure_attention(
     for copy in (batches[0], batches[-1]):
         _check(expected, copy, "after timing")
     fastest, bound = ceilings.fastest_us(workload)
+    beside = {
+        name: measure_peer(
+            peer(name, "cuda"),
+            workload,
+            batches,
+            error_of=expected.error,
+            tolerance=PEER_TOLERANCE[workload.dtype],
+            time=lambda runs: device.time(list(runs) * _rounds(workload, len(runs))),
+            ours_us=timing.median,
+        )
+        for name in peers
+    }
     return {
         "us": timing.median,
         "p10_us": timing.p10,
@@ -109,16 +122,6 @@ def _measure_attention(
         "of_ceiling": fastest / timing.median,
         "relative_error": error,
         "lse_error": lse_error,
-        "peers": {
-            name: measure_peer(
-                peer(name, "cuda"),
-                workload,
-                batches,
-                error_of=expected.error,
-                tolerance=PEER_TOLERANCE[workload.dtype],
-                time=lambda runs: device.time(list(runs) * _rounds(workload, len(runs))),
-                ours_us=timing.median,
-            )
-            for name in peers
-        },
+        "vs_best_peer": vs_best_peer(beside),
+        "peers": beside,
     }

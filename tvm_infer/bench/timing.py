@@ -10,6 +10,9 @@ from dataclasses import dataclass
 WARM_UP_LAUNCHES = 3  # before capture: kernels are loaded and compiled by then, which a capture does not allow
 WARM_UP_REPLAYS = 2
 REPLAYS = 15
+# Of the GPU before each timing. Long prefills run into a card's power limit: an H200 takes 3.24 ms for 16384 tokens after a rest and
+# 3.65 ms after seconds of load, so without a rest a figure would depend on what was measured before it.
+REST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ def _seconds_of(f: Callable[[], object]) -> float:
 
 
 def time_graph(launches: Sequence[Callable[[], object]], *, replays: int = REPLAYS) -> Timing:
-    """Microseconds of one launch on the GPU: `launches` are captured into one CUDA graph, which is replayed; each replay counts as
-    its time by events divided by the number of launches. No host work is in it, and the gaps between launches are."""
+    """Microseconds of one launch on the GPU: `launches` are captured into one CUDA graph, which is replayed after a rest of REST_S;
+    each replay counts as its time by events divided by the number of launches. No host work is in it, and the gaps between launches
+    are."""
     import torch
 
     for launch in launches[:WARM_UP_LAUNCHES]:
@@ -60,6 +64,8 @@ def time_graph(launches: Sequence[Callable[[], object]], *, replays: int = REPLA
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
+    torch.cuda.synchronize()
+    time.sleep(REST_S)
     for _ in range(WARM_UP_REPLAYS):
         graph.replay()
     times = []
