@@ -33,6 +33,32 @@ def test_python_blocks_run(where, code, tmp_path):
     assert done.returncode == 0, f"{where}\n{done.stderr[-2000:]}"
 
 
+def gpu_block() -> str:
+    """The README's block for a GPU, which stands under a comment."""
+    (code,) = re.findall(
+        r"^<!-- needs a Hopper GPU.*-->\n```python\n(.*?)^```", PAGES[0].read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert code.count('"cuda"') == 3
+    return code
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_gpu_block_computes_attention(device):
+    """On a GPU, and on the CPU executor: the calls are the same."""
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("needs a Hopper GPU")
+    values: dict = {}
+    exec(compile(gpu_block().replace('"cuda"', f'"{device}"'), "README.md", "exec"), values)
+    pages = values["kv_cache"][values["tables"]["kv_page_indices"][19:].long()]  # of request 1, whose keys are all new
+    k, v = pages.permute(1, 2, 0, 3, 4).reshape(2, 8, 112, 128)[:, :, :100]
+    assert torch.equal(k, values["k"][1:].transpose(0, 1)) and torch.equal(v, values["v"][1:].transpose(0, 1))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double()[None] for x in (values["q"][1:].transpose(0, 1), k, v)), is_causal=True, enable_gqa=True
+    )
+    assert (values["o"][1:].transpose(0, 1) - expected[0]).abs().max() < 0.02 and values["lse"].shape == (101, 32)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
