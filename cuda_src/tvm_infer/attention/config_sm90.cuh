@@ -38,8 +38,8 @@ struct ConfigSm90 {
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + 128;
   // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kIsGather ? 56 : 40;
+  static constexpr int kConsumerRegisters = kIsGather ? 224 : 232;
 
   static constexpr int kPanels = kHeadDim / tile::kPanelElements;
   using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;

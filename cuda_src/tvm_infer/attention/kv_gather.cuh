@@ -70,18 +70,38 @@ class KvGather {
     asm volatile("" : "+l"(source));  // NOTE: one value, or the compiler adds its parts anew for every copy
     const uint32_t page_bytes = static_cast<uint32_t>(stride_page) * 2, token_bytes = static_cast<uint32_t>(stride_token) * 2;
     const uint32_t target = stage + Config::Boxes::Offset(Half() * kWarpKeys + first_row, chunk);
+    // NOTE: shuffles, addresses, copies, batch by batch, and the addresses of a batch at once: a copy reads its address late, and the
+    // compiler would wait for that to use the same two registers again.
+    constexpr int kCopies = kWarpKeys * kChunks / 32, kBatch = 8;
+    constexpr int kPerRow = kCopies / tile::kSwizzleRows;  // copies with the same row modulo 8
 #pragma unroll
-    for (int i = 0; i < tile::kSwizzleRows; ++i) {
-      // Rows first_row + i (+ 8, + 32, …): first_row is a multiple of 8, so their chunk stands at chunk ^ i.
-      const uint32_t row = (target ^ (i << 4)) + i * tile::kPanelRowBytes;
+    for (int first = 0; first < kCopies; first += kBatch) {
+      int32_t slots[kBatch];
+      const char* from[kBatch];
 #pragma unroll
-      for (int j = 0; j < kWarpKeys / tile::kSwizzleRows * kChunks / 32; ++j) {
+      for (int u = 0; u < kBatch; ++u) {
+        const int i = (first + u) / kPerRow, j = (first + u) % kPerRow;
         const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
-        const int32_t slot = __shfl_sync(0xffffffff, tile.slot[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
-        const uint32_t page = static_cast<uint32_t>(slot) / Config::kPageSize, token = static_cast<uint32_t>(slot) % Config::kPageSize;
-        const char* from = ptx::Address(source, page, page_bytes);
-        if constexpr (Config::kPageSize > 1) from = ptx::Address(from, token, token_bytes);
-        ptx::CpAsync16OrZero(row + (32 * m + further) * tile::kPanelRowBytes, from, slot);
+        slots[u] = __shfl_sync(0xffffffff, tile.slot[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const uint32_t page = static_cast<uint32_t>(slots[u]) / Config::kPageSize,
+                       token = static_cast<uint32_t>(slots[u]) % Config::kPageSize;
+        from[u] = ptx::Address(source, page, page_bytes);
+        if constexpr (Config::kPageSize > 1) from[u] = ptx::Address(from[u], token, token_bytes);
+      }
+      static_assert(kBatch == 8);
+      asm volatile(""
+                   : "+l"(from[0]), "+l"(from[1]), "+l"(from[2]), "+l"(from[3]), "+l"(from[4]), "+l"(from[5]), "+l"(from[6]),
+                     "+l"(from[7]));
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int i = (first + u) / kPerRow, j = (first + u) % kPerRow;
+        const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
+        // Rows first_row + i (+ 8, + 32, …): first_row is a multiple of 8, so their chunk stands at chunk ^ i.
+        const uint32_t row = (target ^ (i << 4)) + (i + 32 * m + further) * tile::kPanelRowBytes;
+        ptx::CpAsync16OrZero(row, from[u], slots[u]);
       }
     }
     ptx::CpAsyncArrive(full);
