@@ -31,6 +31,7 @@ struct ConfigSm90 {
   static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
   static constexpr int kPrefillRows = 128;
+  static constexpr int kPanelRows = 64;  // of queries in shared memory: a warpgroup's
 
   // Warpgroup 0 loads (warp 0, gather also warp 3: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute.
   static constexpr int kConsumerWarpgroups = 2;
@@ -76,7 +77,8 @@ struct ConfigSm90 {
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
     } scratch[kQueryBuffers];
-    int2 head[kQueryBuffers];  // prefill: first partial row or kFinalRows, number of rows
+    int2 decode_rows[kQueryBuffers][kDecodeRows];  // what `rows` is to prefill
+    int2 head[kQueryBuffers];                      // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 2 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerWarps arrivals

@@ -30,44 +30,36 @@ class DecodeTile {
   __device__ __forceinline__ void Run(const Work& work) {
     const Tiles tiles(work);
     const Band band = c_.plan.header->band;
-    const int32_t group = c_.plan.header->group_size, row = c_.Lane() / 4;
-    const KeyRange keys[2] = {VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)};
-    const KeyRange seen_by_all{VisibleKeys(work, band, group, work.num_rows - 1).begin, VisibleKeys(work, band, group, 0).end};
-    int64_t q_offset[2] = {-1, -1};  // of rows g and g + 8 for KV head 0; -1: no such row
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (row + 8 * i >= work.num_rows) continue;
-      const RowAddress at = AddressOf(c_.plan, work.row_begin + row + 8 * i);
-      q_offset[i] = at.token * c_.params.q_stride_token + at.head * c_.params.q_stride_head;
-    }
+    const TokenOfRow token(work, c_.params.expected.group_size);
+    const int32_t row = c_.ThreadAnew() % 32 / 4;
+    const KeyRange keys[2] = {VisibleKeys(work, band, token, row), VisibleKeys(work, band, token, row + 8)};
+    const KeyRange seen_by_all{VisibleKeys(work, band, token, work.num_rows - 1).begin, VisibleKeys(work, band, token, 0).end};
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       float o[kHeadDim / 8][4];
       OnlineSoftmax softmax;
-      RunHead(work, tiles, keys, seen_by_all, q_offset, h, o, softmax);
-      Merge(work, h, o, softmax);
+      const uint32_t query = c_.WaitQuery();
+      RunHead(work, tiles, keys, seen_by_all, query, o, softmax);
+      Merge(query, o, softmax);
     }
   }
 
  private:
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
-  __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kHeadDim / 16][4], const int64_t (&offset)[2], int32_t kv_head) {
-    const auto* base =
-        static_cast<const uint16_t*>(c_.params.q) + kv_head * c_.plan.header->group_size * c_.params.q_stride_head + c_.Lane() % 4 * 2;
+  // Rows behind the work's last repeat it: their results are not used.
+  __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kHeadDim / 16][4], uint32_t query) const {
+    const uint32_t row = c_.Lane() % 16, chunk = c_.Lane() / 16;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // i % 2: row, i / 2: column block
-        const auto* source = reinterpret_cast<const uint32_t*>(base + offset[i % 2] + d * 16 + i / 2 * 8);
-        q[d][i] = offset[i % 2] < 0 ? 0u : __ldg(source);
-      }
+      const int panel = d * 16 / tile::kPanelElements * Config::kPanelRows * tile::kPanelRowBytes;
+      ptx::LoadMatrixX4(q[d], c_.QueryAddress(query) + panel + tile::SwizzledOffset(row, d * 2 % 8 + chunk));
     }
   }
 
   __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
-                                          const int64_t (&q_offset)[2], int32_t h, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
+                                          uint32_t query, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
     uint32_t q[kHeadDim / 16][4];
-    LoadQuery(q, q_offset, work.kv_head_begin + h);
+    LoadQuery(q, query);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 
@@ -152,24 +144,26 @@ class DecodeTile {
     }
   }
 
-  // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w.
-  __device__ __forceinline__ void Merge(const Work& work, int32_t h, const float (&o)[kHeadDim / 8][4], const OnlineSoftmax& softmax) {
+  // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
+  // buffer goes back.
+  __device__ __forceinline__ void Merge(uint32_t query, const float (&o)[kHeadDim / 8][4], const OnlineSoftmax& softmax) {
     auto& shared = c_.shared;
-    const uint32_t buffer = c_.WaitQuery();
-    auto* scratch = reinterpret_cast<float*>(shared.query[buffer]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
+    auto* scratch = reinterpret_cast<float*>(shared.query[query]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     if (t == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared.scratch[buffer].warp_max[warp][g + 8 * i] = softmax.max[i];
-        shared.scratch[buffer].warp_sum[warp][g + 8 * i] = softmax.sum[i];
+        shared.scratch[query].warp_max[warp][g + 8 * i] = softmax.max[i];
+        shared.scratch[query].warp_sum[warp][g + 8 * i] = softmax.sum[i];
       }
     }
-    const int32_t passes = work.num_rows > 8 ? 2 : 1;
+    const int2 head = shared.head[query];
+    const int32_t passes = head.y > 8 ? 2 : 1;
 #pragma unroll
     for (int pass = 0; pass < 2; ++pass) {
       if (pass >= passes) break;
-      if (pass > 0) ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+      // NOTE: the first time, too: a warp may be here before another has read its query.
+      ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       float* mine = scratch + (warp * 8 + g) * kHeadDim + 2 * t;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
@@ -177,25 +171,26 @@ class DecodeTile {
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       const int32_t row = 8 * pass + warp;
-      if (row < work.num_rows) MergeRow(work, h, row, buffer, scratch + warp * kHeadDim);
+      if (row < head.y) MergeRow(head.x, row, query, scratch + warp * kHeadDim);
     }
-    c_.ReleaseQuery(buffer);
+    c_.ReleaseQuery(query);
   }
 
-  __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t row, uint32_t buffer, const float* scratch) {
+  // `first_partial`: the head's first partial row, or kFinalRows.
+  __device__ __forceinline__ void MergeRow(int32_t first_partial, int32_t row, uint32_t query, const float* scratch) {
     constexpr int kColumns = kHeadDim / 32;  // a lane's
     const auto& shared = c_.shared;
     const float scale = c_.params.sm_scale_log2;
     float max = kNegInf;
 #pragma unroll
-    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.scratch[buffer].warp_max[w][row]);
+    for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.scratch[query].warp_max[w][row]);
     const float offset = max == kNegInf ? 0.f : max * scale;
     const int32_t lane = c_.ThreadAnew() % 32, column = lane * kColumns, at = (column / 8 ^ row % 8) * 8 + column % 8;
     float sum = 0.f, o[kColumns] = {};
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) {
-      const float weight = ptx::Exp2(shared.scratch[buffer].warp_max[w][row] * scale - offset);
-      sum += weight * shared.scratch[buffer].warp_sum[w][row];
+      const float weight = ptx::Exp2(shared.scratch[query].warp_max[w][row] * scale - offset);
+      sum += weight * shared.scratch[query].warp_sum[w][row];
       const float* part = scratch + w * 8 * kHeadDim + at;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) o[i] += weight * part[i];
@@ -203,9 +198,15 @@ class DecodeTile {
     const float factor = InverseSum(sum);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) o[i] *= factor;
-    const bool is_final = work.out == kFinalRows;
-    const OutputRow out = is_final ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + h)
-                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(h) * work.num_rows + row);
+    const bool is_final = first_partial == kFinalRows;
+    OutputRow out;
+    if (is_final) {
+      const int2 at = shared.decode_rows[query][row];
+      out.o = static_cast<char*>(c_.params.o) + static_cast<uint64_t>(static_cast<uint32_t>(at.x)) * 16;
+      out.lse = c_.params.lse == nullptr ? nullptr : c_.params.lse + at.y;
+    } else {
+      out = PartialRow<kHeadDim>(c_.params, first_partial + row);
+    }
     StoreColumns<Element>(out, is_final, column, o);
     if (lane == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
   }

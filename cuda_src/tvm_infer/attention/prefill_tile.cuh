@@ -21,7 +21,7 @@ class PrefillTile {
  public:
   using Element = typename Config::Element;
   using Ring = typename Config::Ring;
-  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = 64;
+  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
 
   __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
@@ -218,10 +218,11 @@ class PrefillTile {
   };
   __device__ __forceinline__ Visible VisibleTo(const Work& work) const {
     const Band band = c_.plan.header->band;
-    const int32_t group = c_.plan.header->group_size, last = work.num_rows - 1;
-    const int32_t first = warpgroup_ * kRows, row = first + c_.Warp() % 4 * 16 + c_.Lane() / 4;
-    return {{VisibleKeys(work, band, group, row), VisibleKeys(work, band, group, row + 8)},
-            {VisibleKeys(work, band, group, min(first + kRows - 1, last)).begin, VisibleKeys(work, band, group, min(first, last)).end}};
+    const TokenOfRow token(work, c_.params.expected.group_size);
+    const int32_t last = work.num_rows - 1;
+    const int32_t thread = c_.ThreadAnew(), first = thread / 128 * kRows, row = thread / 32 * 16 + thread % 32 / 4;
+    return {{VisibleKeys(work, band, token, row), VisibleKeys(work, band, token, row + 8)},
+            {VisibleKeys(work, band, token, min(first + kRows - 1, last)).begin, VisibleKeys(work, band, token, min(first, last)).end}};
   }
 
   // Logits of one tile to weights.

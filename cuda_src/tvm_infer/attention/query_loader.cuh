@@ -1,7 +1,8 @@
 // Two warps that bring packed query rows to shared memory, each the 64 rows of one consumer warpgroup.
 //
-// Rows of a KV head are not a box that the copy engine knows (tokens times an arbitrary group), so 16-byte cp.async by rows. For a
-// decode work there is nothing to load: the turn of the query buffer passes on, and the consumers use it as scratch.
+// Rows of a KV head are not a box that the copy engine knows (tokens times an arbitrary group), so 16-byte cp.async by rows. Beside the
+// rows it leaves where their results go. For a decode work the first warp brings up to 16 rows, ahead of the consumers: were they to
+// load them, each head would begin with a wait for memory; once read, the buffer is their scratch.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ namespace tvm_infer::attention {
 template <typename Config>
 class QueryLoader {
  public:
-  static constexpr int kRows = 64;
+  static constexpr int kRows = Config::kPanelRows;
 
   // `buffer`: this warp's rows in the first query buffer, panels of 64 rows. `full`, `empty`: barriers of the first buffer.
   __device__ __forceinline__ QueryLoader(const AttentionParams& params, const PlanView& plan, typename Config::SharedMemory& shared,
@@ -33,16 +34,16 @@ class QueryLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run(const Work& work) {
-    const bool is_prefill = work.tile_class != kDecodeClass && work.num_rows > first_row_;
+    const bool is_prefill = work.tile_class != kDecodeClass, has_rows = work.num_rows > first_row_;
     Rows rows;
-    if (is_prefill) rows = FirstHead(work);
+    if (has_rows) rows = FirstHead(work);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const uint32_t buffer = turn_ % Config::kQueryBuffers, parity = turn_ / Config::kQueryBuffers % 2;
       ++turn_;
       ptx::MbarrierWait(empty_ + 8 * buffer, parity ^ 1);
-      if (is_prefill) {
+      if (has_rows) {
         if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
-        LoadHead(rows, buffer);
+        LoadHead(rows, buffer, is_prefill);
         rows.Step(params_);
       }
       __syncwarp();
@@ -84,12 +85,16 @@ class QueryLoader {
     return rows;
   }
 
-  __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t buffer) {
+  __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t buffer, bool is_prefill) {
     constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
     constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
+    if (is_prefill) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(rows.o[i]), rows.lse[i]};
+      for (int i = 0; i < 2; ++i) {
+        shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(rows.o[i]), rows.lse[i]};
+      }
+    } else if (lane_ < Config::kDecodeRows) {
+      shared_.decode_rows[buffer][lane_] = {static_cast<int32_t>(rows.o[0]), rows.lse[0]};
     }
     const uint32_t chunk = lane_ % kChunks, row = lane_ / kChunks;  // row of the first step
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
@@ -98,7 +103,7 @@ class QueryLoader {
     // NOTE: shuffles first, then copies: one at a time, each would wait for the one before to have read its address.
     constexpr int kBatch = 8;
 #pragma unroll 1
-    for (int32_t first = 0; first < kRows; first += kBatch * kRowsAtOnce) {
+    for (int32_t first = 0; first < (is_prefill ? kRows : Config::kDecodeRows); first += kBatch * kRowsAtOnce) {
       uint32_t from[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {

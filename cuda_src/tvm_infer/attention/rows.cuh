@@ -85,8 +85,23 @@ struct KeyRange {
   int32_t end;
 };
 
-__device__ __forceinline__ KeyRange VisibleKeys(const Work& work, Band band, int32_t group, int32_t row) {
-  const int32_t position = work.qo_pos_base + (work.row_begin + row) / group - work.row_begin / group;
+// Tokens after a work's first that its rows belong to, without a division each: rows are few (at most 128 and the group), so that the
+// quotient in floating point is right, half a unit away from the next integer.
+class TokenOfRow {
+ public:
+  __device__ __forceinline__ TokenOfRow(const Work& work, int32_t group)
+      : first_head_(static_cast<float>(work.row_begin % group) + 0.5f), per_group_(1.f / static_cast<float>(group)) {}
+  __device__ __forceinline__ int32_t operator()(int32_t row) const {
+    return __float2int_rd((static_cast<float>(row) + first_head_) * per_group_);
+  }
+
+ private:
+  float first_head_;
+  float per_group_;
+};
+
+__device__ __forceinline__ KeyRange VisibleKeys(const Work& work, Band band, const TokenOfRow& token, int32_t row) {
+  const int32_t position = work.qo_pos_base + token(row);
   KeyRange keys{work.kv_begin, work.kv_end};
   if (band.left != kUnbounded) keys.begin = max(keys.begin, position - band.left - work.kv_pos_base);
   if (band.right != kUnbounded) keys.end = min(keys.end, position + band.right + 1 - work.kv_pos_base);
