@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ class _DLManagedTensor(ctypes.Structure):
     _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
+_MAP_NORESERVE = 0x4000  # Linux; not among mmap's names
+
+
 class _Exporter:
     def __init__(self, managed: _DLManagedTensor) -> None:
         self._managed = managed
@@ -52,7 +56,11 @@ def tensor(shape, dtype="bfloat16", *, device=(CUDA, 0), strides=None, offset=0,
     dense = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
     strides = dense if strides is None else strides
     span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 0) + 1
-    memory = np.zeros(max(span, 1) * bits // 8 + 128 + offset, np.uint8)
+    size = max(span, 1) * bits // 8 + 128 + offset
+    if size < 1 << 30:
+        memory = np.zeros(size, np.uint8)
+    else:  # addresses alone: pages that nobody writes to do not exist
+        memory = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE), np.uint8)
     start = -memory.ctypes.data % 64
     if data is not None:
         raw = np.ascontiguousarray(data).view(np.uint8).ravel()

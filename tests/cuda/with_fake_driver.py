@@ -383,10 +383,16 @@ def test_bad_arguments_are_refused_before_any_launch(driver, kind, words, change
     assert driver.launches() == []
 
 
-def test_gather_strides_below_4_gib(driver):
-    # One page of two tokens 4 GiB apart; its memory, all of it but the pages written to, exists as addresses only.
-    with pytest.raises(errors.ArgumentError, match=r"`k_cache`.*4294967296 bytes between tokens.*4 GiB"):
-        attend(k_cache=tensor((1, 1, 2, DIM), strides=(1 << 40, 1 << 40, 1 << 31, 1)), v_cache=tensor((1, 1, 2, DIM)))
+def test_gather_spans_below_64_gib(driver):
+    # One page of two tokens 64 GiB apart; its memory, all of it but the pages written to, exists as addresses only.
+    with pytest.raises(errors.ArgumentError, match=r"`k_cache` spans 68719476736 bytes.*64 GiB.*larger pages"):
+        attend(k_cache=tensor((1, 1, 2, DIM), strides=(1 << 40, 1 << 40, 1 << 35, 1)), v_cache=tensor((1, 1, 2, DIM)))
+    assert driver.launches() == []
+
+
+def test_query_spans_below_64_gib(driver):
+    with pytest.raises(errors.ArgumentError, match=r"`q` spans .* bytes.*64 GiB.*fewer tokens"):
+        attend(q=tensor((2, HQ, DIM), strides=(1 << 36, DIM, 1)), o=tensor((2, HQ, DIM)), lse=None)
     assert driver.launches() == []
 
 
@@ -424,8 +430,10 @@ def test_cubins_by_name(driver):
     with pytest.raises(errors.DeviceError, match=f"cuLibraryGetKernel of `{name}`"):
         attend(**call)
     add(name, "sm_90a", cubin(name, ctas=2, threads=128))
-    attend(**call)
-    assert (driver.launches()[0]["grid"], driver.launches()[0]["block"]) == ("264,1,1", "128,1,1")
+    attend(**call, plan=index(host_plan(num_ctas=264).buffer))
+    attend(**call, plan=index(host_plan(num_ctas=100).buffer[: (128 + 100 * 48) // 4]))
+    # two CTAs a multiprocessor; never more than the plan's tensor has first works for
+    assert [(x["grid"], x["block"]) for x in driver.launches()] == [("264,1,1", "128,1,1"), ("100,1,1", "128,1,1")]
     add(name, "sm_90a", cubin(name, ctas=2, threads=128))  # the same again
     with pytest.raises(errors.ArgumentError, match=f"{name}.*loaded already"):
         add(name, "sm_90a", cubin(name))

@@ -62,35 +62,50 @@ class KvGather {
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ static int32_t Half() { return threadIdx.x / 32 == 0 ? 0 : 1; }
 
-  // NOTE: strides of a page and of a token as 32 bits of bytes, so that an address is one multiply-add.
+  static constexpr uint32_t kNowhere = 0xffffffff;  // offset of a slot without a key
+
   __device__ __forceinline__ static void CopyRows(const Tile& tile, const void* rows, int64_t stride_page, int64_t stride_token,
                                                   int64_t head_offset, uint32_t stage, uint32_t full) {
     const int32_t chunk = Lane() % kChunks, first_row = Lane() / kChunks * kChunks;
     const char* source = static_cast<const char*>(rows) + (head_offset + chunk * 8) * 2;
     asm volatile("" : "+l"(source));  // NOTE: one value, or the compiler adds its parts anew for every copy
-    const uint32_t page_bytes = static_cast<uint32_t>(stride_page) * 2, token_bytes = static_cast<uint32_t>(stride_token) * 2;
     const uint32_t target = stage + Config::Boxes::Offset(Half() * kWarpKeys + first_row, chunk);
+    const auto page_units = static_cast<uint32_t>(stride_page / 8), token_units = static_cast<uint32_t>(stride_token / 8);
+    uint32_t offset[kWarpKeys / 32];  // of this lane's keys, in units of 16 bytes
+    bool has_keys = true;             // in every slot: most tiles, and then no copy needs a test
+#pragma unroll
+    for (int m = 0; m < kWarpKeys / 32; ++m) {
+      const auto slot = static_cast<uint32_t>(tile.slot[m]);
+      offset[m] = slot / Config::kPageSize * page_units + slot % Config::kPageSize * token_units;
+      if (tile.slot[m] < 0) offset[m] = kNowhere;
+      has_keys &= tile.slot[m] >= 0;
+    }
+    if (__all_sync(0xffffffff, has_keys)) {
+      Copies<true>(offset, source, target);
+    } else {
+      Copies<false>(offset, source, target);
+    }
+    ptx::CpAsyncArrive(full);
+  }
+
+  template <bool kAllKeys>
+  __device__ __forceinline__ static void Copies(const uint32_t (&offset)[kWarpKeys / 32], const char* source, uint32_t target) {
     // NOTE: shuffles, addresses, copies, batch by batch, and the addresses of a batch at once: a copy reads its address late, and the
     // compiler would wait for that to use the same two registers again.
     constexpr int kCopies = kWarpKeys * kChunks / 32, kBatch = 8;
     constexpr int kPerRow = kCopies / tile::kSwizzleRows;  // copies with the same row modulo 8
 #pragma unroll
     for (int first = 0; first < kCopies; first += kBatch) {
-      int32_t slots[kBatch];
+      uint32_t at[kBatch];
       const char* from[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int i = (first + u) / kPerRow, j = (first + u) % kPerRow;
         const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
-        slots[u] = __shfl_sync(0xffffffff, tile.slot[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
+        at[u] = __shfl_sync(0xffffffff, offset[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint32_t page = static_cast<uint32_t>(slots[u]) / Config::kPageSize,
-                       token = static_cast<uint32_t>(slots[u]) % Config::kPageSize;
-        from[u] = ptx::Address(source, page, page_bytes);
-        if constexpr (Config::kPageSize > 1) from[u] = ptx::Address(from[u], token, token_bytes);
-      }
+      for (int u = 0; u < kBatch; ++u) from[u] = ptx::Address(source, at[u], 16);
       static_assert(kBatch == 8);
       asm volatile(""
                    : "+l"(from[0]), "+l"(from[1]), "+l"(from[2]), "+l"(from[3]), "+l"(from[4]), "+l"(from[5]), "+l"(from[6]),
@@ -101,10 +116,13 @@ class KvGather {
         const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
         // Rows first_row + i (+ 8, + 32, …): first_row is a multiple of 8, so their chunk stands at chunk ^ i.
         const uint32_t row = (target ^ (i << 4)) + (i + 32 * m + further) * tile::kPanelRowBytes;
-        ptx::CpAsync16OrZero(row, from[u], slots[u]);
+        if constexpr (kAllKeys) {
+          ptx::CpAsync16(row, from[u]);
+        } else {
+          ptx::CpAsync16OrZero(row, from[u], at[u] == kNowhere);
+        }
       }
     }
-    ptx::CpAsyncArrive(full);
   }
 
   const AttentionParams& params_;

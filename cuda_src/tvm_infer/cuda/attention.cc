@@ -1,5 +1,6 @@
 #include "tvm_infer/cuda/attention.h"
 
+#include <algorithm>
 #include <string>
 
 #include "tvm_infer/cuda/kernels.h"
@@ -96,26 +97,28 @@ KvTensorMaps EncodeMaps(const AttentionLaunch& launch) {
   return maps;
 }
 
-// Gathers keep a page's and a token's stride in 32 bits of bytes.
-void CheckGatherStride(int64_t stride, const char* name, const char* of) {
-  constexpr int64_t kMaxBytes = int64_t{1} << 32;
-  if (2 * stride < kMaxBytes) return;
-  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has a stride of " << 2 * stride << " bytes between " << of
-                                 << "; with pages of fewer than " << kMinBoxTokens
-                                 << " tokens it must be below 4 GiB on CUDA. Make the cache "
-                                    "contiguous, or use larger pages";
+// Kernels keep offsets of rows in 32 bits of 16-byte units. `last`: of the last element's row, in elements.
+void CheckSpan(int64_t last, const char* name, const char* way_out) {
+  constexpr int64_t kMaxBytes = int64_t{1} << 36;
+  if (2 * last < kMaxBytes - 16) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` spans " << 2 * last << " bytes; it must be less than 64 GiB on CUDA. "
+                                 << way_out;
 }
 
-void CheckGather(const AttentionLaunch& launch) {
+void CheckSpans(const AttentionLaunch& launch) {
   const AttentionParams& p = launch.params;
-  if (launch.num_pages > 1) {
-    CheckGatherStride(p.k_stride_page, "k_cache", "pages");
-    CheckGatherStride(p.v_stride_page, "v_cache", "pages");
+  const int64_t tokens = p.expected.max_tokens, heads = int64_t{p.expected.num_kv_heads} * p.expected.group_size;
+  CheckSpan((tokens - 1) * p.q_stride_token + (heads - 1) * p.q_stride_head, "q", "Attend to fewer tokens in one call");
+  CheckSpan((tokens - 1) * p.o_stride_token + (heads - 1) * p.o_stride_head, "out", "Attend to fewer tokens in one call");
+  if (tokens * heads > INT32_MAX) {
+    TVM_INFER_THROW(ArgumentError) << "argument `q` has " << tokens << " tokens of " << heads << " heads; together they must be at most "
+                                   << INT32_MAX << " rows on CUDA. Attend to fewer tokens in one call";
   }
-  if (launch.page_size > 1) {
-    CheckGatherStride(p.k_stride_token, "k_cache", "tokens");
-    CheckGatherStride(p.v_stride_token, "v_cache", "tokens");
-  }
+  if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) return;
+  const int64_t pages = launch.num_pages > 0 ? launch.num_pages - 1 : 0, slots = launch.page_size - 1;
+  const char* way_out = "With pages of fewer than 8 tokens keep the cache in several tensors, or use larger pages";
+  CheckSpan(pages * p.k_stride_page + slots * p.k_stride_token, "k_cache", way_out);
+  CheckSpan(pages * p.v_stride_page + slots * p.v_stride_token, "v_cache", way_out);
 }
 
 }  // namespace
@@ -125,15 +128,16 @@ void LaunchAttention(const AttentionLaunch& launch) {
   const Device& device = GetDevice(launch.device_id);
   const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
-  KvTensorMaps maps{};                                 // gathers take no maps
+  CheckSpans(launch);
+  KvTensorMaps maps{};  // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
     maps = EncodeMaps(launch);
-  } else {
-    CheckGather(launch);
   }
   AttentionParams params = launch.params;
   void* arguments[] = {&params, &maps};
-  LaunchKernel(kernel, device.num_sms * kernel.info.ctas_per_sm, launch.stream, arguments);
+  // A CTA reads its first work before it knows how many CTAs the plan has: not beyond the plan's tensor.
+  const int32_t grid = std::min(device.num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
+  LaunchKernel(kernel, grid, launch.stream, arguments);
 }
 
 }  // namespace tvm_infer::cuda

@@ -17,8 +17,9 @@ struct AttentionLaunch {
   void* stream;
   DTypeTag dtype;
   int32_t head_dim;
-  int32_t page_size;  // kRagged, or tokens in a page
-  int64_t num_pages;  // pages that k and v hold; ragged: their rows
+  int32_t page_size;      // kRagged, or tokens in a page
+  int64_t num_pages;      // pages that k and v hold; ragged: their rows
+  int32_t max_plan_ctas;  // of how many CTAs the plan's tensor can hold the first works; at least 1
   // All fields. Ragged: strides of pages are unused. The plan's heads are expected.num_kv_heads and group_size.
   AttentionParams params;
 };

@@ -42,8 +42,8 @@ struct AttentionParams {
   float* lse;          // [num_tokens, num_qo_heads] contiguous, natural logarithm; may be null
   float* partial_o;    // [max_partial_rows, head_dim]
   float* partial_lse;  // [max_partial_rows], natural logarithm
-  // For kernels that gather by token (pages of fewer than 8 tokens); the others use the tensor maps. A page's and a token's stride are at
-  // most 4 GiB.
+  // For kernels that gather by token (pages of fewer than 8 tokens); the others use the tensor maps. Each spans less than 64 GiB, as do q
+  // and o.
   const void* k;
   const void* v;
   int64_t k_stride_page;

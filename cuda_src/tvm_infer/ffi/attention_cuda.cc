@@ -21,19 +21,21 @@ cuda::DTypeTag ToTag(cpu::DType dtype) { return static_cast<cuda::DTypeTag>(dtyp
 static_assert(static_cast<int>(cuda::DTypeTag::kFloat16) == static_cast<int>(cpu::DType::kFloat16));
 static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
 
-void CheckPlanTensor(const TensorView& plan, const Place& place) {
+// Returns of how many CTAs it can hold the first works, which stand behind the header.
+int32_t CheckPlanTensor(const TensorView& plan, const Place& place) {
   CheckIndex(plan, "plan", place);
   const int64_t bytes = plan.numel() * static_cast<int64_t>(sizeof(int32_t));
-  if (bytes < static_cast<int64_t>(sizeof(PlanHeader))) {
+  if (bytes < static_cast<int64_t>(sizeof(PlanHeader) + sizeof(Work))) {
     TVM_INFER_THROW(PlanMismatchError) << "argument `plan`, " << bytes << " bytes, is not a plan; upload one made by tvm_infer.plan";
   }
   CheckAligned(plan, "plan");
+  return static_cast<int32_t>(std::min<int64_t>((bytes - sizeof(PlanHeader)) / sizeof(Work), INT32_MAX));
 }
 
 // Everything of a launch but its keys.
 cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, const TensorView& q, double sm_scale,
                                   const TensorView& workspace, const TensorView& o, const OptionalTensor& lse) {
-  CheckPlanTensor(plan, place);
+  const int32_t max_plan_ctas = CheckPlanTensor(plan, place);
   CheckQuery(q, o, lse, place);
   CheckWorkspace(workspace, place);
   if (lse.has_value()) CheckContiguous(lse.value(), "lse");
@@ -45,6 +47,7 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
                                    << "; on CUDA it must be finite and above 0. For the opposite sign negate q";
   }
   cuda::AttentionLaunch launch{};
+  launch.max_plan_ctas = max_plan_ctas;
   launch.dtype = ToTag(CheckFloat(q, "q"));
   launch.head_dim = static_cast<int32_t>(q.size(2));
   cuda::CheckKernelShape(launch.dtype, launch.head_dim, "q");

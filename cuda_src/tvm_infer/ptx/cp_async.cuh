@@ -9,15 +9,15 @@ __device__ __forceinline__ void CpAsync16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
-// The same, or 16 zero bytes if `index` is negative: nothing is read then.
-__device__ __forceinline__ void CpAsync16OrZero(uint32_t dst, const void* src, int32_t index) {
+// The same, or 16 zero bytes: nothing is read then.
+__device__ __forceinline__ void CpAsync16OrZero(uint32_t dst, const void* src, bool is_zero) {
   asm volatile(
       "{\n"
       ".reg .pred zero;\n"
-      "setp.lt.s32 zero, %2, 0;\n"
+      "setp.ne.s32 zero, %2, 0;\n"
       "cp.async.cg.shared.global [%0], [%1], 16, zero;\n"
       "}" ::"r"(dst),
-      "l"(src), "r"(index)
+      "l"(src), "r"(static_cast<int>(is_zero))
       : "memory");
 }
 
