@@ -40,7 +40,7 @@ struct Consumer {
     return ring.data + Config::kQueryOffset + buffer * Config::kQueryBytes;
   }
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
-    if (Lane() == 0) ring.Release(at);
+    if (Config::kIsGather || Lane() == 0) ring.Release(at);
   }
   // For the tensor cores' own reads (wgmma, the async proxy). A gathered tile was written by cp.async, in the generic proxy, and accesses
   // of different proxies are ordered only where a proxy fence lies on the path between them (PTX ISA, memory consistency model,
@@ -56,11 +56,8 @@ struct Consumer {
     ++query_turn;
     return buffer;
   }
-  // … to here. By a whole warp.
-  __device__ __forceinline__ void ReleaseQuery(uint32_t buffer) {
-    __syncwarp();
-    if (Lane() == 0) ptx::MbarrierArrive(ptx::SharedAddress(shared.query_empty + buffer));
-  }
+  // … to here.
+  __device__ __forceinline__ void ReleaseQuery(uint32_t buffer) { ptx::MbarrierArrive(ptx::SharedAddress(shared.query_empty + buffer)); }
 };
 
 }  // namespace tvm_infer::attention

@@ -46,8 +46,7 @@ class QueryLoader {
         LoadHead(rows, buffer, is_prefill);
         rows.Step(params_);
       }
-      __syncwarp();
-      if (lane_ == 0) ptx::MbarrierArrive(full_ + 8 * buffer);
+      ptx::MbarrierArrive(full_ + 8 * buffer);
     }
   }
 

@@ -61,11 +61,11 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     }
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::MbarrierInit(ring.full + 8 * i, Config::kFullArrivals);
-      ptx::MbarrierInit(ring.empty + 8 * i, Config::kConsumerWarps);
+      ptx::MbarrierInit(ring.empty + 8 * i, Config::kEmptyArrivals);
     }
     for (int i = 0; i < Config::kQueryBuffers; ++i) {
-      ptx::MbarrierInit(query_full + 8 * i, kQueryLoaders);
-      ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerWarps);
+      ptx::MbarrierInit(query_full + 8 * i, 32 * kQueryLoaders);
+      ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerThreads);
     }
     ptx::MbarrierInitFence();
   }
