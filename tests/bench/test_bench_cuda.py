@@ -106,7 +106,7 @@ def test_every_row_has_what_the_json_promises(tiny, tmp_path, capsys):
     for w in TINY[:4]:
         row = rows[w.name]
         assert row["us"] == row["p10_us"] == row["p90_us"] == US
-        assert row["copies"] == 3 and row["launches"] == 6 and row["replays"] == 15
+        assert row["copies"] == 3 and row["launches"] == 9 and row["replays"] == 15
         assert row["gb_per_s"] == pytest.approx(w.bytes_moved / US / 1e3)
         assert row["tflop_per_s"] == pytest.approx(w.flops / US / 1e6)
         assert row["bound"] == "read" and row["of_ceiling"] == pytest.approx(w.bytes_moved / 4e6 / US)

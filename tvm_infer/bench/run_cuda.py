@@ -48,7 +48,7 @@ def num_copies(workload: Workload) -> int:
 
 
 def _rounds(workload: Workload, copies: int) -> int:
-    return max(1, MIN_LAUNCHES // copies) if workload.flops < LONG_FLOPS else 1
+    return max(1, -(-MIN_LAUNCHES // copies)) if workload.flops < LONG_FLOPS else 1
 
 
 def measure_workload(
