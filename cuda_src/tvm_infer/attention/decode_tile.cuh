@@ -164,10 +164,12 @@ class DecodeTile {
       if (pass >= passes) break;
       // NOTE: the first time, too: a warp may be here before another has read its query.
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      float* mine = scratch + (warp * 8 + g) * kHeadDim + 2 * t;
+      if (8 * pass + g < head.y) {
+        float* mine = scratch + (warp * 8 + g) * kHeadDim + 2 * t;
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        *reinterpret_cast<float2*>(mine + (j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
+        for (int j = 0; j < kHeadDim / 8; ++j) {
+          *reinterpret_cast<float2*>(mine + (j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
+        }
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       const int32_t row = 8 * pass + warp;

@@ -42,7 +42,7 @@ struct Ring {
   // NOTE: the producer waits for the opposite parity, so its first turn finds every stage empty.
   __device__ __forceinline__ void WaitEmpty(const Cursor& at) const { ptx::MbarrierWait(empty + at.stage * 8, at.parity ^ 1); }
   __device__ __forceinline__ void WaitFull(const Cursor& at) const { ptx::MbarrierWait(FullBarrier(at), at.parity); }
-  // By one lane of each consumer warp, once the whole warp has read the stage.
+  // One arrival of those that the barrier waits for, once who it stands for has read the stage.
   __device__ __forceinline__ void Release(const Cursor& at) const { ptx::MbarrierArrive(empty + at.stage * 8); }
 };
 
