@@ -17,7 +17,7 @@ from tvm_infer import _ffi, errors
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
-ABI, THREADS, SHARED = 2, 384, 230000
+ABI, THREADS, SHARED = 3, 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
 
@@ -431,7 +431,8 @@ def test_cubins_by_name(driver):
         attend(**call)
     add(name, "sm_90a", cubin(name, ctas=2, threads=128))
     attend(**call, plan=index(host_plan(num_ctas=264).buffer))
-    attend(**call, plan=index(host_plan(num_ctas=100).buffer[: (128 + 100 * 48) // 4]))
+    header_bytes = tvm_infer.schedule.plan.HEADER.itemsize
+    attend(**call, plan=index(host_plan(num_ctas=100).buffer[: (header_bytes + 100 * 48) // 4]))
     # two CTAs a multiprocessor; never more than the plan's tensor has first works for
     assert [(x["grid"], x["block"]) for x in driver.launches()] == [("264,1,1", "128,1,1"), ("100,1,1", "128,1,1")]
     add(name, "sm_90a", cubin(name, ctas=2, threads=128))  # the same again

@@ -40,7 +40,7 @@ def test_kernel_compiles_fast_fits_and_does_not_spill(name, tmp_path):
     cubin = (tmp_path / f"{name}.cubin").read_bytes()
     assert f"{name}_info".encode() in cubin
     at = cubin.find(
-        INFO.pack(2, 384, 0, 0)[:8]
+        INFO.pack(3, 384, 0, 0)[:8]
     )  # NOTE: abi and threads; then come the bytes of shared memory and 1 CTA
     _, _, shared_bytes, ctas_per_sm = INFO.unpack_from(cubin, at)
     assert at > 0

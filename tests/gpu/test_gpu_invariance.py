@@ -70,11 +70,14 @@ def test_rows_do_not_depend_on_the_batch_small(kernel, device):
 @pytest.mark.subset
 @pytest.mark.parametrize("kernel", KERNELS, ids=kernel_ids(KERNELS))
 @pytest.mark.parametrize("split", ["auto", "cut64"])
-def test_launches_repeat(kernel, split, device):
+@pytest.mark.parametrize("qo_len", [(1, 1, 30, 1), (1, 1, 0, 1)], ids=["mix", "decode"])
+def test_launches_repeat(kernel, split, qo_len, device):
     """The same plan buffer again and again: tickets are left as they were found, and the order of arrival changes no bit."""
-    lengths = ((1, 1, 30, 1), (3000, 300, 200, 64))
+    lengths = (qo_len, (3000, 300, 200, 64))
     batch = Batch(case_of(kernel, split=split, lengths=lengths), device)
     plan = batch.plan()
+    if device == "cuda":
+        assert (plan.header["paced_ctas"] > 0) == (max(qo_len) * batch.case.group <= 16)
     if split == "cut64" or device == "cuda":
         assert plan.num_merges > 0
     before = None if device == "cpu" else plan.device_buffer.clone()

@@ -39,6 +39,32 @@ def test_arrays_and_numbers(mixed):
     assert make([1, 2], [9, 9], window_left=3, causal=False).band == (3, -1)
 
 
+@pytest.mark.parametrize(
+    ("qo_len", "kv_len", "num_kv_heads", "table", "is_paced"),
+    [
+        ([1, 1, 1], [9000, 7, 400], 8, TABLE, True),
+        ([1, 16], [128, 128], 2, TABLE, True),  # 64 rows are still of the first class
+        ([1, 17], [128, 128], 8, TABLE, False),  # 68 rows: prefill
+        ([1, 1, 1], [9000, 7, 400], 8, TABLE[:5], False),  # all works are of one class, which says nothing of them
+        ([300], [300], 8, TABLE, False),
+        ([0, 0], [50, 60], 8, TABLE, False),
+    ],
+)
+def test_plans_of_the_smallest_class_alone_are_paced(qo_len, kv_len, num_kv_heads, table, is_paced):
+    plan = make(qo_len, kv_len, num_qo_heads=4 * num_kv_heads, num_kv_heads=num_kv_heads, tile_table=table)
+    ctas_with_works = np.count_nonzero(np.diff(plan.work_indptr))
+    assert ctas_with_works < 132  # some are idle, and do not count
+    assert plan.header["paced_ctas"] == (ctas_with_works if is_paced else 0)
+    assert not plan.header["reserved"].any()
+
+
+def test_tickets_are_zero_and_one_for_each_merge_and_three_more(mixed):
+    begin = int(mixed.header["tickets_offset"]) // 4
+    words = 3 + mixed.num_merges
+    assert not mixed.buffer[begin : begin + words].any()
+    assert mixed.bytes_used // 4 == begin + -(-words // 4) * 4  # the last array
+
+
 def test_loads_are_the_predicted_ones(mixed):
     """Recomputed one work at a time from the tile table."""
     expected = np.zeros(132)

@@ -12,6 +12,7 @@ from ..errors import ArgumentError, MissingDependencyError, PlanMismatchError
 PLAN_MAGIC = 0x4E4C5054
 PLAN_VERSION = 2
 FINAL_ROWS = -1
+NUM_TICKETS = 3  # before those of the merges: PlanTicket
 
 _HEADER_INT32 = (
     "bytes_used num_ctas num_requests num_tokens num_kv_heads group_size num_kv_lists num_works num_merges num_merge_slots "
@@ -28,6 +29,8 @@ HEADER = np.dtype(
         ("total_cost", "<i8"),
         ("tile_classes_offset", "<i4"),
         ("tickets_offset", "<i4"),
+        ("paced_ctas", "<i4"),
+        ("reserved", "<i4", 3),
     ]
 )
 _HEADER_FIELDS: Any = HEADER.fields

@@ -296,7 +296,7 @@ def plan(
         "qo_indptr": np.array(qo_indptr, np.int32),
         "kv_len": np.array(kv_len, np.int32),
         "tile_classes": np.array(classes, fmt.TILE_CLASS),
-        "tickets": np.zeros(1 + len(layout.merges), np.int32),
+        "tickets": np.zeros(fmt.NUM_TICKETS + len(layout.merges), np.int32),
     }
     header = np.zeros(1, fmt.HEADER)
     key = capture_key(num_ctas, num_qo_heads, num_kv_heads, band, fixed_split_size, classes)
@@ -319,6 +319,7 @@ def plan(
         "num_tile_classes": len(classes),
         "makespan": max(layout.load),
         "total_cost": sum(layout.load),
+        "paced_ctas": len(first) if len(classes) > 1 and all(items[w.item].tile_class == 0 for w in placed) else 0,
     }
     words = bytearray(header.nbytes)
     for name, array in arrays.items():

@@ -9,6 +9,7 @@
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/kv_boxes.cuh"
 #include "tvm_infer/attention/kv_gather.cuh"
+#include "tvm_infer/attention/pace.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
 
@@ -23,7 +24,7 @@ class KvProducer {
   using Tile = typename Copies::Tile;
 
   __device__ __forceinline__ KvProducer(const AttentionParams& params, const KvTensorMaps& maps, const Ring& ring)
-      : copies_(params, maps), ring_(ring) {}
+      : copies_(params, maps), ring_(ring), pace_(PlanView(params.plan)) {}
 
   // Asks for what Run needs first: a work's place in the page table.
   __device__ __forceinline__ void Begin(const Work& work) { copies_.Begin(work); }
@@ -45,6 +46,7 @@ class KvProducer {
           pending_ = tile;
           pending_head_ = head;
         } else {
+          pace_.Step();
           LimitInFlight();
           CopyK(tile, head, false);
           LimitInFlight();
@@ -59,6 +61,7 @@ class KvProducer {
   // After the last work.
   __device__ __forceinline__ void Finish() {
     Flush();
+    pace_.Finish();
     copies_.Finish();
   }
 
@@ -70,10 +73,10 @@ class KvProducer {
     CopyV(pending_, pending_head_, true);
     pending_head_ = -1;
   }
-  // Of the ring's stages only kDecodeStages are filled ahead: the stage so many turns ago is empty again.
+  // Of the ring's stages only pace_.Stages() are filled ahead: the stage so many turns ago is empty again.
   __device__ __forceinline__ void LimitInFlight() const {
     typename Ring::Cursor oldest = cursor_;
-    oldest.Advance(Config::kStages - Config::kDecodeStages);
+    oldest.Advance(Config::kStages - pace_.Stages());
     ring_.WaitEmpty(oldest);
   }
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, bool is_prefill) {
@@ -90,6 +93,7 @@ class KvProducer {
   Copies copies_;
   const Ring& ring_;
   typename Ring::Cursor cursor_;
+  Pace<Config> pace_;
   Tile pending_;               // of V
   int32_t pending_head_ = -1;  // -1: none
 };

@@ -52,7 +52,7 @@ class PlanCheck {
     if (bad >> kNumTokens & 1) reason = kTooManyTokens;
     if (bad >> kNumCtas & 1) reason = kTooManyCtas;
     if (bad >> kNumKvHeads & 1 || bad >> kGroupSize & 1) reason = kOtherHeads;
-    plan.tickets()[0] = reason;
+    plan.tickets()[kRefusalTicket] = reason;
   }
 
  private:

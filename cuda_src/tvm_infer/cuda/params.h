@@ -17,7 +17,7 @@ struct KernelInfo {
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
 };
-inline constexpr int32_t kKernelAbi = 2;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 3;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {

@@ -87,9 +87,10 @@ int64_t PlanStatus(TensorView plan_device) {
     const auto* base = DataPtr<const char>(plan_device);
     cuda::CopyToHost(&header, base, sizeof(header), scope.stream());
     if (header.magic != kPlanMagic || header.version != kPlanVersion) return kNotAPlan;
-    if (header.tickets_offset <= 0 || header.tickets_offset + static_cast<int64_t>(sizeof(int32_t)) > bytes) return kNotAPlan;
+    const int64_t refusal_offset = header.tickets_offset + kRefusalTicket * static_cast<int64_t>(sizeof(int32_t));
+    if (header.tickets_offset <= 0 || refusal_offset + static_cast<int64_t>(sizeof(int32_t)) > bytes) return kNotAPlan;
     int32_t status = kPlanAccepted;
-    cuda::CopyToHost(&status, base + header.tickets_offset, sizeof(status), scope.stream());
+    cuda::CopyToHost(&status, base + refusal_offset, sizeof(status), scope.stream());
     return status;
   });
 }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
   const MergeJob job(c.plan, merge);
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (c.Thread() == 0) {
-    int32_t* arrivals = c.plan.tickets() + 1 + merge;
+    int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
     const bool is_last = ptx::AtomicAddAcqRel(arrivals, 1) == job.num_slots - 1;
     if (is_last) *arrivals = 0;  // for the next launch
     c.shared.is_last_arrival = is_last;

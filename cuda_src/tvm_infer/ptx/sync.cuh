@@ -23,6 +23,22 @@ __device__ __forceinline__ int32_t AtomicAddAcqRel(int32_t* address, int32_t val
   return old;
 }
 
+// The following are atomic and order nothing. AtomicAddRelaxed returns the old value.
+__device__ __forceinline__ int32_t AtomicAddRelaxed(int32_t* address, int32_t value) {
+  int32_t old;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+  return old;
+}
+
+__device__ __forceinline__ int32_t LoadRelaxed(const int32_t* address) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void StoreRelaxed(int32_t* address, int32_t value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 // By all warps of a warpgroup, each role on its own side of one branch.
 template <int kRegisters>
 __device__ __forceinline__ void RegistersIncrease() {

@@ -98,11 +98,22 @@ struct PlanHeader {
   int64_t makespan;             // predicted load of the busiest CTA, picoseconds
   int64_t total_cost;           // predicted load of all CTAs together, picoseconds
   int32_t tile_classes_offset;  // TileClass[num_tile_classes] that the plan was made with: a plan explains its own loads
-  int32_t tickets_offset;       // int32[1 + num_merges], all 0: words for executors on a device, which leave [1 …] at 0 after a launch.
-                                // [0]: why one refused the plan (PlanRefusal); [1 + m]: partials of merge m that have arrived
+  int32_t tickets_offset;       // int32[kNumTickets + num_merges], all 0: words for executors on a device (PlanTicket)
+  // CTAs with works, if the plan is bound by bandwidth alone: every work is of class 0, where the table has others. Such CTAs get unequal
+  // shares of the bandwidth, and an executor may let them keep pace with each other (attention/pace.cuh). 0: no pacing.
+  int32_t paced_ctas;
+  int32_t reserved[3];  // 0
 };
 static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
 // Right behind the header: Work first_works[num_ctas], a copy of each CTA's first work; num_rows == 0 for a CTA without any.
+
+// Words of tickets. A launch leaves all but the first at 0, so that the next finds them so.
+enum PlanTicket : int32_t {
+  kRefusalTicket = 0,     // why a kernel refused the plan (PlanRefusal)
+  kTilesAskedTicket = 1,  // of a paced plan: tiles of keys that all CTAs have asked for
+  kCtasDoneTicket = 2,    // of a paced plan: CTAs that ask for no more
+  kNumTickets = 3,        // + m: partials of merge m that have arrived
+};
 
 // What a kernel found wrong with a plan that it was launched with; it wrote nothing then. (A captured graph is replayed with plans that
 // no host code has seen.)

@@ -60,7 +60,7 @@ int64_t PlanBytes(const PlanParams& p, const LayoutBounds& sizes, int64_t num_re
   return Align16(sizeof(PlanHeader)) + (p.num_ctas + sizes.placements) * int64_t{sizeof(Work)} + Align16((int64_t{p.num_ctas} + 1) * 4) +
          sizes.merges * int64_t{sizeof(Merge)} + Align16((sizes.merges + 1) * 4) + Align16(sizes.partials * 4) +
          Align16((num_requests + 1) * 4) + Align16(num_requests * 4) + p.num_tile_classes * int64_t{sizeof(TileClass)} +
-         Align16((1 + sizes.merges) * 4);
+         Align16((kNumTickets + sizes.merges) * 4);
 }
 
 uint64_t Mix(uint64_t state, uint64_t value) {  // the finaliser of splitmix64 over a running state
@@ -98,6 +98,15 @@ int64_t RegularTarget(const PlanParams& p, const Items& items, int64_t mean, int
     }
   }
   return std::min(limit, overhead + low * step);
+}
+
+// CTAs with works, if all are of the smallest of several classes; else 0 (PlanHeader::paced_ctas).
+int32_t PacedCtas(const PlanParams& p, const Work* works, const int32_t* work_indptr) {
+  if (p.num_tile_classes == 1) return 0;
+  if (std::any_of(works, works + work_indptr[p.num_ctas], [](const Work& work) { return work.tile_class != 0; })) return 0;
+  int32_t ctas = 0;
+  for (int32_t c = 0; c < p.num_ctas; ++c) ctas += work_indptr[c] < work_indptr[c + 1];
+  return ctas;
 }
 
 // Hands out the arrays of a plan in turn and zeroes the padding after each, so that equal input gives equal bytes.
@@ -249,8 +258,9 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   writer.Copy(qo_indptr, num_requests + 1, &header.qo_indptr_offset);
   writer.Copy(kv_len, num_requests, &header.kv_len_offset);
   writer.Copy(params.tile_classes, params.num_tile_classes, &header.tile_classes_offset);
-  int32_t* tickets = writer.Array<int32_t>(1 + header.num_merges, &header.tickets_offset);
-  std::memset(tickets, 0, (1 + header.num_merges) * sizeof(int32_t));
+  int32_t* tickets = writer.Array<int32_t>(kNumTickets + header.num_merges, &header.tickets_offset);
+  std::memset(tickets, 0, (kNumTickets + header.num_merges) * sizeof(int32_t));
+  header.paced_ctas = PacedCtas(params, works, work_indptr);
   std::memcpy(out, &header, sizeof(header));
   return bytes;
 }
