@@ -252,6 +252,7 @@ def test_equal_lengths_give_equal_bytes(case, other):
 @given(cases(), st.integers(0, 5), st.integers(0, 50), st.integers(0, 3000))
 @example(EXTREMES["decode of a million keys"], 0, 0, 0)
 @example(EXTREMES["a million keys at a fixed size"], 0, 0, 0)
+@example(Case((10,), (8,), 1, 1, 1, causal=False, fixed_split_size=7, tile_table=(1, 1, 0, 0, 1)), 15, 6, 8)
 def test_capacity_holds_every_batch_within_the_limits(case, requests, tokens, keys):
     capacity = case.capacity(requests, tokens, keys)
     out = np.zeros(capacity.plan_bytes // 4, np.int32)

@@ -281,7 +281,8 @@ uint64_t CaptureKey(const PlanParams& p) {
 // MaxTiles grows with requests and rows, BoundLayout with items, so the largest batch bounds all. Partial rows without a fixed size:
 // partials times the rows of a tile. With a fixed size S: a tile of request r has at most ceil(kv_len[r] / S) <= 1 + kv_len[r] / S
 // pieces. Let request r have 1 + a tiles and 1 + b pieces for each: sum(a) <= tiles - requests and sum(b) <= B = max_kv_tokens / S, so
-// items, sum((1 + a) * (1 + b)), are at most tiles + B + B * sum(a). Of its rows likewise: sum(rows * (1 + b)) <= rows * (1 + B).
+// items, sum((1 + a) * (1 + b)), are at most tiles + B + B * sum(a), most where all rows are one request's. Of its rows likewise: sum(rows
+// * (1 + b)) <= rows * (1 + B).
 PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits) {
   CheckParams(params);
   if (limits.max_requests < 0 || limits.max_tokens < 0 || limits.max_kv_tokens < 0) {
@@ -297,7 +298,7 @@ PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits)
   const int64_t more_pieces = params.fixed_split_size > 0 ? limits.max_kv_tokens / params.fixed_split_size : 0;
   if (more_pieces > 0) {
     // Any of the items may be cut: one work an item and the slack of each kind, but never more than one work a head.
-    const int64_t items = tiles + more_pieces * (1 + tiles - active);
+    const int64_t items = tiles + more_pieces * MaxTiles(params, 1, rows);
     const LayoutBounds cut = BoundLayout(params, 0, items);
     const int64_t whole_slack = bounds.placements - tiles;
     bounds = {std::min(items * params.num_kv_heads, cut.placements + whole_slack), cut.merges, cut.partials};
