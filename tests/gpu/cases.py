@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 # Tile table of attention_sm90.cuh (rows, kv_granule, fixed, row, kv; picoseconds): decode class, prefill class. Measured on an H200. A
 # key costs the decode class 15.2 ns when every SM decodes, less beside prefill: 13.5 balances both.
-SM90_TILES = ((16, 128, 1_000_000, 10_000, 13_500), (128, 128, 3_600_000, 0, 14_000))
+SM90_TILES = ((16, 128, 600_000, 10_000, 13_500), (128, 128, 3_600_000, 0, 14_000))
 RAGGED = 0  # in place of a page size: K and V are rows [kv_tokens, num_kv_heads, head_dim], a request's in a run
 
 

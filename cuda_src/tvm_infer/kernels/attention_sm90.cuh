@@ -89,12 +89,15 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     ptx::RegistersDecrease<Config::kProducerRegisters>();
     if (warp == 0 || (Config::kIsGather && warp == 3)) {
       KvProducer<Config> producer(params, maps, ring);
+      producer.Begin(first);
+      asm volatile("" ::: "memory");  // NOTE: else the stream's own loads go first, and the compiler waits for them here
       WorkStream works(plan, blockIdx.x, first);
-      do {
-        producer.Begin(works.work);
+      while (true) {
         works.Prefetch();
         producer.Run(works.work);
-      } while (works.Next());
+        if (!works.Next()) break;
+        producer.Begin(works.work);
+      }
       producer.Finish();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
