@@ -13,10 +13,11 @@ from .spec import AttentionSpec
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import jit as jit
     from .blas import matmul, set_blas
     from .compiler import compile as compile
     from .ops import append, append_attention, attention, merge, ragged_attention
-    from .planning import plan, plan_status, workspace_size
+    from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .runtime import PagedKVCache
     from .schedule import Plan
 
@@ -28,7 +29,10 @@ __all__ = [
     "append_attention",
     "attention",
     "compile",
+    "cpu_tile_table",
+    "cuda_tile_table",
     "errors",
+    "jit",
     "matmul",
     "merge",
     "plan",
@@ -46,6 +50,8 @@ _LAZY = {
     "append_attention": "ops",
     "attention": "ops",
     "compile": "compiler",
+    "cpu_tile_table": "planning",
+    "cuda_tile_table": "planning",
     "matmul": "blas",
     "merge": "ops",
     "plan": "planning",
@@ -57,10 +63,12 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'tvm_infer' has no attribute {name!r}")
     import importlib
 
+    if name == "jit":
+        return importlib.import_module(f"{__name__}.jit")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tvm_infer' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value

@@ -40,7 +40,19 @@ _KV_HEAD_AXIS = (-3, -2)  # of a cache, by layout
 
 
 def _scale(sm_scale: float | None, q: Any) -> float:
-    return 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
+    try:
+        return 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"argument `sm_scale` is {sm_scale!r}; it must be a number, or None for 1 / sqrt(head_dim)"
+        ) from None
+
+
+def _check_rank3(x: Any, name: str, axes: str) -> None:
+    shape = getattr(x, "shape", None)
+    if shape is None or len(shape) != 3:
+        what = f"is a {type(x).__name__}" if shape is None else f"has shape {tuple(shape)}"
+        raise ArgumentError(f"argument `{name}` {what}; it must be a tensor [{axes}]")
 
 
 def _cache(kv_cache: Any, kv_layout: str) -> tuple[Any, Any, int]:
@@ -80,8 +92,7 @@ def _prepare(
     q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int | None, num_lists: int
 ) -> tuple[Any, Any, Any, Any]:
     """The plan as packed functions take it, and workspace, out and lse, allocated where they are not given."""
-    if len(q.shape) != 3:
-        raise ArgumentError(f"argument `q` has shape {tuple(q.shape)}; it must be [num_tokens, num_qo_heads, head_dim]")
+    _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
     device = _device.cuda_index(q)
     if device is not None:
         words, workspace = _prepare_cuda(q, plan, workspace, num_kv_heads, num_lists, device)
@@ -322,8 +333,7 @@ def merge(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, out: Any = None, lse: A
     o_a, o_b : [num_rows, num_heads, head_dim]. lse_a, lse_b : float32 [num_rows, num_heads], natural logarithm; -inf is the
     identity, and its O is not looked at. Returns (o, lse); `out` and `lse` may be the inputs. On cuda float32 states merge too.
     """
-    if len(o_a.shape) != 3:
-        raise ArgumentError(f"argument `o_a` has shape {tuple(o_a.shape)}; it must be [num_rows, num_heads, head_dim]")
+    _check_rank3(o_a, "o_a", "num_rows, num_heads, head_dim")
     out = _array.empty_like(o_a, tuple(o_a.shape)) if out is None else out
     lse = _array.empty_like(o_a, tuple(o_a.shape[:2]), "float32") if lse is None else lse
     _ffi.func("merge")(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from . import _array, _device, _ffi
-from .errors import ArgumentError, DTypeError, ExecutorError, PlanMismatchError
+from .errors import ArgumentError, DTypeError, ExecutorError, PlanMismatchError, TvmInferError
 from .schedule import Plan
 
 _CUDA_DTYPES = ("bfloat16", "float16")
@@ -43,11 +45,20 @@ class WorkspaceSize(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _tile_table(kind: str, dtype: str, head_dim: int) -> Any:
+    if not isinstance(dtype, str):
+        raise DTypeError(f'argument `dtype` is {dtype!r}; name it by a string: "float32", "float16" or "bfloat16"')
+    if _as_int(head_dim, "head_dim") < 1:
+        raise ArgumentError(f"argument `head_dim` is {head_dim}; it must be at least 1")
     return _ffi.func(f"{kind}_tile_table")(dtype, head_dim)
 
 
 def cpu_tile_table(dtype: str = "float32", head_dim: int = 128) -> tuple[int, ...]:
-    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass)."""
+    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+
+    Raises
+    ------
+    DTypeError : a dtype that the executor does not take. ArgumentError : head_dim below 1.
+    """
     return tuple(_tile_table("cpu", dtype, head_dim))
 
 
@@ -56,7 +67,7 @@ def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128) -> tuple[int, 
 
     Raises
     ------
-    ExecutorError : no kernels for this dtype or head_dim; names those that there are.
+    ExecutorError : no kernels for float32 or this head_dim; names those that there are. DTypeError : another dtype.
     """
     _check_cuda_dtype(dtype)
     return tuple(_tile_table("cuda", dtype, head_dim))
@@ -71,7 +82,29 @@ def _check_cuda_dtype(dtype: str) -> None:
             f'argument `dtype` is "float32", which the cuda executor does not take: it takes {kinds}. Say which one the tensors '
             'have (dtype="bfloat16"), or plan for the cpu'
         )
-    raise DTypeError(f"argument `dtype` is {dtype!r}; the cuda executor takes {kinds}")
+    raise DTypeError(
+        f'argument `dtype` is {dtype!r}; the cuda executor takes {kinds}, named by a string (dtype="bfloat16")'
+    )
+
+
+def _as_int(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"argument `{name}` is {value!r}; it must be an integer") from None
+
+
+_SETTINGS = "num_qo_heads num_kv_heads num_ctas causal window_left fixed_split_size".split()
+
+
+def _refuse_types(error: TypeError, settings: tuple[Any, ...], others: Mapping[str, Any]) -> NoReturn:
+    """Raise an error that names the argument whose type a packed function refused, which itself says a number only."""
+    if not isinstance(error, TvmInferError):
+        *integers, tile_table = settings
+        table = (("tile_table", value) for value in tile_table)
+        for name, value in (*zip(_SETTINGS, integers, strict=True), *table, *others.items()):
+            _as_int(value, name)
+    raise error
 
 
 def num_threads() -> int:
@@ -91,7 +124,12 @@ def _settings(
         num_ctas = num_threads()
     if tile_table is None:
         return num_ctas, _tile_table(device.kind, dtype, head_dim)
-    return num_ctas, tuple(tile_table)
+    try:
+        return num_ctas, tuple(tile_table)
+    except TypeError:
+        raise ArgumentError(
+            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class"
+        ) from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,25 +165,23 @@ def workspace_size(
     Returns
     -------
     WorkspaceSize : (plan_bytes, partial_rows). ``plan_bytes // 4`` int32 words do for `out` and `device_out` of :func:`plan`.
+
+    Raises
+    ------
+    ArgumentError : a limit below 0, bad heads, no `max_kv_tokens` with a fixed split size. ExecutorError, DTypeError : as :func:`plan`.
     """
-    if fixed_split_size > 0 and max_kv_tokens is None:
+    if max_kv_tokens is None and _as_int(fixed_split_size, "fixed_split_size") > 0:
         raise ArgumentError(
             f"argument `max_kv_tokens` is None with fixed_split_size {fixed_split_size}; a plan with a fixed split size grows "
             "with the number of keys: say how many there are at most"
         )
     num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim)
-    return _capacity(
-        num_qo_heads,
-        num_kv_heads,
-        num_ctas,
-        int(causal),
-        window_left,
-        fixed_split_size,
-        tile_table,
-        max_requests,
-        max_tokens,
-        max_kv_tokens or 0,
-    )
+    settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
+    limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
+    try:
+        return _capacity(*settings, *limits.values())
+    except TypeError as error:
+        _refuse_types(error, settings, limits)
 
 
 def _rounded(n: int) -> int:
@@ -232,18 +268,16 @@ def plan(
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim)
     settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
     is_allocated = out is None
-    if out is None:
-        out, most_partial_rows = _allocate(qo_indptr, kv_len, fixed_split_size, settings)
-        if max_partial_rows is None:
-            max_partial_rows = most_partial_rows
-    elif max_partial_rows is None:
-        raise ArgumentError(
-            "argument `max_partial_rows` is None with a given `out`; say how many partial rows the workspace has "
-            "(tvm_infer.workspace_size gives both)"
-        )
-    else:
-        out = _array.as_tensor(out, "out", output=True)
-    bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
+    try:
+        if out is None:
+            out, most_partial_rows = _allocate(qo_indptr, kv_len, fixed_split_size, settings)
+            if max_partial_rows is None:
+                max_partial_rows = most_partial_rows
+        else:
+            _check_out(out, max_partial_rows)
+        bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
+    except TypeError as error:
+        _refuse_types(error, settings, {"max_partial_rows": max_partial_rows})
     if is_allocated:
         out = out[: bytes_used // 4]
     if target.kind == "cuda":
@@ -251,6 +285,22 @@ def plan(
             device_out = _array.empty_on(target, (bytes_used // 4,), "int32")
         _ffi.func("plan_upload")(out, device_out)
     return Plan(out, device_out)
+
+
+def _check_out(out: Any, max_partial_rows: int | None) -> None:
+    if max_partial_rows is None:
+        raise ArgumentError(
+            "argument `max_partial_rows` is None with a given `out`; say how many partial rows the workspace has "
+            "(tvm_infer.workspace_size gives both)"
+        )
+    if not isinstance(out, np.ndarray):
+        raise ArgumentError(
+            f"argument `out` is a {type(out).__name__}; it must be a numpy int32 array (of a torch tensor on the host: `.numpy()`)"
+        )
+    if out.dtype != np.int32:
+        raise DTypeError(f"argument `out` has dtype {out.dtype}; it must be int32")
+    if not out.flags.writeable:
+        raise ArgumentError("argument `out` is a read-only numpy array; outputs must be writable")
 
 
 def _target(device: Any, device_out: Any) -> _device.Device:
