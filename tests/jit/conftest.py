@@ -1,4 +1,4 @@
-"""A cache of this session's own, so that one compilation serves all tests, in all of their processes."""
+"""A cache of this run's own, so that one compilation serves all tests, in all of their processes."""
 
 from __future__ import annotations
 

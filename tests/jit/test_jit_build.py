@@ -136,6 +136,33 @@ def test_load_refuses_a_folder_without_cubins(tmp_path):
         jit.load(tmp_path)
 
 
+def test_load_names_the_file_that_is_none(tmp_path):
+    stray = tmp_path / "stray.sm_90a.cubin"
+    stray.write_bytes(b"")
+    with pytest.raises(
+        errors.ArgumentError, match=r"argument `folder` holds .*stray\.sm_90a\.cubin, which is no kernel"
+    ):
+        jit.load(tmp_path)
+    stray.rename(tmp_path / f"{NAME}.sm_90a.cubin")
+    with pytest.raises(errors.CompileError, match=rf"{NAME}\.sm_90a\.cubin: .*\(0 bytes\)"):
+        jit.load(tmp_path)
+
+
+def test_folders_and_names_that_are_none(tmp_path, script, monkeypatch):
+    monkeypatch.setenv("TVM_INFER_NVCC", str(script("nvcc", "echo release 13.0")))
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(errors.ArgumentError, match=r"argument `out` is .*file"):
+        jit.build([NAME], out=file)
+    with pytest.raises(errors.ArgumentError, match="argument `names` is the string"):
+        jit.build(NAME)
+    with pytest.raises(errors.ArgumentError, match="argument `name` is 3"):
+        jit.cubin(3)
+    monkeypatch.setenv("TVM_INFER_CUBIN_DIR", str(file))
+    with pytest.raises(errors.ArgumentError, match=r"setting TVM_INFER_CUBIN_DIR is .*no folder"):
+        jit.cubin(NAME)
+
+
 def without_compiler(monkeypatch) -> None:
     monkeypatch.delenv("TVM_INFER_NVCC", raising=False)
     monkeypatch.delenv("CUDA_HOME", raising=False)

@@ -64,9 +64,7 @@ def key(spec: KernelSpec, arch: str, compiler: nvcc.Nvcc, include_dir: pathlib.P
     return cache_dir.digest_of(source, *contents, compiler.version, *nvcc.flags(arch), *steering)[:32]
 
 
-def build_one(
-    name: str, arch: str = DEFAULT_ARCH, include_dir: pathlib.Path | None = None, alone: bool = True
-) -> Built:
+def build_one(name: str, arch: str = DEFAULT_ARCH, include_dir: pathlib.Path | None = None) -> Built:
     """The kernel from the cache, compiled if it is not there. One process compiles a key, others wait for it."""
     spec, folder_of_headers = parse(name), include_dir or headers.include_dir()
     nvcc.flags(arch)  # an unknown architecture is refused before a compiler is looked for
@@ -150,9 +148,12 @@ def build(
 
     Raises
     ------
-    ArgumentError : an unknown name or arch, before anything is compiled. MissingDependencyError : no nvcc, or one that is too old.
+    ArgumentError : an unknown name or arch, an `out` that is no folder, before anything is compiled. MissingDependencyError : no
+    nvcc, or one that is too old.
     CompileError : of every kernel that failed; the others are built nevertheless.
     """
+    if isinstance(names, str):
+        raise ArgumentError(f"argument `names` is the string {names!r}; it must be a list of names: [{names!r}]")
     wanted = [parse(name).name for name in dict.fromkeys(names)]
     nvcc.flags(arch)
     nvcc.check_release(nvcc.find(), arch)
@@ -160,7 +161,7 @@ def build(
         raise ArgumentError(f"argument `jobs` is {jobs}; it must be at least 1")
     threads = min(jobs or len(os.sched_getaffinity(0)), max(len(wanted), 1))
     if out is not None:
-        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
 
     def one(name: str) -> Built | CompileError:
         try:
@@ -181,6 +182,15 @@ def build(
     return [r for r in results if isinstance(r, Built)]
 
 
+def _make_folder(out: os.PathLike[str] | str) -> None:
+    try:
+        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"argument `out` is {os.fspath(out)!r}, and no such folder can be made: {error.strerror}"
+        ) from error
+
+
 def _publish(contents: bytes, path: pathlib.Path) -> None:
     handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
     with open(handle, "wb") as f:
@@ -192,14 +202,19 @@ def _publish(contents: bytes, path: pathlib.Path) -> None:
 def cubin(name: str, arch: str = DEFAULT_ARCH) -> bytes:
     """The kernel's cubin: of the folder TVM_INFER_CUBIN_DIR if it is there, else of the cache, else compiled now.
 
-    Raises ArgumentError for an unknown name or arch, MissingDependencyError without a compiler, CompileError, AbiError for a prebuilt
-    cubin of another version.
+    Raises ArgumentError for an unknown name or arch or a TVM_INFER_CUBIN_DIR that is no folder, MissingDependencyError without a
+    compiler, CompileError, AbiError for a prebuilt cubin of another version.
     """
     parse(name)
     nvcc.flags(arch)
     prebuilt = env.setting("TVM_INFER_CUBIN_DIR").value
     if prebuilt:
-        path = pathlib.Path(prebuilt).expanduser() / f"{name}.{arch}.cubin"
+        folder = pathlib.Path(prebuilt).expanduser()
+        if not folder.is_dir():
+            raise ArgumentError(
+                f"setting TVM_INFER_CUBIN_DIR is {prebuilt!r}, which is no folder: name one, or unset it"
+            )
+        path = folder / f"{name}.{arch}.cubin"
         if path.is_file():
             return _checked(path, name)
     return build_one(name, arch).path.read_bytes()
@@ -207,7 +222,10 @@ def cubin(name: str, arch: str = DEFAULT_ARCH) -> bytes:
 
 def _checked(path: pathlib.Path, name: str) -> bytes:
     contents = path.read_bytes()
-    abi, ours = cubin_file.kernel_info(contents, name).abi, headers.kernel_abi()
+    try:
+        abi, ours = cubin_file.kernel_info(contents, name).abi, headers.kernel_abi()
+    except CompileError as error:
+        raise CompileError(f"{path}: {error}") from error
     if abi != ours:
         raise AbiError(
             f"{path} was built for kernel ABI {abi} and this tvm_infer has {ours}: build it again with this version"
@@ -219,7 +237,7 @@ def load(folder: os.PathLike[str] | str) -> list[str]:
     """Give this process the cubins of a folder that :func:`build` wrote with `out`; nothing is compiled for them then.
 
     Returns the kernels' names. Raises ArgumentError for a folder without cubins or a file of no known kernel, AbiError for a
-    cubin of another version.
+    cubin of another version, CompileError for a file that is no whole cubin.
     """
     from .. import _ffi
 
@@ -231,8 +249,13 @@ def load(folder: os.PathLike[str] | str) -> list[str]:
     found = []
     for path in paths:
         name, _, arch = path.stem.partition(".")
-        nvcc.flags(arch)
-        found.append((parse(name).name, arch, _checked(path, name)))
+        try:
+            parse(name), nvcc.flags(arch)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"argument `folder` holds {path}, which is no kernel of this version: {error}"
+            ) from error
+        found.append((name, arch, _checked(path, name)))
     for name, arch, contents in found:
         _ffi.func("add_cubin")(name, arch, contents)
     return [name for name, _, _ in found]

@@ -105,6 +105,10 @@ def all_names() -> tuple[str, ...]:
 
 def parse(name: str) -> KernelSpec:
     """The kernel called `name`. Raises ArgumentError that lists what there is."""
+    if not isinstance(name, str):
+        raise ArgumentError(
+            f"argument `name` is {name!r}; it must be a kernel's name, such as {next(iter(_specs()))!r}"
+        )
     spec = _specs().get(name)
     if spec is None:
         close = difflib.get_close_matches(name, _specs(), n=1)
