@@ -44,17 +44,22 @@ def doctor(as_json: bool) -> None:
 @click.option("--spec", "names", multiple=True, help="a kernel's name (repeatable); --list prints all")
 @click.option("--all", "every", is_flag=True, help="all kernels")
 @click.option("--list", "listed", is_flag=True, help="print the names of all kernels and stop")
-@click.option("--arch", default="sm_90a", show_default=True)
+@click.option("--arch", default="sm_90a", show_default=True, help="architecture to compile for")
 @click.option("--out", type=click.Path(file_okay=False), help="put the cubins here, for TVM_INFER_CUBIN_DIR elsewhere")
 @click.option("--jobs", type=click.IntRange(min=1), help="kernels at once; default: the processors of this process")
 def build(names: tuple[str, ...], every: bool, listed: bool, arch: str, out: str | None, jobs: int | None) -> None:
-    """Compile CUDA kernels ahead of time, into the cache and, if asked, a folder for machines without a compiler."""
+    """Compile CUDA kernels ahead of time, into the cache and, if asked, a folder for machines without a compiler.
+
+    \b
+      tvm-infer build --spec attention_bf16_h128_p16 --spec append_b16
+      tvm-infer build --all --out cubins
+    """
     from .jit import report
 
     if listed:
         click.echo("\n".join(report.all_names()))
     elif every == bool(names):
-        raise click.UsageError("say which kernels: either --all, or --spec NAME once or more (--list prints the names)")
+        raise click.UsageError("say which kernels: --all or --spec NAME, not both (--list prints the names)")
     else:
         report.build_and_print(report.all_names() if every else names, arch=arch, jobs=jobs, out=out)
 
@@ -87,13 +92,19 @@ def bench_matmul(peers: str, json_path: str | None) -> None:
 
 
 @bench.command("attention")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's")
-@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick; default: the device's")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's, else cpu")
+@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick; default: cpu, on cuda h200")
 @click.option("--workload", "workloads", multiple=True, help="run only these workloads of the suite (repeatable)")
 @click.option(
-    "--dtype", "dtypes", multiple=True, help="float32, float16 or bfloat16 (repeatable); default: the suite's"
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    help="float32, float16 or bfloat16 (repeatable); default: the suite's, for shapes by flag bfloat16",
 )
-@click.option("--peers", help='comma-separated, "" for none; what is absent is said; default: all that the device has')
+@click.option(
+    "--peers",
+    help='comma-separated: torch, tvm-tir, on cuda also flex, flashinfer; "" for none; what is absent is said; default: all',
+)
 @click.option(
     "--json", "json_path", is_flag=False, flag_value="-", help="write the results to this file; to stdout without one"
 )

@@ -92,13 +92,17 @@ def nvcc() -> str:
 
 
 def cached_kernels() -> str:
-    """Kernels that need no compiler: of the cache, and of TVM_INFER_CUBIN_DIR."""
-    from .jit import cubins
+    """Kernels compiled before: those in the cache, of this version or another, and the cubins of TVM_INFER_CUBIN_DIR."""
+    from .jit import all_names, cubins
 
     cached, prebuilt = cubins.cached_names(), env.setting("TVM_INFER_CUBIN_DIR").value
-    parts = [f"{len(cached)} in the cache" + (f" ({', '.join(cached)})" if cached else "")]
+    total = len(all_names())
+    named = f": {', '.join(cached)}" if 0 < len(cached) < total else ""
+    parts = [f"{len(cached)} of {total} in the cache, of any version{named}"]
     if prebuilt:
-        parts.append(f"{len(list(pathlib.Path(prebuilt).expanduser().glob('*.cubin')))} in {prebuilt}")
+        folder = pathlib.Path(prebuilt).expanduser()
+        found = f"{len(list(folder.glob('*.cubin')))} cubins" if folder.is_dir() else "no folder"
+        parts.append(f"TVM_INFER_CUBIN_DIR {prebuilt}: {found}")
     return "; ".join(parts)
 
 

@@ -153,7 +153,7 @@ def test_no_matplotlib_is_said_before_measuring(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(attention, "_cpu_session", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(attention, "_cpu_bench", lambda *_: pytest.fail("measured"))
     with pytest.raises(errors.MissingDependencyError, match=r"tvm_infer\[plot\]"):
         attention.run(plot_path="x.png")
 
@@ -176,12 +176,12 @@ def canned(monkeypatch):
             **asked["row"],
         }
 
-    def session(peers):
+    def bench(peers):
         asked["peers"] = peers
         head = {"device": "cpu", "isa": "avx2", "threads": 2, "method": ""}
-        return attention._Session(head, measure, lambda: None)
+        return attention._Bench(head, measure, lambda: None)
 
-    monkeypatch.setattr(attention, "_cpu_session", session)
+    monkeypatch.setattr(attention, "_cpu_bench", bench)
     return asked
 
 
@@ -215,10 +215,10 @@ def test_a_failed_row_makes_the_exit_code_1(canned):
 def test_a_run_that_is_cut_off_leaves_its_rows(canned, tmp_path, monkeypatch):
     path, real = tmp_path / "r.json", attention._row
 
-    def interrupted(session, workload):
+    def interrupted(bench, workload):
         if len(canned["chosen"]) == 2:
             raise KeyboardInterrupt
-        return real(session, workload)
+        return real(bench, workload)
 
     monkeypatch.setattr(attention, "_row", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -26,12 +26,13 @@ def test_version():
     assert invoke("--version").output.strip().endswith(__version__)
 
 
-def test_doctor_says_why_an_executor_is_not_usable():
+def test_doctor_says_why_an_executor_is_not_usable(monkeypatch):
+    monkeypatch.setattr(doctor, "gpus", lambda: ("no driver", []))
     result = invoke("doctor", "--json")
     data = json.loads(result.output)
     by_name = {e["name"]: e for e in data["executors"]}
     assert by_name["cpu"]["usable"] and "threads" in by_name["cpu"]["detail"]
-    assert not by_name["cuda sm_90a"]["usable"] and by_name["cuda sm_90a"]["detail"]
+    assert not by_name["cuda sm_90a"]["usable"] and by_name["cuda sm_90a"]["detail"] == "no driver"
     assert data["packages"]["apache-tvm"].startswith("0.27.")
     assert data["tvm"]["cuBLAS"] == "no"  # the wheel ships none
     assert set(data["settings"]) == {s.name for s in env.SETTINGS}

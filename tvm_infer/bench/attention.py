@@ -49,7 +49,7 @@ def _check_folder(path: str | None, argument: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Session:
+class _Bench:
     """What a device says of itself, how it measures a workload, and what it does after each."""
 
     head: dict[str, Any]
@@ -57,14 +57,14 @@ class _Session:
     release: Callable[[], None]
 
 
-def _cpu_session(peers: Sequence[str]) -> _Session:
+def _cpu_bench(peers: Sequence[str]) -> _Bench:
     threads = ops.num_threads()
     isa = _ffi.func("cpu_info")().split()[0]
     head = {"device": "cpu", "isa": isa, "threads": threads, "method": run_cpu.METHOD}
-    return _Session(head, lambda w: run_cpu.measure_workload(w, peers, threads), lambda: None)
+    return _Bench(head, lambda w: run_cpu.measure_workload(w, peers, threads), lambda: None)
 
 
-def _cuda_session(device: CudaDevice, peers: Sequence[str]) -> _Session:
+def _cuda_bench(device: CudaDevice, peers: Sequence[str]) -> _Bench:
     ceilings = device.ceilings()
     device.release()
     head = {
@@ -74,17 +74,17 @@ def _cuda_session(device: CudaDevice, peers: Sequence[str]) -> _Session:
         "rest_s": REST_S,
         "ceilings": vars(ceilings),
     }
-    return _Session(head, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
+    return _Bench(head, lambda w: run_cuda.measure_workload(device, w, ceilings, peers), device.release)
 
 
-def _row(session: _Session, workload: Workload) -> dict[str, Any]:
+def _row(bench: _Bench, workload: Workload) -> dict[str, Any]:
     """The workload's row; one that fails says why under "failed", and the others are still measured."""
     try:
-        return session.measure(workload)
+        return bench.measure(workload)
     except (WrongResult, TvmInferError, RuntimeError, MemoryError) as error:
         return shape_of(workload) | {"failed": f"{type(error).__name__}: {error}"}
     finally:
-        session.release()
+        bench.release()
 
 
 def _write(results: dict[str, Any], json_path: str | None) -> None:
@@ -139,17 +139,17 @@ def run(
     _check_folder(plot_path, "plot")
     if plot_path:
         plot.require_matplotlib()
-    session = _cpu_session(peers) if device == "cpu" else _cuda_session(cuda_device(), peers)
+    bench = _cpu_bench(peers) if device == "cpu" else _cuda_bench(cuda_device(), peers)
     rows: list[dict[str, Any]] = []
     results = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"tvm_infer": __version__, **package_versions(), **peers_module.versions()},
-        **session.head,
+        **bench.head,
         "rows": rows,
     }
     for workload in track(chosen, "measuring", console=Console(stderr=True), transient=True):
-        rows.append(_row(session, workload))
+        rows.append(_row(bench, workload))
         if json_path != "-":
             _write(results, json_path)  # a run that is cut off leaves what it has
     console = Console(stderr=json_path == "-")
