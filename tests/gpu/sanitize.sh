@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # compute-sanitizer over small GPU tests, one summary line a tool; exit code 1 if a tool or a test found anything.
 #   memcheck   tests marked `sanitize`, without torch's memory pool, which would hide overruns from one tensor into the next
+#   synccheck  the same
 #   racecheck  tests marked `racecheck`
-# usage: tests/gpu/sanitize.sh [memcheck] [racecheck]      default: both. Logs stay in $LOGS (default: a new folder in /tmp).
+# usage: tests/gpu/sanitize.sh [memcheck] [synccheck] [racecheck]      default: all. Logs stay in $LOGS (default: a new folder in /tmp).
 #   SANITIZER=compute-sanitizer   PYTHON=python3
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 SANITIZER=${SANITIZER:-compute-sanitizer} PYTHON=${PYTHON:-python3} LOGS=${LOGS:-$(mktemp -d)}
 command -v "$SANITIZER" >/dev/null || { echo "sanitize: $SANITIZER is not on PATH; it is part of the CUDA toolkit" >&2; exit 2; }
-[ $# -gt 0 ] || set -- memcheck racecheck
+[ $# -gt 0 ] || set -- memcheck synccheck racecheck
 mkdir -p "$LOGS"
 # our kernels alone: torch's, which make the inputs and the reference, run at full speed
 kernels=(--kernel-name kns=attention_ --kernel-name kns=append_b16 --kernel-name kns=merge_states_)
 status=0
 for tool in "$@"; do
   case "$tool" in
-    memcheck) marker=sanitize clean='ERROR SUMMARY: 0 errors' ;;
+    memcheck | synccheck) marker=sanitize clean='ERROR SUMMARY: 0 errors' ;;
     racecheck) marker=racecheck clean='RACECHECK SUMMARY: 0 hazards' ;;
-    *) echo "sanitize: no such tool: $tool (memcheck, racecheck)" >&2; exit 2 ;;
+    *) echo "sanitize: no such tool: $tool (memcheck, synccheck, racecheck)" >&2; exit 2 ;;
   esac
   log="$LOGS/$tool.log" tests="$LOGS/$tool.tests.log"
   rm -f "$log"

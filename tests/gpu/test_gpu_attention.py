@@ -211,11 +211,19 @@ SMALL = [
 ]
 
 
+# NOTE: racecheck of CUDA 13.0 ends with "Internal Sanitizer Error: failed to handle a hardware exception" on the other six, all of them
+# with prefill works (wgmma). memcheck and synccheck hold nothing against any.
+RACECHECKED = (0, 1, 2, 3, 7, 8, 12)
+
+
 @pytest.mark.subset
 @pytest.mark.sanitize
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=c.name, marks=[pytest.mark.racecheck] if i in (1, 3, 10) else []) for i, c in enumerate(SMALL)],
+    [
+        pytest.param(c, id=c.name, marks=[pytest.mark.racecheck] if i in RACECHECKED else [])
+        for i, c in enumerate(SMALL)
+    ],
 )
 def test_small(case, device):
     check(case, device)
