@@ -222,14 +222,16 @@ def choose(
     used = [classes[c] for c in {item.tile_class for item in items}]
     overhead = max((item.overhead for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
-    slack = overhead + granule // 2
+    slack = overhead + granule
     whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MAX_SLACK_FRACTION), False)
     assert whole is not None
     min_gain = max((t.fixed for t in used), default=0) // 2 + mean // _MIN_GAIN_FRACTION
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
         return whole
     enough = mean + overhead + (3 if window else 2) * granule
-    targets = [mean + slack, mean + overhead + granule, enough]
+    targets = [mean + slack, enough]
+    if len(items) * heads <= 2 * num_ctas:
+        targets.append(mean + overhead + granule // 2)
     if len(items) * heads <= num_ctas:
         targets.append(regular_target(items, items[order[0]], classes, heads, num_ctas, mean, enough))
     targets.sort()

@@ -150,10 +150,13 @@ struct Planner::Scratch {
 //   mean + o + 2 g      is always enough: a CTA where nothing more fits has less than o + 2 g left, or it took a piece that is not its
 //                       head's last, which costs o more than without the cut, with less than 2 g left. 3 g, where a window begins
 //                       between granules.
-//   mean + o + g / 2    mostly is: some CTAs end with a whole head, and half a granule is lost at the others.
+//   mean + o + g        mostly is.
+//   mean + o + g / 2    may be, and is worth trying where a CTA has a head or two: some end with a whole head, and half a granule is lost
+//   at
+//                       the others.
 const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   const int64_t mean = std::max<int64_t>(1, CeilDiv(items.total_cost * p.num_kv_heads, p.num_ctas));
-  const int64_t slack = items.max_overhead + items.max_granule_cost / 2;
+  const int64_t slack = items.max_overhead + items.max_granule_cost;
   // Little above the mean, for balance where works are few; the first target with cuts where they are many, to share its beginning.
   const int64_t whole_target = mean + std::min(slack, mean / kMaxSlackFraction);
   whole.Lay(p, items, whole_target, false);
@@ -161,12 +164,15 @@ const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   if (p.fixed_split_size != kSplitAuto || p.num_ctas == 1 || whole.makespan <= mean + min_gain) return whole;
 
   const int64_t enough = mean + items.max_overhead + (p.band.left == kUnbounded ? 2 : 3) * items.max_granule_cost;
-  const bool is_small = int64_t{items.count} * p.num_kv_heads <= p.num_ctas;
-  int64_t targets[] = {mean + slack, mean + items.max_overhead + items.max_granule_cost, enough,
-                       is_small ? RegularTarget(p, items, mean, enough) : enough};
-  std::sort(std::begin(targets), std::end(targets));
+  const int64_t num_heads = int64_t{items.count} * p.num_kv_heads;
+  int64_t targets[4] = {mean + slack, enough};
+  int num_targets = 2;
+  if (num_heads <= 2 * p.num_ctas) targets[num_targets++] = mean + items.max_overhead + items.max_granule_cost / 2;
+  if (num_heads <= p.num_ctas) targets[num_targets++] = RegularTarget(p, items, mean, enough);
+  std::sort(targets, targets + num_targets);
   if (whole.makespan <= targets[0] + min_gain) return whole;
-  for (const int64_t target : targets) {
+  for (int i = 0; i < num_targets; ++i) {
+    const int64_t target = targets[i];
     if (cut.Lay(p, items, target, true, target == whole_target ? &whole : nullptr))
       return cut.makespan + min_gain < whole.makespan ? cut : whole;
   }
