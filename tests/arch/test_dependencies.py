@@ -111,6 +111,7 @@ def imports(path: pathlib.Path) -> set[str]:
         ("relax", ("runtime", "schedule", "jit", "bench", "ops", "compiler")),
         ("runtime", ("relax", "compiler", "bench")),
         ("schedule", ("relax", "runtime", "ops", "compiler", "bench")),
+        ("jit", ("relax", "runtime", "schedule", "ops", "planning", "compiler", "bench")),
     ],
 )
 def test_python_layers(folder, forbidden):

@@ -9,11 +9,17 @@ import sys
 from tvm_infer import jit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from cases import bench_cases, check_cases
+from cases import SM90_TILES, bench_cases, check_cases
 
 
 def test_every_case_has_a_kernel():
     assert {c.kernel for c in check_cases()} | {c.kernel for c, _ in bench_cases()} <= set(jit.all_names())
+
+
+def test_the_tile_table_is_the_planners():
+    from tvm_infer.planning import cuda_tile_table
+
+    assert sum(SM90_TILES, ()) == cuda_tile_table("bfloat16", 128)
 
 
 def test_plan_fields_that_the_harness_reads_are_where_it_reads_them():
