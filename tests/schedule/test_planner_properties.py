@@ -291,7 +291,7 @@ def test_capacity_grows_with_the_limits_only_as_it_must():
 
 
 def cost_model(case: Case) -> tuple[int, int, int, int, int]:
-    """Mean load without cuts, the dearest head, and over the classes in use: overhead, cost of a granule, fixed cost."""
+    """Mean load without cuts, the dearest head, and over the classes in use: overhead, cost of a granule, price of a merge."""
     classes = [reference.TileClass(*case.tile_table[i : i + 5]) for i in range(0, len(case.tile_table), 5)]
     band = (case.window_left, 0 if case.causal else -1)
     items = reference.make_items(case.indptr.tolist(), case.kv_len, case.group, band, case.fixed_split_size, classes)
@@ -300,7 +300,8 @@ def cost_model(case: Case) -> tuple[int, int, int, int, int]:
     mean = -(-sum(costs) * case.num_kv_heads // case.num_ctas)
     overhead = max((item.overhead for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
-    return mean, max(costs, default=0), overhead, granule, max((t.fixed for t in used), default=0)
+    merge = max((classes[item.tile_class].merge_price(item.num_rows) for item in items), default=0)
+    return mean, max(costs, default=0), overhead, granule, merge
 
 
 @settings(max_examples=400)
@@ -310,17 +311,17 @@ def test_makespan_with_cuts(case):
 
     The bound cannot hold for every batch. C + 1 equal indivisible tiles on C CTAs put two on one CTA: 2 * max(mean, tile). And
     a cut costs: one overhead for each further piece, and the merge. What the planner guarantees is additive. A tile with fewer than
-    G = 2 granules (3 with a window, which may begin between granules) cannot be cut, and one is not cut for a gain below half a
-    work's fixed cost (the merge) and 1/128 of the mean. With I = overhead + G granules + fixed / 2, the makespan is at most
+    G = 2 granules (3 with a window, which may begin between granules) cannot be cut, and one is not cut for a gain below the
+    price of a merge and 1/128 of the mean. With I = overhead + G granules + merge, the makespan is at most
     mean + I, and 1.2 % for that 1/128 and for targets, which are exceeded by up to 1/256. So 1.25 * max(mean, I) holds where one
     of the two dominates.
     """
     assume(case.num_ctas > 1)
-    mean, _, overhead, granule, fixed = cost_model(case)
+    mean, _, overhead, granule, merge = cost_model(case)
     makespan = int(case.plan().header["makespan"])
     uncut = overhead + (2 if case.window_left < 0 else 3) * granule
-    assert makespan <= (mean + uncut) * 257 / 256 + fixed / 2 + mean / 128 + 2
-    indivisible = uncut + fixed / 2
+    assert makespan <= (mean + uncut) * 257 / 256 + merge + mean / 128 + 2
+    indivisible = uncut + merge
     if mean >= 4.3 * indivisible or mean <= 0.23 * indivisible:
         assert makespan <= 1.25 * max(mean, indivisible) + 2
 
@@ -333,11 +334,11 @@ def test_makespan_of_decode_batches(num_requests, longest):
     rng = np.random.default_rng(num_requests * longest)
     for _ in range(20):
         case = Case((1,) * num_requests, tuple(rng.integers(1, longest + 1, num_requests).tolist()))
-        mean, _, overhead, granule, fixed = cost_model(case)
+        mean, _, overhead, granule, merge = cost_model(case)
         makespan = int(case.plan().header["makespan"])
         if mean >= 4 * (overhead + granule) or num_requests >= 64:
             assert makespan <= 1.25 * max(mean, overhead + granule)
-        assert makespan <= (mean + overhead + 2 * granule + fixed / 2) * 1.012
+        assert makespan <= (mean + overhead + 2 * granule + merge) * 1.012
 
 
 def test_makespan_of_prefill_batches():
@@ -346,8 +347,8 @@ def test_makespan_of_prefill_batches():
         for _ in range(5):
             lengths = tuple(rng.integers(128, 4097, num_requests).tolist())
             case = Case(lengths, lengths)
-            mean, _, overhead, granule, fixed = cost_model(case)
-            assert case.plan().header["makespan"] <= 1.25 * max(mean, overhead + granule) + fixed / 2
+            mean, _, overhead, granule, merge = cost_model(case)
+            assert case.plan().header["makespan"] <= 1.25 * max(mean, overhead + granule) + merge
 
 
 @settings(max_examples=200)

@@ -16,7 +16,7 @@ from . import plan as fmt
 _RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
 _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
-_MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and half a work's fixed cost
+_MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and what a merge costs
 
 
 class TileClass(NamedTuple):
@@ -27,6 +27,10 @@ class TileClass(NamedTuple):
     fixed: int
     row: int
     kv: int
+
+    def merge_price(self, num_rows: int) -> int:
+        """What merging the pieces of a work costs; rows beyond 16 cost 60 ns each."""
+        return self.fixed // 2 + 60_000 * max(0, num_rows - 16)
 
     def cost(self, overhead: int, num_keys: int) -> int:
         """Of one work and KV head; its last tile of keys is computed whole."""
@@ -225,7 +229,9 @@ def choose(
     slack = overhead + granule
     whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MAX_SLACK_FRACTION), False)
     assert whole is not None
-    min_gain = max((t.fixed for t in used), default=0) // 2 + mean // _MIN_GAIN_FRACTION
+    min_gain = (
+        max((classes[i.tile_class].merge_price(i.num_rows) for i in items), default=0) + mean // _MIN_GAIN_FRACTION
+    )
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
         return whole
     enough = mean + overhead + (3 if window else 2) * granule

@@ -88,7 +88,7 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
   cost.Reserve(max_items);
   cut_tiles.Reserve(p.fixed_split_size > 0 ? max_items / 2 : 0);
   count = num_cut_tiles = num_cut_items = 0;
-  total_cost = max_cost = max_overhead = max_granule_cost = max_fixed = 0;
+  total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
 
   const int32_t group = p.num_qo_heads / p.num_kv_heads;
   const Band band = p.band;
@@ -100,7 +100,7 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
     const int32_t tile_class = ClassOf(p, num_rows);
     const TileClass& t = p.tile_classes[tile_class];
     max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-    max_fixed = std::max(max_fixed, t.fixed);
+    max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
     for (int32_t row = 0; row < num_rows;) {
       const int32_t rows = std::min(t.rows, num_rows - row);
       // Positions of the tile's first and last token. Divisions only where a request has several tiles.

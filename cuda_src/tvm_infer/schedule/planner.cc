@@ -14,7 +14,7 @@ namespace tvm_infer {
 namespace {
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-// Cutting KV must shorten the plan by half a work's fixed cost (the merge; what its pieces cost is in their load) and by this fraction of
+// Cutting KV must shorten the plan by what a merge costs (what its pieces cost is in their load) and by this fraction of
 // the mean load, below which a prediction says nothing.
 constexpr int64_t kMinGainFraction = 128;
 // The target without cuts exceeds the mean load by no more than this fraction.
@@ -160,7 +160,7 @@ const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   // Little above the mean, for balance where works are few; the first target with cuts where they are many, to share its beginning.
   const int64_t whole_target = mean + std::min(slack, mean / kMaxSlackFraction);
   whole.Lay(p, items, whole_target, false);
-  const int64_t min_gain = items.max_fixed / 2 + mean / kMinGainFraction;
+  const int64_t min_gain = items.max_merge + mean / kMinGainFraction;
   if (p.fixed_split_size != kSplitAuto || p.num_ctas == 1 || whole.makespan <= mean + min_gain) return whole;
 
   const int64_t enough = mean + items.max_overhead + (p.band.left == kUnbounded ? 2 : 3) * items.max_granule_cost;
