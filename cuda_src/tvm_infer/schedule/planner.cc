@@ -220,14 +220,14 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   const Layout& layout = scratch_->Choose(params);
   const int64_t bytes = PlanBytes(params, {layout.num_placements, layout.num_merges, layout.num_partials}, num_requests);
   if (bytes > out_bytes || bytes > kMaxInt32) {
-    TVM_INFER_THROW(WorkspaceError) << "the plan buffer holds " << std::min(out_bytes, kMaxInt32)
-                                    << " bytes, but the plan of this batch takes " << bytes
-                                    << "; size the buffer by plan_capacity for the largest batch";
+    TVM_INFER_THROW(WorkspaceError)
+        << "the plan buffer holds " << std::min(out_bytes, kMaxInt32) << " bytes, but the plan of this batch takes " << bytes
+        << "; size the buffer for the largest batch by tvm_infer.workspace_size (packed function plan_capacity)";
   }
   if (layout.num_partial_rows > max_partial_rows) {
-    TVM_INFER_THROW(WorkspaceError) << "max_partial_rows is " << max_partial_rows << ", but the plan of this batch has "
-                                    << layout.num_partial_rows
-                                    << " partial rows; size the workspace by plan_capacity for the largest batch";
+    TVM_INFER_THROW(WorkspaceError)
+        << "max_partial_rows is " << max_partial_rows << ", but the plan of this batch has " << layout.num_partial_rows
+        << " partial rows; size the workspace for the largest batch by tvm_infer.workspace_size (packed function plan_capacity)";
   }
 
   PlanHeader header{};
