@@ -21,9 +21,9 @@ def _register_errors() -> None:
 
 def _jit_cubin(name: str, arch: str) -> bytes:
     """The cubin of a kernel that the CUDA executor misses; compiled, or taken from the cache."""
-    import importlib
+    from . import jit
 
-    return importlib.import_module("tvm_infer.jit").cubin(name, arch)
+    return jit.cubin(name, arch)
 
 
 @functools.cache

@@ -185,16 +185,9 @@ def attention(
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
-    words, workspace, out, lse = _prepare(
-        q,
-        plan,
-        workspace,
-        out,
-        lse,
-        return_lse,
-        _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5)),
-        page_indptr.shape[0] - 1,
-    )
+    num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
+    num_lists = page_indptr.shape[0] - 1
+    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     _ffi.func("paged_attention")(
         words,
         _array.as_tensor(q, "q"),
@@ -299,16 +292,9 @@ def append_attention(
     """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
-    words, workspace, out, lse = _prepare(
-        q,
-        plan,
-        workspace,
-        out,
-        lse,
-        return_lse,
-        _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5)),
-        page_indptr.shape[0] - 1,
-    )
+    num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
+    num_lists = page_indptr.shape[0] - 1
+    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     _ffi.func("append_paged_attention")(
         words,
         _array.as_tensor(q, "q"),

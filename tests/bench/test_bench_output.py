@@ -232,6 +232,8 @@ def test_a_run_that_is_cut_off_leaves_its_rows(canned, tmp_path, monkeypatch):
         (["--kv-lens", "64*2"], "`--kv-lens`"),
         (["--page-size", "16"], "`--page-size` is given without"),
         (["--kv-lens", "64", "--suite", "cpu"], "`suite` is given together"),
+        (["--device", "cpu", "--suite", "h200-quick"], "`suite` is 'h200-quick'"),
+        (["--device", "cuda", "--suite", "cpu"], "`suite` is 'cpu'"),
         (["--kv-lens", "64", "--workload", "x"], "`workload` is given together"),
     ],
 )

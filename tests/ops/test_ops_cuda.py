@@ -320,20 +320,17 @@ def test_outputs_of_tvm_tensors_stay_on_their_device(monkeypatch):
 
 def test_cubins_are_asked_of_python(monkeypatch):
     """C++ finds the compiler by this name when a kernel is missing."""
-    import sys
-    import types
-
     import tvm_ffi
 
+    from tvm_infer import jit
+
     _ffi.library()
-    made = types.ModuleType("tvm_infer.jit")
-    made.cubin = lambda name, arch: f"{name} for {arch}".encode()
-    monkeypatch.setitem(sys.modules, "tvm_infer.jit", made)
+    monkeypatch.setattr(jit, "cubin", lambda name, arch: f"{name} for {arch}".encode())
     assert bytes(tvm_ffi.get_global_func("tvm_infer.jit_cubin")("append_b16", "sm_90a")) == b"append_b16 for sm_90a"
 
     def fail(name, arch):
         raise errors.CompileError(f"no compiler for {name}")
 
-    made.cubin = fail
+    monkeypatch.setattr(jit, "cubin", fail)
     with pytest.raises(errors.CompileError, match="no compiler for append_b16"):
         tvm_ffi.get_global_func("tvm_infer.jit_cubin")("append_b16", "sm_90a")

@@ -38,7 +38,13 @@ def _workloads(
         return device or "cpu", list(custom)
     suite = suites.DEFAULT[device or "cpu"] if suite is None else suite
     chosen = suites.select(suite, names, dtypes)
-    return device or suites.suite(suite).device, chosen
+    measured_on = suites.suite(suite).device
+    if device not in (None, measured_on):
+        raise ArgumentError(
+            f"argument `suite` is {suite!r}, whose sizes are for {measured_on}, with `device` {device!r}; leave the device "
+            "out, or give shapes by flag"
+        )
+    return measured_on, chosen
 
 
 def _check_folder(path: str | None, argument: str) -> None:
