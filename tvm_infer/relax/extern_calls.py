@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 ATTENTION_WITH_KV_CACHE = "tvm_infer.attention_with_kv_cache"
+ATTENTION_WITH_KV_CACHE_FUSED_QKV = "tvm_infer.attention_with_kv_cache_fused_qkv"
+KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
+KV_CACHE_SET_ROPE = "tvm_infer.kv_cache_set_rope"
+KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
 MATMUL = "tvm_infer.matmul"
 
 
@@ -38,6 +42,71 @@ def attention_with_kv_cache(
         ),
         out_ty=out_ty,
     )
+
+
+def attention_with_kv_cache_fused_qkv(
+    kv: Any, layer: int, qkv: Any, *, sm_scale: float, causal: bool, out_ty: Any
+) -> Any:
+    """The same for queries, keys and values in one tensor, with the cache's rotary positions applied to q and k.
+
+    qkv : [num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim], query heads first, then keys, then values; out_ty : type of the
+    output [num_tokens, num_qo_heads, head_dim]. C++: arguments (kv, layer, qkv, sm_scale, causal, out).
+    """
+    from tvm import relax
+
+    return relax.call_dps_packed(
+        ATTENTION_WITH_KV_CACHE_FUSED_QKV,
+        relax.Tuple(
+            [kv, relax.prim_value(layer), qkv, relax.prim_value(float(sm_scale)), relax.prim_value(int(causal))]
+        ),
+        out_ty=out_ty,
+    )
+
+
+def kv_cache_create_like(
+    like: Any,
+    *,
+    num_layers: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: Any,
+    num_pages: Any,
+    max_batch: Any,
+    max_tokens: Any,
+) -> Any:
+    """A new cache on the device and with the data type of the tensor `like`; the last four may be symbolic.
+
+    C++: ffi/kv_cache.cc, arguments (like, Shape of the others in this order).
+    """
+    from tvm import relax
+
+    sizes = [num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens]
+    return relax.call_pure_packed(KV_CACHE_CREATE_LIKE, like, relax.ShapeExpr(sizes), ty_args=relax.AnyType())
+
+
+def kv_cache_set_rope(kv: Any, inv_freq: Any, *, interleaved: bool, magnitude: float) -> Any:
+    """The same cache, whose fused calls now rotate q and k. The call returns it, so that it is not removed as unused.
+
+    inv_freq : float32 [rotary_dim / 2]. C++: arguments (kv, inv_freq, interleaved, magnitude) -> kv.
+    """
+    from tvm import relax
+
+    return relax.call_pure_packed(
+        KV_CACHE_SET_ROPE,
+        kv,
+        inv_freq,
+        relax.prim_value(int(interleaved)),
+        relax.prim_value(float(magnitude)),
+        ty_args=relax.AnyType(),
+    )
+
+
+def kv_cache_query_positions(kv: Any, num_tokens: Any) -> Any:
+    """int64 [num_tokens]: position of every token of the step in its sequence. C++: ffi/kv_cache.cc, arguments (kv)."""
+    from tvm import relax
+
+    return relax.call_pure_packed(KV_CACHE_QUERY_POSITIONS, kv, ty_args=relax.TensorType([num_tokens], "int64"))
 
 
 def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:

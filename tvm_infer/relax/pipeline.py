@@ -15,6 +15,7 @@ from .nodes import op_name, shape_of, static_int
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
+from .written import lift_cache, written_attentions
 
 
 @dataclass
@@ -42,9 +43,7 @@ def prepare(
     max_tokens : upper bound of a step's tokens, by which TVM plans memory ahead. Raises ModelError, MatchError.
     """
     reports = PassReports()
-    rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
-    mod = rewrite(mod)
-    reports.attention = rewrite.report
+    mod, reports.attention = _paged_attention(mod, function, on_unmatched, assume_full)
     rows = SampledRows(function)
     mod = rows(mod)
     reports.sampled_rows = rows.report
@@ -52,6 +51,20 @@ def prepare(
     mod = dispatch(mod)
     reports.matmul = dispatch.report
     return _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens), reports
+
+
+def _paged_attention(
+    mod: tvm.IRModule, function: str, on_unmatched: str, assume_full: Sequence[str]
+) -> tuple[tvm.IRModule, RewriteReport]:
+    """Attention through a cache: written so by the model's author (`relax.PagedKVCache`), or by our pass."""
+    names = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
+    written = written_attentions(function, mod[function]) if function in names else []
+    if not written:
+        rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
+        return rewrite(mod), rewrite.report
+    updated = mod.clone()
+    updated.update_func(mod.get_global_var(function), lift_cache(mod[function]))
+    return updated, RewriteReport(matched=written)
 
 
 @relax.expr_functor.mutator
