@@ -77,7 +77,7 @@ def kv_cache_create_like(
 ) -> Any:
     """A new cache on the device and with the data type of the tensor `like`; the last four may be symbolic.
 
-    C++: ffi/kv_cache.cc, arguments (like, Shape of the others in this order).
+    C++: ffi/kv_cache_like.cc, arguments (like, Shape of the others in this order).
     """
     from tvm import relax
 

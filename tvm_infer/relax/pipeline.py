@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,17 @@ def prepare(
     mod = dispatch(mod)
     reports.matmul = dispatch.report
     return _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens), reports
+
+
+def prepare_unpaged(mod: tvm.IRModule, bounds: Mapping[str, int]) -> tvm.IRModule:
+    """The passes of :func:`prepare` that are not about attention, for a model that keeps another cache: matrix products to the BLAS,
+    checked lookups. bounds : upper bounds of symbolic sizes by name, for every function."""
+    mod = _CheckedTakes(DispatchMatmul()(mod)).apply()
+    updated = mod.clone()
+    for var, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            updated.update_func(var, func.with_attr("tir_var_upper_bound", dict(bounds)))
+    return updated
 
 
 def _paged_attention(

@@ -13,6 +13,7 @@
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/cuda_functions.h"
 #include "tvm_infer/ffi/kv_cache.h"
+#include "tvm_infer/ffi/kv_cache_like.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"

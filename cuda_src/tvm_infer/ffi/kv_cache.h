@@ -15,7 +15,6 @@
 #define TVM_INFER_KV_CACHE_FUNCTIONS(V)              \
   V(attention_with_kv_cache, AttentionWithKVCache)   \
   V(kv_cache_create, KVCacheCreate)                  \
-  V(kv_cache_create_like, KVCacheCreateLike)         \
   V(kv_cache_add, KVCacheAdd)                        \
   V(kv_cache_remove, KVCacheRemove)                  \
   V(kv_cache_fork, KVCacheFork)                      \
@@ -56,10 +55,6 @@ void AttentionWithKVCache(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView q
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device);
-
-// For compiled models, which know their device by a tensor: a cache with the device and dtype of `like`. sizes: num_layers, num_qo_heads,
-// num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens.
-PagedKVCache KVCacheCreateLike(tvm::ffi::TensorView like, tvm::ffi::Shape sizes);
 
 void KVCacheAdd(PagedKVCache kv, int64_t id);
 void KVCacheRemove(PagedKVCache kv, int64_t id);
