@@ -186,8 +186,8 @@ def bench_attention(
 @click.option("--rate", type=float, default=1.0, show_default=True, help="requests a second; inf: all at once")
 @click.option("--requests", type=int, default=64, show_default=True, help="how many")
 @click.option("--decode-only", is_flag=True, help="full batches that decode, in place of a workload")
-@click.option("--batch", "batches", default="16,64", show_default=True, help="of --decode-only, comma-separated")
-@click.option("--kv", "keys", type=int, default=2048, show_default=True, help="of --decode-only: keys of each request")
+@click.option("--batch", default="16,64", show_default=True, help="of --decode-only, comma-separated")
+@click.option("--kv", type=int, default=2048, show_default=True, help="of --decode-only: keys of each request")
 @click.option("--steps", type=int, default=32, show_default=True, help="of --decode-only: timed steps")
 @click.option("--max-batch", type=int, default=64, show_default=True, help="sequences of a step")
 @click.option("--max-tokens", type=int, default=2048, show_default=True, help="new tokens of a step")
@@ -199,7 +199,7 @@ def bench_attention(
 @click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False), help="draw a chart to this file (needs matplotlib)"
 )
-def bench_serve(backends: str, workload: str, requests: int, **settings: Any) -> None:
+def bench_serve(backends: str, json_path: str | None, plot_path: str | None, **settings: Any) -> None:
     """A compiled model under load, with continuous batching: latency of tokens and where the time goes.
 
     \b
@@ -210,7 +210,7 @@ def bench_serve(backends: str, workload: str, requests: int, **settings: Any) ->
     from .bench import serve
 
     names = [name.strip() for name in backends.split(",") if name.strip()]
-    results = serve.run(backends=names, workload_name=workload, num_requests=requests, **settings)
+    results = serve.run(serve.Options(backends=names, **settings), json_path=json_path, plot_path=plot_path)
     failed = serve.num_failed(results)
     if failed:
         click.echo(f"{failed} of {len(results['rows'])} rows failed", err=True)

@@ -11,6 +11,8 @@ from ..errors import ArgumentError
 from .serve_loop import Backend, CacheSizes, Clock
 from .serve_metrics import quantiles
 
+_WARM_UP_STEPS = 2
+
 
 def parse_batches(text: str) -> list[int]:
     """ "16,64"."""
@@ -52,25 +54,21 @@ def fill(backend: Backend, seqs: Sequence[int], length: int, vocab_size: int, se
 
 
 def measure(
-    backend: Backend, batch: int, keys: int, steps: int, vocab_size: int, seed: int, clock: Clock, first_seq: int = 0
-) -> dict[str, Any]:
-    """Figures of `steps` decode steps of `batch` sequences, after two that do not count; the sequences stay, numbered from
-    `first_seq`, with their next tokens under "following"."""
-    seqs = range(first_seq, first_seq + batch)
-    warm_up = min(2, first_length(keys, steps) - 1)
-    tokens = fill(backend, seqs, first_length(keys, steps) - warm_up, vocab_size, seed)
-    times = []
+    backend: Backend, seqs: Sequence[int], keys: int, steps: int, vocab_size: int, seed: int, clock: Clock
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Figures of `steps` decode steps of new sequences of these numbers, after two that do not count, and the tokens of each. The
+    sequences stay."""
+    start = first_length(keys, steps)
+    warm_up = min(_WARM_UP_STEPS, start - 1)
+    following = fill(backend, seqs, start - warm_up, vocab_size, seed)
+    times, tokens = [], [[token] for token in following]
     for number in range(warm_up + steps):
-        start = clock.now()
-        tokens = backend.step([(seq, [token]) for seq, token in zip(seqs, tokens, strict=True)])
+        begin = clock.now()
+        following = backend.step([(seq, [token]) for seq, token in zip(seqs, following, strict=True)])
         if number >= warm_up:
-            times.append(clock.now() - start)
+            times.append(clock.now() - begin)
+        for text, token in zip(tokens, following, strict=True):
+            text.append(token)
     itl = quantiles(times)
-    return {
-        "batch": batch,
-        "keys": keys,
-        "steps": steps,
-        "itl_ms": itl,
-        "tokens_per_s": batch / (itl["median"] * 1e-3) if itl["median"] else None,
-        "following": tokens,
-    }
+    rate = len(seqs) / (itl["median"] * 1e-3) if itl["median"] else None
+    return {"batch": len(seqs), "keys": keys, "steps": steps, "itl_ms": itl, "tokens_per_s": rate}, tokens

@@ -59,15 +59,24 @@ def check(name: str, dtype: str | None, device: str) -> str:
     return dtype or _DTYPES[device][0]
 
 
+def config_of(name: str) -> LlamaConfig:
+    """Sizes of a model. MissingDependencyError for SmolLM2 without the package of its weights."""
+    from ..models.mlc_llama import LLAMA_3_8B, SMOLLM2_135M
+
+    if name == "smollm2":
+        find_smollm2()
+    return {"tiny": TINY, "smollm2": SMOLLM2_135M, "llama-3-8b": LLAMA_3_8B}[name]
+
+
 def load(name: str, dtype: str, device: str) -> ServeModel:
     """The model with its weights on the device. MissingDependencyError : torch for CUDA, the package of SmolLM2's weights."""
-    from ..models.mlc_llama import LLAMA_3_8B, fuse_weights
+    from ..models.mlc_llama import fuse_weights
 
     if name == "smollm2":
         model = load_gguf(find_smollm2())
         fused = fuse_weights(model.config, model.weights)
         return ServeModel(name, model.config, dtype, _place(fused, dtype, device), f"of {model.path.name}")
-    config = TINY if name == "tiny" else LLAMA_3_8B
+    config = config_of(name)
     return ServeModel(name, config, dtype, _random(config, dtype, device), "random, seed 0")
 
 

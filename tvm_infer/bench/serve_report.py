@@ -58,6 +58,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What the columns mean, and what is missing from the table and why."""
     lines = [f"{name}: {text}" for name, text in results["backends"].items()]
     lines += [f"method: {line}" for line in results["method"]]
+    parts = {row["breakdown"]["method"] for row in results["rows"] if "method" in row.get("breakdown", {})}
+    lines += [f"parts: {line}" for line in sorted(parts)]
     for row in results["rows"]:
         where = f" at batch {row['batch']}" if "batch" in row else ""
         if "failed" in row:
