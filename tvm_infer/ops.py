@@ -360,6 +360,8 @@ def rope_append(
     ------
     As :func:`append_attention`; nothing is written then.
     """
+    if not isinstance(rope, RopeConfig):
+        raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
     _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
@@ -393,11 +395,9 @@ def rope_append(
     return out
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _frequencies(rope: RopeConfig, device: int | None) -> Any:
-    """`rope.inv_freq()` on the host (None) or a cuda device, kept: a captured graph reads it again."""
-    if not isinstance(rope, RopeConfig):
-        raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
+    """`rope.inv_freq()` on the host (None) or a cuda device, kept for good: captured graphs read it."""
     if rope.rope_type == "longrope":
         raise ArgumentError(
             'argument `rope` has rope_type "longrope", whose frequencies depend on how long sequences get; pass '

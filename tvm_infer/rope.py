@@ -126,7 +126,9 @@ def _parameters(scaling: Any) -> dict[str, Any]:
     if scaling is None:
         return {}
     if not isinstance(scaling, (Mapping, tuple)):
-        raise ArgumentError(f"argument `scaling` is a {type(scaling).__name__}; it must be a dict with a rope_type, or None")
+        raise ArgumentError(
+            f"argument `scaling` is a {type(scaling).__name__}; it must be a dict with a rope_type, or None"
+        )
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(scaling).items() if v is not None}
     old = found.pop("type", None)
     kind = found.setdefault("rope_type", "default" if old is None else old)
@@ -214,7 +216,9 @@ def _yarn(plain: np.ndarray, config: RopeConfig, _: int | None) -> np.ndarray:
 
     def pair_that_turns(turns: float) -> float:
         """In the old context, that many times."""
-        return dim * math.log(p["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        return (
+            dim * math.log(p["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        )
 
     low, high = pair_that_turns(p.get("beta_fast", 32)), pair_that_turns(p.get("beta_slow", 1))
     if p.get("truncate", True):
