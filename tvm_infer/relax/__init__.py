@@ -1,5 +1,6 @@
 """From a model in Relax to one whose attention reads a paged KV cache."""
 
+from .dispatch_kv_cache import CacheReport, DispatchKVCacheCreation
 from .kv_cache import PagedKVCache
 from .report import Location, Match, NotAttention, Reason, RewriteReport
 from .rewrite import RewritePagedAttention
@@ -7,6 +8,8 @@ from .torch_import import ImportedModel, export_hf, from_torch
 from .written import lift_cache
 
 __all__ = [
+    "CacheReport",
+    "DispatchKVCacheCreation",
     "ImportedModel",
     "Location",
     "Match",

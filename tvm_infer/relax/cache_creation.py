@@ -98,9 +98,14 @@ class CacheArguments:
             yield Unsupported("rope_mode", "INLINE", why, "use RopeMode.NORMAL: it gives the same attention")
         elif self.rope_mode not in (ROPE_NONE, ROPE_NORMAL):
             yield Unsupported("rope_mode", str(self.rope_mode), "there is no such mode", "use NONE or NORMAL")
+        longrope = "longrope changes the frequencies with the length of a sequence"
         if self.rope_ext_factors is not None:
-            why = "longrope changes the frequencies with the length of a sequence"
-            yield Unsupported("rope_ext_factors", "given", why, "keep TVM's cache for this model")
+            yield Unsupported("rope_ext_factors", "given", longrope, "keep TVM's cache for this model")
+        if self.rope_scaling.get("rope_type") == "longrope":
+            yield Unsupported("rope_scaling", repr(dict(self.rope_scaling)), longrope, "keep TVM's cache for this model")
+        if self.rope_mode != ROPE_NONE and not 0 < self.rotary_dim <= self.qk_head_dim:
+            why = f"a head has {self.qk_head_dim} elements"
+            yield Unsupported("rotary_dim", str(self.rotary_dim), why, "pass an even number of them")
 
 
 def _span(layers: list[int]) -> str:

@@ -5,7 +5,11 @@ A pass that emits a call and a test that expects one both build it here, so that
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache_creation import CacheArguments
 
 ATTENTION_WITH_KV_CACHE = "tvm_infer.attention_with_kv_cache"
 ATTENTION_WITH_KV_CACHE_FUSED_QKV = "tvm_infer.attention_with_kv_cache_fused_qkv"
@@ -13,6 +17,9 @@ KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
 KV_CACHE_SET_ROPE = "tvm_infer.kv_cache_set_rope"
 KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
 MATMUL = "tvm_infer.matmul"
+# Calls on the cache that TVM's own builtins take too; the names do not start with vm.builtin, so that RewriteCUDAGraph captures them
+MLC_PREFIX = "tvm_infer.mlc_"
+MLC_KV_CACHE_CREATE = "tvm_infer.mlc_kv_cache_create"
 
 
 def attention_with_kv_cache(
@@ -107,6 +114,40 @@ def kv_cache_query_positions(kv: Any, num_tokens: Any) -> Any:
     from tvm import relax
 
     return relax.call_pure_packed(KV_CACHE_QUERY_POSITIONS, kv, ty_args=relax.TensorType([num_tokens], "int64"))
+
+
+def mlc_kv_cache_create(arguments: CacheArguments, like: Any) -> Any:
+    """A cache for models written against TVM's builtins. like : any tensor of the cache's data type, on its device.
+
+    C++: mlc/library.cc: MLC's own order, with attn_kinds after the widths, and `like` last in place of the data type.
+    """
+    from tvm import relax
+    from tvm.ir import StringImm
+
+    a, value = arguments, relax.prim_value
+    sizes = [a.max_batch_size, a.max_total_seq_len, a.prefill_chunk_size, a.page_size, a.support_sliding_window]
+    return relax.call_pure_packed(
+        MLC_KV_CACHE_CREATE,
+        relax.ShapeExpr(sizes),
+        relax.ShapeExpr(list(a.layer_partition)),
+        value(a.num_hidden_layers),
+        value(a.num_attention_heads),
+        value(a.num_key_value_heads),
+        value(a.qk_head_dim),
+        value(a.v_head_dim),
+        relax.ShapeExpr([0] * a.num_hidden_layers),  # "mha", all that CacheArguments lets through
+        value(a.mla_original_qk_head_dim),
+        value(a.mla_original_v_head_dim),
+        value(a.rope_mode),
+        value(float(a.rope_scale)),
+        value(float(a.rope_theta)),
+        StringImm(json.dumps(dict(a.rope_scaling)) if a.rope_scaling else ""),
+        value(0),  # no extension factors
+        value(a.rotary_dim),
+        value(int(a.enable_disaggregation)),
+        like,
+        ty_args=relax.AnyType(),
+    )
 
 
 def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:

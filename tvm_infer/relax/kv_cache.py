@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from tvm import relax, tirx
 from tvm.relax.frontend import nn
 
 from tvm_infer.errors import ModelError
+from tvm_infer.rope import RopeConfig
 
 from . import extern_calls
 from .cache_creation import ROPE_NONE, CacheArguments
@@ -241,18 +241,15 @@ def is_absent(value: Any) -> bool:
     return isinstance(value, (tirx.IntImm, int)) and int(value) == 0
 
 
-def rope_of(arguments: CacheArguments) -> Any | None:
-    """The rotary positions of a creation call; None without. Raises ModelError for a scaling that RopeConfig does not know."""
+def rope_of(arguments: CacheArguments) -> RopeConfig | None:
+    """The rotary positions of a creation call; None without. Raises ArgumentError for a scaling that RopeConfig does not know."""
     if arguments.rope_mode == ROPE_NONE:
         return None
-    from tvm_infer.rope import RopeConfig
-
-    return RopeConfig.from_mlc(
-        arguments.qk_head_dim,
+    return RopeConfig(
+        arguments.rotary_dim,
         theta=arguments.rope_theta,
         scale=arguments.rope_scale,
-        scaling=arguments.rope_scaling,
-        rotary_dim=arguments.rotary_dim,
+        scaling=arguments.rope_scaling or None,
     )
 
 
@@ -284,7 +281,6 @@ def creation_call(arguments: CacheArguments) -> Any:
     )
     if rope is None:
         return cache
-    inv_freq = relax.const(np.asarray(rope.inv_freq(), np.float32))
     return extern_calls.kv_cache_set_rope(
-        builder.emit(cache), inv_freq, interleaved=rope.interleaved, magnitude=rope.magnitude
+        builder.emit(cache), relax.const(rope.inv_freq()), interleaved=rope.interleaved, magnitude=rope.magnitude()
     )
