@@ -170,7 +170,9 @@ def bench_attention(
 
 
 @bench.command("serve")
-@click.option("--model", default="tiny", show_default=True, help="tiny, smollm2 (real weights), llama-3-8b (random weights)")
+@click.option(
+    "--model", default="tiny", show_default=True, help="tiny, smollm2 (real weights), llama-3-8b (random weights)"
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", help="default: float32 on cpu, bfloat16 on cuda")
 @click.option(

@@ -68,9 +68,9 @@ class Generic:
         return kv
 
     @R.function
-    def decode(
-        qkv: R.Tensor((n, 8, 16), "float16"), kv_cache: R.Any, w: R.Tensor((16,), "float16")
-    ) -> R.Tuple(R.Tensor((n, 4, 16), "float16"), R.Any):
+    def decode(qkv: R.Tensor((n, 8, 16), "float16"), kv_cache: R.Any, w: R.Tensor((16,), "float16")) -> R.Tuple(
+        R.Tensor((n, 4, 16), "float16"), R.Any
+    ):
         R.func_attr({"num_input": 2})
         with R.dataflow():
             positions = R.call_pure_packed(
@@ -81,7 +81,8 @@ class Generic:
                 (kv_cache, R.prim_value(0), R.prim_value(0.25), qkv),
                 out_ty=R.Tensor((n, 4, 16), "float16"),
             )
-            y = R.multiply(o, w)
+            scaled = R.multiply(o, w)
+            y = R.multiply(scaled, R.reshape(R.astype(positions, "float16"), R.shape([n, 1, 1])))
             out = (y, kv_cache)
             R.output(out)
         return out
@@ -130,9 +131,9 @@ class Expected:
         return kv
 
     @R.function
-    def decode(
-        qkv: R.Tensor((n, 8, 16), "float16"), kv_cache: R.Any, w: R.Tensor((16,), "float16")
-    ) -> R.Tuple(R.Tensor((n, 4, 16), "float16"), R.Any):
+    def decode(qkv: R.Tensor((n, 8, 16), "float16"), kv_cache: R.Any, w: R.Tensor((16,), "float16")) -> R.Tuple(
+        R.Tensor((n, 4, 16), "float16"), R.Any
+    ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             positions = R.call_pure_packed(
@@ -143,7 +144,8 @@ class Expected:
                 (kv_cache, R.prim_value(0), R.prim_value(0.25), qkv),
                 out_ty=R.Tensor((n, 4, 16), "float16"),
             )
-            y = R.multiply(o, w)
+            scaled = R.multiply(o, w)
+            y = R.multiply(scaled, R.reshape(R.astype(positions, "float16"), R.shape([n, 1, 1])))
             out = (y, kv_cache)
             R.output(out)
         return out
@@ -180,7 +182,8 @@ def test_tvm_creation_gives_the_same_cache_as_mlcs():
     """TIRPagedKVCache and MLC's call of the same model end as one module, TVM's kernels gone."""
     target = tvm.target.Target(TARGET)
     tir, generic = (
-        DispatchKVCacheCreation(target)(export_llama(TINY, cache=kind, target=target).mod) for kind in ("tir", "generic")
+        DispatchKVCacheCreation(target)(export_llama(TINY, cache=kind, target=target).mod)
+        for kind in ("tir", "generic")
     )
     tvm.ir.assert_structural_equal(tir["create_paged_kv_cache"], generic["create_paged_kv_cache"], map_free_vars=True)
     names = [sorted(str(v.name_hint) for v, _ in mod.functions_items()) for mod in (tir, generic)]
@@ -238,7 +241,9 @@ def test_the_base_of_the_frequencies_is_read(theta):
 
 def test_rope_scaling_that_the_call_does_not_say_must_be_given():
     before = create_tir(rope_scaling=LLAMA3)
-    with pytest.raises(MatchError, match=r"fused_rope, rope_scaling = \{\}, rotary_dim = 16[\s\S]*pass the model's rope_scaling"):
+    with pytest.raises(
+        MatchError, match=r"fused_rope, rope_scaling = \{\}, rotary_dim = 16[\s\S]*pass the model's rope_scaling"
+    ):
         DispatchKVCacheCreation(TARGET)(before)
     dispatch = DispatchKVCacheCreation(TARGET, rope_scaling=LLAMA3)
     after = dispatch(before)
@@ -288,7 +293,7 @@ def test_mlc_arguments_are_refused_by_name():
     for old, new, message in (
         ('R.str("mha")', 'R.str("mla")', "attn_kind = 'mla'"),
         ('R.str("float16")', 'R.str("int8")', "dtype = 'int8'"),
-        ('R.str("{}")', "R.str('{\"rope_type\": \"su\"}')", "rope_scaling"),
+        ('R.str("{}")', 'R.str(\'{"rope_type": "su"}\')', "rope_scaling"),
     ):
         assert old in text
         before = tvm.script.from_source(text.replace(old, new))

@@ -47,7 +47,9 @@ def export(method, **inputs):
 
 
 def check(mod, expected):
-    mod, expected = (relax.transform.CanonicalizeBindings()(m) for m in (mod, expected))  # the frontend names outputs twice
+    mod, expected = (
+        relax.transform.CanonicalizeBindings()(m) for m in (mod, expected)
+    )  # the frontend names outputs twice
     tvm.ir.assert_structural_equal(mod, expected, map_free_vars=True)
 
 

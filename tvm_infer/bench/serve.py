@@ -30,10 +30,10 @@ MakeBackend = Callable[[str, ServeModel, CacheSizes, str], Any]
 class Options:
     """What to measure. serve_models.py, serve_backends.py and serve_workloads.py have the names.
 
-    dtype : None for the device's usual one. backends : the first that is measured is the one whose tokens the others' are compared with.
-    workload, prompt_lens, output_lens, samples, rate, requests : a workload, with lengths or samples of its own where they are given;
-        requests a second, and how many. decode_only, batch, kv, steps : full batches in its place.
-    max_batch, max_tokens, page_size : of the cache, whose pages are as many as the longest requests of a full batch need.
+    dtype : None for the device's usual one. backends : the first that is measured is the one whose tokens the others' are compared
+        with. workload, prompt_lens, output_lens, samples, rate, requests : a workload, with lengths or samples of its own where they
+        are given; requests a second, and how many. decode_only, batch, kv, steps : full batches in its place. max_batch, max_tokens,
+        page_size : of the cache, whose pages are as many as the longest requests of a full batch need.
     """
 
     model: str = "tiny"
@@ -62,7 +62,9 @@ class Options:
             named = f"names {unknown[0]!r}" if unknown else "is empty"
             raise ArgumentError(f"argument `--backends` {named}; it must be among {', '.join(BACKENDS)}")
         if not self.rate > 0:
-            raise ArgumentError(f"argument `--rate` is {self.rate}; it must be above 0 requests a second (inf: all at once)")
+            raise ArgumentError(
+                f"argument `--rate` is {self.rate}; it must be above 0 requests a second (inf: all at once)"
+            )
         for name in ("requests", "steps", "max_batch", "max_tokens", "page_size"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"

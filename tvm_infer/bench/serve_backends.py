@@ -20,6 +20,7 @@ from .serve_breakdown import CUDA_METHOD, VM_METHOD, Breakdown, VmTimer, cuda_ke
 from .serve_loop import Batch, CacheSizes
 from .serve_models import ServeModel
 
+_TVM_PAGE_SIZE = 16  # in its kernels, whatever the cache is created with
 BACKENDS = ("tvm_infer", "tvm-tir", "flashinfer")
 
 
@@ -124,6 +125,8 @@ class TvmCache(ServedModel):
 
     def __init__(self, model: ServeModel, sizes: CacheSizes, device: str, kernels: str) -> None:
         super().__init__(model, sizes, device)
+        if sizes.page_size != _TVM_PAGE_SIZE:
+            raise Skipped(f"TVM's cache has pages of {_TVM_PAGE_SIZE} tokens, not {sizes.page_size}: see --page-size")
         if kernels == "flashinfer":
             _require_flashinfer(device)
         import tvm
@@ -142,7 +145,7 @@ class TvmCache(ServedModel):
         }
         total = sizes.num_pages * sizes.page_size
         arguments = (sizes.max_batch, total, sizes.max_tokens, sizes.page_size, 0)
-        self.cache = self.vm["create_paged_kv_cache"](*(self._shape([n]) for n in arguments))
+        self.cache = self.vm["create_paged_kv_cache"](*(self._shape((n,)) for n in arguments))
 
     def add(self, seq: int) -> None:
         self._state["add_sequence"](self.cache, seq)
@@ -164,9 +167,9 @@ class TvmCache(ServedModel):
 
     def _call(self, batch: Batch, run: Callable[[Any], Any]) -> list[int]:
         """One forward pass: `run` takes the embedded tokens [num_tokens, hidden] and returns logits."""
-        lengths = [len(tokens) for _, tokens in batch]
+        lengths = tuple(len(tokens) for _, tokens in batch)
         ids = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in batch])
-        self._state["begin_forward"](self.cache, self._shape([seq for seq, _ in batch]), self._shape(lengths))
+        self._state["begin_forward"](self.cache, self._shape(tuple(seq for seq, _ in batch)), self._shape(lengths))
         embedded = self._functions["embed"](self._tensor(ids, self._device), *self._weights)
         logits = run(embedded)[0]
         self._state["end_forward"](self.cache)
@@ -184,9 +187,7 @@ class TvmCache(ServedModel):
 
         def run(embedded: Any) -> Any:
             rows = embedded._create_view((1, int(last[-1]) + 1, self.model.config.hidden_size))
-            return self._functions["batch_prefill"](
-                rows, self._tensor(last, self._device), self.cache, *self._weights
-            )
+            return self._functions["batch_prefill"](rows, self._tensor(last, self._device), self.cache, *self._weights)
 
         return self._call(batch, run)
 

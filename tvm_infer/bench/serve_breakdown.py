@@ -15,7 +15,17 @@ from ..errors import ExecutorError
 
 PARTS = ("attention", "gemm", "other")
 # Of ours, TVM's TIR cache and FlashInfer: attention with its append, rotation, plan and merge kernels as far as they are kernels apart
-_ATTENTION = ("attention", "batch_decode", "batch_prefill", "batchdecode", "batchprefill", "merge_state", "kv_cache", "append", "rope")
+_ATTENTION = (
+    "attention",
+    "batch_decode",
+    "batch_prefill",
+    "batchdecode",
+    "batchprefill",
+    "merge_state",
+    "kv_cache",
+    "append",
+    "rope",
+)
 _GEMM = ("matmul", "gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")
 
 
@@ -51,7 +61,9 @@ def sums(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
     return found
 
 
-def of_step(step: Callable[[], object], measure: Callable[[Callable[[], object]], list[tuple[str, float]]], method: str) -> Breakdown:
+def of_step(
+    step: Callable[[], object], measure: Callable[[Callable[[], object]], list[tuple[str, float]]], method: str
+) -> Breakdown:
     """The breakdown of `step`: the faster of two plain runs, and the kernels of a third that `measure` runs."""
     plain = []
     for _ in range(2):

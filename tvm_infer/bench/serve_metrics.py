@@ -37,7 +37,9 @@ def summarize(run: ServeRun) -> dict[str, Any]:
     typical = None
     if pure:
         batch = max(1, round(float(np.median([step.decoding for step in pure]))))
-        keys = max(1, round(float(np.median([step.keys / (step.decoding + bool(step.prompt_tokens)) for step in pure]))))
+        keys = max(
+            1, round(float(np.median([step.keys / (step.decoding + bool(step.prompt_tokens)) for step in pure])))
+        )
         typical = {"batch": batch, "keys": keys}
     return {
         "ttft_ms": quantiles(ttft),

@@ -32,7 +32,7 @@ _DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
 
 @dataclass(frozen=True)
 class ServeModel:
-    """name; config : sizes; dtype; weights : under the names of `models.mlc_llama`, on the device; origin : of the weights, in words."""
+    """config : sizes; weights : on the device, named as in `models.mlc_llama`; origin : of the weights, in words."""
 
     name: str
     config: LlamaConfig
@@ -85,7 +85,7 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise MissingDependencyError(
-            'argument `--device` is "cuda", which needs torch to make weights and read logits: pip install \'tvm_infer[torch]\''
+            "argument `--device` is \"cuda\", which needs torch to make weights and read logits: pip install 'tvm_infer[torch]'"
         ) from error
     return torch
 

@@ -17,8 +17,8 @@ def title(results: dict[str, Any]) -> str:
     where = results.get("device_name") or f"cpu ({results['isa']}, {results['threads']} threads)"
     heads = f"{model['num_qo_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}"
     return (
-        f"{model['name']}, {model['dtype']}, {model['parameters'] / 1e6:.1f} M parameters ({model['weights']}): {model['num_layers']} layers, "
-        f"hidden {model['hidden_size']}, {heads}; on {where}\n{results['asked']}\n"
+        f"{model['name']}, {model['dtype']}, {model['parameters'] / 1e6:.1f} M parameters ({model['weights']}): "
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, {heads}; on {where}\n{results['asked']}\n"
         f"cache: {cache['num_pages']} pages of {cache['page_size']} tokens, at most {cache['max_batch']} sequences and "
         f"{cache['max_tokens']} tokens a step; seed {results['seed']}"
     )
@@ -70,7 +70,9 @@ def notes(results: dict[str, Any]) -> list[str]:
             lines.append(f"no breakdown: {row['backend']}{where}: {row['breakdown']['skipped']}")
         if row.get("same_tokens") is not None:
             same, of = row["same_tokens"], row["compared_tokens"]
-            lines.append(f"{row['backend']}{where}: {same} of {of} tokens as {results['rows'][0]['backend']} chose them")
+            lines.append(
+                f"{row['backend']}{where}: {same} of {of} tokens as {results['rows'][0]['backend']} chose them"
+            )
     return lines
 
 

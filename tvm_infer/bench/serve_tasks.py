@@ -19,12 +19,23 @@ Tokens = Sequence[Sequence[int]]  # of each text
 
 
 class Task(Protocol):
-    """mode : "serve" or "decode"; sizes : of the cache that it needs; longest : tokens of its longest text; method : in words."""
+    """What to measure."""
 
-    mode: str
-    sizes: CacheSizes
-    longest: int
-    method: tuple[str, ...]
+    @property
+    def mode(self) -> str:
+        """ "serve" or "decode"."""
+
+    @property
+    def sizes(self) -> CacheSizes:
+        """Of the cache that it needs."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+
+    @property
+    def method(self) -> tuple[str, ...]:
+        """How figures come about, in words."""
 
     def rows(self, backend: Any, clock: Callable[[], Clock], first_seq: int) -> Iterator[tuple[dict[str, Any], Tokens]]:
         """Figures, and the tokens that the backend chose; sequences are numbered from `first_seq`."""

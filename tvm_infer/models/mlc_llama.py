@@ -128,7 +128,9 @@ class LlamaForCausalLM(nn.Module):
     """The model. `rotary`: q and k are rotated by the "cache" (MLC's way, fused with the append), or by the "model"'s own operators,
     which needs a cache of ours."""
 
-    def __init__(self, config: LlamaConfig, *, cache: Cache = "tvm_infer", target: Any = None, rotary: Rotary = "cache"):
+    def __init__(
+        self, config: LlamaConfig, *, cache: Cache = "tvm_infer", target: Any = None, rotary: Rotary = "cache"
+    ):
         super().__init__()
         if rotary == "model" and cache != "tvm_infer":
             raise errors.ArgumentError(
@@ -164,10 +166,8 @@ class LlamaForCausalLM(nn.Module):
 
     def _logits(self, x: nn.Tensor) -> nn.Tensor:
         x = self.model.norm(x)
-        if self.config.tie_word_embeddings:
-            logits = op.matmul(x, op.permute_dims(self.model.embed_tokens.weight))
-        else:
-            logits = self.lm_head(x)
+        tied = self.config.tie_word_embeddings
+        logits = op.matmul(x, op.permute_dims(self.model.embed_tokens.weight)) if tied else self.lm_head(x)
         return logits.astype("float32")
 
     def embed(self, input_ids: nn.Tensor) -> nn.Tensor:
@@ -221,7 +221,21 @@ class LlamaForCausalLM(nn.Module):
         make = {"tir": tvm_cache.TIRPagedKVCache, "flashinfer": tvm_cache.FlashInferPagedKVCache}[self.cache]
         partition, none = relax.ShapeExpr([0, c.num_layers]), relax.prim_value(0)
         cache = make(
-            "mha", *sizes, partition, *heads, 0, 0, mode, 1, int(c.rope_theta), {}, none, c.head_dim, False, self.dtype, self.target
+            "mha",
+            *sizes,
+            partition,
+            *heads,
+            0,
+            0,
+            mode,
+            1,
+            int(c.rope_theta),
+            {},
+            none,
+            c.head_dim,
+            False,
+            self.dtype,
+            self.target,
         )
         self.extern_mods = list(cache.extern_mods)
         return cache
@@ -326,7 +340,7 @@ def export_llama(
 
 
 def fuse_weights(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under this model's names from those under Hugging Face's (`models.LanguageModel.weights`): q, k, v and gate, up stacked."""
+    """Weights under this model's names from Hugging Face's (those of a `models.LanguageModel`): q, k, v and gate, up stacked."""
     fused = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight")}
     if not config.tie_word_embeddings:
         fused["lm_head.weight"] = weights["lm_head.weight"]

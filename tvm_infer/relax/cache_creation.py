@@ -65,7 +65,9 @@ class CacheArguments:
             layers = [i for i, k in enumerate(self.attn_kind) if k == kind]
             what = "multi-head latent attention" if kind == "mla" else "sliding-window attention"
             fix = "keep TVM's cache for this model"
-            yield Unsupported("attn_kind", repr(kind), f"layers {_span(layers)} use {what}, which has no kernel here", fix)
+            yield Unsupported(
+                "attn_kind", repr(kind), f"layers {_span(layers)} use {what}, which has no kernel here", fix
+            )
         window = static_int(self.support_sliding_window)
         if window not in (0, None):
             why = "sequences with a sliding window are not supported"
@@ -102,11 +104,15 @@ class CacheArguments:
         if self.rope_ext_factors is not None:
             yield Unsupported("rope_ext_factors", "given", longrope, "keep TVM's cache for this model")
         if self.rope_scaling.get("rope_type") == "longrope":
-            yield Unsupported("rope_scaling", repr(dict(self.rope_scaling)), longrope, "keep TVM's cache for this model")
+            yield Unsupported(
+                "rope_scaling", repr(dict(self.rope_scaling)), longrope, "keep TVM's cache for this model"
+            )
         if self.rope_mode != ROPE_NONE and not 0 < self.rotary_dim <= self.qk_head_dim:
             why = f"a head has {self.qk_head_dim} elements"
             yield Unsupported("rotary_dim", str(self.rotary_dim), why, "pass an even number of them")
 
 
 def _span(layers: list[int]) -> str:
-    return f"{layers[0]} to {layers[-1]}" if layers[-1] - layers[0] + 1 == len(layers) > 1 else ", ".join(map(str, layers))
+    return (
+        f"{layers[0]} to {layers[-1]}" if layers[-1] - layers[0] + 1 == len(layers) > 1 else ", ".join(map(str, layers))
+    )

@@ -25,7 +25,8 @@ GENERIC = "mlc.create_paged_kv_cache_generic"
 BUILTIN = "vm.builtin.paged_attention_kv_cache_create"
 _CALLS = "vm.builtin.attention_kv_cache_"
 _KINDS = {0: "mha", 1: "mla", 2: "linear", 3: "mha_sliding"}  # tvm.relax.frontend.nn.llm.kv_cache.AttnKind
-# where TVM's creation call has the kernel that splits and rotates q, k and v: sixth from the end with FlashInfer and TIR alike
+# Where TVM's creation call has the kernel that splits and rotates q, k and v, with FlashInfer and TIR alike. After it: copy a page, debug,
+# compact.
 _SPLIT_ROTARY = -4
 _RENAMED = frozenset(
     (
@@ -51,8 +52,8 @@ class Creation:
 class CacheReport:
     """What one run of DispatchKVCacheCreation did.
 
-    creations : rewritten. renamed : attention calls by location, with their new names. lifted : functions whose cache parameter now stands
-    after their inputs. refused : arguments and calls that cannot be served, each with the reason.
+    creations : rewritten. renamed : attention calls by location, with their new names. lifted : functions whose cache parameter now
+        stands after their inputs. refused : arguments and calls that cannot be served, each with the reason.
     """
 
     creations: list[Creation] = field(default_factory=list)
@@ -61,7 +62,9 @@ class CacheReport:
     refused: list[Reason] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.creations)} cache creation(s), {len(self.renamed)} attention call(s), {len(self.refused)} refused"]
+        lines = [
+            f"{len(self.creations)} cache creation(s), {len(self.renamed)} attention call(s), {len(self.refused)} refused"
+        ]
         for creation in self.creations:
             a = creation.arguments
             rope = "no rope" if a.rope_mode == ROPE_NONE else f"rope theta {a.rope_theta:g}"
@@ -86,20 +89,21 @@ class _Refused(Exception):
 class DispatchKVCacheCreation:
     """Put our cache in the place of TVM's or MLC's, in a module that was written for theirs.
 
-    Creations (MLC's `mlc.create_paged_kv_cache_generic`; TVM's `vm.builtin.paged_attention_kv_cache_create`, which `TIRPagedKVCache` and
-    `FlashInferPagedKVCache` emit) become `tvm_infer.mlc_kv_cache_create`: an object that TVM's `vm.builtin.kv_state_*` take as they take
-    their own. Calls of `vm.builtin.attention_kv_cache_*` get names of ours, because RewriteCUDAGraph leaves out every call whose name
-    starts with `vm.builtin`; and the cache parameter moves behind the inputs (attribute `num_input` one less), so that it counts as fixed.
-    TVM's kernels, which nothing calls any more, are removed. Load `tvm_infer.runtime.mlc_library` before the module runs.
+    Creations (MLC's `mlc.create_paged_kv_cache_generic`; TVM's `vm.builtin.paged_attention_kv_cache_create`, which `TIRPagedKVCache`
+    and `FlashInferPagedKVCache` emit) become `tvm_infer.mlc_kv_cache_create`: an object that TVM's `vm.builtin.kv_state_*` take as
+    they take their own. Calls of `vm.builtin.attention_kv_cache_*` get names of ours, because RewriteCUDAGraph leaves out every call
+    whose name starts with `vm.builtin`; and the cache parameter moves behind the inputs (attribute `num_input` one less), so that it
+    counts as fixed. TVM's kernels, which nothing calls any more, are removed. Load `tvm_infer.runtime.mlc_library` before the module
+    runs.
 
-    TVM's creation call does not say the rotary scaling: it is inside the kernel that the call names. The pass makes that kernel again from
-    `rope_scaling` and `rotary_dim` and compares: what differs is refused.
+    TVM's creation call does not say the rotary scaling: it is inside the kernel that the call names. The pass makes that kernel again
+    from `rope_scaling` and `rotary_dim` and compares: what differs is refused.
 
     Parameters
     ----------
-    target : what the module is compiled for; kinds llvm and cuda. rope_scaling, rotary_dim : of models whose cache TVM's call creates;
-        default: no scaling, whole heads. on_unsupported : "error" raises MatchError with all reasons; "keep" leaves a module with anything
-        unsupported as it is, and reports it.
+    target : what the module is compiled for; kinds llvm and cuda. rope_scaling, rotary_dim : of models whose cache TVM's call
+        creates; default: no scaling, whole heads. on_unsupported : "error" raises MatchError with all reasons; "keep" leaves a module
+        with anything unsupported as it is, and reports it.
 
     Attributes
     ----------
@@ -138,7 +142,9 @@ class DispatchKVCacheCreation:
         if self.report.refused:
             if self.on_unsupported == "error":
                 reasons = "\n".join(f"  {reason}" for reason in self.report.refused)
-                raise MatchError(f"{len(self.report.refused)} argument(s) or call(s) of a KV cache are not supported:\n{reasons}")
+                raise MatchError(
+                    f"{len(self.report.refused)} argument(s) or call(s) of a KV cache are not supported:\n{reasons}"
+                )
             return mod
         unused = self._kernels - _named_in(updated)
         kept = {var: func for var, func in updated.functions_items() if var not in unused}
@@ -166,7 +172,9 @@ class DispatchKVCacheCreation:
             self.report.lifted.append(name)
         return lifted
 
-    def _replacement(self, mod: tvm.IRModule, name: str, binding: Any, bindings: list[Any], dataflow: bool) -> Any | None:
+    def _replacement(
+        self, mod: tvm.IRModule, name: str, binding: Any, bindings: list[Any], dataflow: bool
+    ) -> Any | None:
         """What the binding's value becomes, None if it stays; a tensor that it needs is bound before it."""
         callee = packed_callee(binding.value)
         location = Location(name, str(getattr(binding.var, "name", "")), callee)
@@ -213,26 +221,27 @@ class DispatchKVCacheCreation:
     def _builtin(self, mod: tvm.IRModule, given: list[Any]) -> CacheArguments:
         """The arguments of TVM's creation call: 28, or 29 with a kernel for latent attention's pages."""
         if len(given) not in (28, 29):
-            raise _Refused(f"{len(given)} arguments", "TVM 0.27 creates its cache with 28 or 29", "compile with TVM 0.27")
-        sizes, kinds = list(given[0].values), tuple(_KINDS.get(int(k), str(k)) for k in given[6].values)
-        head_dim = int(scalar(given[4]))
+            raise _Refused(
+                f"{len(given)} arguments", "TVM 0.27 creates its cache with 28 or 29", "compile with TVM 0.27"
+            )
+        kinds, head_dim = tuple(_KINDS.get(int(k), str(k)) for k in given[6].values), int(scalar(given[4]))
         arguments = CacheArguments(
-            kinds,
-            *sizes[:5],
-            tuple(given[1].values),
-            len(kinds),
-            int(scalar(given[2])),
-            int(scalar(given[3])),
-            head_dim,
-            int(scalar(given[5])),
-            int(scalar(given[8])),
-            float(scalar(given[9])),
-            float(scalar(given[10])),
-            str(given[12].ty.dtype),
-            head_dim if self.rotary_dim is None else self.rotary_dim,
-            self.rope_scaling,
-            None if is_absent(given[11]) else given[11],
-            bool(scalar(given[7])),
+            attn_kind=kinds,
+            **_sizes(given[0]),
+            layer_partition=tuple(given[1].values),
+            num_hidden_layers=len(kinds),
+            num_attention_heads=int(scalar(given[2])),
+            num_key_value_heads=int(scalar(given[3])),
+            qk_head_dim=head_dim,
+            v_head_dim=int(scalar(given[5])),
+            enable_disaggregation=bool(scalar(given[7])),
+            rope_mode=int(scalar(given[8])),
+            rope_scale=float(scalar(given[9])),
+            rope_theta=float(scalar(given[10])),
+            rope_ext_factors=None if is_absent(given[11]) else given[11],
+            dtype=str(given[12].ty.dtype),
+            rotary_dim=head_dim if self.rotary_dim is None else self.rotary_dim,
+            rope_scaling=self.rope_scaling,
         )
         if arguments.rope_mode != ROPE_NONE and not arguments.unsupported():
             self._check_rotary_kernel(mod, given[_SPLIT_ROTARY], arguments)
@@ -271,25 +280,37 @@ def _same_body(a: Any, b: Any) -> bool:
 def _generic(given: list[Any]) -> CacheArguments:
     """The 18 arguments of MLC's creation call."""
     if len(given) != 18:
-        raise _Refused(f"{len(given)} arguments", "MLC creates its cache with 18", "compile with an MLC of TVM 0.27's time")
+        raise _Refused(
+            f"{len(given)} arguments", "MLC creates its cache with 18", "compile with an MLC of TVM 0.27's time"
+        )
     kinds, num_layers = given[0], int(scalar(given[3]))
+    single = not isinstance(kinds, relax.Tuple)
     return CacheArguments(
-        tuple(str(k.value) for k in kinds.fields) if isinstance(kinds, relax.Tuple) else (str(kinds.value),) * num_layers,
-        *given[1].values[:5],
-        tuple(given[2].values),
-        num_layers,
-        *(int(scalar(given[i])) for i in (4, 5, 6, 7)),
-        int(scalar(given[10])),
-        float(scalar(given[11])),
-        float(scalar(given[12])),
-        str(given[17].value),
-        int(scalar(given[15])),
-        json.loads(given[13].value) if isinstance(given[13], StringImm) else {},
-        None if is_absent(given[14]) else given[14],
-        bool(scalar(given[16])),
-        int(scalar(given[8])),
-        int(scalar(given[9])),
+        attn_kind=(str(kinds.value),) * num_layers if single else tuple(str(k.value) for k in kinds.fields),
+        **_sizes(given[1]),
+        layer_partition=tuple(given[2].values),
+        num_hidden_layers=num_layers,
+        num_attention_heads=int(scalar(given[4])),
+        num_key_value_heads=int(scalar(given[5])),
+        qk_head_dim=int(scalar(given[6])),
+        v_head_dim=int(scalar(given[7])),
+        mla_original_qk_head_dim=int(scalar(given[8])),
+        mla_original_v_head_dim=int(scalar(given[9])),
+        rope_mode=int(scalar(given[10])),
+        rope_scale=float(scalar(given[11])),
+        rope_theta=float(scalar(given[12])),
+        rope_scaling=json.loads(given[13].value) if isinstance(given[13], StringImm) else {},
+        rope_ext_factors=None if is_absent(given[14]) else given[14],
+        rotary_dim=int(scalar(given[15])),
+        enable_disaggregation=bool(scalar(given[16])),
+        dtype=str(given[17].value),
     )
+
+
+def _sizes(shape: Any) -> dict[str, Any]:
+    """The five sizes with which both calls begin; TVM's goes on with a window that only sliding layers have."""
+    names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
+    return dict(zip(names, shape.values, strict=False))
 
 
 def _globals_of(value: Any) -> set[Any]:

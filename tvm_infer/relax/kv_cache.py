@@ -21,9 +21,9 @@ class PagedKVCache(nn.Object):
     """The paged KV cache as a model sees it; stands for a `runtime.PagedKVCache` that is passed in when the model runs.
 
     Constructor and methods take what those of TVM's classes take (`tvm.relax.frontend.nn.llm.kv_cache`), so that a model changes its
-    import alone. Constructed in a method (`create_paged_kv_cache`), it becomes the call that makes the cache; a parameter of this type
-    (`nn.spec.Object(object_type=PagedKVCache)`) is the cache itself. `relax.lift_cache` puts that parameter among those that a CUDA graph
-    takes for fixed.
+    import alone. Constructed in a method (`create_paged_kv_cache`), it becomes the call that makes the cache; a parameter of this
+    type (`nn.spec.Object(object_type=PagedKVCache)`) is the cache itself. `relax.lift_cache` puts that parameter among those that a
+    CUDA graph takes for fixed.
 
     What TVM's class has and this one refuses with a ModelError: attention in two parts (`self_attention`, `cross_attention`,
     `merge_attn_output_inplace`), layers that share another's keys (`attention_with_shared_kv`), latent attention (`append_mla_kv`).
@@ -32,12 +32,13 @@ class PagedKVCache(nn.Object):
 
     Parameters
     ----------
-    attn_kind : "mha" for all layers, or a list with an entry for each. max_batch_size, max_total_seq_len, prefill_chunk_size, page_size :
-        sizes that may be symbolic: sequences in a step, tokens of all sequences, new tokens of a step, tokens of a page.
-    support_sliding_window : 0. layer_partition : [0, num_hidden_layers]. num_hidden_layers, num_attention_heads, num_key_value_heads,
-        qk_head_dim, v_head_dim : of the model. rope_mode, rope_scale, rope_theta, rope_scaling, rotary_dim : rotary positions, which the
-        cache applies to q and k of fused calls. dtype : of the pages. mla_*, rope_ext_factors, enable_disaggregation : none of them.
-    target : not needed: the cache is made on the device of the machine that runs the model. Taken so that TVM's call fits.
+    attn_kind : "mha" for all layers, or a list with an entry for each. max_batch_size, max_total_seq_len, prefill_chunk_size,
+        page_size : sizes that may be symbolic: sequences in a step, tokens of all sequences, new tokens of a step, tokens of a page.
+        support_sliding_window : 0. layer_partition : [0, num_hidden_layers]. num_hidden_layers, num_attention_heads,
+        num_key_value_heads, qk_head_dim, v_head_dim : of the model. rope_mode, rope_scale, rope_theta, rope_scaling, rotary_dim :
+        rotary positions, which the cache applies to q and k of fused calls. dtype : of the pages. mla_*, rope_ext_factors,
+        enable_disaggregation : none of them. target : not needed: the cache is made on the device of the machine that runs the model.
+        Taken so that TVM's call fits.
 
     Raises
     ------

@@ -60,13 +60,13 @@ def written_attentions(name: str, func: Any) -> list[Match]:
         if num_qo_heads is None or head_dim is None or heads is None:
             raise ModelError(f"{name}/{binding.var.name}: heads and head_dim must be numbers, not {binding.var.ty}")
         num_kv_heads = heads if callee == _CALLS[0] else (heads - num_qo_heads) // 2
-        spec = AttentionSpec(
-            num_qo_heads, num_kv_heads, head_dim, dtype_of(binding.var), bool(causal), float(sm_scale)
-        )
+        spec = AttentionSpec(num_qo_heads, num_kv_heads, head_dim, dtype_of(binding.var), bool(causal), float(sm_scale))
         found.append(Match(int(layer), spec, "PagedKVCache", Location(name, str(binding.var.name), callee)))
     layers = [match.layer for match in found]
     if layers != list(range(len(layers))):
-        raise ModelError(f"function {name!r} has its attentions at the layers {layers}; they must be 0, 1, … in this order")
+        raise ModelError(
+            f"function {name!r} has its attentions at the layers {layers}; they must be 0, 1, … in this order"
+        )
     return found
 
 
