@@ -25,8 +25,7 @@ GENERIC = "mlc.create_paged_kv_cache_generic"
 BUILTIN = "vm.builtin.paged_attention_kv_cache_create"
 _CALLS = "vm.builtin.attention_kv_cache_"
 _KINDS = {0: "mha", 1: "mla", 2: "linear", 3: "mha_sliding"}  # tvm.relax.frontend.nn.llm.kv_cache.AttnKind
-# Where TVM's creation call has the kernel that splits and rotates q, k and v, with FlashInfer and TIR alike. After it: copy a page, debug,
-# compact.
+# Where the call has the kernel that splits and rotates q, k and v; after it come those that copy a page, show pages, compact
 _SPLIT_ROTARY = -4
 _RENAMED = frozenset(
     (
