@@ -242,7 +242,7 @@ def test_within_a_step(cache, name):
         ({"dtype": "int8"}, errors.DTypeError, ["'int8'", "bfloat16"]),
         ({"dtype": "float64"}, errors.DTypeError, ["'float64'"]),
         ({"device": "cuda"}, errors.ExecutorError, ["`device`", "cpu"]),
-        ({"device": "abacus"}, errors.ArgumentError, ["'abacus'"]),
+        ({"device": "abacus"}, errors.ExecutorError, ["'abacus'"]),
         ({"num_layers": 1.0}, errors.DTypeError, ["`num_layers` is 1.0"]),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
