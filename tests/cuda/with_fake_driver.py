@@ -784,6 +784,45 @@ def test_cache_copies_shared_pages_in_one_launch(driver):
     assert launch["name"] == "copy_pages" and launch["grid"] == "4,1,1"  # two copies in two layers
 
 
+def test_cache_rotates_in_the_launch_that_appends(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    driver.clear()
+    rope = tvm_infer.RopeConfig(64, 500.0)
+    cache.set_rope(rope)
+    assert driver.calls("cuMemAlloc") == [str(DIM // 2 * 4), str(40 * HQ * DIM * 2)]  # frequencies, rotated queries
+    assert driver.calls("cuMemcpyHtoDAsync") == ["128"]
+    cache.add_sequence(5)
+    cache.begin_step([5], [3], num_rows=4)
+    driver.clear()
+    qkv, out = tensor((4, HQ + 2 * HKV, DIM), device=(CUDA, 1)), rows(4, HQ)
+    cache.attention_fused_qkv(1, qkv, out=out)
+    assert [launch["name"] for launch in driver.launches()] == ["rope_append_bf16", "attention_bf16_h128_p16"]
+    p, attention = driver.rope_append_params(RopeParams), driver.params(Params)
+    row, at = (HQ + 2 * HKV) * DIM, addresses[id(qkv)]
+    assert (p.q, p.k, p.v) == (at, at + HQ * DIM * 2, at + (HQ + HKV) * DIM * 2)
+    assert list(p.q_strides) == [row, DIM, HQ * DIM, DIM] and list(p.kv_strides) == [row, DIM] * 2
+    assert p.q_out == attention.q and p.o == attention.o == addresses[id(out)]
+    assert (p.plan, p.kv_page_indptr, p.kv_page_indices) == (
+        attention.plan,
+        attention.kv_indptr,
+        attention.kv_page_indices,
+    )
+    assert list(p.expected[:5]) == [HKV, HQ // HKV, 4, attention.max_partial_rows, 4] and p.expected[5] != 0
+    assert (p.rotary_dim, p.is_interleaved, p.magnitude, p.max_tokens, p.num_qo_heads) == (64, 0, 1.0, 4, HQ)
+    np.testing.assert_array_equal(words(p.inv_freq, 32).view(np.float32), rope.inv_freq())
+    before = p.q_out
+    cache.attention_fused_qkv(0, qkv, out=out)
+    assert driver.rope_append_params(RopeParams).q_out == before
+    driver.clear()
+    with pytest.raises(errors.ArgumentError, match="`qkv` begins 2 bytes"):
+        cache.attention_fused_qkv(0, tensor((4, HQ + 2 * HKV, DIM), device=(CUDA, 1), offset=2), out=out)
+    assert driver.launches() == []
+    cache.cancel_forward()
+    cache.clear()
+    with pytest.raises(errors.ExecutorError, match="a rotary_dim of 20"):
+        cache.set_rope(tvm_infer.RopeConfig(20))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words_"),
     [
