@@ -1,4 +1,4 @@
-// What an exported model (tvm_infer/aot.py) carries inside its library beside code: its manifest, kernels and BLAS. The library of the
+// What an exported model (tvm_infer/runtime/linker.py) carries inside its library beside code: its manifest, kernels and BLAS. The library of the
 // package and the static object have the empty table of embedded.cc, a weak symbol that the exported model's own takes the place of.
 #pragma once
 
@@ -26,6 +26,9 @@ struct EmbeddedTable {
   const EmbeddedCubin* cubins;
   size_t num_cubins;
 };
+
+// runtime/linker.py writes them as 8-byte words.
+static_assert(sizeof(EmbeddedCubin) == 4 * 8 && sizeof(EmbeddedTable) == 7 * 8);
 
 }  // namespace tvm_infer
 
