@@ -100,8 +100,10 @@ const Blas& GetBlas() {
     blas = g_blas.load(std::memory_order_acquire);
   }
   if (blas == nullptr) {
-    TVM_INFER_THROW(MissingDependencyError) << "matmul needs a BLAS library and none is set. Install one with "
-                                            << "`pip install 'tvm_infer[blas]'` and call tvm_infer.set_blas()";
+    TVM_INFER_THROW(MissingDependencyError)
+        << "matmul needs a BLAS library and none is set. Install one with "
+        << "`pip install 'tvm_infer[blas]'` and call tvm_infer.set_blas(); outside Python call an exported "
+        << "model's tvm_infer_set_blas(path, prefix), or export it with its BLAS";
   }
   return *blas;
 }
