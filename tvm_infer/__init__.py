@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .ops import append, append_attention, attention, merge, ragged_attention
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
-    from .runtime import PagedKVCache
+    from .runtime import PagedKVCache, load
     from .schedule import Plan
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "cuda_tile_table",
     "errors",
     "jit",
+    "load",
     "matmul",
     "merge",
     "plan",
@@ -52,6 +53,7 @@ _LAZY = {
     "compile": "compiler",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
+    "load": "runtime",
     "matmul": "blas",
     "merge": "ops",
     "plan": "planning",

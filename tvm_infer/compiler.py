@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, _ffi, cache_dir, errors
 from .models import LanguageModel, Tokenizer, load_gguf
+from .runtime import library
 from .runtime.executable import Executable, Manifest
 
 DEFAULT_MAX_TOKENS = 512
@@ -244,8 +245,10 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
     _check_entry(options.function, inputs, specs)
     progress("compiling kernels", 0.6)
     executable = pipeline.lower(mod, tvm.target.Target(json.loads(options.target)))
-    executable.export_library(str(folder / "model.so"))
-    (folder / "report.txt").write_text(str(reports))
+    objects = folder / library.OBJECTS  # kept: Executable.export_library links them anew
+    objects.mkdir()
+    executable.export_library(str(folder / library.LIBRARY), workspace_dir=str(objects))
+    (folder / library.REPORT).write_text(str(reports))
     Manifest(
         abi_version=int(_ffi.func("abi_version")()),
         target=options.target,

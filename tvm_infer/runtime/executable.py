@@ -6,16 +6,16 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _ffi, blas
+from .. import _ffi
 from ..errors import AbiError, ArgumentError, ModelError
 from ..spec import AttentionSpec
+from . import library, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .sampling import Sampler
@@ -23,7 +23,6 @@ from .sampling import Sampler
 if TYPE_CHECKING:
     from ..models import Tokenizer
 
-_LIBRARY, _MANIFEST, _REPORT = "model.so", "manifest.json", "report.txt"
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 
@@ -47,16 +46,21 @@ class Manifest:
 
     def save(self, folder: pathlib.Path) -> None:
         """Write into `folder`."""
-        (folder / _MANIFEST).write_text(json.dumps(asdict(self), indent=1))
+        (folder / library.MANIFEST).write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> Manifest:
         """Read from `folder`. AbiError if it was compiled against another version of the packed functions."""
-        fields = json.loads((folder / _MANIFEST).read_text())
+        return cls.parse(json.loads((folder / library.MANIFEST).read_text()), folder)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], where: os.PathLike[str] | str) -> Manifest:
+        """From JSON's fields. AbiError, naming `where` they are from, if it was compiled against another version."""
+        fields = dict(fields)
         have = int(_ffi.func("abi_version")())
         if fields["abi_version"] != have:
             raise AbiError(
-                f"the model in {folder} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
+                f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
                 f"{have}: compile it again"
             )
         fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
@@ -88,17 +92,17 @@ class Executable:
         from_cache: bool = False,
     ) -> None:
         _ffi.library()
-        blas.ensure_blas()
         import tvm
-        from tvm import relax
+        from tvm.runtime.vm import VirtualMachine  # `tvm.relax` is the compiler's
 
-        self.manifest = Manifest.load(folder)
-        self.report = (folder / _REPORT).read_text()
+        self._compiled = library.read(folder)
+        self.manifest = Manifest.parse(self._compiled.manifest, folder)
+        self.report = self._compiled.report
         self.from_cache = from_cache
         self.tokenizer = tokenizer
         self.max_position = max_position
         self._tensor = tvm.runtime.tensor
-        self._library_path = folder / _LIBRARY
+        self._library_path = self._compiled.library
         self._number = next(_numbers)
         missing = [name for name in self.manifest.weights if name not in weights]
         if missing:
@@ -107,7 +111,9 @@ class Executable:
                 f"{', '.join(list(weights)[:4])}, …"
             )
         self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
-        self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(self._library_path)), tvm.cpu())
+        module = library.load_module(self._library_path)
+        library.ensure_blas(self._compiled, module)
+        self._vm = VirtualMachine(module, tvm.cpu())
         self._main = self._vm[self.manifest.function]
 
     def explain(self) -> str:
@@ -120,9 +126,55 @@ class Executable:
         )
         return f"{head}\n\n{self.report}"
 
-    def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Copy the compiled code (a shared library for TVM's runtime, without weights) to `path`."""
-        shutil.copyfile(self._library_path, path)
+    def export_library(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        archs: Sequence[str] = library.DEFAULT_ARCHS,
+        page_sizes: Sequence[int] = library.DEFAULT_PAGE_SIZES,
+        include_blas: bool = True,
+    ) -> None:
+        """Write one shared library that runs this model with TVM's runtime alone: no Python, no compiler, no tvm_infer beside it.
+
+        It holds the compiled code, tvm_infer's functions (planner, cache, executors), a manifest, and what those need: for CUDA
+        targets the kernels, for CPU targets the BLAS. Weights go to a file of their own (:meth:`save_weights`). See docs/deploy.md.
+
+        Parameters
+        ----------
+        archs, page_sizes : of the caches and GPUs that it will run with, for CUDA targets: a kernel for each is built and embedded.
+        include_blas : put the packaged BLAS (25 MB) into the library of a model for CPUs; without it the program that loads the
+            library names one with `tvm_infer_set_blas`.
+
+        Raises
+        ------
+        ArgumentError : a path in no folder, an unknown architecture or page size. MissingDependencyError : no C++ compiler to link
+        with, no nvcc, no BLAS to include. CompileError : what they printed.
+        """
+        weights = [
+            (name, tuple(int(n) for n in tensor.shape), str(tensor.dtype))
+            for name, tensor in zip(self.manifest.weights, self._weights, strict=True)
+        ]
+        library.export(
+            self._compiled,
+            path,
+            weights=weights,
+            max_position=self.max_position,
+            archs=archs,
+            page_sizes=page_sizes,
+            include_blas=include_blas,
+        )
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights as a safetensors file, named as in `manifest.weights`. ArgumentError for a path in no folder."""
+        tensors = dict(zip(self.manifest.weights, self._weights, strict=True))
+        weights_file.save(path, tensors, {"tvm_infer.abi_version": str(self.manifest.abi_version), "format": "pt"})
+
+    def save(self, folder: str | os.PathLike[str], **export_arguments: Any) -> None:
+        """Write library and weights into a folder, made if need be, for :func:`tvm_infer.load`; arguments as export_library's."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.export_library(folder / library.LIBRARY, **export_arguments)
+        self.save_weights(folder / library.WEIGHTS)
 
     # Steps
 
