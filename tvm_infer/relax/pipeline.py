@@ -108,11 +108,21 @@ def _bound_tokens(mod: tvm.IRModule, function: str, max_tokens: int) -> tvm.IRMo
     return updated
 
 
-def lower(mod: tvm.IRModule, target: Any, reports: PassReports, function: str = "main") -> Any:
-    """TVM's pipeline for the target (legalise, fuse, plan memory, code): a `tvm.relax.VMExecutable`. Adds to `reports` what is captured."""
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled module. executable : tvm.relax.VMExecutable. The rest is of the captured function, where there is one (runtime.Manifest)."""
+
+    executable: Any
+    logits_dtype: str = "float32"
+    decode_function: str = ""
+    logits_rank: int = 2
+
+
+def lower(mod: tvm.IRModule, target: Any, reports: PassReports, function: str = "main") -> Lowered:
+    """TVM's pipeline for the target (legalise, fuse, plan memory, code). Adds to `reports` what is captured."""
     if str(target.kind.name) == "cuda":
         return _lower_cuda(mod, target, reports, function)
-    return _lower_cpu(mod, target)
+    return Lowered(_lower_cpu(mod, target))
 
 
 def _lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
@@ -129,7 +139,7 @@ def _lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
         return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
-def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Any:
+def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Lowered:
     from tvm.relax.backend.cuda import pipeline as cuda
 
     # RewriteCUDAGraph looks at every function: one without num_input has inputs only, nothing static
@@ -143,17 +153,27 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
         lowered = [*cuda.library_dispatch_passes(target), *cuda.legalize_passes(target), *cuda.dataflow_lower_passes(target)]
         mod = tvm.transform.Sequential(lowered)(mod)
         mod = decode_graph.OutputBuffers()(mod)
+        logits = next(param for param in mod[DECODE].params if str(param.name) == decode_graph.DECODE_LOGITS)
         mod = tvm.transform.Sequential(finalize[:split])(mod)
         why_not = "its number of tokens changes from step to step"
         reports.capture = decode_graph.report_capture(mod, {function: why_not, DECODE: ""})
         rest = tvm.transform.Sequential(finalize[split:])
-        return tvm.compile(mod, target=target, relax_pipeline=rest)
+        executable = tvm.compile(mod, target=target, relax_pipeline=rest)
+    return Lowered(executable, str(logits.ty.dtype), DECODE, len(shape_of(logits)))
 
 
 def _updated(mod: tvm.IRModule, name: str, func: Any) -> tvm.IRModule:
     updated = mod.clone()
     updated.update_func(mod.get_global_var(name), func)
     return updated
+
+
+CUDA_ARCH = "sm_90"  # of TVM's own kernels
+
+
+def cuda_target() -> Any:
+    """A Hopper GPU."""
+    return tvm.target.Target({"kind": "cuda", "arch": CUDA_ARCH})
 
 
 def host_target() -> Any:

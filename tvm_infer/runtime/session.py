@@ -7,7 +7,8 @@ machine of its own: graphs and activations are its, the weights are everybody's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,89 +16,143 @@ import numpy as np
 from .kv_cache import PagedKVCache
 
 if TYPE_CHECKING:
-    from .executable import Manifest
+    from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How a step is begun. num_rows : of its tensors, padding included. logit_rows : which of them get logits; None: all.
+
+    wanted : rows of the logits that the caller asked for. is_decode : the captured function runs it.
+    """
+
+    num_rows: int
+    logit_rows: np.ndarray | None
+    wanted: np.ndarray | slice
+    is_decode: bool = False
 
 
 class StepResult:
-    """Logits of a step, fetched from the device when they are asked for; good until the next step of the same cache."""
+    """Logits of a step, fetched from the device when they are asked for: good until the next step of the same cache."""
 
-    def __init__(self, logits: Any, tokens: Any, num_logits: int, rows: Sequence[int] | None = None) -> None:
-        self._logits, self._tokens, self._num_logits, self._rows = logits, tokens, num_logits, rows
+    def __init__(self, logits: Any, tokens: Any, wanted: np.ndarray | slice) -> None:
+        self._logits, self._tokens, self._wanted = logits, tokens, wanted
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
-        """float32 [num_logits, vocab_size], copied from the device where there is one."""
-        logits = _to_numpy(self._logits)
-        logits = logits.reshape(-1, logits.shape[-1])
-        logits = logits[: self._num_logits] if self._rows is None else logits[self._rows]
-        return logits.astype(np.float32, copy=False)
+        """float32 [rows asked for, vocab_size]; copied from the device where there is one."""
+        logits = np.from_dlpack(self._logits) if self._tokens is None else self._logits.numpy()
+        return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
-        """int64 [num_logits]: the token with the largest logit. On a device it is found there, and only it is copied."""
+        """int64 [rows asked for]: the token with the largest logit. On a device it is found there, and it alone is copied."""
         if self._tokens is None:
-            return self.logits.argmax(axis=-1) if self._num_logits else np.zeros(0, np.int64)
-        tokens = self._tokens.numpy().reshape(-1)
-        return tokens[: self._num_logits] if self._rows is None else tokens[self._rows]
+            return self.logits.argmax(axis=-1)
+        return self._tokens.numpy().reshape(-1)[self._wanted]
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-    return np.from_dlpack(tensor) if str(tensor.device).startswith("cpu") else tensor.numpy()
+def logit_rows(lengths: Sequence[int], rows: np.ndarray | None) -> np.ndarray:
+    """The rows whose logits are wanted, int64: `rows`, or the last of every sequence that has new tokens."""
+    if rows is not None:
+        return rows
+    ends = np.cumsum(np.asarray(lengths, np.int64)) - 1
+    return ends[np.asarray(lengths) > 0]
 
 
-class HostSession:
-    """Steps on the host: nothing is captured, a step has as many rows as tokens."""
+class Session:
+    """Steps on the host: a step has as many rows as tokens, and nothing is captured."""
 
-    def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any], make: Any) -> None:
+    def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any]) -> None:
         self._main = vm[manifest.function]
-        self._manifest, self._weights, self._make = manifest, weights, make
+        self._manifest, self._weights = manifest, weights
         self._handle = cache.__tvm_ffi_object__()
 
-    def padded_rows(self, lengths: Sequence[int], wants_all: bool) -> int | None:
-        """Rows of a step's tensors, for a captured graph; None: as many as tokens."""
-        return None
+    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+        """How a step of these new tokens is begun. rows : as Executable.step has them."""
+        wanted = logit_rows(lengths, rows)
+        # operators are compiled for one row at least
+        computed = wanted if wanted.size else np.zeros(1, np.int64)
+        return StepShape(sum(lengths), computed, slice(0, wanted.size))
 
-    def run(self, cache: PagedKVCache, num_tokens: int, wanted: np.ndarray) -> StepResult:
-        """The model on the step under way. wanted : rows whose logits are computed, at least one."""
-        ids, positions, rows = cache.step_inputs(num_tokens, wanted.size)
+    def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
+        """The model on the step under way."""
+        logits, _ = self._run_main(cache, shape)
+        return StepResult(logits, None, shape.wanted)
+
+    def _run_main(self, cache: PagedKVCache, shape: StepShape) -> tuple[Any, Any]:
+        assert shape.logit_rows is not None
+        ids, positions, rows = cache.step_inputs(shape.num_rows, shape.logit_rows.size)
         given = {"input_ids": ids, "position_ids": positions, "logit_indices": rows}
-        inputs = [self._cast(given[name], dtype) for name, dtype in self._manifest.inputs]
+        inputs = [_as_dtype(given[name], dtype) for name, dtype in self._manifest.inputs]
         result = self._main(*inputs, self._handle, *self._weights)
-        return StepResult(result if hasattr(result, "shape") else result[0], None, wanted.size)
-
-    def _cast(self, value: Any, dtype: str) -> Any:
-        return value if dtype == "int64" else self._make(np.from_dlpack(value).astype(dtype))
+        return (result, None) if hasattr(result, "shape") else (result[0], result[1] if len(result) > 1 else None)
 
 
-class CudaSession:
-    """Steps on a CUDA device: decode steps as one graph each, others kernel by kernel, all on the caller's stream.
+def _as_dtype(value: Any, dtype: str) -> Any:
+    if dtype == "int64":
+        return value
+    import tvm
 
-    use_graphs : off, decode steps run kernel by kernel too (the same kernels, the same bits).
+    return tvm.runtime.tensor(np.from_dlpack(value).astype(dtype))
+
+
+class CudaSession(Session):
+    """Steps on a CUDA device, on the caller's stream: decode steps are one graph each, other steps run kernel by kernel.
+
+    buckets : numbers of rows that decode steps are padded to; one graph each, captured at its first step, all in one workspace.
     """
 
-    def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any], make: Any) -> None:
-        self._vm, self._manifest, self._weights, self._make = vm, manifest, weights, make
-        self._main = vm[manifest.function]
-        self._handle = cache.__tvm_ffi_object__()
-        self._buffers: tuple[Any, Any] | None = None
-        self._decode: dict[int, tuple[Any, Any, Any]] = {}  # rows -> (call, logits, tokens)
+    def __init__(
+        self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any], *, use_graphs: bool
+    ) -> None:
+        super().__init__(vm, manifest, cache, weights)
+        self._vm, self._use_graphs = vm, use_graphs
         limit = min(manifest.decode_rows, cache.max_tokens, cache.max_batch)
-        self.buckets = tuple(b for b in manifest.buckets if b < limit) + ((limit,) if limit else ())
-        self.use_graphs = True
+        self.buckets = (*(b for b in manifest.buckets if b < limit), limit)
+        self._buffers = functools.cache(lambda: self._make_buffers(cache))
+        self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
 
-    def padded_rows(self, lengths: Sequence[int], wants_all: bool) -> int | None:
-        """The smallest captured number of rows that holds a decode step; None for other steps, and for larger ones."""
+    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+        """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
         count = len(lengths)
-        if not (wants_all and self.use_graphs and self.buckets) or count > self.buckets[-1]:
-            return None
-        if any(length != 1 for length in lengths):
-            return None
-        return next(bucket for bucket in self.buckets if bucket >= count)
+        if not 0 < count <= self.buckets[-1] or any(length != 1 for length in lengths):
+            return super().shape(lengths, rows)
+        bucket = next(b for b in self.buckets if b >= count)
+        wanted = slice(0, count) if rows is None else rows
+        if self._use_graphs:
+            return StepShape(bucket, None, wanted, is_decode=True)
+        return StepShape(bucket, np.arange(bucket), wanted)
 
-    def run(self, cache: PagedKVCache, num_tokens: int, wanted: np.ndarray) -> StepResult:
-        """The model on the step under way, rows as begun: a decode step of padded rows, or any other."""
-        bucket = cache.num_rows if self.use_graphs and cache.num_rows in self._decodable(num_tokens, wanted) else None
-        raise NotImplementedError(bucket)
+    def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
+        """The model on the step under way; returns before the device is done."""
+        if not shape.is_decode:
+            return StepResult(*self._run_main(cache, shape), shape.wanted)
+        graph = self._graphs.get(shape.num_rows)
+        if graph is None:
+            graph = self._graphs[shape.num_rows] = self._bind(cache, shape.num_rows)
+        launch, logits, tokens = graph
+        launch()
+        return StepResult(logits, tokens, shape.wanted)
 
-    def _decodable(self, num_tokens: int, wanted: np.ndarray) -> tuple[int, ...]:
-        return self.buckets
+    def _make_buffers(self, cache: PagedKVCache) -> tuple[Any, Any]:
+        """Logits and tokens of the largest bucket, which smaller ones use the beginning of."""
+        import tvm
+
+        device = tvm.device(cache.device)
+        rows, m = self.buckets[-1], self._manifest
+        return tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, device), tvm.runtime.empty((rows,), "int64", device)
+
+    def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
+        """The captured function with its arguments, which stay the same: what changes lies in the buffers."""
+        m = self._manifest
+        logits, tokens = self._buffers()
+        logits = logits._create_view((1,) * (m.logits_rank - 2) + (rows, m.vocab_size))
+        tokens = tokens._create_view((1, rows))
+        ids, positions, _ = cache.step_inputs(rows)
+        given = {"input_ids": ids, "position_ids": positions}
+        inputs = [given[name] for name, _ in m.inputs if name in given]
+        name = f"decode_of_{rows}_rows"
+        arguments = (*inputs, self._handle, *self._weights, logits, tokens)
+        self._vm.save_function(m.decode_function, name, *arguments, include_return=False)
+        return self._vm[name], logits, tokens
