@@ -211,6 +211,11 @@ class PagedKVCache:
     def __tvm_ffi_object__(self) -> Any:
         return self._handle
 
+    @property
+    def address(self) -> int:
+        """Of the object behind this one, the same for every wrapper of it."""
+        return int(self._handle.__chandle__())
+
     def _call(self, name: str, *args: Any) -> Any:
         return _ffi.func(f"kv_cache_{name}")(self._handle, *args)
 
@@ -275,7 +280,7 @@ class PagedKVCache:
         num_rows : rows of the step's tensors, from the step's tokens to max_tokens; None: as many as tokens. Rows behind the tokens are
             padding (token 0 at position 0): they append nothing, and their outputs are 0. A graph captured with so many rows can be
             replayed then.
-        token_ids : int64 [num_tokens] on the host. logit_rows : int64, at most num_tokens, each a row of the step, on the host.
+        token_ids : int64 [num_tokens] on the host. logit_rows : int64, at most num_rows, each a row of the step, on the host.
 
         Raises
         ------
@@ -305,10 +310,21 @@ class PagedKVCache:
         self._call("cancel_forward")
 
     @contextlib.contextmanager
-    def forward(self, ids: Iterable[int], append_lengths: Iterable[int], *, causal: bool = True) -> Iterator[Step]:
-        """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_forward`."""
+    def forward(
+        self,
+        ids: Iterable[int],
+        append_lengths: Iterable[int],
+        *,
+        causal: bool = True,
+        num_rows: int | None = None,
+        token_ids: Any = None,
+        logit_rows: Any = None,
+    ) -> Iterator[Step]:
+        """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_step`."""
         ids, append_lengths = _integers(ids, "ids"), _integers(append_lengths, "append_lengths")
-        self.begin_forward(ids, append_lengths, causal=causal)
+        self.begin_step(
+            ids, append_lengths, causal=causal, num_rows=num_rows, token_ids=token_ids, logit_rows=logit_rows
+        )
         try:
             yield Step(self, ids, append_lengths, causal)
         except BaseException:

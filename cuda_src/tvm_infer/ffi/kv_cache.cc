@@ -34,16 +34,16 @@ void CheckHostInt64(const TensorView& tensor, const char* name) {
   CheckContiguous(tensor, name);
 }
 
-// There are at most as many as the step has tokens, so that they have their place.
-void CheckLogitRows(const kv::StepInputs& inputs, int64_t num_tokens) {
-  if (inputs.num_logits > num_tokens) {
-    TVM_INFER_THROW(ArgumentError) << "argument `logit_rows` has " << inputs.num_logits << " entries; the step has " << num_tokens
-                                   << " tokens: name each at most once";
+// There are at most as many as the step has rows, so that they have their place.
+void CheckLogitRows(const kv::StepInputs& inputs, int64_t num_rows) {
+  if (inputs.num_logits > num_rows) {
+    TVM_INFER_THROW(ArgumentError) << "argument `logit_rows` has " << inputs.num_logits << " entries; the step has " << num_rows
+                                   << " rows: name each at most once";
   }
   for (int64_t i = 0; i < inputs.num_logits; ++i) {
-    if (inputs.logit_rows[i] >= 0 && inputs.logit_rows[i] < num_tokens) continue;
+    if (inputs.logit_rows[i] >= 0 && inputs.logit_rows[i] < num_rows) continue;
     TVM_INFER_THROW(ArgumentError) << "argument `logit_rows` has " << inputs.logit_rows[i] << " at entry " << i
-                                   << "; the step has rows 0 to " << num_tokens - 1;
+                                   << "; the step has rows 0 to " << num_rows - 1;
   }
 }
 
@@ -125,7 +125,7 @@ void KVCacheBeginStep(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t 
       CheckHostInt64(logit_rows.value(), "logit_rows");
       inputs.num_logits = logit_rows.value().size(0);
       inputs.logit_rows = DataPtr<int64_t>(logit_rows);
-      CheckLogitRows(inputs, num_tokens);
+      CheckLogitRows(inputs, num_rows);
     }
     kv->BeginForward(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()), causal != 0, inputs);
   });
