@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
-    from .runtime import PagedKVCache
+    from .runtime import PagedKVCache, load
     from .schedule import Plan
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "cuda_tile_table",
     "errors",
     "jit",
+    "load",
     "matmul",
     "merge",
     "plan",
@@ -56,6 +57,7 @@ _LAZY = {
     "compile": "compiler",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
+    "load": "runtime",
     "matmul": "blas",
     "merge": "ops",
     "plan": "planning",

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import _array, _ffi, errors
 
-_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
+_PACKAGE, PACKAGED_PREFIX = "scipy_openblas32", "scipy_"
 
 
 def set_blas(path: str | os.PathLike[str] | None = None, prefix: str = "") -> str:
@@ -35,11 +35,12 @@ def set_blas(path: str | os.PathLike[str] | None = None, prefix: str = "") -> st
     has no such symbols; what was set before stays.
     """
     if path is None:
-        path, prefix = _packaged_blas(), _PREFIX
+        path, prefix = packaged_blas(), PACKAGED_PREFIX
     return str(_ffi.func("set_blas")(os.fspath(path), prefix))
 
 
-def _packaged_blas() -> pathlib.Path:
+def packaged_blas() -> pathlib.Path:
+    """The shared library of the package scipy-openblas32; its symbols begin with PACKAGED_PREFIX."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise errors.MissingDependencyError(
