@@ -9,15 +9,21 @@
 #define TVM_INFER_MATMUL_FUNCTIONS(V) \
   V(matmul, Matmul)                   \
   V(set_blas, SetBlas)                \
-  V(blas_path, BlasPath)
+  V(blas_path, BlasPath)              \
+  V(set_cublas, LoadCublas)           \
+  V(cublas_path, CublasPath)          \
+  V(set_matmul_tf32, ExchangeTf32)    \
+  V(matmul_workspace_bytes, WorkspaceBytes)
 
 namespace tvm_infer::ffi_api {
 
-// out = a @ b, or a @ b.T if transpose_b. float32, on the host.
+// out = a @ b, or a @ b.T if transpose_b, where the tensors lie: on the host with a BLAS, on a CUDA device with cuBLASLt on its current
+// stream (cuda/matmul_workspace.h: what streams and graphs may share).
 //   a    [..., m, k], rank >= 2: leading dimensions count as rows, so they must collapse into one stride; last dimension contiguous
 //   b    [k, n], or [n, k] if transpose_b; last dimension contiguous
 //   out  [..., m, n], leading dimensions as a's; overwritten
-// Throws ArgumentError, DTypeError, MissingDependencyError (no BLAS set).
+// On the host all are float32. On CUDA a and b are both float16, bfloat16 or float32; out is that or float32; sums are float32.
+// Throws ArgumentError, DTypeError, MissingDependencyError (no BLAS, no cuBLASLt), ExecutorError, and on CUDA WorkspaceError, DeviceError.
 void Matmul(tvm::ffi::TensorView a, tvm::ffi::TensorView b, int64_t transpose_b, tvm::ffi::TensorView out);
 
 // Opens the BLAS library at `path`, symbols `prefix` + "cblas_sgemm" …, for this process; returns the kernels it chose ("SkylakeX"), or "".
@@ -25,5 +31,19 @@ tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix);
 
 // The library in force, or "".
 tvm::ffi::String BlasPath();
+
+// Opens the cuBLASLt at `path` for this process, before its first product on a CUDA device; returns its version (130100: 13.1.0).
+// Without this, the first product asks the global function `tvm_infer.find_cublas() -> path` if there is one (Python registers it), then
+// looks as cuda/cublas_api.h says.
+int64_t LoadCublas(tvm::ffi::String path);
+
+// The library in force, or "".
+tvm::ffi::String CublasPath();
+
+// Whether float32 products on CUDA round their inputs to TF32; initially what TVM_INFER_MATMUL_TF32 says. Returns what was set before.
+bool ExchangeTf32(bool enabled);
+
+// Device memory that the products of a CUDA device hold for good.
+int64_t WorkspaceBytes(int64_t device_id);
 
 }  // namespace tvm_infer::ffi_api
