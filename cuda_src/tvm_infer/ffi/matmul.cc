@@ -1,30 +1,16 @@
 #include "tvm_infer/ffi/matmul.h"
 
-#include <tvm/ffi/function.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <string>
 
 #include "tvm_infer/cpu/blas.h"
 #include "tvm_infer/cpu/matmul.h"
-#include "tvm_infer/cuda/cublas_api.h"
-#include "tvm_infer/cuda/matmul.h"
-#include "tvm_infer/cuda/matmul_workspace.h"
 #include "tvm_infer/ffi/common.h"
-#include "tvm_infer/ffi/cuda_scope.h"
+#include "tvm_infer/ffi/matmul_cuda.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
-
-// A tensor [..., rows, cols] seen as one matrix.
-struct Matrix {
-  int64_t rows, cols, row_stride;
-};
 
 Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
   if (tensor.ndim() < 2) {
@@ -72,11 +58,6 @@ void CheckSize(const TensorView& tensor, const char* name, int axis_from_end, in
   CheckDim(tensor, name, tensor.ndim() - axis_from_end, expected, what);
 }
 
-struct Product {
-  Matrix a, b, out;
-  bool transpose_b;
-};
-
 Product CheckProduct(const TensorView& a, const TensorView& b, bool transpose_b, const TensorView& out) {
   const char* b_dims = transpose_b ? "[n, k]" : "[k, n]";
   Product product{AsMatrix(a, "a", "[..., m, k]"), {}, {}, transpose_b};
@@ -100,58 +81,12 @@ void CheckHostTypes(const TensorView& a, const TensorView& b, const TensorView& 
   }
 }
 
-void CheckCudaTypes(const TensorView& a, const TensorView& b, const TensorView& out) {
-  const cpu::DType dtype = CheckFloat(a, "a");
-  CheckDType(b, "b", a.dtype(), "both sides of a product have one dtype; cast one of them");
-  if (CheckFloat(out, "out") != dtype && CheckFloat(out, "out") != cpu::DType::kFloat32) {
-    TVM_INFER_THROW(DTypeError) << "argument `out` has dtype " << DTypeString(out.dtype()) << "; the product of " << DTypeString(a.dtype())
-                                << " matrices is " << DTypeString(a.dtype()) << " or float32. Cast it afterwards";
-  }
-}
-
 void OnHost(const Product& x, const TensorView& a, const TensorView& b, const TensorView& out) {
   const cpu::MatmulArgs args{
       x.a.rows,      x.out.cols,          x.a.cols,        DataPtr<const float>(a), x.a.row_stride, DataPtr<const float>(b), x.b.row_stride,
       x.transpose_b, DataPtr<float>(out), x.out.row_stride};
   cpu::Matmul(args, 0);
 }
-
-// Looked up when the first product runs, not when the library is loaded: a compiled model runs without Python.
-void EnsureCublas() {
-  if (cuda::FindCublas() != nullptr) return;
-  const auto find = tvm::ffi::Function::GetGlobal("tvm_infer.find_cublas");
-  if (!find.has_value()) return;  // the core looks by itself
-  const std::string path(find.value()().cast<tvm::ffi::String>());
-  if (!path.empty()) cuda::SetCublas(path);
-}
-
-std::atomic<bool>& Tf32Flag() {
-  static std::atomic<bool> flag([] {
-    const char* value = std::getenv("TVM_INFER_MATMUL_TF32");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }());
-  return flag;
-}
-
-void OnCuda(const Place& place, const Product& x, const TensorView& a, const TensorView& b, const TensorView& out) {
-  const CudaScope scope(place.device);
-  EnsureCublas();
-  const cuda::MatmulArgs args{x.a.rows,
-                              x.out.cols,
-                              x.a.cols,
-                              static_cast<cuda::DTypeTag>(CheckFloat(a, "a")),
-                              static_cast<cuda::DTypeTag>(CheckFloat(out, "out")),
-                              DataPtr<const void>(a),
-                              x.a.row_stride,
-                              DataPtr<const void>(b),
-                              x.b.row_stride,
-                              x.transpose_b,
-                              DataPtr<void>(out),
-                              x.out.row_stride,
-                              Tf32Flag().load(std::memory_order_relaxed)};
-  cuda::LaunchMatmul(scope.device_id(), scope.stream(), args);
-}
-static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
 
 }  // namespace
 
@@ -160,9 +95,9 @@ void Matmul(TensorView a, TensorView b, int64_t transpose_b, TensorView out) {
     const Place place = PlaceOf(a, "a");
     CheckPlace(b, "b", place);
     CheckPlace(out, "out", place);
-    place.is_cuda() ? CheckCudaTypes(a, b, out) : CheckHostTypes(a, b, out);
+    place.is_cuda() ? on_cuda::CheckMatmulTypes(a, b, out) : CheckHostTypes(a, b, out);
     const Product product = CheckProduct(a, b, transpose_b != 0, out);
-    place.is_cuda() ? OnCuda(place, product, a, b, out) : OnHost(product, a, b, out);
+    place.is_cuda() ? on_cuda::Matmul(place, product, a, b, out) : OnHost(product, a, b, out);
   });
 }
 
@@ -174,18 +109,5 @@ tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix) {
 }
 
 tvm::ffi::String BlasPath() { return tvm::ffi::String(cpu::HasBlas() ? cpu::GetBlas().path : ""); }
-
-int64_t LoadCublas(tvm::ffi::String path) {
-  return Guarded([&] { return cuda::SetCublas(std::string(path)); });
-}
-
-tvm::ffi::String CublasPath() {
-  const cuda::CublasLt* cublas = cuda::FindCublas();
-  return tvm::ffi::String(cublas != nullptr ? cublas->path : "");
-}
-
-bool ExchangeTf32(bool enabled) { return Tf32Flag().exchange(enabled); }
-
-int64_t WorkspaceBytes(int64_t device_id) { return cuda::MatmulWorkspaceBytes(static_cast<int32_t>(device_id)); }
 
 }  // namespace tvm_infer::ffi_api

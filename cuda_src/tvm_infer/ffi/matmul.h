@@ -9,11 +9,7 @@
 #define TVM_INFER_MATMUL_FUNCTIONS(V) \
   V(matmul, Matmul)                   \
   V(set_blas, SetBlas)                \
-  V(blas_path, BlasPath)              \
-  V(set_cublas, LoadCublas)           \
-  V(cublas_path, CublasPath)          \
-  V(set_matmul_tf32, ExchangeTf32)    \
-  V(matmul_workspace_bytes, WorkspaceBytes)
+  V(blas_path, BlasPath)
 
 namespace tvm_infer::ffi_api {
 
@@ -31,19 +27,5 @@ tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix);
 
 // The library in force, or "".
 tvm::ffi::String BlasPath();
-
-// Opens the cuBLASLt at `path` for this process, before its first product on a CUDA device; returns its version (130100: 13.1.0).
-// Without this, the first product asks the global function `tvm_infer.find_cublas() -> path` if there is one (Python registers it), then
-// looks as cuda/cublas_api.h says.
-int64_t LoadCublas(tvm::ffi::String path);
-
-// The library in force, or "".
-tvm::ffi::String CublasPath();
-
-// Whether float32 products on CUDA round their inputs to TF32; initially what TVM_INFER_MATMUL_TF32 says. Returns what was set before.
-bool ExchangeTf32(bool enabled);
-
-// Device memory that the products of a CUDA device hold for good.
-int64_t WorkspaceBytes(int64_t device_id);
 
 }  // namespace tvm_infer::ffi_api
