@@ -191,7 +191,9 @@ def test_the_manifest(saved, executable):
 
 def test_a_library_of_another_abi(executable, saved, tmp_path):
     path = relinked(executable, tmp_path / "model.so", abi_version=99)
-    with pytest.raises(errors.AbiError, match=rf"model\.so was exported by tvm_infer {tvm_infer.__version__} with ABI 99; .* ABI \d+"):
+    with pytest.raises(
+        errors.AbiError, match=rf"model\.so was exported by tvm_infer {tvm_infer.__version__} with ABI 99; .* ABI \d+"
+    ):
         tvm_infer.load(path, saved / "model.safetensors")
 
 
@@ -253,7 +255,9 @@ def test_weights_of_another_model(saved):
     name = "model.norm.weight"
     with pytest.raises(errors.ModelError, match=rf"1 weights of the compiled model are not given, '{name}' first"):
         tvm_infer.load(saved / "model.so", {k: v for k, v in weights.items() if k != name})
-    with pytest.raises(errors.ModelError, match=rf"weight '{name}' is float32 \[24\]; the model was compiled for float32 \[48\]"):
+    with pytest.raises(
+        errors.ModelError, match=rf"weight '{name}' is float32 \[24\]; the model was compiled for float32 \[48\]"
+    ):
         tvm_infer.load(saved / "model.so", {**weights, name: weights[name][:24]})
     with pytest.raises(errors.ModelError, match=rf"weight '{name}' is float64 \[48\]"):
         tvm_infer.load(saved / "model.so", {**weights, name: weights[name].astype("float64")})
@@ -312,7 +316,12 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
     export_cuda(cuda_model(executable), tmp_path / "model.so")
     assert built == [(KERNELS, "sm_90a")]
     about = library.read(tmp_path / "model.so").about
-    assert (about["device"], about["kernels"], about["archs"], about["page_sizes"]) == ("cuda", KERNELS, ["sm_90a"], [16, 64])
+    assert (about["device"], about["kernels"], about["archs"], about["page_sizes"]) == (
+        "cuda",
+        KERNELS,
+        ["sm_90a"],
+        [16, 64],
+    )
     data = (tmp_path / "model.so").read_bytes()
     assert all(f"<{name} for sm_90a>".encode() * 40 in data for name in KERNELS)
     assert len(data) < 10_000_000  # no BLAS
