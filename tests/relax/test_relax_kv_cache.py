@@ -17,7 +17,7 @@ from tvm.script import relax as R
 
 from tvm_infer import _ffi, errors
 from tvm_infer.relax import PagedKVCache, extern_calls, lift_cache, pipeline
-from tvm_infer.relax.written import written_attentions
+from tvm_infer.relax.written import written_attentions, written_rope
 from tvm_infer.runtime import PagedKVCache as RuntimeCache
 from tvm_infer.spec import AttentionSpec
 
@@ -208,28 +208,53 @@ def test_creation_without_rope():
 
 
 def test_creation_runs():
-    """The emitted call makes a cache of these sizes on the machine's device."""
+    """The emitted call makes a cache of these sizes on the machine's device, whose fused calls need nothing more."""
     _ffi.library()
-    vm = relax.VirtualMachine(pipeline.lower(create(dtype="float16"), pipeline.host_target()), tvm.cpu())
+    vm = relax.VirtualMachine(pipeline.lower_cpu(create(dtype="float16"), pipeline.host_target()), tvm.cpu())
     made = vm["create"](*(tvm_ffi.Shape([x]) for x in (5, 100, 3, 16, 0)))
     cache = RuntimeCache.from_handle(made)
     have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.page_size, cache.dtype)
     assert have == (2, 4, 2, 16, 16, "float16")
     assert (cache.num_pages, cache.max_batch, cache.max_tokens) == (7, 5, 5)
+    cache.add_sequence(0)
+    qkv = np.ones((2, 8, 16), np.float16)
+    with cache.forward([0], [2]):
+        np.testing.assert_array_equal(cache.attention_fused_qkv(1, qkv), np.ones((2, 4, 16), np.float16))
 
 
 def test_create_like_refuses_other_sizes():
     with pytest.raises(errors.ArgumentError, match="argument `sizes` has 2 entries; it must have 8"):
-        _ffi.func("kv_cache_create_like")(np.zeros(1, np.float32), tvm_ffi.Shape([1, 2]))
+        _ffi.func("kv_cache_create_like")(np.zeros(1, np.float32), tvm_ffi.Shape([1, 2]), [], 0, 1.0)
 
 
 def test_creation_with_rope_carries_the_frequencies():
-    mod = create(rope_mode=tvm_cache.RopeMode.NORMAL, rope_theta=500, rotary_dim=8, rope_scaling={"rope_type": "gptj"})
-    made, rotary = packed_calls(mod)
-    assert str(rotary.args[0].global_symbol) == extern_calls.KV_CACHE_SET_ROPE
-    np.testing.assert_allclose(rotary.args[2].value.numpy(), 500.0 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
-    assert int(rotary.args[3]) == 1 and float(rotary.args[4].value) == 1.0
-    assert str(made.args[0].global_symbol) == extern_calls.KV_CACHE_CREATE_LIKE
+    scaling = {"rope_type": "gptj"}
+    mod = create(rope_mode=tvm_cache.RopeMode.NORMAL, rope_theta=500, rotary_dim=8, rope_scaling=scaling)
+    rope = written_rope(mod)
+    np.testing.assert_allclose(rope["inv_freq"], 500.0 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
+    assert rope["interleaved"] is True and rope["magnitude"] == 1.0
+    assert written_rope(create())["inv_freq"] == []
+    assert written_rope(export("fused", qkv=nn.spec.Tensor(["b", 1, 8, 16], "float16"))) is None
+
+
+def test_rotation_runs_from_the_creation_call():
+    """What the fused call stores is k rotated by the frequencies of the call that made the cache."""
+    _ffi.library()
+    mod = create(rope_mode=tvm_cache.RopeMode.NORMAL, rope_theta=100, rotary_dim=8)
+    vm = relax.VirtualMachine(pipeline.lower_cpu(mod, pipeline.host_target()), tvm.cpu())
+    cache = RuntimeCache.from_handle(vm["create"](*(tvm_ffi.Shape([x]) for x in (1, 64, 8, 16, 0))))
+    cache.add_sequence(3)
+    qkv = np.random.default_rng(0).standard_normal((5, 8, 16)).astype(np.float32)
+    with cache.forward([3], [5]):
+        cache.attention_fused_qkv(0, qkv)
+    stored, _ = cache.gather(3, 0)
+    k = qkv[:, 4:6].astype(np.float64)
+    angle = np.arange(5)[:, None, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
+    low, high = k[..., :4], k[..., 4:8]
+    expected = np.concatenate(
+        [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle), k[..., 8:]], -1
+    )
+    np.testing.assert_allclose(stored, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

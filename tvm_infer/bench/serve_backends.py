@@ -81,20 +81,18 @@ class ServedModel:
 class OurCache(ServedModel):
     """tvm_infer.compile, Executable and PagedKVCache: prompts and decodes of a step in one call."""
 
-    # The rotation is a kernel of the model's own until the cache's fused call is on every device.
-    rotary = "model"
-
     def __init__(self, model: ServeModel, sizes: CacheSizes, device: str) -> None:
         super().__init__(model, sizes, device)
         from ..compiler import compile
         from ..models.mlc_llama import export_llama
 
-        exported = export_llama(model.config, dtype=model.dtype, rotary=self.rotary, functions=("main",))  # type: ignore[arg-type]
+        exported = export_llama(model.config, dtype=model.dtype, functions=("main", "create_paged_kv_cache"))
         self.executable = compile(
             exported.mod,
             target="llvm" if device == "cpu" else "cuda",
             params=model.weights,
             max_tokens=sizes.max_tokens,
+            **({} if device == "cpu" else {"max_batch": sizes.max_batch}),
         )
         self.cache = self.executable.new_cache(
             num_pages=sizes.num_pages,
@@ -102,7 +100,7 @@ class OurCache(ServedModel):
             max_batch=sizes.max_batch,
             max_tokens=sizes.max_tokens,
         )
-        self.vm = self.executable._vm
+        self.vm = self.executable._host_vm if device == "cpu" else None
 
     def add(self, seq: int) -> None:
         self.cache.add_sequence(seq)
@@ -114,7 +112,7 @@ class OurCache(ServedModel):
         self.cache.remove_sequence(seq)
 
     def step(self, batch: Batch) -> list[int]:
-        return greedy(self.executable.step(self.cache, batch))
+        return [int(token) for token in self.executable.forward(self.cache, batch).greedy]
 
     def describe(self) -> str:
         return "tvm_infer.compile, one call a step for prompts and decodes together"
@@ -225,10 +223,10 @@ def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str
             functions=("embed", "batch_prefill", "batch_decode", "create_paged_kv_cache"),
         )
     bounds = {"seq_len": sizes.max_tokens, "num_logits": sizes.max_batch, "batch_size": sizes.max_batch}
-    mod = pipeline.prepare_unpaged(exported.mod, bounds)
+    mod = pipeline.prepare_unpaged(exported.mod, bounds, device)
     if exported.extern_mods:
         mod = mod.with_attr("external_mods", list(exported.extern_mods))
-    executable = pipeline.lower(mod, target)
+    executable = pipeline.lower_unpaged(mod, target)
     with tempfile.TemporaryDirectory(prefix="tvm_infer-") as folder:
         path = pathlib.Path(folder) / "model.so"
         executable.export_library(str(path))

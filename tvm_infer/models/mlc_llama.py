@@ -177,9 +177,10 @@ class LlamaForCausalLM(nn.Module):
     def prefill(self, input_embed: nn.Tensor, kv_cache: Any) -> Any:
         """Logits of the last token of one sequence."""
         x = self._hidden(input_embed, kv_cache)
-        _, s, _ = x.shape
         last = op.tensor_expr_op(
-            lambda t: te.compute((1, 1, t.shape[2]), lambda i, _, k: t[i, s - 1, k], name="last"), "last", args=[x]
+            lambda t: te.compute((1, 1, t.shape[2]), lambda i, _, k: t[i, t.shape[1] - 1, k], name="last"),
+            "last",
+            args=[x],
         )
         return self._logits(last), kv_cache
 

@@ -9,12 +9,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tvm_infer.rope import RopeConfig
+
     from .cache_creation import CacheArguments
 
 ATTENTION_WITH_KV_CACHE = "tvm_infer.attention_with_kv_cache"
 ATTENTION_WITH_KV_CACHE_FUSED_QKV = "tvm_infer.attention_with_kv_cache_fused_qkv"
 KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
-KV_CACHE_SET_ROPE = "tvm_infer.kv_cache_set_rope"
 KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
 MATMUL = "tvm_infer.matmul"
 # Calls on the cache that TVM's own builtins take too; the names do not start with vm.builtin, so that RewriteCUDAGraph captures them
@@ -81,30 +82,24 @@ def kv_cache_create_like(
     num_pages: Any,
     max_batch: Any,
     max_tokens: Any,
+    rope: RopeConfig | None,
 ) -> Any:
-    """A new cache on the device and with the data type of the tensor `like`; the last four may be symbolic.
+    """A new cache on the device and with the data type of the tensor `like`; page_size and what follows may be symbolic.
 
-    C++: ffi/kv_cache_like.cc, arguments (like, Shape of the others in this order).
+    rope : how fused calls rotate q and k; None: not. C++: ffi/kv_cache_like.cc, arguments (like, Shape of the sizes in this order,
+    tuple of frequencies, interleaved, magnitude).
     """
     from tvm import relax
 
     sizes = [num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens]
-    return relax.call_pure_packed(KV_CACHE_CREATE_LIKE, like, relax.ShapeExpr(sizes), ty_args=relax.AnyType())
-
-
-def kv_cache_set_rope(kv: Any, inv_freq: Any, *, interleaved: bool, magnitude: float) -> Any:
-    """The same cache, whose fused calls now rotate q and k. The call returns it, so that it is not removed as unused.
-
-    inv_freq : float32 [rotary_dim / 2]. C++: arguments (kv, inv_freq, interleaved, magnitude) -> kv.
-    """
-    from tvm import relax
-
+    inv_freq = [] if rope is None else [float(x) for x in rope.inv_freq()]
     return relax.call_pure_packed(
-        KV_CACHE_SET_ROPE,
-        kv,
-        inv_freq,
-        relax.prim_value(int(interleaved)),
-        relax.prim_value(float(magnitude)),
+        KV_CACHE_CREATE_LIKE,
+        like,
+        relax.ShapeExpr(sizes),
+        relax.Tuple([relax.prim_value(x) for x in inv_freq]),
+        relax.prim_value(int(rope is not None and rope.interleaved)),
+        relax.prim_value(1.0 if rope is None else float(rope.magnitude())),
         ty_args=relax.AnyType(),
     )
 

@@ -265,10 +265,8 @@ def creation_call(arguments: CacheArguments) -> Any:
     """The Relax call that makes our cache."""
     check(arguments)
     page_size = arguments.page_size
-    rope = rope_of(arguments)
-    builder = relax.BlockBuilder.current()
-    like = builder.emit(relax.op.zeros((), arguments.dtype))  # says device and data type
-    cache = extern_calls.kv_cache_create_like(
+    like = relax.BlockBuilder.current().emit(relax.op.zeros((), arguments.dtype))  # says device and data type
+    return extern_calls.kv_cache_create_like(
         like,
         num_layers=arguments.num_hidden_layers,
         num_qo_heads=arguments.num_attention_heads,
@@ -279,9 +277,5 @@ def creation_call(arguments: CacheArguments) -> Any:
         max_batch=arguments.max_batch_size,
         # a decode step has a token for each sequence, whatever the prefill chunk
         max_tokens=tirx.max(arguments.prefill_chunk_size, arguments.max_batch_size),
-    )
-    if rope is None:
-        return cache
-    return extern_calls.kv_cache_set_rope(
-        builder.emit(cache), relax.const(rope.inv_freq()), interleaved=rope.interleaved, magnitude=rope.magnitude()
+        rope=rope_of(arguments),
     )

@@ -70,6 +70,23 @@ def written_attentions(name: str, func: Any) -> list[Match]:
     return found
 
 
+def written_rope(mod: Any) -> dict[str, Any] | None:
+    """How the cache that a module makes rotates q and k of fused calls: its `inv_freq` (numbers), `interleaved`, `magnitude`; None where
+    the module makes no cache."""
+    for _, func in mod.functions_items():
+        if not isinstance(func, relax.Function):
+            continue
+        for binding in bindings_of(func):
+            if packed_callee(binding.value) == extern_calls.KV_CACHE_CREATE_LIKE:
+                _, _, inv_freq, interleaved, magnitude = packed_arguments(binding.value)
+                return {
+                    "inv_freq": [float(scalar(x)) for x in inv_freq.fields],
+                    "interleaved": bool(scalar(interleaved)),
+                    "magnitude": float(scalar(magnitude)),
+                }
+    return None
+
+
 def cache_parameter(func: Any) -> Any | None:
     """The one opaque parameter of a function, None without. ModelError for several: which is the cache?"""
     opaque = [param for param in func.params if isinstance(param.ty, relax.AnyType)]
