@@ -1,4 +1,4 @@
-"""The Llama of the nn.Module frontend: on our cache through tvm_infer.compile, on TVM's through its own functions, beside transformers."""
+"""The Llama of the nn.Module frontend, on our cache and on TVM's, beside transformers."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class OurCache(ServedModel):
             target="llvm" if device == "cpu" else "cuda",
             params=model.weights,
             max_tokens=sizes.max_tokens,
-            **({} if device == "cpu" else {"max_batch": sizes.max_batch}),
+            max_batch=sizes.max_batch,  # of CUDA graphs
         )
         self.cache = self.executable.new_cache(
             num_pages=sizes.num_pages,

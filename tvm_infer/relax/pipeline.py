@@ -96,9 +96,8 @@ def _paged_attention(
     """Attention through a cache: written so by the model's author (`relax.PagedKVCache`), or by our pass."""
     names = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
     written = written_attentions(function, mod[function]) if function in names else []
-    if any(extern_calls.ATTENTION_WITH_KV_CACHE_FUSED_QKV == match.location.operator for match in written) and (
-        written_rope(mod) is None
-    ):
+    fused = extern_calls.ATTENTION_WITH_KV_CACHE_FUSED_QKV
+    if written_rope(mod) is None and any(match.location.operator == fused for match in written):
         raise ModelError(
             f"function {function!r} leaves the rotation of q and k to its cache, and no function of the module makes one: export the "
             "model's create_paged_kv_cache beside it"

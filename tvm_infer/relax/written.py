@@ -71,8 +71,8 @@ def written_attentions(name: str, func: Any) -> list[Match]:
 
 
 def written_rope(mod: Any) -> dict[str, Any] | None:
-    """How the cache that a module makes rotates q and k of fused calls: its `inv_freq` (numbers), `interleaved`, `magnitude`; None where
-    the module makes no cache."""
+    """How the cache that a module makes rotates q and k of fused calls: its `inv_freq` (numbers), `interleaved`, `magnitude`; None
+    where the module makes no cache."""
     for _, func in mod.functions_items():
         if not isinstance(func, relax.Function):
             continue
