@@ -5,6 +5,7 @@ All take the same weights and the same matrix products (`tvm_infer.matmul`); att
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import pathlib
 import tempfile
@@ -205,6 +206,7 @@ def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str
     """The library of the model on TVM's cache, with our matrix products."""
     import tvm
 
+    from ..compiler import _cuda_compiler
     from ..models.mlc_llama import export_llama
     from ..relax import pipeline
 
@@ -226,7 +228,8 @@ def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str
     mod = pipeline.prepare_unpaged(exported.mod, bounds, device)
     if exported.extern_mods:
         mod = mod.with_attr("external_mods", list(exported.extern_mods))
-    executable = pipeline.lower_unpaged(mod, target)
+    with contextlib.nullcontext() if device == "cpu" else _cuda_compiler():
+        executable = pipeline.lower_unpaged(mod, target)
     with tempfile.TemporaryDirectory(prefix="tvm_infer-") as folder:
         path = pathlib.Path(folder) / "model.so"
         executable.export_library(str(path))
