@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_cache
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from tvm_infer import _ffi, blas
 from tvm_infer.bench.serve_models import TINY
 from tvm_infer.errors import ArgumentError, MatchError
 from tvm_infer.models.mlc_llama import export_llama
-from tvm_infer.relax import DispatchKVCacheCreation
+from tvm_infer.relax import DispatchKVCacheCreation, pipeline
+from tvm_infer.runtime import mlc_names
 
 TARGET = {"kind": "llvm"}
 max_batch, max_total, chunk, page, window, n = (
@@ -317,6 +321,45 @@ def test_calls_that_our_cache_has_not_are_refused():
 
     with pytest.raises(MatchError, match=r"f/o .*no such operation[\s\S]*attention_with_shared_kv"):
         DispatchKVCacheCreation(TARGET)(Before)
+
+
+def test_renamed_calls_are_tvms_under_other_names():
+    """Dispatched functions run on any cache that TVM's builtins take, TVM's own too, with the same result."""
+    _ffi.library()
+    blas.ensure_blas()
+    target = pipeline.host_target()
+    functions = ("embed", "batch_prefill", "create_paged_kv_cache")
+    before = export_llama(TINY, cache="tir", target=target, functions=functions)
+    attend = export_llama(TINY, cache="tir", target=target, functions=functions[:2])  # creates nothing
+    dispatch = DispatchKVCacheCreation(target)
+    after = dispatch(attend.mod)
+    assert not dispatch.report.creations and len(dispatch.report.renamed) == TINY.num_layers
+    mlc_names.register_call_names()
+    machines = [
+        relax.VirtualMachine(pipeline.lower_cpu(pipeline.prepare_unpaged(mod, {"seq_len": 32}), target), tvm.cpu())
+        for mod in (before.mod, after)
+    ]
+    weights = [
+        tvm.runtime.tensor(np.random.default_rng(i).standard_normal(shape).astype(np.float32) * 0.2)
+        for i, (_, shape, _) in enumerate(before.weights)
+    ]
+    logits = []
+    for vm in machines:
+        kv = machines[0]["create_paged_kv_cache"](*(tvm_ffi.Shape((x,)) for x in (2, 64, 32, 16, 0)))
+        tvm.get_global_func("vm.builtin.kv_state_add_sequence")(kv, 0)
+        tvm.get_global_func("vm.builtin.kv_state_begin_forward")(kv, tvm_ffi.Shape((0,)), tvm_ffi.Shape((7,)))
+        rows = vm["embed"](tvm.runtime.tensor(np.arange(7, dtype=np.int32)), *weights)
+        last = tvm.runtime.tensor(np.array([6], np.int32))
+        result = vm["batch_prefill"](rows._create_view((1, 7, TINY.hidden_size)), last, kv, *weights)
+        logits.append(result[0].numpy())
+    np.testing.assert_array_equal(*logits)
+    assert np.abs(logits[0]).max() > 0.1
+
+
+def test_the_names_are_those_that_the_runtime_registers():
+    from tvm_infer.relax import dispatch_kv_cache
+
+    assert set(mlc_names.CALLS) == dispatch_kv_cache._RENAMED
 
 
 def test_options_are_checked():

@@ -107,7 +107,7 @@ def _bars(axes: Any, rows: list[dict[str, Any]], labels: list[str], key: str, he
     axes.barh(positions, values, height=0.6, color=colors, zorder=2)
     axes.scatter(tails, positions, marker="|", s=140, color="black", label="p99", zorder=3)
     for position, value in zip(positions, values, strict=True):
-        axes.text(0, position, f" {_ms(value)}", va="center", fontsize="small", zorder=4, color="white")
+        axes.text(value, position, f" {_ms(value)}", va="center", fontsize="small", zorder=4)
     axes.set_yticks(positions, labels, fontsize="small")
     axes.invert_yaxis()
     axes.set_xlim(left=0)

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..errors import ArgumentError, TvmInferError
-from . import serve_decode
+from . import serve_breakdown, serve_decode
 from .serve_loop import Backend, CacheSizes, Clock, Loop, pages_needed
 from .serve_metrics import summarize
 from .serve_workloads import Request, ServeWorkload
 
 _WARM_UP_STEPS = 3  # of every batch size: kernels are loaded and graphs captured by then
-_BREAKDOWN_STEPS = 3  # that a breakdown runs (serve_breakdown.of_step)
 Tokens = Sequence[Sequence[int]]  # of each text
 
 
@@ -156,7 +155,7 @@ def breakdown(
         return {"skipped": "no sample decoded a second token"}
     sizes = backend.sizes
     batch = typical["batch"]
-    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size) - _BREAKDOWN_STEPS
+    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size) - serve_breakdown.RUNS
     if keys < 1:
         return {"skipped": f"the cache has no room for {batch} sequences that share nothing"}
     seqs = range(first_seq, first_seq + batch)
