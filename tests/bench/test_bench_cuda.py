@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+import tvm_infer
 from tvm_infer import _ffi, errors, ops
 from tvm_infer.bench import (
     attention,
     ceilings,
     inputs,
+    matmul_cuda,
     peers,
     peers_torch,
     planning,
@@ -29,6 +31,7 @@ from tvm_infer.bench import (
     timing,
 )
 from tvm_infer.bench.cuda_device import CudaDevice
+from tvm_infer.bench.rows import WrongResult
 from tvm_infer.bench.timing import Timing, time_graph
 from tvm_infer.bench.workloads import Workload
 from tvm_infer.testing.reference import attention_reference
@@ -413,3 +416,50 @@ def test_the_cuda_side_imports_without_tvm():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+class HostProducts(HostDevice):
+    def matmul_library(self):
+        tvm_infer.set_blas()
+        return "a BLAS of the host"
+
+
+@pytest.fixture
+def few_products(monkeypatch):
+    monkeypatch.setattr(matmul_cuda, "SHAPES", ((24, 40), (16, 300)))
+    monkeypatch.setattr(matmul_cuda, "ROWS", (3, 70))
+    monkeypatch.setattr(matmul_cuda, "_ROTATE_BYTES", 12000)
+    return HostProducts()
+
+
+def test_matrix_products(few_products, capsys, tmp_path):
+    path = tmp_path / "out.json"
+    results = matmul_cuda.run(json_path=str(path), dtype="float32", device=few_products)
+    assert json.loads(path.read_text()) == results and results["library"] == "a BLAS of the host"
+    assert [(row["m"], row["k"], row["n"]) for row in results["rows"]] == [
+        (3, 24, 40),
+        (70, 24, 40),
+        (3, 16, 300),
+        (70, 16, 300),
+    ]
+    row = results["rows"][1]
+    assert row["tflop_per_s"] == pytest.approx(2 * 70 * 24 * 40 / US / 1e6)
+    assert row["gb_per_s"] == pytest.approx(4 * (24 * 40 + 70 * 24 + 70 * 40) / US / 1e3)
+    assert row["tvm_infer"]["us"] == row["torch"]["us"] == US and row["tvm_infer"]["error"] < 1e-5
+    assert set(few_products.launched) == {8}  # 4 weights of 3840 bytes, 1 of 19200: at least 8 launches
+    text = capsys.readouterr().out
+    assert "torch takes" in text and "1.00 x" in text
+
+
+def test_a_wrong_product_has_no_figure(few_products, monkeypatch):
+    def wrong(a, weight, out):
+        return lambda: torch.mm(a, weight.t(), out=out).mul_(1.001)
+
+    monkeypatch.setitem(matmul_cuda._LAUNCHERS, "tvm_infer", wrong)
+    with pytest.raises(WrongResult, match=r"relative error 1.00e-03 \(allowed 1e-05\)"):
+        matmul_cuda.run(dtype="float32", device=few_products)
+
+
+def test_unknown_peers_of_products(few_products):
+    with pytest.raises(errors.ArgumentError, match=r"\['tvm'\]; on cuda known peers are torch"):
+        matmul_cuda.run(peers=["tvm"], device=few_products)

@@ -16,7 +16,9 @@ def invoke(*arguments: str):
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"], ["build"]])
+@pytest.mark.parametrize(
+    "command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"], ["bench", "matmul"], ["build"]]
+)
 def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage:" in result.output
