@@ -89,7 +89,7 @@ def bench_plan(json_path: str | None, repeats: int) -> None:
 )
 @click.option(
     "--peers",
-    help='comma-separated: torch, on the CPU also tvm (the code TVM generates itself); "" for none; default: all',
+    help='comma-separated: torch, tvm (the code TVM generates itself); "" for none; default: all',
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="on cuda [default: bfloat16]")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
@@ -103,7 +103,9 @@ def bench_matmul(device: str, peers: str | None, dtype: str | None, json_path: s
     if device == "cpu":
         matmul.run(peers=list(matmul.PEERS) if names is None else names, json_path=json_path)
     else:
-        matmul_cuda.run(matmul_cuda.PEERS if names is None else names, json_path, dtype=dtype or "bfloat16")
+        results = matmul_cuda.run(matmul_cuda.PEERS if names is None else names, json_path, dtype=dtype or "bfloat16")
+        if any("error" in row["tvm_infer"] for row in results["rows"]):
+            raise SystemExit(1)
 
 
 @bench.command("attention")

@@ -1,4 +1,4 @@
-"""Matrix products of a decoder on a CUDA device: tvm_infer.matmul (cuBLASLt) beside torch, by CUDA-graph replay.
+"""Matrix products of a decoder on a CUDA device: tvm_infer.matmul (cuBLASLt) beside torch and TVM's own, by CUDA-graph replay.
 
 Weights are cycled through, 256 MiB of them or more, so that each comes from memory as in a model.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import _ffi
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TvmInferError
+from . import matmul_tvm
 from .cuda_device import CudaDevice
 from .rows import WrongResult
 from .timing import REST_S
@@ -18,7 +19,6 @@ from .timing import REST_S
 # (k, n) of Llama-3-8B: query, key and value together; attention's output; gate and up together; down; the vocabulary's
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))
 ROWS = (1, 4, 16, 64, 512, 2048)
-PEERS = ("torch",)
 MEMORY_BOUND_ROWS = 64  # up to here GB/s says how good a time is, above TFLOP/s
 _ROTATE_BYTES = 256 << 20
 _MIN_LAUNCHES = 8  # in a graph
@@ -59,11 +59,18 @@ def _torch(a: Any, weight: Any, out: Any) -> Callable[[], object]:
     return lambda: torch.mm(a, transposed, out=out)
 
 
-_LAUNCHERS = {"tvm_infer": _ours, "torch": _torch}
+def _tvm(a: Any, weight: Any, out: Any) -> Callable[[], object]:
+    (m, k), n = a.shape, len(weight)
+    kernel = matmul_tvm.kernel(m, k, n, str(a.dtype).removeprefix("torch."))
+    return lambda: kernel(a, weight, out)
+
+
+_LAUNCHERS = {"tvm_infer": _ours, "torch": _torch, "tvm": _tvm}
+PEERS = ("torch", "tvm")
 
 
 def measure(device: CudaDevice, m: int, k: int, n: int, peers: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Microseconds of [m, k] x [n, k]^T, ours and the peers', on the same operands. Raises WrongResult."""
+    """Microseconds of [m, k] x [n, k]^T, ours and the peers', on the same operands; what fails has an "error" instead."""
     import torch
 
     there: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device.torch_device}
@@ -78,14 +85,29 @@ def measure(device: CudaDevice, m: int, k: int, n: int, peers: Sequence[str], dt
     row: dict[str, Any] = {"m": m, "k": k, "n": n}
     for name in ("tvm_infer", *peers):
         make = _LAUNCHERS[name]
-        make(a, weights[0], out.fill_(float("nan")))()
-        error = _check(out, a, weights[0])
-        timing = device.time([make(a, weights[i % num_weights], out) for i in range(launches)])
-        row[name] = {"us": timing.median, "p10_us": timing.p10, "p90_us": timing.p90, "error": error}
-    us = row["tvm_infer"]["us"]
-    row["gb_per_s"] = (n * k + m * k + m * n) * size / us / 1e3
-    row["tflop_per_s"] = flops / us / 1e6
+        try:
+            make(a, weights[0], out.fill_(float("nan")))()
+            relative_error = _check(out, a, weights[0])
+            timing = device.time([make(a, weights[i % num_weights], out) for i in range(launches)])
+        except (WrongResult, TvmInferError, RuntimeError, ValueError) as failure:
+            row[name] = {"error": f"{type(failure).__name__}: {failure}"}
+            continue
+        row[name] = {"us": timing.median, "p10_us": timing.p10, "p90_us": timing.p90, "relative_error": relative_error}
+    us = row["tvm_infer"].get("us")
+    if us:
+        row["gb_per_s"] = (n * k + m * k + m * n) * size / us / 1e3
+        row["tflop_per_s"] = flops / us / 1e6
     return row
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """What had no figure and why, one line each."""
+    return [
+        f"{name}, [{row['m']}, {row['k']}] x [{row['n']}, {row['k']}]^T: {row[name]['error']}"
+        for row in results["rows"]
+        for name in _LAUNCHERS
+        if "error" in row.get(name, {})
+    ]
 
 
 def _table(results: dict[str, Any], names: Sequence[str]) -> Any:
@@ -104,13 +126,14 @@ def _table(results: dict[str, Any], names: Sequence[str]) -> Any:
     ):
         table.add_column(column, justify="right")
     for row in results["rows"]:
+        times = [row[name].get("us") for name in names]
         is_bound_by_memory = row["m"] <= MEMORY_BOUND_ROWS
         table.add_row(
             *(str(row[key]) for key in "mkn"),
-            *(f"{row[name]['us']:.1f}" for name in names),
-            f"{row['gb_per_s']:,.0f}" if is_bound_by_memory else "",
-            "" if is_bound_by_memory else f"{row['tflop_per_s']:.0f}",
-            *(f"{row[name]['us'] / row['tvm_infer']['us']:.2f} x" for name in names[1:]),
+            *(f"{us:.1f}" if us else "–" for us in times),
+            f"{row['gb_per_s']:,.0f}" if times[0] and is_bound_by_memory else "",
+            f"{row['tflop_per_s']:.0f}" if times[0] and not is_bound_by_memory else "",
+            *(f"{us / times[0]:.2f} x" if us and times[0] else "–" for us in times[1:]),
         )
     return table
 
@@ -122,12 +145,12 @@ def run(
     dtype: str = "bfloat16",
     device: CudaDevice | None = None,
 ) -> dict[str, Any]:
-    """Measure all shapes, print a table, write JSON if asked, and return the results.
+    """Measure all shapes, print a table and what had no figure (a wrong result, a peer that does not compile), write JSON if asked, and
+    return the results.
 
     Raises
     ------
     ArgumentError : an unknown peer. MissingDependencyError : no torch with CUDA, no cuBLASLt. ExecutorError : no CUDA device.
-    WrongResult : a product is wrong.
     """
     from rich.console import Console
 
@@ -143,6 +166,8 @@ def run(
             device.release()
     console = Console()
     Console(width=max(console.width, 120)).print(_table(results, ["tvm_infer", *peers]))
+    for line in failures(results):
+        console.print(line, markup=False, highlight=False)
     if json_path:
         with open(json_path, "w") as f:
             json.dump(results, f, indent=2)
