@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import json
 import os
@@ -64,9 +66,28 @@ def load_module(path: pathlib.Path) -> Any:
         ) from error
 
 
+@functools.cache
+def ensure_cuda_runtime() -> None:
+    """TVM's CUDA runtime, which `import tvm` leaves out where TVM_USE_RUNTIME_LIB is set. ExecutorError where it cannot be loaded."""
+    import tvm
+    from tvm_ffi import get_global_func
+
+    if get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return
+    path = pathlib.Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
+    try:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise errors.ExecutorError(
+            f"TVM's CUDA runtime cannot be loaded ({error}): it needs the driver's libcuda.so.1 and CUDA's libcudart.so, on the loader's "
+            "path (LD_LIBRARY_PATH)"
+        ) from error
+
+
 def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
     if _device(str(model.manifest["target"])) == "cuda":
+        ensure_cuda_runtime()
         if model.about is None:
             cublas.ensure_cublas()
         elif "matmul" in model.about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
