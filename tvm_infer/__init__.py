@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import jit as jit
     from .blas import matmul, set_blas
     from .compiler import compile as compile
+    from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ragged_attention",
     "rope_append",
     "set_blas",
+    "set_cublas",
     "workspace_size",
 ]
 
@@ -65,6 +67,7 @@ _LAZY = {
     "ragged_attention": "ops",
     "rope_append": "ops",
     "set_blas": "blas",
+    "set_cublas": "cublas",
     "workspace_size": "planning",
 }
 

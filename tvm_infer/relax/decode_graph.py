@@ -1,8 +1,8 @@
 """A decode step as one CUDA graph: a function of static tensors, for TVM's RewriteCUDAGraph to capture whole.
 
-That pass captures what depends on nothing but constants, parameters behind `num_input` and storage of constant size. So the decode
-function has no inputs in its sense: tokens, positions, cache and outputs are buffers at fixed addresses, one set for each number of rows,
-and its results are written to parameters instead of being allocated.
+That pass captures what depends on nothing but constants, parameters behind `num_input` and storage of constant size. So the
+decode function has no inputs in its sense: tokens, positions, cache and outputs are buffers at fixed addresses, one set for each
+number of rows, and its results are written to parameters instead of being allocated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm import relax
 
 from tvm_infer.errors import InternalError, ModelError
 
-from .nodes import bindings_of, known_shape, op_name, shape_of, used_vars
+from .nodes import bindings_of, op_name, shape_of, used_vars
 from .sampled_rows import LOGIT_INDICES
 
 DECODE, DECODE_LOGITS, DECODE_TOKENS = "decode", "decode_logits", "decode_tokens"
@@ -60,8 +60,8 @@ def with_greedy_tokens(func: Any) -> Any:
 def add_decode_function(mod: tvm.IRModule, function: str) -> tvm.IRModule:
     """The module with `decode`, a copy of `function` in which every row samples: logits [1, num_tokens, vocab].
 
-    An input logit_indices of the function (which rows to compute logits for) is taken out. ModelError where that is used for anything but
-    R.take of rows, or where there is a function `decode` already.
+    An input logit_indices of the function (which rows to compute logits for) is taken out. ModelError where that is used for anything
+    but R.take of rows, or where there is a function `decode` already.
     """
     if any(str(var.name_hint) == DECODE for var in mod.get_global_vars()):
         raise ModelError(f"the module has a function {DECODE!r} already; rename it")
@@ -141,7 +141,7 @@ class OutputBuffers:
 def _allocation(var: Any, definitions: dict[Any, Any]) -> Any:
     """The variable of the allocation that an output's elements lie in."""
     while True:
-        value = definitions.get(var)
+        value: Any = definitions.get(var)
         name = op_name(value)
         if name == "relax.builtin.alloc_tensor":
             return var
@@ -233,12 +233,6 @@ def _callee(call: Any) -> list[str]:
         return [str(op.name_hint)]
     name = str(op.global_symbol) if isinstance(op, relax.ExternFunc) else op_name(call)
     return [] if not name or name.startswith(_BOOKKEEPING) or name == "relax.reshape" else [name]
-
-
-def decode_outputs(func: Any) -> tuple[tuple[str, int], str]:
-    """((data type of the logits, vocabulary size), data type of the tokens) of a function with greedy tokens."""
-    logits, tokens = func.ret_ty.fields
-    return (str(logits.dtype), int(known_shape(relax.Var("x", logits))[-1])), str(tokens.dtype)
 
 
 def num_rows_var(func: Any) -> Any:

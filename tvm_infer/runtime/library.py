@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, blas, errors
+from .. import __version__, blas, cublas, errors
 from ..spec import AttentionSpec
 from . import linker
 
@@ -66,7 +66,12 @@ def load_module(path: pathlib.Path) -> Any:
 
 def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
-    if model.about is None:
+    if _device(str(model.manifest["target"])) == "cuda":
+        if model.about is None:
+            cublas.ensure_cublas()
+        elif "matmul" in model.about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
+            module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
+    elif model.about is None:
         blas.ensure_blas()
     elif "matmul" in model.about["functions"] and model.about["device"] == "cpu":
         if not module.get_function("tvm_infer_blas_path", True)():

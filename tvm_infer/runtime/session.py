@@ -1,7 +1,7 @@
 """One cache of a compiled model: a virtual machine of its own, and how a step runs on it.
 
-A captured CUDA graph keeps the addresses it was captured with and does not know which cache they belong to. So every cache gets a virtual
-machine of its own: graphs and activations are its, the weights are everybody's.
+A captured CUDA graph keeps the addresses it was captured with and does not know which cache they belong to. So every cache gets a
+virtual machine of its own: graphs and activations are its, the weights are everybody's.
 """
 
 from __future__ import annotations
