@@ -166,8 +166,11 @@ def kernel_names(
 
     elements = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     names: dict[str, None] = {}
-    if any(function.startswith("attention_with_kv_cache") for function in functions):
+    if "attention_with_kv_cache" in functions:
         names["append_b16"] = None
+    if "attention_with_kv_cache_fused_qkv" in functions:
+        names |= {f"rope_append_{elements[spec.dtype]}": None for spec in layers}
+    if names:
         for spec in layers:
             for page_size in page_sizes:
                 names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None
