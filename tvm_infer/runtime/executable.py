@@ -272,14 +272,13 @@ class Executable:
         before the device is done. The result is good until the next step of the same cache.
         """
         session = self._session(cache)
-        tokens = [np.asarray(new, np.int64).reshape(-1) for _, new in batch]
-        flat = np.concatenate([np.zeros(0, np.int64), *tokens])
+        lengths = [len(new) for _, new in batch]
+        flat = np.fromiter(itertools.chain.from_iterable(new for _, new in batch), np.int64, sum(lengths))
         self._check_tokens(flat)
-        lengths = [new.size for new in tokens]
         wanted = None if rows is None else self._checked_rows(rows, flat.size)
         if flat.size == 0:
             with cache.forward([seq_id for seq_id, _ in batch], lengths):
-                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), None, slice(None))
+                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
         with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):

@@ -12,6 +12,7 @@
 
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/cuda_functions.h"
+#include "tvm_infer/ffi/host_results.h"
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/matmul_cuda.h"
@@ -25,6 +26,7 @@
   TVM_INFER_PLAN_FUNCTIONS(V)         \
   TVM_INFER_ATTENTION_FUNCTIONS(V)    \
   TVM_INFER_CUDA_FUNCTIONS(V)         \
+  TVM_INFER_HOST_RESULTS_FUNCTIONS(V) \
   TVM_INFER_KV_CACHE_FUNCTIONS(V)     \
   TVM_INFER_MATMUL_FUNCTIONS(V)       \
   TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)  \
