@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .ops import append, append_attention, attention, merge, ragged_attention
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
-    from .runtime import PagedKVCache, load
+    from .runtime import PagedKVCache
+    from .runtime.loading import load as load
     from .schedule import Plan
 
 __all__ = [

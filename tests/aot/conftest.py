@@ -12,9 +12,6 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "compile"), str(HERE.parent / "cuda")]
 
-PROMPTS = [[7, 1, 90, 3], [5], list(range(3, 50))]
-NEW_TOKENS = 10
-
 
 @pytest.fixture(scope="session")
 def executable(tmp_path_factory):
@@ -39,6 +36,8 @@ def saved(executable, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokens(executable):
     """What the compiled model continues PROMPTS with."""
+    from aot_cases import NEW_TOKENS, PROMPTS
+
     return [g.tokens for g in executable.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
 
 

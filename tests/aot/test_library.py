@@ -1,4 +1,4 @@
-"""Exported libraries: what they show and need, whose functions they call, two in one process, processes without the compiler, errors."""
+"""Exported libraries: what they show and need, whose functions they call, two in one process, no compiler, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import NEW_TOKENS, PROMPTS
+from aot_cases import NEW_TOKENS, PROMPTS
 
 import tvm_infer
 from tvm_infer import _ffi, errors
@@ -191,7 +191,9 @@ def test_the_manifest(saved, executable):
 
 def test_a_library_of_another_abi(executable, saved, tmp_path):
     path = relinked(executable, tmp_path / "model.so", abi_version=99)
-    with pytest.raises(errors.AbiError, match=rf"model\.so was exported by tvm_infer {tvm_infer.__version__} with ABI 99; .* ABI \d+"):
+    with pytest.raises(
+        errors.AbiError, match=rf"model\.so was exported by tvm_infer {tvm_infer.__version__} with ABI 99; .* ABI \d+"
+    ):
         tvm_infer.load(path, saved / "model.safetensors")
 
 
@@ -203,6 +205,15 @@ def test_weights_of_another_abi(executable, saved, tmp_path):
     changed.write_bytes(data.replace(mark, mark[:-2] + b'7"'))
     with pytest.raises(errors.AbiError, match=r"other\.safetensors were written with tvm_infer ABI 7, .* has ABI \d+"):
         tvm_infer.load(saved / "model.so", changed)
+
+
+def test_a_manifest_with_other_fields(saved, executable):
+    """Of a version that keeps the ABI and describes models in another way."""
+    from tvm_infer.runtime import Manifest
+
+    fields = executable._compiled.manifest
+    with pytest.raises(errors.AbiError, match=r"its manifest has \['new'\] more and \['layers'\] fewer fields"):
+        Manifest.parse({**{k: v for k, v in fields.items() if k != "layers"}, "new": 1}, "here")
 
 
 def test_a_manifest_of_another_format(executable, saved, tmp_path, monkeypatch):
@@ -218,9 +229,9 @@ def test_a_manifest_of_another_format(executable, saved, tmp_path, monkeypatch):
 
 def test_paths_that_are_none(executable, saved, tmp_path):
     weights = saved / "model.safetensors"
-    with pytest.raises(errors.ModelError, match="no.so does not exist"):
+    with pytest.raises(errors.ModelError, match=r"no\.so does not exist"):
         tvm_infer.load(tmp_path / "no.so", weights)
-    with pytest.raises(errors.ModelError, match="model.so does not exist"):
+    with pytest.raises(errors.ModelError, match=r"model\.so does not exist"):
         tvm_infer.load(tmp_path)
     with pytest.raises(errors.ArgumentError, match="`weights` is missing"):
         tvm_infer.load(saved / "model.so")
@@ -253,7 +264,9 @@ def test_weights_of_another_model(saved):
     name = "model.norm.weight"
     with pytest.raises(errors.ModelError, match=rf"1 weights of the compiled model are not given, '{name}' first"):
         tvm_infer.load(saved / "model.so", {k: v for k, v in weights.items() if k != name})
-    with pytest.raises(errors.ModelError, match=rf"weight '{name}' is float32 \[24\]; the model was compiled for float32 \[48\]"):
+    with pytest.raises(
+        errors.ModelError, match=rf"weight '{name}' is float32 \[24\]; the model was compiled for float32 \[48\]"
+    ):
         tvm_infer.load(saved / "model.so", {**weights, name: weights[name][:24]})
     with pytest.raises(errors.ModelError, match=rf"weight '{name}' is float64 \[48\]"):
         tvm_infer.load(saved / "model.so", {**weights, name: weights[name].astype("float64")})
@@ -269,7 +282,7 @@ def test_no_compiler_to_link_with(executable, tmp_path, monkeypatch):
 
 def test_what_the_linker_says_is_passed_on(executable, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", shutil.which("false"))
-    with pytest.raises(errors.CompileError, match="linking the model failed: .*false"):
+    with pytest.raises(errors.CompileError, match=r"linking the model failed: .*false"):
         executable.export_library(tmp_path / "model.so")
     assert list(tmp_path.iterdir()) == []
 
@@ -312,7 +325,12 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
     export_cuda(cuda_model(executable), tmp_path / "model.so")
     assert built == [(KERNELS, "sm_90a")]
     about = library.read(tmp_path / "model.so").about
-    assert (about["device"], about["kernels"], about["archs"], about["page_sizes"]) == ("cuda", KERNELS, ["sm_90a"], [16, 64])
+    assert (about["device"], about["kernels"], about["archs"], about["page_sizes"]) == (
+        "cuda",
+        KERNELS,
+        ["sm_90a"],
+        [16, 64],
+    )
     data = (tmp_path / "model.so").read_bytes()
     assert all(f"<{name} for sm_90a>".encode() * 40 in data for name in KERNELS)
     assert len(data) < 10_000_000  # no BLAS

@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,12 @@ class Manifest:
             raise AbiError(
                 f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
                 f"{have}: compile it again"
+            )
+        known = {field.name for field in dataclass_fields(cls)}
+        if set(fields) != known:
+            raise AbiError(
+                f"the model in {where} was compiled by another version of tvm_infer: its manifest has {sorted(set(fields) - known)} "
+                f"more and {sorted(known - set(fields))} fewer fields than this version's. Compile it again"
             )
         fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
         fields["weights"] = tuple(fields["weights"])
@@ -335,7 +342,7 @@ def as_weight(x: Any, name: str) -> Any:
     if hasattr(x, "detach"):
         x = x.detach().contiguous()
     elif isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x)
+        x = np.asarray(x, order="C")  # ascontiguousarray would give a scalar a dimension
     pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
     if not hasattr(x, "__dlpack__"):
         raise ArgumentError(

@@ -68,9 +68,10 @@ def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
     if model.about is None:
         blas.ensure_blas()
-    elif "matmul" in model.about["functions"] and model.about["device"] == "cpu":
-        if not module.get_function("tvm_infer_blas_path", True)():
-            module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
+        return
+    needs_one = model.about["device"] == "cpu" and "matmul" in model.about["functions"]
+    if needs_one and not module.get_function("tvm_infer_blas_path", True)():
+        module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
 
 
 def _manifest_function(path: pathlib.Path) -> Any:
@@ -132,7 +133,9 @@ def export(
     linker.link(objects, contents, path)
 
 
-def kernel_names(layers: Sequence[AttentionSpec], functions: Sequence[str], page_sizes: Sequence[int]) -> tuple[str, ...]:
+def kernel_names(
+    layers: Sequence[AttentionSpec], functions: Sequence[str], page_sizes: Sequence[int]
+) -> tuple[str, ...]:
     """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of."""
     from ..jit import parse
 

@@ -43,7 +43,13 @@ def link(objects: Sequence[pathlib.Path], contents: Contents, path: pathlib.Path
         libraries = [f"-L{_ffi_folder()}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]
         # --no-undefined: what the library would miss on the other machine is missed here.
         # nodelete: its threads, loaded kernels, and errors on their way to a handler need its code after the last module has gone.
-        flags = ["-shared", "-Wl,--version-script=exports.map", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-z,nodelete"]
+        flags = [
+            "-shared",
+            "-Wl,--version-script=exports.map",
+            "-Wl,--no-undefined",
+            "-Wl,--as-needed",
+            "-Wl,-z,nodelete",
+        ]
         _run([*flags, "-o", "model.so", *inputs, *libraries], work)
         publish(work / "model.so", path)
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import _ffi, errors
+from .. import __version__, _ffi, errors
 from . import library
 from .executable import Executable
 from .weights_file import WeightsFile
@@ -22,8 +22,9 @@ def load(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> Executable:
-    """A model that :meth:`Executable.export_library` or :meth:`Executable.save` wrote. Compiles nothing and needs neither TVM's compiler
-    (``TVM_USE_RUNTIME_LIB=1``) nor torch.
+    """A model that :meth:`Executable.export_library` or :meth:`Executable.save` wrote.
+
+    Compiles nothing, and needs neither torch nor TVM's compiler: its runtime is enough (``TVM_USE_RUNTIME_LIB=1``).
 
     Parameters
     ----------
@@ -61,8 +62,8 @@ def _check_abi(model: library.CompiledModel, tensors: Mapping[str, Any]) -> None
     assert model.about is not None
     if built != have:
         raise errors.AbiError(
-            f"{model.library} was exported by tvm_infer {model.about['tvm_infer']} with ABI {built}; this library has ABI {have}: export "
-            "the model again, or load it with the version that made it"
+            f"{model.library} was exported by tvm_infer {model.about['tvm_infer']} with ABI {built}; this is tvm_infer {__version__} "
+            f"with ABI {have}: export the model again, or load it with the version that made it"
         )
     if not isinstance(tensors, WeightsFile):
         return
