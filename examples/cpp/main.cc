@@ -56,9 +56,11 @@ class DeviceMemory {
     if (device_.device_type == kDLCPU && is_aligned) return host;
     return Copied(host, Empty(Shape(host.shape().begin(), host.shape().end()), host.dtype()));
   }
-  Tensor PutIds(const std::vector<int64_t>& ids, Shape shape, DLDataType dtype) const {
+  // Numbers in the first part of `buffer`, which is as large as a step can need and stays where it is.
+  Tensor PutIds(const std::vector<int64_t>& ids, Shape shape, const Tensor& buffer) const {
+    const DLDataType dtype = buffer.dtype();
     const std::vector<int32_t> narrow(ids.begin(), ids.end());
-    const Tensor tensor = Empty(shape, dtype);
+    const Tensor tensor = view_(buffer, shape, dtype, int64_t{0}).cast<Tensor>();
     void* data = const_cast<void*>(dtype.bits == 32 ? static_cast<const void*>(narrow.data()) : ids.data());
     from_bytes_(tensor, data, static_cast<int64_t>(ids.size() * dtype.bits / 8));  // has arrived when it returns
     return tensor;
@@ -90,6 +92,7 @@ class DeviceMemory {
   }
   DLDevice device_;
   Function allocate_ = Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
+  Function view_ = Function::GetGlobalRequired("runtime.TVMTensorCreateView");
   Function copy_ = Function::GetGlobalRequired("runtime.TVMTensorCopyFromTo");
   Function from_bytes_ = Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
   Function to_bytes_ = Function::GetGlobalRequired("runtime.TVMTensorCopyToBytes");
@@ -224,9 +227,21 @@ Batch NextBatch(std::vector<Sequence>& sequences, int64_t max_tokens) {
   return batch;
 }
 
+// The inputs that this program fills in itself, by name, each with room for a number of every token of a step.
+std::map<std::string, Tensor> MakeInputs(const Model& model, const DeviceMemory& memory, int64_t max_tokens) {
+  std::map<std::string, Tensor> buffers;
+  for (const Any& item : Field(model.about(), "inputs").cast<ffi::json::Array>()) {
+    const auto input = item.cast<ffi::json::Array>();
+    const DLDataType dtype = ffi::StringToDLDataType(input[1].cast<String>());
+    if (dtype.code != kDLInt || (dtype.bits != 32 && dtype.bits != 64)) throw std::runtime_error("the model has an input that is no index");
+    buffers.emplace(std::string(input[0].cast<String>()), memory.Empty({max_tokens}, dtype));
+  }
+  return buffers;
+}
+
 // One step of the model: logits [rows, vocab_size] of the batch's rows.
-std::vector<float> Step(const Model& model, const DeviceMemory& memory, const Any& cache, const std::vector<Tensor>& weights,
-                        const Batch& batch) {
+std::vector<float> Step(const Model& model, const DeviceMemory& memory, const std::map<std::string, Tensor>& inputs, const Any& cache,
+                        const std::vector<Tensor>& weights, const Batch& batch) {
   model.Call("kv_cache_begin_forward", cache, Shape(batch.ids.begin(), batch.ids.end()), Shape(batch.lengths.begin(), batch.lengths.end()),
              /*causal=*/int64_t{1});
   const int64_t num_tokens = static_cast<int64_t>(batch.tokens.size());
@@ -234,15 +249,13 @@ std::vector<float> Step(const Model& model, const DeviceMemory& memory, const An
   const std::vector<int64_t> rows = batch.rows.empty() ? std::vector<int64_t>{0} : batch.rows;
   std::vector<Any> arguments;
   for (const Any& item : Field(model.about(), "inputs").cast<ffi::json::Array>()) {
-    const auto input = item.cast<ffi::json::Array>();
-    const std::string name = input[0].cast<String>();
-    const DLDataType dtype = ffi::StringToDLDataType(input[1].cast<String>());
+    const std::string name = item.cast<ffi::json::Array>()[0].cast<String>();
     if (name == "input_ids") {
-      arguments.push_back(memory.PutIds(batch.tokens, {1, num_tokens}, dtype));
+      arguments.push_back(memory.PutIds(batch.tokens, {1, num_tokens}, inputs.at(name)));
     } else if (name == "position_ids") {
       arguments.push_back(model.Call("kv_cache_position_ids", cache));
     } else if (name == "logit_indices") {
-      arguments.push_back(memory.PutIds(rows, {static_cast<int64_t>(rows.size())}, dtype));
+      arguments.push_back(memory.PutIds(rows, {static_cast<int64_t>(rows.size())}, inputs.at(name)));
     } else {
       throw std::runtime_error("the model has an input " + name + ", which this program cannot feed");
     }
@@ -272,11 +285,12 @@ void Generate(const Options& options, std::vector<Sequence> sequences) {
     }
     lengths.push_back(static_cast<int64_t>(sequence.pending.size()) + options.max_new_tokens);
   }
+  const std::map<std::string, Tensor> inputs = MakeInputs(model, memory, max_tokens);
   const Any cache = MakeCache(model, lengths, options.page_size, max_tokens);
   for (size_t i = 0; i < sequences.size(); ++i) model.Call("kv_cache_add", cache, static_cast<int64_t>(i));
 
   for (Batch batch = NextBatch(sequences, max_tokens); !batch.ids.empty(); batch = NextBatch(sequences, max_tokens)) {
-    const std::vector<float> logits = Step(model, memory, cache, weights, batch);
+    const std::vector<float> logits = Step(model, memory, inputs, cache, weights, batch);
     for (size_t row = 0; row < batch.sampling.size(); ++row) {
       Sequence& sequence = sequences[batch.sampling[row]];
       const float* scores = logits.data() + row * vocab_size;

@@ -127,6 +127,32 @@ print([l["block"] for l in driver.launches()], str(call("model_manifest")))
     assert out == ["['128,1,1', '64,1,1'] {\"n\": 2}"]
 
 
+def test_load_refuses_a_library_without_kernels_for_this_gpu(
+    executable, saved, fake, tmp_path, monkeypatch, run_python
+):
+    """tvm_infer.load says it, before weights go anywhere."""
+    from test_library import cuda_model, export_cuda
+
+    from tvm_infer import jit
+
+    monkeypatch.setattr(jit, "build", lambda names, arch: None)
+    monkeypatch.setattr(jit, "cubin", lambda name, arch: fake_cubin(name))
+    export_cuda(cuda_model(executable), tmp_path / "model.so", archs=("sm_80",))
+    out = run_python(
+        """
+import sys, tvm_infer
+try:
+    tvm_infer.load(sys.argv[1], sys.argv[2])
+except tvm_infer.errors.ExecutorError as error:
+    print(error)
+""",
+        tmp_path / "model.so",
+        saved / "model.safetensors",
+        LD_LIBRARY_PATH=os.pathsep.join([str(fake), os.environ.get("LD_LIBRARY_PATH", "")]),
+    )
+    assert "this library holds kernels for sm_80; cuda device 0 (Fake H200) needs sm_90a" in out
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_real_kernel_is_embedded_whole(tmp_path):
     from tvm_infer import jit

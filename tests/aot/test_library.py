@@ -197,6 +197,14 @@ def test_a_library_of_another_abi(executable, saved, tmp_path):
         tvm_infer.load(path, saved / "model.safetensors")
 
 
+def test_a_library_of_another_tvm(executable, saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "tvm_version", lambda: "0.31.2")
+        path = relinked(executable, tmp_path / "model.so")
+    with pytest.raises(errors.AbiError, match=r"compiled by TVM 0\.31\.2 and this is TVM 0\.27"):
+        tvm_infer.load(path, saved / "model.safetensors")
+
+
 def test_weights_of_another_abi(executable, saved, tmp_path):
     data = (saved / "model.safetensors").read_bytes()
     mark = b'"tvm_infer.abi_version":"%d"' % executable.manifest.abi_version

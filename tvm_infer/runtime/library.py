@@ -60,7 +60,7 @@ def load_module(path: pathlib.Path) -> Any:
         return tvm.runtime.load_module(str(path.resolve()))
     except Exception as error:  # a loader's, TVM's, or tvm-ffi's own kind
         raise errors.ModelError(
-            f"{path} is no library that TVM {_version('apache-tvm')} loads: {str(error).strip().splitlines()[-1]}"
+            f"{path} is no library that TVM {tvm_version()} loads: {str(error).strip().splitlines()[-1]}"
         ) from error
 
 
@@ -112,7 +112,7 @@ def export(
     about = {
         "format": FORMAT,
         "tvm_infer": __version__,
-        "tvm": _version("apache-tvm"),
+        "tvm": tvm_version(),
         "device": device,
         "functions": functions,
         "kernels": kernels,
@@ -180,5 +180,6 @@ def _device(target: str) -> str:
     return "cuda" if json.loads(target)["kind"] == "cuda" else "cpu"
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
+def tvm_version() -> str:
+    """Of the TVM that is installed."""
+    return importlib.metadata.version("apache-tvm")

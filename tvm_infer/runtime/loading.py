@@ -58,8 +58,14 @@ def load(
 
 
 def _check_abi(model: library.CompiledModel, tensors: Mapping[str, Any]) -> None:
-    have, built = int(_ffi.func("abi_version")()), int(model.manifest["abi_version"])
     assert model.about is not None
+    theirs, ours = str(model.about["tvm"]), library.tvm_version()
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise errors.AbiError(
+            f"{model.library} was compiled by TVM {theirs} and this is TVM {ours}, whose runtime may call it differently: export the "
+            "model again, or install that TVM"
+        )
+    have, built = int(_ffi.func("abi_version")()), int(model.manifest["abi_version"])
     if built != have:
         raise errors.AbiError(
             f"{model.library} was exported by tvm_infer {model.about['tvm_infer']} with ABI {built}; this is tvm_infer {__version__} "
