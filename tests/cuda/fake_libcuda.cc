@@ -155,6 +155,13 @@ FAKE int cuMemcpyHtoDAsync_v2(DevicePointer device, const void* host, size_t byt
   std::memcpy(reinterpret_cast<void*>(device), host, bytes);
   return Called("cuMemcpyHtoDAsync", std::to_string(bytes));
 }
+FAKE int cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
+  const int code = Called("cuMemAlloc", std::to_string(bytes));
+  if (code == 0) *pointer = reinterpret_cast<DevicePointer>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  return code;
+}
+FAKE int cuMemFree_v2(DevicePointer pointer) { return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree"); }
+FAKE int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) { return *free_bytes = 1000, *total_bytes = 2000, 0; }
 FAKE int cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags) {
   *pointer = std::malloc(bytes);
   return Called("cuMemHostAlloc", std::to_string(flags));

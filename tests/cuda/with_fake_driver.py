@@ -17,7 +17,7 @@ from tvm_infer import _ffi, errors
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
-ABI, THREADS, SHARED = 3, 384, 230000
+ABI, THREADS, SHARED = 4, 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
 
@@ -537,3 +537,122 @@ def test_check_plan(driver, kind, words, changes):
     else:
         with pytest.raises(kind, match=words):
             call()
+
+
+# The KV cache, whose device memory is the host's here
+
+CACHE = {
+    "num_layers": 2,
+    "num_qo_heads": HQ,
+    "num_kv_heads": HKV,
+    "head_dim": DIM,
+    "dtype": "bfloat16",
+    "page_size": PAGE,
+}
+CACHE_SIZE = {"num_pages": 12, "max_batch": 4, "max_tokens": 40, "device": "cuda:1"}
+
+
+def words(address, count):
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int32)), (count,))
+
+
+def rows(count, heads, device=(CUDA, 1)):
+    return tensor((count, heads, DIM), device=device)
+
+
+def test_cache_on_a_device_owns_and_frees_its_memory(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    assert cache.device == "cuda:1" and cache.num_ctas == 132
+    allocated = [int(call) for call in driver.calls("cuMemAlloc")]
+    assert (
+        allocated[0] == 2 * 12 * 2 * HKV * PAGE * DIM * 2 and len(allocated) == 3
+    )  # pages, a step's tables, partial results
+    driver.clear()
+    del cache
+    assert len(driver.calls("cuMemFree")) == 3
+
+
+def test_cache_step_is_one_copy_and_two_launches_a_layer(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    for seq in (5, 6):
+        cache.add_sequence(seq)
+    cache.begin_step([5, 6], [20, 1], token_ids=np.arange(21), logit_rows=np.array([19, 20]))
+    driver.clear()
+    cache.attention(1, rows(21, HQ), rows(21, HKV), rows(21, HKV), out=rows(21, HQ))
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16", "attention_bf16_h128_p16"]
+    params = driver.params(Params)
+    base = params.kv_page_indices
+    indptr = words(params.kv_indptr, 3)
+    assert words(base, indptr[2])[indptr[0] : indptr[1]].tolist() == list(cache.page_table(5))
+    assert words(base, indptr[2])[indptr[1] : indptr[2]].tolist() == list(cache.page_table(6))
+    plan = np.array(cache.plan.buffer)
+    np.testing.assert_array_equal(words(params.plan, plan.size), plan)
+    assert list(params.capture_key) == plan[2:4].view(np.uint32).tolist() != [0, 0]
+    assert (params.max_tokens, params.max_kv_lists) == (21, 4)
+    cache.end_forward()
+    # the next step: same addresses, one copy of what is used
+    before = (params.plan, params.kv_indptr, params.kv_page_indices)
+    driver.clear()
+    cache.begin_step([6, 5], [1, 1], num_rows=4, token_ids=np.array([3, 4]))
+    (upload,) = driver.calls("cuMemcpyHtoDAsync")
+    used = params.plan - params.kv_indptr + np.array(cache.plan.buffer).nbytes
+    assert used < int(upload) < used + 8 * 128  # page indices, tokens and positions: each begins on a line
+    cache.attention(0, rows(4, HQ), rows(4, HKV), rows(4, HKV), out=rows(4, HQ))
+    params = driver.params(Params)
+    assert (params.plan, params.kv_indptr, params.kv_page_indices) == before and params.max_tokens == 4
+    # tokens, then positions, left of the page table
+    assert words(params.kv_indptr - 256, 8)[::2].tolist() == [3, 4, 0, 0]
+    assert words(params.kv_indptr - 128, 8)[::2].tolist() == [1, 20, 0, 0]
+
+
+def test_cache_copies_shared_pages_in_one_launch(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [20]):
+        pass
+    cache.fork_sequence(0, 1), cache.fork_sequence(0, 2)
+    driver.clear()
+    cache.begin_forward([0, 1, 2], [1, 1, 1])
+    assert len(driver.calls("cuMemcpyHtoDAsync")) == 1
+    (launch,) = driver.launches()
+    assert launch["name"] == "copy_pages" and launch["grid"] == "4,1,1"  # two copies in two layers
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words_"),
+    [
+        ({"dtype": "float32"}, errors.ExecutorError, ["float32", "bfloat16"]),
+        ({"head_dim": 96}, errors.ExecutorError, ["96", "64 and"]),
+        ({"page_size": 24}, errors.ExecutorError, ["`page_size` is 24", "16"]),
+        ({"device": "cuda:2"}, errors.ExecutorError, ["`device` is cuda:2", "sm_80"]),
+        ({"device": "cuda:7"}, errors.ExecutorError, ["`device` is cuda:7"]),
+    ],
+    ids=str,
+)
+def test_cache_refuses_what_has_no_kernel(driver, change, error, words_):
+    with pytest.raises(error) as caught:
+        tvm_infer.PagedKVCache(**{**CACHE, **CACHE_SIZE, **change})
+    assert all(word in str(caught.value) for word in words_), str(caught.value)
+
+
+def test_cache_says_what_a_full_device_has(driver):
+    driver.fail("cuMemAlloc", 2)
+    with pytest.raises(errors.ArgumentError, match=r"no \d+ bytes for its pages: 1000 of 2000 are free.*num_pages"):
+        tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+
+
+def test_cache_step_is_not_begun_within_a_capture(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    driver.capture(True)
+    with pytest.raises(errors.DeviceError, match="being captured"):
+        cache.begin_forward([0], [1])
+    driver.capture(False)
+    assert not cache.in_forward and cache.num_used_pages == 0
+
+
+def test_cache_takes_tensors_of_its_device_only(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [1]) as step, pytest.raises(errors.ArgumentError, match="cuda:0"):
+        step.attention(0, *(rows(1, heads, (CUDA, 0)) for heads in (HQ, HKV, HKV)), out=rows(1, HQ))

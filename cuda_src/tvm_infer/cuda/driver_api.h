@@ -29,6 +29,7 @@ struct LaunchConfig {
 
 // Values of cuda.h's enumerations (tests/cuda/driver_constants.cc holds them, and the structs above, against cuda.h).
 inline constexpr int kSuccess = 0;                    // CUDA_SUCCESS
+inline constexpr int kErrorOutOfMemory = 2;           // CUDA_ERROR_OUT_OF_MEMORY
 inline constexpr int kErrorNoDevice = 100;            // CUDA_ERROR_NO_DEVICE
 inline constexpr int kErrorInvalidDevice = 101;       // CUDA_ERROR_INVALID_DEVICE
 inline constexpr int kErrorNotReady = 600;            // CUDA_ERROR_NOT_READY
@@ -73,6 +74,9 @@ inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATU
                              const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int promotion, int fill)) \
   V(cuMemcpyDtoH_v2, (void* host, DevicePointer device, size_t bytes))                                                                    \
   V(cuMemcpyHtoDAsync_v2, (DevicePointer device, const void* host, size_t bytes, void* stream))                                           \
+  V(cuMemAlloc_v2, (DevicePointer * data, size_t bytes))                                                                                  \
+  V(cuMemFree_v2, (DevicePointer data))                                                                                                   \
+  V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \
   V(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned int flags))                                                                   \
   V(cuMemFreeHost, (void* pointer))                                                                                                       \
   V(cuEventCreate, (void** event, unsigned int flags))                                                                                    \

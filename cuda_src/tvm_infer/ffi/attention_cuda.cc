@@ -255,6 +255,28 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
   Launch(scope, &launch);
 }
 
+void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
+                        const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
+                        const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor());
+  cpu::KVSource source{};
+  const CacheShape shape =
+      PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices);
+  launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
+  launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
+  cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, OptionalTensor(), source, shape);
+  CheckDim(k, "k", 0, q.size(0), "tokens of q");
+  params.plan = launch.params.plan;
+  params.expected = launch.params.expected;
+  params.o = launch.params.o;
+  params.o_stride_token = launch.params.o_stride_token;
+  params.o_stride_head = launch.params.o_stride_head;
+  params.num_qo_heads = static_cast<int32_t>(q.size(1));
+  const CudaScope scope(place.device);
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  Launch(scope, &launch);
+}
+
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
                  const TensorView& o, const OptionalTensor& lse) {
   const cpu::DType dtype = CheckMergeOperand(o_a, lse_a, o_a, "o_a", "lse_a", place);

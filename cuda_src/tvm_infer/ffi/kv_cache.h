@@ -4,6 +4,7 @@
 // An operation that throws has changed nothing. Errors: kv/cache_manager.h, kv_cache_object.h.
 #pragma once
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
@@ -27,6 +28,8 @@
   V(kv_cache_in_forward, KVCacheInForward)           \
   V(kv_cache_query_positions, KVCacheQueryPositions) \
   V(kv_cache_position_ids, KVCachePositionIds)       \
+  V(kv_cache_begin_step, KVCacheBeginStep)           \
+  V(kv_cache_step_inputs, KVCacheStepInputs)         \
   V(kv_cache_plan, KVCachePlan)                      \
   V(kv_cache_seq_len, KVCacheSeqLen)                 \
   V(kv_cache_sequences, KVCacheSequences)            \
@@ -65,12 +68,20 @@ void KVCacheClear(PagedKVCache kv);
 
 // Grows sequence ids[i] by append_lengths[i] tokens and plans the step.
 void KVCacheBeginForward(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths, int64_t causal);
+// The same, with what a model reads beside the cache: token_ids int64 [num_tokens], logit_rows int64 [num_logits] (rows whose logits are
+// wanted), both on the host, both optional. num_rows: rows of the step's tensors, at least its tokens; rows behind them are padding (token
+// 0, position 0): nothing is appended for them and their outputs are 0. A captured graph of so many rows can be replayed then.
+void KVCacheBeginStep(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths, int64_t causal, int64_t num_rows,
+                      Optional<TensorView> token_ids, Optional<TensorView> logit_rows);
+// Views on the cache's device that every step of as many rows (and logits) overwrites, at addresses that depend on these numbers alone:
+// input_ids [1, num_rows], position_ids [1, num_rows], logit_rows [num_logits], int64.
+tvm::ffi::Array<tvm::ffi::Tensor> KVCacheStepInputs(PagedKVCache kv, int64_t num_rows, int64_t num_logits);
 void KVCacheEndForward(PagedKVCache kv);
 // Takes the step's growth back.
 void KVCacheCancelForward(PagedKVCache kv);
 bool KVCacheInForward(PagedKVCache kv);
 
-// Positions of the step's tokens in their sequences, int64 [num_tokens]; position_ids: the same as [1, num_tokens]. Views.
+// Positions of the step's tokens in their sequences: int64 [num_tokens] on the host; position_ids: [1, num_rows] on the device. Views.
 tvm::ffi::Tensor KVCacheQueryPositions(PagedKVCache kv);
 tvm::ffi::Tensor KVCachePositionIds(PagedKVCache kv);
 tvm::ffi::Tensor KVCachePlan(PagedKVCache kv);  // of the last step, int32; a view
@@ -84,7 +95,8 @@ int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape 
 int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
 tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
-// num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page
+// num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page,
+// device type (DLPack), device id
 tvm::ffi::Shape KVCacheConfigOf(PagedKVCache kv);
 
 // An executable takes the cache for itself (token: its own number, not 0); a second one gets CacheStateError.
