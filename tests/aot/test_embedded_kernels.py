@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from tvm_infer.jit import headers
 from tvm_infer.runtime import linker
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -35,8 +36,8 @@ def append(page_size=16, device=0):
 """
 
 
-def fake_cubin(name: str, abi: int = 3) -> bytes:
-    return f"{name} {abi} 128 1024 0".encode() + b"\0"
+def fake_cubin(name: str, abi: int = headers.kernel_abi(), threads: int = 128) -> bytes:
+    return f"{name} {abi} {threads} 1024 0".encode() + b"\0"
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def test_a_kernel_of_another_abi(tmp_path, run):
 
 def test_two_libraries_have_kernels_of_their_own(tmp_path, run):
     for number, threads in ((1, 128), (2, 64)):
-        cubin = f"append_b16 3 {threads} 1024 0".encode() + b"\0"
-        contents = linker.Contents(manifest=f'{{"n": {number}}}', cubins={("append_b16", "sm_90a"): cubin})
+        cubins = {("append_b16", "sm_90a"): fake_cubin("append_b16", threads=threads)}
+        contents = linker.Contents(manifest=f'{{"n": {number}}}', cubins=cubins)
         linker.link([], contents, tmp_path / f"{number}.so")
     out = run(
         """

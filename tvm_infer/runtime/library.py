@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, blas, errors
+from .. import __version__, _ffi, blas, errors
 from ..spec import AttentionSpec
 from . import linker
 
@@ -62,6 +63,15 @@ def load_module(path: pathlib.Path) -> Any:
         raise errors.ModelError(
             f"{path} is no library that TVM {tvm_version()} loads: {str(error).strip().splitlines()[-1]}"
         ) from error
+
+
+def offer_kernels(model: CompiledModel) -> None:
+    """Let the package's cache and functions launch the model's kernels: a machine that loads it need not have a compiler."""
+    assert model.about is not None
+    cubin = load_module(model.library).get_function("tvm_infer_model_cubin", True)
+    for arch in model.about["archs"]:
+        for name in model.about["kernels"]:
+            _ffi.offer_cubin(name, arch, functools.partial(cubin, name, arch))
 
 
 def ensure_blas(model: CompiledModel, module: Any) -> None:
@@ -142,7 +152,7 @@ def kernel_names(
     elements = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     names: dict[str, None] = {}
     if any(function.startswith("attention_with_kv_cache") for function in functions):
-        names["append_b16"] = None
+        names |= {"append_b16": None, "copy_pages": None}  # the second copies pages that forks shared
         for spec in layers:
             for page_size in page_sizes:
                 names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None

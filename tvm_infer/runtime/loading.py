@@ -54,6 +54,7 @@ def load(
     _check_weights(model.about, tensors)
     if model.about["device"] == "cuda":
         library.load_module(path).get_function("tvm_infer_model_check_cuda", True)(0)
+        library.offer_kernels(model)
     return Executable(path, tensors, tokenizer=tokenizer, max_position=model.about["max_position"])
 
 
