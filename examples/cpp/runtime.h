@@ -82,7 +82,7 @@ class DeviceMemory {
 class Model {
  public:
   // The path is made absolute because the loader looks for a bare name in the system's folders.
-  explicit Model(const std::string& path) : module_(ffi::Module::LoadFromFile(std::filesystem::absolute(path).string())) {
+  explicit Model(const std::string& path) : module_(Load(std::filesystem::absolute(path).string())) {
     manifest_ = ffi::json::Parse(Call("model_manifest").cast<String>()).cast<ffi::json::Object>();
     if (const auto format = Field(manifest_, "format").cast<int64_t>(); format != kManifestFormat) {
       throw std::runtime_error(path + " has a manifest of format " + std::to_string(format) + "; this program reads " +
@@ -118,13 +118,21 @@ class Model {
   DLDevice device() const { return device_; }
 
  private:
-  void UseDevice() {
-    if (Field(manifest_, "device").cast<String>() != "cuda") return;
-    device_ = {kDLCUDA, 0};
-    // It registers the device and the loader of the model's own kernels.
+  // A library for GPUs holds kernels that only TVM's CUDA runtime can load, which is a library of its own.
+  static ffi::Module Load(const std::string& path) {
+    try {
+      return ffi::Module::LoadFromFile(path);
+    } catch (const ffi::Error& error) {
+      if (error.message().find("load_from_bytes.cuda") == std::string::npos) throw;
+    }
     if (dlopen("libtvm_runtime_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
       throw std::runtime_error(std::string("the model is for CUDA, and TVM's runtime for it cannot be loaded: ") + dlerror());
     }
+    return ffi::Module::LoadFromFile(path);
+  }
+  void UseDevice() {
+    if (Field(manifest_, "device").cast<String>() != "cuda") return;
+    device_ = {kDLCUDA, 0};
     Call("model_check_cuda", int64_t{device_.device_id});
   }
   static Function Required(const ffi::Module& module, const std::string& name) {

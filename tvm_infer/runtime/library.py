@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import json
@@ -18,6 +19,8 @@ from . import linker
 
 FORMAT = 1  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
+FUNCTIONS = "functions.json"
+_CUDA_LOADER = "ffi.Module.load_from_bytes.cuda"
 DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
 
 
@@ -60,9 +63,26 @@ def load_module(path: pathlib.Path) -> Any:
     try:
         return tvm.runtime.load_module(str(path.resolve()))
     except Exception as error:  # a loader's, TVM's, or tvm-ffi's own kind
+        if _CUDA_LOADER in str(error):
+            return _load_cuda_module(path)
         raise errors.ModelError(
             f"{path} is no library that TVM {tvm_version()} loads: {str(error).strip().splitlines()[-1]}"
         ) from error
+
+
+def _load_cuda_module(path: pathlib.Path) -> Any:
+    """A library with TVM's own CUDA kernels: their loader is in a library of TVM's that wants a driver, and that its runtime alone leaves out."""
+    import tvm
+
+    runtime = pathlib.Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    try:
+        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise errors.ExecutorError(
+            f"{path} is a model for CUDA devices, and TVM's runtime for them cannot be loaded here ({error}): run it on a machine with an "
+            "NVIDIA driver and CUDA's runtime library"
+        ) from error
+    return tvm.runtime.load_module(str(path.resolve()))
 
 
 def offer_kernels(model: CompiledModel) -> None:
@@ -115,7 +135,10 @@ def export(
     objects = sorted((model.library.parent / OBJECTS).glob("*.o"))
     if not objects:
         raise errors.ModelError(f"{model.library.parent} holds no object files: compile the model again")
-    functions, device = _functions(model.library), _device(str(model.manifest["target"]))
+    functions, device = (
+        json.loads((model.library.parent / FUNCTIONS).read_text()),
+        _device(str(model.manifest["target"])),
+    )
     layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
     kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
     archs = tuple(archs) if device == "cuda" else ()
@@ -181,9 +204,9 @@ def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_s
     linker.publish(model.library, path)
 
 
-def _functions(library: pathlib.Path) -> list[str]:
-    """Names of tvm_infer's packed functions that the compiled code calls."""
-    return sorted(set(re.findall(r"\btvm_infer\.(\w+)", str(load_module(library)["stats"]()))))
+def functions_called(executable: Any) -> str:
+    """Names of tvm_infer's packed functions that a `tvm.relax.VMExecutable` calls, as JSON: for the file FUNCTIONS."""
+    return json.dumps(sorted(set(re.findall(r"\btvm_infer\.(\w+)", str(executable.mod["stats"]())))))
 
 
 def _device(target: str) -> str:
