@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import jit as jit
     from .blas import matmul, set_blas
     from .compiler import compile as compile
+    from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .runtime import PagedKVCache
@@ -41,6 +42,7 @@ __all__ = [
     "plan_status",
     "ragged_attention",
     "set_blas",
+    "set_cublas",
     "workspace_size",
 ]
 
@@ -61,6 +63,7 @@ _LAZY = {
     "plan_status": "planning",
     "ragged_attention": "ops",
     "set_blas": "blas",
+    "set_cublas": "cublas",
     "workspace_size": "planning",
 }
 

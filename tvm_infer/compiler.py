@@ -80,8 +80,8 @@ def compile(
     on_unmatched, assume_full : as `relax.RewritePagedAttention` has them.
     max_batch : CUDA: sequences of a decode step that runs as one captured graph; larger steps run kernel by kernel.
     buckets : CUDA: numbers of sequences that graphs are captured for, a step takes the next larger one; default 1, 2, 4, … max_batch.
-    dtype : for a GGUF file: "float32", or "bfloat16", "float16" to round its weights to; default float32 on CPU, bfloat16 on CUDA, whose
-        kernels compute in 16-bit types. Other models have the type that they come in.
+    dtype : for a GGUF file: "float32", or "bfloat16", "float16" to round its weights to; default float32 on CPU, bfloat16 on CUDA,
+        whose kernels compute in 16-bit types. Other models have the type that they come in.
     cache : keep the compiled code, and use what is kept.
     progress : called as (step, fraction done).
 
@@ -139,7 +139,9 @@ def _target_text(target: Any) -> str:
     try:
         parsed = tvm.target.Target(target)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise errors.ArgumentError(f'target is {target!r}, which TVM refuses: pass "llvm", "cuda" or a dict ({e})') from e
+        raise errors.ArgumentError(
+            f'target is {target!r}, which TVM refuses: pass "llvm", "cuda" or a dict ({e})'
+        ) from e
     kind = parsed.kind.name
     if kind not in ("llvm", "cuda"):
         raise errors.ArgumentError(
@@ -147,8 +149,8 @@ def _target_text(target: Any) -> str:
         )
     if kind == "cuda" and str(parsed.attrs.get("arch", "")) != pipeline.CUDA_ARCH:
         raise errors.ArgumentError(
-            f"target has the architecture {parsed.attrs.get('arch')!r}; TVM's own kernels are compiled for {pipeline.CUDA_ARCH!r} (with "
-            f'"sm_90a" it leaves the tensor cores unused), attention for sm_90a regardless: pass "cuda"'
+            f"target has the architecture {parsed.attrs.get('arch')!r}; TVM's own kernels are compiled for {pipeline.CUDA_ARCH!r} "
+            f'(with "sm_90a" it leaves the tensor cores unused), attention for sm_90a regardless: pass "cuda"'
         )
     return str(parsed)
 
@@ -326,7 +328,7 @@ def _check_cuda_layers(specs: Sequence[Any]) -> None:
     for spec in specs:
         try:
             tile_table(spec.dtype, spec.head_dim)
-        except errors.ExecutorError as error:
+        except (errors.ExecutorError, errors.DTypeError) as error:
             raise errors.ExecutorError(
                 f"the model has {spec}, for which there is no CUDA kernel ({error}). Convert the model, model.to(torch.bfloat16), or "
                 'compile it for target="llvm"'
@@ -335,7 +337,7 @@ def _check_cuda_layers(specs: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def _cuda_compiler() -> Iterator[None]:
-    """TVM compiles its kernels with the nvcc that ours are compiled with, and without fast-math: its sine is off by 1e-2 at position 1e5."""
+    """TVM compiles its kernels with the nvcc that ours are compiled with, and without fast-math: its sines are wrong at late positions."""
     from .jit import nvcc
 
     found = pathlib.Path(nvcc.find().path)

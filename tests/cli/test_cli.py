@@ -40,7 +40,7 @@ def test_doctor_says_why_an_executor_is_not_usable(monkeypatch):
 
 def test_doctor_prints_tables():
     output = invoke("doctor").output
-    for word in ("apache-tvm-ffi", "nvcc", "cache folder", "executors", "TVM_INFER_NUM_THREADS"):
+    for word in ("apache-tvm-ffi", "nvcc", "cuBLASLt", "cache folder", "executors", "TVM_INFER_NUM_THREADS"):
         assert word in output
 
 

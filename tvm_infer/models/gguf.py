@@ -52,11 +52,20 @@ class LanguageModel:
         import ml_dtypes
 
         element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
-        return replace(self, weights={name: weight.astype(element) for name, weight in self.weights.items()})
+        return replace(self, weights={name: _rounded(weight, element) for name, weight in self.weights.items()})
 
     def to_hf(self) -> Any:
         """A `transformers.LlamaForCausalLM` that shares these weights. Needs the extra `llm`."""
         return to_hf(self.config, self.weights)
+
+
+def _rounded(weight: np.ndarray, element: Any) -> np.ndarray:
+    """A copy that begins on a boundary of ALIGNMENT bytes: numpy's own allocations do not."""
+    memory = np.empty(weight.size + ALIGNMENT, element)
+    first = -memory.ctypes.data % ALIGNMENT // memory.itemsize
+    out = memory[first : first + weight.size].reshape(weight.shape)
+    out[...] = weight
+    return out
 
 
 def find_smollm2() -> pathlib.Path:

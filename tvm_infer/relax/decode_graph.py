@@ -1,8 +1,8 @@
 """A decode step as one CUDA graph: a function of static tensors, for TVM's RewriteCUDAGraph to capture whole.
 
-That pass captures what depends on nothing but constants, parameters behind `num_input` and storage of constant size. So the decode
-function has no inputs in its sense: tokens, positions, cache and outputs are buffers at fixed addresses, one set for each number of rows,
-and its results are written to parameters instead of being allocated.
+That pass captures what depends on nothing but constants, parameters behind `num_input` and storage of constant size. So the
+decode function has no inputs in its sense: tokens, positions, cache and outputs are buffers at fixed addresses, one set for each
+number of rows, and its results are written to parameters instead of being allocated.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from tvm import relax
 
 from tvm_infer.errors import InternalError, ModelError
 
-from .nodes import bindings_of, known_shape, op_name, shape_of, used_vars
+from .nodes import bindings_of, op_name, shape_of, used_vars
 from .sampled_rows import LOGIT_INDICES
 
 DECODE, DECODE_LOGITS, DECODE_TOKENS = "decode", "decode_logits", "decode_tokens"
 _CAPTURED = "cuda_graph_capture"  # what RewriteCUDAGraph calls the functions it makes
 _RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
-_BOOKKEEPING = ("vm.builtin", "relax.memory", "relax.builtin", "relax.vm", "relax.call_builtin_with_ctx", "relax.null_value")
+_BOOKKEEPING = (
+    "vm.builtin",
+    "relax.memory",
+    "relax.builtin",
+    "relax.vm",
+    "relax.call_builtin_with_ctx",
+    "relax.null_value",
+)
 
 
 def logits_of(func: Any) -> Any:
@@ -53,8 +60,8 @@ def with_greedy_tokens(func: Any) -> Any:
 def add_decode_function(mod: tvm.IRModule, function: str) -> tvm.IRModule:
     """The module with `decode`, a copy of `function` in which every row samples: logits [1, num_tokens, vocab].
 
-    An input logit_indices of the function (which rows to compute logits for) is taken out. ModelError where that is used for anything but
-    R.take of rows, or where there is a function `decode` already.
+    An input logit_indices of the function (which rows to compute logits for) is taken out. ModelError where that is used for anything
+    but R.take of rows, or where there is a function `decode` already.
     """
     if any(str(var.name_hint) == DECODE for var in mod.get_global_vars()):
         raise ModelError(f"the module has a function {DECODE!r} already; rename it")
@@ -134,7 +141,7 @@ class OutputBuffers:
 def _allocation(var: Any, definitions: dict[Any, Any]) -> Any:
     """The variable of the allocation that an output's elements lie in."""
     while True:
-        value = definitions.get(var)
+        value: Any = definitions.get(var)
         name = op_name(value)
         if name == "relax.builtin.alloc_tensor":
             return var
@@ -165,9 +172,14 @@ class CaptureReport:
                 lines.append(f"{name}: not captured, {outside.total()} kernels and calls: {self.reasons.get(name, '')}")
                 continue
             inside = sum(region.total() for region in regions)
-            lines.append(f"{name}: {len(regions)} graph(s) hold {inside} of {inside + outside.total()} kernels and calls")
+            lines.append(
+                f"{name}: {len(regions)} graph(s) hold {inside} of {inside + outside.total()} kernels and calls"
+            )
             lines += [f"  {count:5d} x  {callee}" for region in regions for callee, count in region.most_common()]
-            lines += [f"  {count:5d} x  {callee} outside: it reads a tensor that is not static" for callee, count in outside.items()]
+            lines += [
+                f"  {count:5d} x  {callee} outside: it reads a tensor that is not static"
+                for callee, count in outside.items()
+            ]
         return "\n".join(lines)
 
     def is_whole(self, function: str) -> bool:
@@ -221,12 +233,6 @@ def _callee(call: Any) -> list[str]:
         return [str(op.name_hint)]
     name = str(op.global_symbol) if isinstance(op, relax.ExternFunc) else op_name(call)
     return [] if not name or name.startswith(_BOOKKEEPING) or name == "relax.reshape" else [name]
-
-
-def decode_outputs(func: Any) -> tuple[tuple[str, int], str]:
-    """((data type of the logits, vocabulary size), data type of the tokens) of a function with greedy tokens."""
-    logits, tokens = func.ret_ty.fields
-    return (str(logits.dtype), int(known_shape(relax.Var("x", logits))[-1])), str(tokens.dtype)
 
 
 def num_rows_var(func: Any) -> Any:

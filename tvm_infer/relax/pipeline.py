@@ -62,7 +62,7 @@ def prepare(
     reports.sampled_rows = rows.report
     if has_decode:
         mod = _with_greedy_tokens(mod, function)
-    dispatch = DispatchMatmul()
+    dispatch = DispatchMatmul("cuda" if target_kind == "cuda" else "cpu")
     mod = dispatch(mod)
     reports.matmul = dispatch.report
     mod = _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens)
@@ -110,7 +110,7 @@ def _bound_tokens(mod: tvm.IRModule, function: str, max_tokens: int) -> tvm.IRMo
 
 @dataclass(frozen=True)
 class Lowered:
-    """A compiled module. executable : tvm.relax.VMExecutable. The rest is of the captured function, where there is one (runtime.Manifest)."""
+    """A compiled module. executable : tvm.relax.VMExecutable. The rest is of the captured function, if any (runtime.Manifest)."""
 
     executable: Any
     logits_dtype: str = "float32"
@@ -122,11 +122,13 @@ def lower(mod: tvm.IRModule, target: Any, reports: PassReports, function: str = 
     """TVM's pipeline for the target (legalise, fuse, plan memory, code). Adds to `reports` what is captured."""
     if str(target.kind.name) == "cuda":
         return _lower_cuda(mod, target, reports, function)
-    return Lowered(_lower_cpu(mod, target))
+    return Lowered(lower_cpu(mod, target))
 
 
-def _lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
-    """Fusion makes one kernel each of RMSNorm, rope and the gated activation, and a rope's transposes part of it, so that what is left
+def lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
+    """TVM's pipeline for processors: a `tvm.relax.VMExecutable`.
+
+    Fusion makes one kernel each of RMSNorm, rope and the gated activation, and a rope's transposes part of it, so that what is left
     of a step is its matmuls and attentions.
     """
     passes = [
@@ -150,7 +152,11 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
     split = names.index("RewriteCUDAGraph") + 1
     config = {"relax.backend.use_cuda_graph": True}
     with target, tvm.transform.PassContext(opt_level=3, config=config):
-        lowered = [*cuda.library_dispatch_passes(target), *cuda.legalize_passes(target), *cuda.dataflow_lower_passes(target)]
+        lowered = [
+            *cuda.library_dispatch_passes(target),
+            *cuda.legalize_passes(target),
+            *cuda.dataflow_lower_passes(target),
+        ]
         mod = tvm.transform.Sequential(lowered)(mod)
         mod = decode_graph.OutputBuffers()(mod)
         logits = next(param for param in mod[DECODE].params if str(param.name) == decode_graph.DECODE_LOGITS)

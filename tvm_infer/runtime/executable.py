@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _ffi, blas
+from .. import _ffi
 from ..errors import ArgumentError, ModelError
 from . import library, weights_file
 from .engine import Engine, Generation, OnToken
@@ -39,8 +39,8 @@ class Executable:
     manifest : sizes, inputs, layers.
     report : what the compiler's passes matched, dispatched and left alone.
     from_cache : True if nothing was compiled, because the cache folder had this model.
-    use_graphs : whether decode steps on CUDA run as captured graphs; looked at when a cache takes its first step. Off, the same kernels are
-        launched one by one, for the same bits.
+    use_graphs : whether decode steps on CUDA run as captured graphs; looked at when a cache takes its first step. Off, the same
+        kernels are launched one by one, for the same bits.
     tokenizer : of the model file, or None. max_position : the context the model was trained for, or None.
     """
 
@@ -72,16 +72,13 @@ class Executable:
         self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
         self._weights_on: dict[str, list[Any]] = {}
         self._sessions: dict[int, Session] = {}  # by the address of the cache's object
-        if self.manifest.device_kind == "cpu":  # a GPU is needed to run, not to compile and export
-            self._module
+        if self.manifest.device_kind == "cpu":
+            _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
 
     @functools.cached_property
     def _module(self) -> Any:
         module = library.load_module(self._library_path)
-        if self.manifest.device_kind == "cpu":
-            library.ensure_blas(self._compiled, module)
-        else:
-            blas.ensure_cublas()
+        library.ensure_blas(self._compiled, module)
         return module
 
     @functools.cached_property
@@ -257,8 +254,8 @@ class Executable:
     ) -> StepResult:
         """:meth:`step` that leaves its result on the device until it is asked for: `.logits`, or `.greedy`, the most likely tokens.
 
-        On CUDA a step of one token each is a graph launch, if max_batch of :func:`tvm_infer.compile` allows so many, and this returns before
-        the device is done. The result is good until the next step of the same cache.
+        On CUDA a step of one token each is a graph launch, if max_batch of :func:`tvm_infer.compile` allows so many, and this returns
+        before the device is done. The result is good until the next step of the same cache.
         """
         session = self._session(cache)
         tokens = [np.asarray(new, np.int64).reshape(-1) for _, new in batch]
@@ -271,9 +268,7 @@ class Executable:
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), None, slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
-        with cache.forward(
-            ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows
-        ):
+        with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
             return session.run(cache, shape)
 
     @staticmethod

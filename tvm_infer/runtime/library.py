@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, _ffi, blas, errors
+from .. import __version__, _ffi, blas, cublas, errors
 from ..spec import AttentionSpec
 from . import linker
 
@@ -71,7 +71,7 @@ def load_module(path: pathlib.Path) -> Any:
 
 
 def _load_cuda_module(path: pathlib.Path) -> Any:
-    """A library with TVM's own CUDA kernels: their loader is in a library of TVM's that wants a driver, and that its runtime alone leaves out."""
+    """A library with kernels that TVM made: their loader is a library of TVM's that wants a driver, and may not be loaded yet."""
     import tvm
 
     runtime = pathlib.Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
@@ -79,8 +79,8 @@ def _load_cuda_module(path: pathlib.Path) -> Any:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise errors.ExecutorError(
-            f"{path} is a model for CUDA devices, and TVM's runtime for them cannot be loaded here ({error}): run it on a machine with an "
-            "NVIDIA driver and CUDA's runtime library"
+            f"{path} is a model for CUDA devices, and TVM's runtime for them cannot be loaded here ({error}): run it on a machine with "
+            "an NVIDIA driver and CUDA's runtime library"
         ) from error
     return tvm.runtime.load_module(str(path.resolve()))
 
@@ -96,11 +96,15 @@ def offer_kernels(model: CompiledModel) -> None:
 
 def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
-    if model.about is None:
+    about = model.about
+    if _device(str(model.manifest["target"])) == "cuda":
+        if about is None:
+            cublas.ensure_cublas()
+        elif "matmul" in about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
+            module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
+    elif about is None:
         blas.ensure_blas()
-        return
-    needs_one = model.about["device"] == "cpu" and "matmul" in model.about["functions"]
-    if needs_one and not module.get_function("tvm_infer_blas_path", True)():
+    elif "matmul" in about["functions"] and not module.get_function("tvm_infer_blas_path", True)():
         module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
 
 

@@ -1,7 +1,7 @@
 """One cache of a compiled model: a virtual machine of its own, and how a step runs on it.
 
-A captured CUDA graph keeps the addresses it was captured with and does not know which cache they belong to. So every cache gets a virtual
-machine of its own: graphs and activations are its, the weights are everybody's.
+A captured CUDA graph keeps the addresses it was captured with and does not know which cache they belong to. So every cache gets a
+virtual machine of its own: graphs and activations are its, the weights are everybody's.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ class CudaSession(Session):
 
         device = tvm.device(cache.device)
         rows, m = self.buckets[-1], self._manifest
-        return tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, device), tvm.runtime.empty((rows,), "int64", device)
+        return tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, device), tvm.runtime.empty(
+            (rows,), "int64", device
+        )
 
     def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
         """The captured function with its arguments, which stay the same: what changes lies in the buffers."""

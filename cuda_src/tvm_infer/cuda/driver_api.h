@@ -49,10 +49,12 @@ inline constexpr int kTensorMapZeroFill = 0;          // CU_TENSOR_MAP_FLOAT_OOB
 inline constexpr unsigned kHostAllocPortable = 1;     // CU_MEMHOSTALLOC_PORTABLE
 inline constexpr unsigned kEventDisableTiming = 2;    // CU_EVENT_DISABLE_TIMING
 inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATUS_NONE
+inline constexpr int kCaptureModeRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // V(name, parameters): every function returns a CUresult.
 #define TVM_INFER_DRIVER_FUNCTIONS(V)                                                                                                     \
   V(cuInit, (unsigned int flags))                                                                                                         \
+  V(cuDriverGetVersion, (int* version))                                                                                                   \
   V(cuGetErrorName, (int error, const char** name))                                                                                       \
   V(cuGetErrorString, (int error, const char** text))                                                                                     \
   V(cuDeviceGetCount, (int* count))                                                                                                       \
@@ -77,6 +79,7 @@ inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATU
   V(cuMemAlloc_v2, (DevicePointer * data, size_t bytes))                                                                                  \
   V(cuMemFree_v2, (DevicePointer data))                                                                                                   \
   V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \
+  V(cuMemsetD2D8Async, (DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream))             \
   V(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned int flags))                                                                   \
   V(cuMemFreeHost, (void* pointer))                                                                                                       \
   V(cuEventCreate, (void** event, unsigned int flags))                                                                                    \
@@ -85,6 +88,7 @@ inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATU
   V(cuEventQuery, (void* event))                                                                                                          \
   V(cuEventSynchronize, (void* event))                                                                                                    \
   V(cuStreamIsCapturing, (void* stream, int* status))                                                                                     \
+  V(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                                       \
   V(cuStreamSynchronize, (void* stream))
 
 struct DriverApi {

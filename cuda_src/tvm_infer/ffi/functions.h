@@ -14,6 +14,7 @@
 #include "tvm_infer/ffi/cuda_functions.h"
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/matmul.h"
+#include "tvm_infer/ffi/matmul_cuda.h"
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"
 #include "tvm_infer/ffi/tensor.h"
@@ -25,5 +26,6 @@
   TVM_INFER_CUDA_FUNCTIONS(V)         \
   TVM_INFER_KV_CACHE_FUNCTIONS(V)     \
   TVM_INFER_MATMUL_FUNCTIONS(V)       \
+  TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)  \
   TVM_INFER_READ_CEILING_FUNCTIONS(V) \
   TVM_INFER_TENSOR_FUNCTIONS(V)
