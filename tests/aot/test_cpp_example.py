@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-from aot_cases import NEW_TOKENS, PROMPTS
+from aot_cases import NEW_TOKENS, PROMPTS, tokens_of
 
 import tvm_infer
 from tvm_infer.runtime import linker
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "cpp"
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and a C++ compiler"
 )
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    """(the program, the LD_LIBRARY_PATH that build.sh says it needs)."""
-    folder = tmp_path_factory.mktemp("example")
-    done = subprocess.run(
-        [str(EXAMPLE / "build.sh"), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (libraries,) = re.findall(r"^LD_LIBRARY_PATH=(\S+)", done.stdout, re.MULTILINE)
-    return folder / "generate", libraries
 
 
 @pytest.fixture
@@ -54,11 +34,6 @@ def generate(program, tmp_path):
         )
 
     return run
-
-
-def tokens_of(done) -> list[list[int]]:
-    assert done.returncode == 0, done.stderr
-    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
 def test_it_needs_no_python(program):

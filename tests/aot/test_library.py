@@ -359,6 +359,20 @@ def test_kernels_that_are_none(executable, tmp_path, layer, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_kernels_that_tvm_left_as_source_are_refused(executable, tmp_path):
+    """What TVM packs where it finds no driver: a module of kind "cuda" whose code is of format "cuda"."""
+    folder = tmp_path / "compiled"
+    shutil.copytree(executable._library_path.parent, folder)
+    words = [b"cuda", (4096).to_bytes(8, "little"), b"cuda"]
+    packed = b"".join(len(w).to_bytes(8, "little") + w if w == b"cuda" else w for w in words)
+    (folder / "objects" / "packed.o").write_bytes(b"..." + packed + b"...")
+    with pytest.raises(
+        errors.ExecutorError, match=r"without an NVIDIA driver .* compile the model on a machine with a driver"
+    ):
+        export_cuda(library.read(folder), tmp_path / "model.so")
+    assert not (tmp_path / "model.so").exists()
+
+
 def test_a_loaded_model_has_no_other_kernels(executable, tmp_path, monkeypatch):
     from tvm_infer import jit
 
@@ -376,7 +390,8 @@ def test_every_function_that_a_model_calls_is_exported(saved):
     from tvm_ffi import registry
 
     _ffi.library()
-    registered = {n for n in registry.list_global_func_names() if n.startswith("tvm_infer.")} - {"tvm_infer.jit_cubin"}
+    asked_of_python = {"tvm_infer.jit_cubin", "tvm_infer.find_cublas"}
+    registered = {n for n in registry.list_global_func_names() if n.startswith("tvm_infer.")} - asked_of_python
     dotted = {n.removeprefix("__tvm_ffi_") for n in symbols(saved / "model.so") if n.startswith("__tvm_ffi_tvm_infer.")}
     assert dotted - registered == {"tvm_infer.model_manifest", "tvm_infer.model_check_cuda", "tvm_infer.model_cubin"}
     assert registered - dotted == set()

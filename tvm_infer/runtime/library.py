@@ -139,10 +139,9 @@ def export(
     objects = sorted((model.library.parent / OBJECTS).glob("*.o"))
     if not objects:
         raise errors.ModelError(f"{model.library.parent} holds no object files: compile the model again")
-    functions, device = (
-        json.loads((model.library.parent / FUNCTIONS).read_text()),
-        _device(str(model.manifest["target"])),
-    )
+    _refuse_source(objects)
+    functions: list[str] = json.loads((model.library.parent / FUNCTIONS).read_text())
+    device = _device(str(model.manifest["target"]))
     layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
     kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
     archs = tuple(archs) if device == "cuda" else ()
@@ -168,6 +167,19 @@ def export(
         blas_prefix=blas.PACKAGED_PREFIX,
     )
     linker.link(objects, contents, path)
+
+
+# In what TVM packs: the kind of a module, the size of what it saved, and first in that the format of its code.
+_KERNELS_AS_SOURCE = re.compile(rb"\x04\0{7}cuda.{8}\x04\0{7}cuda", re.DOTALL)
+
+
+def _refuse_source(objects: Sequence[pathlib.Path]) -> None:
+    """TVM compiles its kernels only where its CUDA runtime can be loaded, and otherwise leaves that to whoever loads the library."""
+    if any(_KERNELS_AS_SOURCE.search(path.read_bytes()) for path in objects):
+        raise errors.ExecutorError(
+            "the model was compiled without an NVIDIA driver (libcuda.so.1) in reach, where TVM keeps its own kernels as source, for "
+            "which the receiver would need a CUDA toolkit: compile the model on a machine with a driver"
+        )
 
 
 def kernel_names(
