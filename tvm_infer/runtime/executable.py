@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
@@ -75,6 +76,12 @@ class Executable:
         if self.manifest.device_kind == "cpu":
             _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
 
+    def twin(self) -> Executable:
+        """The same model with settings and caches of its own; code and weights are shared."""
+        other = copy.copy(self)
+        other._number, other._sessions = next(_numbers), {}
+        return other
+
     @functools.cached_property
     def _module(self) -> Any:
         module = library.load_module(self._library_path)
@@ -117,6 +124,11 @@ class Executable:
             self._sessions[key] = session
             weakref.finalize(cache, self._sessions.pop, key, None)
         return session
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the compiled code, its manifest and its report lie."""
+        return self._library_path.parent
 
     def explain(self) -> str:
         """What the passes did, and what the executable is."""
