@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .blas import matmul, set_blas
     from .compiler import compile as compile
     from .cublas import set_cublas
-    from .ops import append, append_attention, attention, merge, ragged_attention
+    from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
+    from .rope import RopeConfig
     from .runtime import PagedKVCache
     from .runtime.loading import load as load
     from .schedule import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionSpec",
     "PagedKVCache",
     "Plan",
+    "RopeConfig",
     "append",
     "append_attention",
     "attention",
@@ -41,6 +43,7 @@ __all__ = [
     "plan",
     "plan_status",
     "ragged_attention",
+    "rope_append",
     "set_blas",
     "set_cublas",
     "workspace_size",
@@ -50,6 +53,7 @@ __all__ = [
 _LAZY = {
     "PagedKVCache": "runtime",
     "Plan": "schedule",
+    "RopeConfig": "rope",
     "append": "ops",
     "append_attention": "ops",
     "attention": "ops",
@@ -62,6 +66,7 @@ _LAZY = {
     "plan": "planning",
     "plan_status": "planning",
     "ragged_attention": "ops",
+    "rope_append": "ops",
     "set_blas": "blas",
     "set_cublas": "cublas",
     "workspace_size": "planning",

@@ -12,7 +12,7 @@ import pytest
 from aot_cases import NEW_TOKENS, PROMPTS
 
 import tvm_infer
-from tvm_infer import _ffi, errors
+from tvm_infer import AttentionSpec, _ffi, errors
 from tvm_infer.runtime import library, linker
 
 LOAD = f"""
@@ -324,6 +324,15 @@ def export_cuda(model, path, **arguments):
 KERNELS = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
 
 
+def test_a_fused_projection_needs_the_kernel_that_rotates():
+    layers = [AttentionSpec(8, 2, 64, "bfloat16")] * 2
+    attention = "attention_bf16_h64_p16"
+    fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
+    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", attention)
+    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", attention)
+    assert library.kernel_names(layers, ["matmul"], (16,)) == ()
+
+
 def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
     from tvm_infer import jit
 
@@ -342,6 +351,16 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
     data = (tmp_path / "model.so").read_bytes()
     assert all(f"<{name} for sm_90a>".encode() * 40 in data for name in KERNELS)
     assert len(data) < 10_000_000  # no BLAS
+
+
+def test_kernels_of_a_fused_projection(executable):
+    """Its launch rotates and appends, so the plain append is not needed."""
+    from tvm_infer.spec import AttentionSpec
+
+    layers = [AttentionSpec(4, 2, 64, "float16")]
+    names = library.kernel_names(layers, ["attention_with_kv_cache_fused_qkv", "matmul"], [16])
+    assert set(names) == {"rope_append_fp16", "copy_pages", "attention_fp16_h64_p16"}
+    assert library.kernel_names(layers, ["matmul"], [16]) == ()
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,11 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
         assert {"cuda_src/tvm_infer/cuda/driver.cc", "cuda_src/tvm_infer/ffi/attention_cuda.cc"} <= files
         assert {f"tests/gpu/{t}" for t in (*record.COMMON_TESTS, *family.tests)} <= files
         assert not any(part in f for f in files for part in ("/cpu/", "/kv/", "planner", "read_ceiling"))
-        alone = [f for f in files if "/cuda/" in f and any(word in f for word in family.words)]
-        assert alone and not any(
-            f in record.family_files(record.ROOT, other) for f in alone for other in record.FAMILIES
-        )
+        alone = {p for p in record.launcher_files(record.ROOT, family) if any(word in p.stem for word in family.words)}
+        alone = {p for p in alone if p.parent.name == "cuda"}
+        assert bool(alone) == bool(family.words)
+        others = [set(record.family_files(record.ROOT, other)) for other in record.FAMILIES if other != name]
+        assert not any(alone & files_of_other for files_of_other in others)
     tests = {p.name for p in (record.ROOT / "tests" / "gpu").glob("test_gpu_*.py")} - {pathlib.Path(__file__).name}
     named = {t for f in record.FAMILIES.values() for t in f.tests} | set(record.COMMON_TESTS)
     assert tests <= named
@@ -57,13 +58,17 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
 @pytest.mark.parametrize(
     ("path", "families"),
     [
-        (f"{KERNELS}/append.cuh", {"append"}),
+        (f"{KERNELS}/append.cuh", {"append", "rope_append"}),  # the one includes the other
+        (f"{KERNELS}/rope_append.cuh", {"rope_append"}),
+        (f"{KERNELS}/rope_angle.cuh", {"rope_append"}),
         (f"{KERNELS}/merge_states.cuh", {"merge_states"}),
         (f"{KERNELS}/attention_sm90.cuh", {"attention_sm90"}),
         ("cuda_src/tvm_infer/ptx/wgmma.cuh", {"attention_sm90"}),
         ("cuda_src/tvm_infer/cuda/params.h", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/driver.cc", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/append.cc", {"append"}),
+        ("cuda_src/tvm_infer/cuda/rope_append.cc", {"rope_append"}),
+        ("cuda_src/tvm_infer/ffi/rope_cuda.cc", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/cublas_api.h", {"matmul"}),
         ("cuda_src/tvm_infer/cuda/merge_states.h", {"merge_states"}),
         ("cuda_src/tvm_infer/ffi/attention_cuda.cc", set(record.FAMILIES)),
@@ -82,8 +87,8 @@ def test_an_edit_changes_its_families_alone(tree, path, families):
 
 def test_comments_and_blank_lines_do_not_matter(tree):
     assert changed(tree, f"{KERNELS}/append.cuh", "\n\n// a remark\n/* and\n another */\n") == set()
-    assert changed(tree, f"{KERNELS}/append.cuh", '\nconst char* kText = "// not a remark";\n') == {"append"}
-    assert changed(tree, f"{KERNELS}/append.cuh", '\nconst char* kText = "// another text";\n') == {"append"}
+    assert changed(tree, f"{KERNELS}/rope_append.cuh", '\nconst char* kText = "// not a remark";\n') == {"rope_append"}
+    assert changed(tree, f"{KERNELS}/rope_append.cuh", '\nconst char* kText = "// another text";\n') == {"rope_append"}
 
 
 def test_a_header_included_newly_is_followed(tree):
@@ -107,7 +112,7 @@ def test_check_names_the_families_and_fails(tree, tmp_path, capsys):
     assert record.check(tree, path) == 0
     assert "belong to the code as it stands" in capsys.readouterr().out
 
-    assert changed(tree, f"{KERNELS}/append.cuh") == {"append"}
+    assert changed(tree, "cuda_src/tvm_infer/cuda/append.cc") == {"append"}
     assert record.check(tree, path) == 1
     out = capsys.readouterr().out
     assert "append: the record is of other code" in out and "merge_states" not in out

@@ -105,6 +105,8 @@ class Executable:
         if device not in self._weights_on:
             import tvm
 
+            library.ensure_cuda_runtime()
+
             target = tvm.device(device)
             self._weights_on[device] = [w if w.device == target else w.copyto(target) for w in self._weights]
         return self._weights_on[device]

@@ -13,6 +13,7 @@ import tvm_ffi
 
 from .. import _array, _device, _ffi
 from ..errors import ArgumentError, DTypeError
+from ..rope import RopeConfig
 from ..schedule import Plan
 from ..spec import AttentionSpec
 
@@ -93,6 +94,10 @@ class Step:
     def attention(self, layer: int, q: Any, k: Any, v: Any, *, sm_scale: float | None = None, out: Any = None) -> Any:
         """:meth:`PagedKVCache.attention` with this step's mask."""
         return self.cache.attention(layer, q, k, v, sm_scale=sm_scale, causal=self.causal, out=out)
+
+    def attention_fused_qkv(self, layer: int, qkv: Any, *, sm_scale: float | None = None, out: Any = None) -> Any:
+        """:meth:`PagedKVCache.attention_fused_qkv` with this step's mask."""
+        return self.cache.attention_fused_qkv(layer, qkv, sm_scale=sm_scale, causal=self.causal, out=out)
 
 
 class PagedKVCache:
@@ -362,6 +367,51 @@ class PagedKVCache:
             _array.as_tensor(q, "q"),
             _array.as_tensor(k, "k"),
             _array.as_tensor(v, "v"),
+            1.0 / math.sqrt(self.head_dim) if sm_scale is None else float(sm_scale),
+            int(causal),
+            _array.as_tensor(out, "out", output=True),
+        )
+        return out
+
+    def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
+        """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
+
+        rope : a rotary_dim of 0 rotates nothing. On cuda rotary_dim and head_dim are multiples of 16.
+        seq_len : how long sequences get; needed for rope_type "longrope", whose frequencies depend on it.
+
+        Raises
+        ------
+        ArgumentError : rotary_dim is above head_dim. ExecutorError : the executor has no kernel for it. CacheStateError : in a step, or
+        with another rotation than that of the sequences there are.
+        """
+        if not isinstance(rope, RopeConfig):
+            raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
+        if rope.rope_type == "longrope" and seq_len is None:
+            raise ArgumentError(
+                'argument `seq_len` is None with a `rope` of rope_type "longrope", whose frequencies depend on it; say how long '
+                "sequences get"
+            )
+        length = None if seq_len is None else _integer(seq_len, "seq_len")
+        self._call("set_rope", rope.inv_freq(length), int(rope.interleaved), rope.magnitude())
+
+    def attention_fused_qkv(
+        self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
+    ) -> Any:
+        """:meth:`attention` of what a model's projection gives: queries and keys are rotated by their positions on the way.
+
+        qkv : [num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim], queries first, then keys, then values; strided, not written.
+        out : [num_tokens, num_qo_heads, head_dim]; allocated, of qkv's kind, if None. Others as in :meth:`attention`.
+
+        Raises
+        ------
+        As :meth:`attention`, and CacheStateError before :meth:`set_rope`.
+        """
+        if out is None:
+            out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
+        _ffi.func("attention_with_kv_cache_fused_qkv")(
+            self._handle,
+            _integer(layer, "layer"),
+            _array.as_tensor(qkv, "qkv"),
             1.0 / math.sqrt(self.head_dim) if sm_scale is None else float(sm_scale),
             int(causal),
             _array.as_tensor(out, "out", output=True),

@@ -63,26 +63,30 @@ def load_module(path: pathlib.Path) -> Any:
     try:
         return tvm.runtime.load_module(str(path.resolve()))
     except Exception as error:  # a loader's, TVM's, or tvm-ffi's own kind
-        if _CUDA_LOADER in str(error):
-            return _load_cuda_module(path)
+        if _CUDA_LOADER in str(error):  # it holds kernels that TVM made
+            ensure_cuda_runtime()
+            return tvm.runtime.load_module(str(path.resolve()))
         raise errors.ModelError(
             f"{path} is no library that TVM {tvm_version()} loads: {str(error).strip().splitlines()[-1]}"
         ) from error
 
 
-def _load_cuda_module(path: pathlib.Path) -> Any:
-    """A library with kernels that TVM made: their loader is a library of TVM's that wants a driver, and may not be loaded yet."""
+@functools.cache
+def ensure_cuda_runtime() -> None:
+    """TVM's CUDA runtime, which `import tvm` leaves out where TVM_USE_RUNTIME_LIB is set. ExecutorError where it cannot be loaded."""
     import tvm
+    from tvm_ffi import get_global_func
 
-    runtime = pathlib.Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    if get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return
+    path = pathlib.Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
     try:
-        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise errors.ExecutorError(
-            f"{path} is a model for CUDA devices, and TVM's runtime for them cannot be loaded here ({error}): run it on a machine with "
-            "an NVIDIA driver and CUDA's runtime library"
+            f"TVM's CUDA runtime cannot be loaded ({error}): it needs the driver's libcuda.so.1 and CUDA's libcudart.so, on the "
+            "loader's path (LD_LIBRARY_PATH)"
         ) from error
-    return tvm.runtime.load_module(str(path.resolve()))
 
 
 def offer_kernels(model: CompiledModel) -> None:
@@ -98,6 +102,7 @@ def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
     about = model.about
     if _device(str(model.manifest["target"])) == "cuda":
+        ensure_cuda_runtime()
         if about is None:
             cublas.ensure_cublas()
         elif "matmul" in about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
@@ -190,8 +195,12 @@ def kernel_names(
 
     elements = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     names: dict[str, None] = {}
-    if any(function.startswith("attention_with_kv_cache") for function in functions):
-        names |= {"append_b16": None, "copy_pages": None}  # the second copies pages that forks shared
+    if "attention_with_kv_cache" in functions:
+        names["append_b16"] = None
+    if "attention_with_kv_cache_fused_qkv" in functions:
+        names |= {f"rope_append_{elements[spec.dtype]}": None for spec in layers}
+    if names:
+        names["copy_pages"] = None  # forks that stop sharing a page
         for spec in layers:
             for page_size in page_sizes:
                 names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None

@@ -99,6 +99,22 @@ struct AppendParams {
   int32_t page_size;
 };
 
+// New tokens' Q and K rotated by their positions, Q to q_out, K and V to their pages (kernels/rope_append.cuh).
+struct RopeAppendParams {
+  // k before its rotation, num_qo_heads always. Tokens behind qo_indptr[num_requests] get zeros in q_out, and in o where there is one.
+  AppendParams append;
+  const void* q;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  void* q_out;    // as q
+  int64_t q_stride_token;
+  int64_t q_stride_head;
+  int64_t q_out_stride_token;
+  int64_t q_out_stride_head;
+  const float* inv_freq;   // [rotary_dim / 2], radians a token
+  float magnitude;         // factor on cosine and sine
+  int32_t rotary_dim;      // elements of a head that turn, the first ones; a multiple of 16
+  int32_t is_interleaved;  // pairs are (2i, 2i + 1) rather than (i, i + rotary_dim / 2)
+};
+
 // Pages that sequences stop sharing (kernels/copy_pages.cuh).
 struct CopyPagesParams {
   void* pages;            // of layer 0; those of layer l stand l * layer_bytes behind

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/rope_checks.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -53,6 +54,17 @@ Shape ToShape(const std::vector<int64_t>& values) { return Shape(values.begin(),
 void AttentionWithKVCache(PagedKVCache kv, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, int64_t causal,
                           TensorView out) {
   Guarded([&] { kv->Attention(layer, q, k, v, sm_scale, causal != 0, out); });
+}
+
+void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, TensorView qkv, double sm_scale, int64_t causal, TensorView out) {
+  Guarded([&] { kv->FusedAttention(layer, qkv, sm_scale, causal != 0, out); });
+}
+
+void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, double magnitude) {
+  Guarded([&] {
+    CheckRotation(inv_freq, interleaved, magnitude, kv->config().head_dim, "the cache", kHost);
+    kv->SetRope(inv_freq, interleaved != 0, magnitude);
+  });
 }
 
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,

@@ -178,20 +178,24 @@ void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, in
                                      << "; pass the step's tokens, all of them, in the order of its ids";
 }
 
-void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
-                                const TensorView& o) {
+void PagedKVCacheObj::CheckCall(int64_t layer, double sm_scale, bool causal) const {
   manager_.step();  // throws outside of a step
   Pages(layer);
-  CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
-  CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
-  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
-  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
   if (!std::isfinite(sm_scale)) TVM_INFER_THROW(ArgumentError) << "argument `sm_scale` is " << sm_scale << "; it must be finite";
   if (causal != causal_) {
     TVM_INFER_THROW(PlanMismatchError) << "argument `causal` is " << causal
                                        << " but begin_forward planned the step with causal = " << causal_
                                        << "; a plan leaves out keys by its mask: begin the step with the same";
   }
+}
+
+void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
+                                const TensorView& o) {
+  CheckCall(layer, sm_scale, causal);
+  CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
   if (step_.num_rows == 0) return;
   executor_->Attention(memory_, step_, LayerCall{layer, q, k, v, o, sm_scale});
 }

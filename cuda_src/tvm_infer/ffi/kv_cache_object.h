@@ -35,6 +35,13 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
                  const TensorView& o);
 
+  // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
+  // sequences and this is another rotation than theirs.
+  void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
+  // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
+  // head_dim]. CacheStateError before SetRope.
+  void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
+
   // Positions of the step's tokens, int64 [num_tokens], on the host. A view: the next step overwrites it.
   tvm::ffi::Tensor QueryPositions() const;
   // What a model reads in a step of so many rows, on the device, int64: a view at an address that depends on the numbers alone, which every
@@ -71,6 +78,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   PlanParams Params(bool causal) const;
   KVMemory AllocateMemory();  // sets the executor's tile classes too
   int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
+  void CheckCall(int64_t layer, double sm_scale, bool causal) const;
   void CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const;
   tvm::ffi::Tensor StepView(int64_t offset, int64_t length, bool is_batch_of_one) const;
 
@@ -83,8 +91,10 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   kv::CacheManager manager_;
   Planner planner_;
   KVStep step_;
-  bool causal_ = true;  // of the plan
-  int64_t owner_ = 0;   // Bind()'s token; 0: none
+  KVRope rope_;
+  std::vector<float> inv_freq_;  // of rope_, on the host
+  bool causal_ = true;           // of the plan
+  int64_t owner_ = 0;            // Bind()'s token; 0: none
 };
 
 class PagedKVCache : public tvm::ffi::ObjectRef {

@@ -38,6 +38,16 @@ struct KVMemory {
   int64_t page_bytes = 0;  // of one layer
 };
 
+// How a cache rotates queries and keys; its memory is at fixed addresses too.
+struct KVRope {
+  tvm::ffi::Tensor inv_freq;   // float32 [head_dim / 2], of which rotary_dim / 2 are set
+  tvm::ffi::Tensor rotated_q;  // [max_tokens, num_qo_heads, head_dim]: the layer's queries, between rotation and attention
+  int64_t rotary_dim = 0;
+  bool is_interleaved = false;
+  float magnitude = 1;  // on cosine and sine
+  bool is_set() const { return inv_freq.defined(); }
+};
+
 // The step under way.
 struct KVStep {
   const kv::Step* step = nullptr;
@@ -51,6 +61,7 @@ struct LayerCall {
   int64_t layer;
   const TensorView &q, &k, &v, &o;
   double sm_scale;
+  const KVRope* rope = nullptr;  // rotates q and k on their way; null: they come as they are to be
 };
 
 class KVExecutor {
@@ -67,6 +78,10 @@ class KVExecutor {
   virtual void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) = 0;
   // Where tensors of a call must be.
   virtual Place place() const = 0;
+  // Throws ExecutorError where heads cannot be rotated so.
+  virtual void CheckRope(int64_t rotary_dim) const = 0;
+  // From the host to memory of this executor, in the order of its stream. `host` may be written again at once.
+  virtual void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const = 0;
   // Appends k and v, then o = attention of q; rows of padding append nowhere and get o = 0.
   virtual void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) = 0;
 };

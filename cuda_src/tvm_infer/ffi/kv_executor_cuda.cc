@@ -2,6 +2,7 @@
 #include "tvm_infer/cuda/attention.h"
 #include "tvm_infer/cuda/copy_pages.h"
 #include "tvm_infer/cuda/memory.h"
+#include "tvm_infer/cuda/rope_append.h"
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/cuda/tile_table.h"
 #include "tvm_infer/ffi/attention_cuda.h"
@@ -30,6 +31,13 @@ tvm::ffi::Tensor Words(const tvm::ffi::Tensor& words, int64_t offset, int64_t le
   return words.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), offset / 4);
 }
 
+// [num_rows, …] of a dense [more, heads, head_dim].
+tvm::ffi::Tensor FirstRows(const tvm::ffi::Tensor& tensor, int64_t num_rows) {
+  const int64_t heads = tensor.size(1), head_dim = tensor.size(2);
+  const int64_t shape[] = {num_rows, heads, head_dim}, strides[] = {heads * head_dim, head_dim, 1};
+  return tensor.as_strided(tvm::ffi::ShapeView(shape, 3), tvm::ffi::ShapeView(strides, 3), 0);
+}
+
 class CudaKVExecutor final : public KVExecutor {
  public:
   explicit CudaKVExecutor(const KVCacheConfig& config) : config_(config) {
@@ -50,6 +58,10 @@ class CudaKVExecutor final : public KVExecutor {
   }
   Place place() const override { return {config_.device, "kv"}; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void CheckRope(int64_t rotary_dim) const override {
+    cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
+  }
+  void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
 
  private:
@@ -95,12 +107,30 @@ void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
   cuda::LaunchCopyPages(scope.device_id(), scope.stream(), params);
 }
 
+void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const {
+  if (bytes == 0) return;
+  const CudaScope scope(config_.device);
+  if (cuda::IsCapturing(scope.stream())) {
+    TVM_INFER_THROW(DeviceError) << "kv_cache_set_rope on a stream that is being captured for a graph: set it once, before the capture";
+  }
+  cuda::Upload(scope.device_id(), scope.stream(), host, static_cast<size_t>(bytes), DataPtr<void>(TensorView(to)));
+}
+
 void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
   const kv::StepLayout& layout = *memory.layout;
   const tvm::ffi::Tensor plan = Words(memory.step_words, layout.plan(), layout.limits().plan_bytes / 4);
   const tvm::ffi::Tensor indptr = Words(memory.step_words, layout.page_indptr(), int64_t{layout.limits().max_batch} + 1);
-  on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_key, call.q, call.k, call.v, TensorView(memory.pages[call.layer]),
-                              TensorView(indptr), TensorView(memory.step_words), call.sm_scale, TensorView(memory.workspace), call.o);
+  const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
+    on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_key, q, call.k, call.v, TensorView(memory.pages[call.layer]),
+                                TensorView(indptr), TensorView(memory.step_words), call.sm_scale, TensorView(memory.workspace), call.o,
+                                rotation);
+  };
+  if (call.rope == nullptr) return attend(call.q, nullptr);
+  const KVRope& rope = *call.rope;
+  const tvm::ffi::Tensor rotated = FirstRows(rope.rotated_q, step.num_rows);
+  const on_cuda::OwnRotation rotation{call.q, DataPtr<const float>(TensorView(rope.inv_freq)), static_cast<int32_t>(rope.rotary_dim),
+                                      rope.is_interleaved, rope.magnitude};
+  attend(TensorView(rotated), &rotation);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "tvm_infer/cpu/attention.h"
+#include "tvm_infer/cpu/rope_append.h"
 #include "tvm_infer/ffi/kv_executor.h"
 
 namespace tvm_infer::ffi_api {
@@ -57,9 +58,15 @@ class HostKVExecutor final : public KVExecutor {
   }
   Place place() const override { return kHost; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void CheckRope(int64_t) const override {}  // any even number of elements
+  void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override {
+    if (bytes > 0) std::memcpy(DataPtr<void>(TensorView(to)), host, static_cast<size_t>(bytes));
+  }
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
 
  private:
+  // k and v of the call; with a rope, its rotated queries too.
+  void Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const;
   cpu::KVSource Source(const KVMemory& memory, const KVStep& step, int64_t layer) const;
 
   KVCacheConfig config_;
@@ -109,9 +116,7 @@ void ZeroRows(const TensorView& o, int64_t begin, const KVCacheConfig& config) {
   }
 }
 
-void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
-  ZeroRows(call.o, step.step->num_tokens(), config_);
-  if (step.step->num_tokens() == 0) return;
+void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const {
   cpu::AppendArgs append{};
   append.dtype = dtype_;
   append.num_requests = step.step->num_requests();
@@ -125,20 +130,43 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   append.k_head_stride = Stride(call.k, 1);
   append.v_token_stride = Stride(call.v, 0);
   append.v_head_stride = Stride(call.v, 1);
-  append.cache = Source(memory, step, call.layer);
+  append.cache = cache;
   const int num_threads = static_cast<int>(config_.num_threads);
-  cpu::Append(append, num_threads);
+  if (call.rope == nullptr) return cpu::Append(append, num_threads);
+  const TensorView q_out(call.rope->rotated_q);
+  cpu::RopeAppendArgs args{};
+  args.append = append;
+  args.num_tokens = step.step->num_tokens();
+  args.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
+  args.q = DataPtr<void>(call.q);
+  args.q_token_stride = Stride(call.q, 0);
+  args.q_head_stride = Stride(call.q, 1);
+  args.q_out = DataPtr<void>(q_out);
+  args.q_out_token_stride = Stride(q_out, 0);
+  args.q_out_head_stride = Stride(q_out, 1);
+  args.inv_freq = DataPtr<const float>(TensorView(call.rope->inv_freq));
+  args.rotary_dim = static_cast<int32_t>(call.rope->rotary_dim);
+  args.is_interleaved = call.rope->is_interleaved;
+  args.magnitude = call.rope->magnitude;
+  cpu::RopeAppend(args, num_threads);
+}
 
+void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
+  ZeroRows(call.o, step.step->num_tokens(), config_);
+  if (step.step->num_tokens() == 0) return;
+  const cpu::KVSource cache = Source(memory, step, call.layer);
+  Append(step, call, cache);
+  const TensorView q = call.rope == nullptr ? call.q : TensorView(call.rope->rotated_q);
   cpu::AttentionArgs attend{};
   attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan();
   attend.dtype = dtype_;
   attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
-  attend.num_kv_heads = append.num_kv_heads;
-  attend.head_dim = append.head_dim;
-  attend.q = DataPtr<void>(call.q);
-  attend.q_token_stride = Stride(call.q, 0);
-  attend.q_head_stride = Stride(call.q, 1);
-  attend.kv = append.cache;
+  attend.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
+  attend.head_dim = static_cast<int32_t>(config_.head_dim);
+  attend.q = DataPtr<void>(q);
+  attend.q_token_stride = Stride(q, 0);
+  attend.q_head_stride = Stride(q, 1);
+  attend.kv = cache;
   attend.sm_scale = static_cast<float>(call.sm_scale);
   attend.o = DataPtr<void>(call.o);
   attend.o_token_stride = Stride(call.o, 0);
@@ -146,7 +174,7 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   const TensorView workspace(memory.workspace);
   attend.partial_o = DataPtr<float>(workspace);
   attend.partial_lse = attend.partial_o + workspace.numel() / (config_.head_dim + 1) * config_.head_dim;
-  cpu::Attention(attend, num_threads);
+  cpu::Attention(attend, static_cast<int>(config_.num_threads));
 }
 
 }  // namespace
