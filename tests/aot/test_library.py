@@ -326,10 +326,10 @@ KERNELS = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16
 
 def test_a_fused_projection_needs_the_kernel_that_rotates():
     layers = [AttentionSpec(8, 2, 64, "bfloat16")] * 2
-    attention = "attention_bf16_h64_p16"
+    always = ("copy_pages", "attention_bf16_h64_p16")
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
-    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", attention)
-    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", attention)
+    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
+    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
     assert library.kernel_names(layers, ["matmul"], (16,)) == ()
 
 
@@ -351,16 +351,6 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
     data = (tmp_path / "model.so").read_bytes()
     assert all(f"<{name} for sm_90a>".encode() * 40 in data for name in KERNELS)
     assert len(data) < 10_000_000  # no BLAS
-
-
-def test_kernels_of_a_fused_projection(executable):
-    """Its launch rotates and appends, so the plain append is not needed."""
-    from tvm_infer.spec import AttentionSpec
-
-    layers = [AttentionSpec(4, 2, 64, "float16")]
-    names = library.kernel_names(layers, ["attention_with_kv_cache_fused_qkv", "matmul"], [16])
-    assert set(names) == {"rope_append_fp16", "copy_pages", "attention_fp16_h64_p16"}
-    assert library.kernel_names(layers, ["matmul"], [16]) == ()
 
 
 @pytest.mark.parametrize(
