@@ -302,6 +302,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         objects = folder / library.OBJECTS  # kept: Executable.export_library links them anew
         objects.mkdir()
         lowered.executable.export_library(str(folder / library.LIBRARY), workspace_dir=str(objects))
+        (folder / library.FUNCTIONS).write_text(library.functions_called(lowered.executable))
     (folder / library.REPORT).write_text(str(reports))
     Manifest(
         abi_version=int(_ffi.func("abi_version")()),

@@ -370,7 +370,7 @@ def as_weight(x: Any, name: str) -> Any:
     if hasattr(x, "detach"):
         x = x.detach().contiguous()
     elif isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x)
+        x = np.asarray(x, order="C")  # ascontiguousarray would give a scalar a dimension
     pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
     if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16":
         return tvm.runtime.tensor(x)  # numpy's DLPack does not know the type
