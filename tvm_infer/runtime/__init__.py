@@ -3,6 +3,17 @@
 from .engine import Engine, EngineStats, Generation
 from .executable import Executable, Manifest
 from .kv_cache import PagedKVCache, Step
+from .mlc_cache import MLCPagedKVCache
 from .sampling import Sampler
 
-__all__ = ["Engine", "EngineStats", "Executable", "Generation", "Manifest", "PagedKVCache", "Sampler", "Step"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Executable",
+    "Generation",
+    "MLCPagedKVCache",
+    "Manifest",
+    "PagedKVCache",
+    "Sampler",
+    "Step",
+]

@@ -41,18 +41,20 @@ void CheckCacheConfig(const Shape& config) {
 
 void CheckLayers(const CreationArgs& args) {
   if (args.layer_partition.size() != 2 || args.layer_partition[0] != 0 || args.layer_partition[1] != args.num_layers) {
-    TVM_FFI_THROW(ArgumentError) << "argument `layer_partition` is " << ShapeText(args.layer_partition) << " with num_layers = "
-                                 << args.num_layers << "; this cache serves one pipeline stage with all layers: pass [0, num_layers] and "
+    TVM_FFI_THROW(ArgumentError) << "argument `layer_partition` is " << ShapeText(args.layer_partition)
+                                 << " with num_layers = " << args.num_layers
+                                 << "; this cache serves one pipeline stage with all layers: pass [0, num_layers] and "
                                  << "build the model with pipeline_parallel_stages = 1";
   }
   if (args.attn_kinds.size() != 1 && static_cast<int64_t>(args.attn_kinds.size()) != args.num_layers) {
-    TVM_FFI_THROW(ArgumentError) << "argument `attn_kinds` has " << args.attn_kinds.size() << " entries with num_layers = "
-                                 << args.num_layers << "; it must have one, or one for each layer";
+    TVM_FFI_THROW(ArgumentError) << "argument `attn_kinds` has " << args.attn_kinds.size()
+                                 << " entries with num_layers = " << args.num_layers << "; it must have one, or one for each layer";
   }
   for (size_t layer = 0; layer < args.attn_kinds.size(); ++layer) {
     if (args.attn_kinds[layer] != 0) {
       TVM_FFI_THROW(ArgumentError) << "argument `attn_kinds` is " << args.attn_kinds[layer] << " (" << AttnKindName(args.attn_kinds[layer])
-                                   << ") for layer " << layer << ", and this cache has mha (0) only so far; keep TVM's own cache for this model";
+                                   << ") for layer " << layer
+                                   << ", and this cache has mha (0) only so far; keep TVM's own cache for this model";
     }
   }
 }

@@ -34,8 +34,8 @@ struct CreationArgs {
   Shape cache_config;     // max_batch, max_total_seq_len, prefill_chunk, page_size, support_sliding_window (0) [, layer window]
   Shape layer_partition;  // 0, num_layers: one pipeline stage
   int64_t num_layers, num_qo_heads, num_kv_heads;
-  int64_t qk_head_dim, v_head_dim;  // equal
-  Shape attn_kinds;                 // 0 (mha) for all layers, or for each
+  int64_t qk_head_dim, v_head_dim;                            // equal
+  Shape attn_kinds;                                           // 0 (mha) for all layers, or for each
   int64_t mla_original_qk_head_dim, mla_original_v_head_dim;  // 0
   bool enable_disaggregation;                                 // false
   Tensor init;                                                // any tensor of the cache's dtype, on its device

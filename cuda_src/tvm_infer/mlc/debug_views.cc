@@ -39,9 +39,9 @@ void CheckDense(const Tensor& tensor, const char* name, const Config& config, in
   const int64_t expected[4] = {config.num_layers, length, config.num_kv_heads, config.head_dim};
   const bool is_right = tensor->ndim == 4 && std::equal(expected, expected + 4, tensor->shape) && tensor.IsContiguous();
   if (!is_right) {
-    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr()) << "; it must be contiguous, ["
-                                 << expected[0] << ", " << expected[1] << ", " << expected[2] << ", " << expected[3]
-                                 << "]: num_layers, length, num_kv_heads, head_dim";
+    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr())
+                                 << "; it must be contiguous, [" << expected[0] << ", " << expected[1] << ", " << expected[2] << ", "
+                                 << expected[3] << "]: num_layers, length, num_kv_heads, head_dim";
   }
   if (tensor->dtype.code != config.dtype.code || tensor->dtype.bits != config.dtype.bits || tensor->dtype.lanes != config.dtype.lanes) {
     TVM_FFI_THROW(DTypeError) << "argument `" << name << "` has dtype " << tvm::ffi::DLDataTypeToString(tensor->dtype) << "; it must be "
@@ -94,8 +94,7 @@ class DenseCopy {
     for (int64_t position = first; position < last; ++position) {
       for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
         const int64_t slot = (head * config_.page_size + position % config_.page_size) * row_bytes_;
-        const int64_t row =
-            ((layer * (range_.end - range_.begin) + position - range_.begin) * config_.num_kv_heads + head) * row_bytes_;
+        const int64_t row = ((layer * (range_.end - range_.begin) + position - range_.begin) * config_.num_kv_heads + head) * row_bytes_;
         MoveRow(page + slot, k_.data() + row, to_page);
         MoveRow(page + plane + slot, v_.data() + row, to_page);
       }
@@ -150,8 +149,8 @@ void MLCPagedKVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_
   const std::vector<int64_t> references = ReferenceCounts(cache_);
   for (int64_t i = start_pos / config_.page_size; i * config_.page_size < range.end; ++i) {
     if (references[page_table[i]] > 1) {
-      TVM_FFI_THROW(CacheStateError) << "positions " << i * config_.page_size << " to " << (i + 1) * config_.page_size - 1 << " of sequence "
-                                     << seq_id << " lie in a page that " << references[page_table[i]]
+      TVM_FFI_THROW(CacheStateError) << "positions " << i * config_.page_size << " to " << (i + 1) * config_.page_size - 1
+                                     << " of sequence " << seq_id << " lie in a page that " << references[page_table[i]]
                                      << " sequences share; setting them would change the others: set keys before forking";
     }
   }

@@ -25,7 +25,8 @@ tvm::ffi::Any CreateCache(const Config& c) {
 // The executors on cuda give natural logarithms, and there is no kernel yet that turns an LSE into base 2.
 void CheckCanConvertLse(const Config& config, const char* operation) {
   if (!config.is_cuda()) return;
-  TVM_FFI_THROW(ExecutorError) << "operation " << operation << " is not there on cuda yet: TVM wants its LSE in base 2 and the kernels give "
+  TVM_FFI_THROW(ExecutorError) << "operation " << operation
+                               << " is not there on cuda yet: TVM wants its LSE in base 2 and the kernels give "
                                << "natural logarithms. Use attention_with_fused_qkv, or create the cache on the cpu";
 }
 
@@ -66,9 +67,10 @@ void MLCPagedKVCacheObj::PopN(int64_t seq_id, int32_t n) { Library().kv_cache_po
 
 void MLCPagedKVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths, const Optional<Shape>& token_tree_parent_ptr) {
   if (token_tree_parent_ptr.has_value()) {
-    TVM_FFI_THROW(ArgumentError) << "argument `token_tree_parent_ptr` has " << token_tree_parent_ptr.value().size()
-                                 << " entries, and token trees (speculative decoding) are not supported yet by tvm_infer's cache; begin the "
-                                 << "step without it, or keep TVM's own cache for this model";
+    TVM_FFI_THROW(ArgumentError)
+        << "argument `token_tree_parent_ptr` has " << token_tree_parent_ptr.value().size()
+        << " entries, and token trees (speculative decoding) are not supported yet by tvm_infer's cache; begin the "
+        << "step without it, or keep TVM's own cache for this model";
   }
   EndForward();
   Step step{seq_ids, append_lengths, {}, 0, true};

@@ -39,7 +39,8 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
 
   // LSE that models see is base 2, TVM's convention; the executors' is natural.
   void AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask, Tensor o_data, double sm_scale) override;
-  void SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data, double sm_scale) override;
+  void SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data,
+                     double sm_scale) override;
   void CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, Tensor lse_data, double sm_scale) override;
   void AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data, Tensor current_k_data, Tensor current_v_data, Tensor o_data,
                              double sm_scale);

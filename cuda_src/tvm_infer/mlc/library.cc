@@ -8,8 +8,8 @@
 #include "tvm_infer/mlc/kv_cache.h"
 #include "tvm_infer/mlc/rope.h"
 
-#ifndef TVM_INFER_MLC_TVM_VERSION
-#error "compile with -DTVM_INFER_MLC_TVM_VERSION=\"…\", the TVM whose headers are used"
+#if !defined(TVM_INFER_MLC_TVM_VERSION) || !defined(TVM_INFER_MLC_TVM_LAYOUT)
+#error "tvm_infer/runtime/mlc_library.py compiles this, and says which TVM's headers it uses"
 #endif
 
 namespace tvm_infer::mlc {
@@ -22,9 +22,9 @@ AttentionKVCache Create(Shape cache_config, Shape layer_partition, int64_t num_l
                         int64_t qk_head_dim, int64_t v_head_dim, Shape attn_kinds, int64_t mla_original_qk_head_dim,
                         int64_t mla_original_v_head_dim, int64_t rope_mode, double rope_scale, double rope_theta, String rope_scaling,
                         tvm::ffi::Any rope_ext_factors, int64_t rotary_dim, bool enable_disaggregation, Tensor init) {
-  const Config config = CheckedConfig({std::move(cache_config), std::move(layer_partition), num_layers, num_qo_heads, num_kv_heads,
-                                       qk_head_dim, v_head_dim, std::move(attn_kinds), mla_original_qk_head_dim, mla_original_v_head_dim,
-                                       enable_disaggregation, std::move(init)});
+  const Config config =
+      CheckedConfig({std::move(cache_config), std::move(layer_partition), num_layers, num_qo_heads, num_kv_heads, qk_head_dim, v_head_dim,
+                     std::move(attn_kinds), mla_original_qk_head_dim, mla_original_v_head_dim, enable_disaggregation, std::move(init)});
   CheckRope({rope_mode, rope_scale, rope_theta, std::move(rope_scaling), std::move(rope_ext_factors), rotary_dim});
   return AttentionKVCache(tvm::ffi::make_object<MLCPagedKVCacheObj>(config));
 }
@@ -54,5 +54,6 @@ void Register() {
 }  // namespace tvm_infer::mlc
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_version, [] { return tvm::ffi::String(TVM_INFER_MLC_TVM_VERSION); });
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_layout, [] { return tvm::ffi::String(TVM_INFER_MLC_TVM_LAYOUT); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_create, tvm_infer::mlc::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_register, tvm_infer::mlc::Register);

@@ -45,8 +45,8 @@ void SidePlans::Allocate() {
   int64_t plan_bytes = 0;
   for (int64_t causal : {0, 1}) {
     const Shape capacity = Library()
-                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, causal, kAllKeys, kSplitAuto, tile_table_,
-                                              config_.max_batch, config_.max_tokens, int64_t{0})
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, causal, kAllKeys, kSplitAuto,
+                                              tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
                                .cast<Shape>();
     plan_bytes = std::max(plan_bytes, capacity[0]);
     partial_rows_ = std::max(partial_rows_, capacity[1]);

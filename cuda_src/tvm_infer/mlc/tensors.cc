@@ -35,8 +35,9 @@ void CheckPlace(const Tensor& tensor, const char* name, DLDataType dtype, const 
 void CheckRows(const Tensor& tensor, const char* name, int64_t num_tokens, bool may_be_padded) {
   const int64_t rows = tensor->shape[0];
   if (rows == num_tokens || (may_be_padded && rows > num_tokens)) return;
-  TVM_FFI_THROW(PlanMismatchError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr()) << " but begin_forward announced "
-                                   << num_tokens << " tokens; pass the step's tokens, all of them, in the order of its sequences";
+  TVM_FFI_THROW(PlanMismatchError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr())
+                                   << " but begin_forward announced " << num_tokens
+                                   << " tokens; pass the step's tokens, all of them, in the order of its sequences";
 }
 
 }  // namespace
@@ -60,8 +61,9 @@ void CheckTokens(const Tensor& tensor, const char* name, const Config& config, i
                  bool may_be_padded) {
   CheckPlace(tensor, name, config.dtype, ", the cache's", config);
   if (tensor->ndim != 3 || tensor->shape[1] != heads || tensor->shape[2] != config.head_dim) {
-    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr()) << "; it must be [num_tokens, "
-                                 << heads << ", " << config.head_dim << "]: " << heads_name << " and head_dim of the cache";
+    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr())
+                                 << "; it must be [num_tokens, " << heads << ", " << config.head_dim << "]: " << heads_name
+                                 << " and head_dim of the cache";
   }
   if (tensor->shape[0] > 0 && StrideOf(*tensor.GetDLTensorPtr(), 2) != 1) {
     TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has stride " << StrideOf(*tensor.GetDLTensorPtr(), 2)
@@ -73,8 +75,8 @@ void CheckTokens(const Tensor& tensor, const char* name, const Config& config, i
 void CheckLse(const Tensor& tensor, const char* name, const Config& config, int64_t num_tokens) {
   CheckPlace(tensor, name, {kDLFloat, 32, 1}, "", config);
   if (tensor->ndim != 2 || tensor->shape[1] != config.num_qo_heads) {
-    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr()) << "; it must be [num_tokens, "
-                                 << config.num_qo_heads << "]: num_qo_heads of the cache";
+    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(*tensor.GetDLTensorPtr())
+                                 << "; it must be [num_tokens, " << config.num_qo_heads << "]: num_qo_heads of the cache";
   }
   CheckRows(tensor, name, num_tokens, false);
 }

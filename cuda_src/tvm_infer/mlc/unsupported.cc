@@ -37,9 +37,8 @@ Shape MLCPagedKVCacheObj::DisaggPrepareRecv(int64_t seq_id, int length) {
 
 void MLCPagedKVCacheObj::DisaggMarkSend(int64_t seq_id, int64_t begin, const Shape& compressed_remote_position_map,
                                         int32_t recver_pe_offset) {
-  ThrowUnsupported("disagg_mark_send(" + Number("seq_id", seq_id) + ", " + Number("begin", begin) +
-                       ", compressed_remote_position_map=" + ShapeText(compressed_remote_position_map) + ", " +
-                       Number("recver_pe_offset", recver_pe_offset) + ")",
+  ThrowUnsupported("disagg_mark_send(" + Number("seq_id", seq_id) + ", " + Number("begin", begin) + ", compressed_remote_position_map=" +
+                       ShapeText(compressed_remote_position_map) + ", " + Number("recver_pe_offset", recver_pe_offset) + ")",
                    kOwnCache);
 }
 
@@ -49,9 +48,9 @@ void MLCPagedKVCacheObj::AppendMLAKV(int64_t layer_id, Tensor kv_data) {
 }
 
 void MLCPagedKVCacheObj::DebugGetKVMLA(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor) {
-  ThrowUnsupported("debug_get_kv_mla(" + Number("seq_id", seq_id) + ", " + Number("start_pos", start_pos) + ", " +
-                       Number("end_pos", end_pos) + ")",
-                   "the cache holds keys and values of heads: use debug_get_kv");
+  ThrowUnsupported(
+      "debug_get_kv_mla(" + Number("seq_id", seq_id) + ", " + Number("start_pos", start_pos) + ", " + Number("end_pos", end_pos) + ")",
+      "the cache holds keys and values of heads: use debug_get_kv");
 }
 
 void MLCPagedKVCacheObj::LinearAttention(int64_t layer_id, Tensor, Tensor, Tensor, double) {
