@@ -143,7 +143,7 @@ class Driver:
         kv_state("end_forward", self.cache)
 
     def step(self, ids, lengths, padding=0):
-        """Tokens for these sequences at every layer: positions and outputs are the model's. Padding rows hold NaN and are not touched."""
+        """Tokens for these sequences at every layer: all are the model's. Padding rows hold NaN, and stay as they are."""
         starts = [self.length(seq) for seq in ids]
         self.begin(ids, lengths)
         expected = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)] or [[]])

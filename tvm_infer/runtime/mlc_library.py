@@ -67,9 +67,9 @@ def describe() -> cxx.Library:
         sources=_sources(ours),
         foreign=_tvm_headers(root),
         defines={
-            "TVM_INFER_MLC_TVM_VERSION": tvm.__version__,
-            "TVM_INFER_MLC_TVM_LAYOUT": _layout(root),
-            "TVM_INFER_MLC_FFI_VERSION": tvm_ffi.__version__,
+            "MLC_ADAPTER_TVM_VERSION": tvm.__version__,
+            "MLC_ADAPTER_TVM_LAYOUT": _layout(root),
+            "MLC_ADAPTER_FFI_VERSION": tvm_ffi.__version__,
         },
         # TVM's own come first: where a wheel has the headers that shims/ stands in for, they win.
         include_dirs=[root / "include", root, *ffi_include, ours, ours / "tvm_infer" / "mlc" / "shims"],
@@ -103,7 +103,10 @@ def build() -> pathlib.Path:
 
 @functools.cache
 def load() -> Any:
-    """Load the adapter once; `tvm_infer.mlc_kv_cache_create` is a global function from then on. Raises as :func:`build`, and AbiError."""
+    """Load the adapter once; `tvm_infer.mlc_kv_cache_create` is a global function from then on.
+
+    Raises as :func:`build`, and AbiError where it does not fit the TVM that is loaded.
+    """
     import tvm_ffi
 
     tvm = _tvm()

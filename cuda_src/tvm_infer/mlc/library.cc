@@ -8,7 +8,7 @@
 #include "tvm_infer/mlc/kv_cache.h"
 #include "tvm_infer/mlc/rope.h"
 
-#if !defined(TVM_INFER_MLC_TVM_VERSION) || !defined(TVM_INFER_MLC_TVM_LAYOUT)
+#if !defined(MLC_ADAPTER_TVM_VERSION) || !defined(MLC_ADAPTER_TVM_LAYOUT)
 #error "tvm_infer/runtime/mlc_library.py compiles this, and says which TVM's headers it uses"
 #endif
 
@@ -53,7 +53,7 @@ void Register() {
 }  // namespace
 }  // namespace tvm_infer::mlc
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_version, [] { return tvm::ffi::String(TVM_INFER_MLC_TVM_VERSION); });
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_layout, [] { return tvm::ffi::String(TVM_INFER_MLC_TVM_LAYOUT); });
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_version, [] { return tvm::ffi::String(MLC_ADAPTER_TVM_VERSION); });
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_tvm_layout, [] { return tvm::ffi::String(MLC_ADAPTER_TVM_LAYOUT); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_create, tvm_infer::mlc::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tvm_infer_mlc_register, tvm_infer::mlc::Register);
