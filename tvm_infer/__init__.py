@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from . import jit as jit
     from .blas import matmul, set_blas
     from .compiler import compile as compile
-    from .ops import append, append_attention, attention, merge, ragged_attention
+    from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
+    from .rope import RopeConfig
     from .runtime import PagedKVCache
     from .schedule import Plan
 
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionSpec",
     "PagedKVCache",
     "Plan",
+    "RopeConfig",
     "append",
     "append_attention",
     "attention",
@@ -38,6 +40,7 @@ __all__ = [
     "plan",
     "plan_status",
     "ragged_attention",
+    "rope_append",
     "set_blas",
     "workspace_size",
 ]
@@ -46,6 +49,7 @@ __all__ = [
 _LAZY = {
     "PagedKVCache": "runtime",
     "Plan": "schedule",
+    "RopeConfig": "rope",
     "append": "ops",
     "append_attention": "ops",
     "attention": "ops",
@@ -57,6 +61,7 @@ _LAZY = {
     "plan": "planning",
     "plan_status": "planning",
     "ragged_attention": "ops",
+    "rope_append": "ops",
     "set_blas": "blas",
     "workspace_size": "planning",
 }

@@ -10,6 +10,7 @@ in a CUDA graph once a first call has loaded the kernels. Elements are bfloat16 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from . import _array, _device, _ffi
 from .errors import ArgumentError
 from .planning import WorkspaceSize, cpu_tile_table, cuda_tile_table, num_threads, plan, plan_status, workspace_size
+from .rope import RopeConfig
 from .schedule import Plan
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "plan",
     "plan_status",
     "ragged_attention",
+    "rope_append",
     "workspace_size",
 ]
 
@@ -121,12 +124,7 @@ def _prepare_cuda(
                 "workspace (tvm_infer.workspace_size(…, device=…).workspace_floats(head_dim) floats), or a Plan"
             )
         return plan, workspace
-    if _device.cuda_index(plan.device_buffer) != device:
-        where = "the host only" if plan.device_buffer is None else str(plan.device_buffer.device)
-        raise ArgumentError(
-            f"argument `plan` lies on {where}, `q` on cuda:{device}; make the plan with tvm_infer.plan(…, "
-            f'device="cuda:{device}"), which copies it there'
-        )
+    words = _device_words(plan, device)
     if workspace is None:
         partial_rows = plan.num_partial_rows
         workspace = _array.empty_like(q, (partial_rows * (head_dim + 1),), "float32")
@@ -137,7 +135,18 @@ def _prepare_cuda(
         _ffi.func("check_plan")(
             plan.host_tensor, num_tokens, num_qo_heads, num_kv_heads, partial_rows, num_lists, num_sms
         )
-    return plan.device_buffer, workspace
+    return words, workspace
+
+
+def _device_words(plan: Plan, device: int) -> Any:
+    """The plan's copy on the device."""
+    if _device.cuda_index(plan.device_buffer) != device:
+        where = "the host only" if plan.device_buffer is None else str(plan.device_buffer.device)
+        raise ArgumentError(
+            f"argument `plan` lies on {where}, `q` on cuda:{device}; make the plan with tvm_infer.plan(…, "
+            f'device="cuda:{device}"), which copies it there'
+        )
+    return plan.device_buffer
 
 
 def attention(
@@ -311,6 +320,100 @@ def append_attention(
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
     return out if lse is None else (out, lse)
+
+
+def rope_append(
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_cache: Any,
+    *,
+    rope: RopeConfig,
+    kv_page_indptr: Any,
+    kv_page_indices: Any,
+    plan: Any = None,
+    qo_indptr: Any = None,
+    kv_len: Any = None,
+    kv_layout: str = "HND",
+    inv_freq: Any = None,
+    out: Any = None,
+) -> Any:
+    """Rotate queries and keys by their positions; :func:`append` the keys and `v`; return the queries. One launch on cuda.
+
+    Parameters
+    ----------
+    q : [num_tokens, num_qo_heads, head_dim]. k, v : [num_tokens, num_kv_heads, head_dim]. Slices of one projection [num_tokens,
+        num_qo_heads + 2 * num_kv_heads, head_dim] will do. Token t of request r has position
+        ``kv_len[r] - (qo_indptr[r + 1] - t)``; tokens behind qo_indptr[num_requests] are padding.
+    rope : which elements turn, and how fast.
+    plan, or qo_indptr and kv_len : where the tokens belong, as in :func:`append_attention` and :func:`append`.
+    inv_freq : float32 [rope.rotary_dim / 2] on the device of `q`; from `rope` if None, put there at the first call. Must be given
+        for rope_type "longrope": ``rope.inv_freq(seq_len)`` depends on how long sequences get.
+    out : as `q`, may be `q`; allocated if None. Others as in :func:`append`.
+
+    Returns
+    -------
+    out : the rotated queries, 0 for padding tokens. Results are computed in float32 and rounded once; angles are exact to 3e-7
+        radians at positions up to 2**22. On cuda head_dim and rotary_dim are multiples of 16.
+
+    Raises
+    ------
+    As :func:`append_attention`; nothing is written then.
+    """
+    if not isinstance(rope, RopeConfig):
+        raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
+    _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
+    k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
+    page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
+    device = _device.cuda_index(q)
+    lengths = {name: x for name, x in (("qo_indptr", qo_indptr), ("kv_len", kv_len)) if x is not None}
+    lengths = dict(zip(lengths, _tables(q, **lengths), strict=True))
+    if isinstance(plan, Plan):
+        plan = plan.buffer if device is None else _device_words(plan, device)
+    elif plan is not None:
+        plan = _array.as_tensor(plan, "plan")
+    if inv_freq is None:
+        inv_freq = _frequencies(rope, device)
+    out = _array.empty_like(q, tuple(q.shape)) if out is None else out
+    _ffi.func("rope_append_paged")(
+        _array.as_tensor(q, "q"),
+        _array.as_tensor(k, "k"),
+        _array.as_tensor(v, "v"),
+        _array.as_tensor(inv_freq, "inv_freq"),
+        int(rope.interleaved),
+        rope.magnitude(),
+        plan,
+        lengths.get("qo_indptr"),
+        lengths.get("kv_len"),
+        k_cache,
+        v_cache,
+        layout,
+        page_indptr,
+        page_indices,
+        _array.as_tensor(out, "out", output=True),
+    )
+    return out
+
+
+@functools.cache
+def _frequencies(rope: RopeConfig, device: int | None) -> Any:
+    """`rope.inv_freq()` on the host (None) or a cuda device, kept for good: captured graphs read it."""
+    if rope.rope_type == "longrope":
+        raise ArgumentError(
+            'argument `rope` has rope_type "longrope", whose frequencies depend on how long sequences get; pass '
+            "inv_freq=rope.inv_freq(seq_len) too, as a tensor on the device of `q`"
+        )
+    host = rope.inv_freq()
+    if device is None:
+        return host
+    there = _array.empty_on(_device.Device("cuda", device), host.shape, "float32")
+    if _array.is_torch(there):
+        import torch
+
+        there.copy_(torch.from_numpy(host))
+    else:
+        there.copyfrom(host)
+    return there
 
 
 def merge(o_a: Any, lse_a: Any, o_b: Any, lse_b: Any, *, out: Any = None, lse: Any = None) -> tuple[Any, Any]:

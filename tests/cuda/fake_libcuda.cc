@@ -16,6 +16,7 @@ using tvm_infer::cuda::DevicePointer;
 using tvm_infer::cuda::KernelInfo;
 using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
+using tvm_infer::cuda::RopeAppendParams;
 
 #if !defined(FAKE_CUDA_OLD)  // else a driver that lacks functions
 namespace {
@@ -31,6 +32,7 @@ bool capturing = false;
 void* current = nullptr;
 int contexts[3];
 unsigned char attention_params[sizeof(AttentionParams)], attention_maps[sizeof(KvTensorMaps)];
+unsigned char rope_append_params[sizeof(RopeAppendParams)];
 
 int Called(const char* name, const std::string& text = "") {
   log_text += std::string(name) + (text.empty() ? "" : " ") + text + "\n";
@@ -66,6 +68,7 @@ FAKE int fake_current_device() {
   return -1;
 }
 FAKE const void* fake_params() { return attention_params; }
+FAKE const void* fake_rope_append_params() { return rope_append_params; }
 FAKE const void* fake_maps() { return attention_maps; }
 
 FAKE int cuInit(unsigned) {
@@ -125,6 +128,7 @@ FAKE int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** params, 
     std::memcpy(attention_params, params[0], sizeof(attention_params));
     std::memcpy(attention_maps, params[1], sizeof(attention_maps));
   }
+  if (loaded->name.rfind("rope_append", 0) == 0) std::memcpy(rope_append_params, params[0], sizeof(rope_append_params));
   return Called("cuLaunchKernelEx", loaded->name + " grid=" + Numbers({c->grid[0], c->grid[1], c->grid[2]}) + " block=" +
                                         Numbers({c->block[0], c->block[1], c->block[2]}) + " shared=" + std::to_string(c->shared_bytes) +
                                         " stream=" + std::to_string(reinterpret_cast<uintptr_t>(c->stream)) +

@@ -91,7 +91,8 @@ class Driver:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._library.fake_log.restype = ctypes.c_char_p
-        self._library.fake_params.restype = self._library.fake_maps.restype = ctypes.c_void_p
+        for function in (self._library.fake_params, self._library.fake_rope_append_params, self._library.fake_maps):
+            function.restype = ctypes.c_void_p
 
     def calls(self, name: str) -> list[str]:
         """Arguments of the calls of a function since clear(), one string each."""
@@ -110,6 +111,11 @@ class Driver:
     def params(self, structure: type) -> Any:
         """The first parameter of the last attention launch."""
         return structure.from_buffer_copy(ctypes.string_at(self._library.fake_params(), ctypes.sizeof(structure)))
+
+    def rope_append_params(self, structure: type) -> Any:
+        """The parameter of the last launch of a rope_append."""
+        address = self._library.fake_rope_append_params()
+        return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
 
     def clear(self) -> None:
         self._library.fake_clear()

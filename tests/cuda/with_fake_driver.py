@@ -253,6 +253,155 @@ def test_append_and_merge(driver):
     assert [launch["name"] for launch in driver.launches()] == ["append_b16", "merge_states_fp32"]
 
 
+class RopeParams(ctypes.Structure):
+    """cuda/params.h, RopeAppendParams: AppendParams, and what Q and its rotation need."""
+
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("plan", "qo_indptr", "kv_len")],
+        *[(n, ctypes.c_int32) for n in ("num_requests", "max_tokens")],
+        *[(n, ctypes.c_void_p) for n in ("kv_page_indptr", "kv_page_indices", "k", "v")],
+        ("kv_strides", ctypes.c_int64 * 4),
+        *[(n, ctypes.c_void_p) for n in ("k_cache", "v_cache")],
+        ("cache_strides", ctypes.c_int64 * 6),
+        ("expected", ctypes.c_int32 * 7),
+        *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size")],
+        *[(n, ctypes.c_void_p) for n in ("q", "q_out")],
+        ("q_strides", ctypes.c_int64 * 4),
+        ("inv_freq", ctypes.c_void_p),
+        ("magnitude", ctypes.c_float),
+        *[(n, ctypes.c_int32) for n in ("num_qo_heads", "rotary_dim", "is_interleaved")],
+    ]
+
+
+def rope_append(**changes):
+    row = (HQ + 2 * HKV) * DIM  # q, k and v as slices of one tensor
+    arguments = {
+        **{n: tensor((ROWS, heads, DIM), strides=(row, DIM, 1)) for n, heads in (("q", HQ), ("k", HKV), ("v", HKV))},
+        "inv_freq": tensor((DIM // 2,), "float32"),
+        "interleaved": 0,
+        "magnitude": 1.5,
+        "plan": None,
+        "qo_indptr": index(QO),
+        "kv_len": index(KV_LEN),
+        "k_cache": tensor((PAGES, 2, HKV, PAGE, DIM)),
+        "v_cache": None,
+        "kv_layout": 0,
+        "kv_page_indptr": index([0, 2, 3]),
+        "kv_page_indices": index([4, 0, 2]),
+        "q_out": tensor((ROWS, HQ, DIM)),
+        **changes,
+    }
+    _ffi.func("rope_append_paged")(*arguments.values())
+    return arguments
+
+
+def test_rope_append_launch(driver):
+    a = rope_append()
+    (launch,) = driver.launches()
+    # 12 rows of 8 lanes: 3 steps of a warp a token; the fake says that a CTA has 12 warps
+    assert (launch["name"], launch["grid"], launch["attributes"]) == ("rope_append_bf16", "1,1,1", "1,6,1")
+    p = driver.rope_append_params(RopeParams)
+    for name in (
+        "q",
+        "k",
+        "v",
+        "q_out",
+        "k_cache",
+        "qo_indptr",
+        "kv_len",
+        "kv_page_indptr",
+        "kv_page_indices",
+        "inv_freq",
+    ):
+        assert getattr(p, name) == addresses[id(a[name])], name
+    row, plane = (HQ + 2 * HKV) * DIM, HKV * PAGE * DIM
+    assert p.v_cache == p.k_cache + plane * 2 and list(p.cache_strides) == [2 * plane, PAGE * DIM, DIM] * 2
+    assert list(p.kv_strides) == [row, DIM] * 2 and list(p.q_strides) == [row, DIM, HQ * DIM, DIM]
+    assert (p.plan, p.num_requests, p.max_tokens) == (None, 2, ROWS)
+    assert (p.num_qo_heads, p.num_kv_heads, p.head_dim, p.page_size) == (HQ, HKV, DIM, PAGE)
+    assert (p.rotary_dim, p.is_interleaved, p.magnitude) == (DIM, 0, 1.5)
+
+
+def test_rope_append_by_a_plan_of_another_dtype_and_device(driver):
+    there = {"device": (CUDA, 1)}
+    shape = {"q": HQ, "k": HKV, "v": HKV, "q_out": HQ}
+    a = rope_append(
+        **{n: tensor((ROWS, heads, DIM), "float16", **there) for n, heads in shape.items()},
+        inv_freq=tensor((0,), "float32", **there),
+        interleaved=1,
+        plan=index(host_plan().buffer, **there),
+        qo_indptr=None,
+        kv_len=None,
+        k_cache=tensor((PAGES, HKV, PAGE, DIM), "float16", **there),
+        v_cache=tensor((PAGES, HKV, PAGE, DIM), "float16", **there),
+        kv_page_indptr=index([0, 2, 3], **there),
+        kv_page_indices=index([4, 0, 2], **there),
+    )
+    (launch,) = driver.launches()
+    assert (launch["name"], launch["device"]) == ("rope_append_fp16", "1")
+    p = driver.rope_append_params(RopeParams)
+    assert (p.plan, p.qo_indptr, p.kv_len) == (addresses[id(a["plan"])], None, None)
+    # KV heads, group, tokens, partial rows, lists, any capture key
+    assert list(p.expected) == [HKV, HQ // HKV, ROWS, 2**31 - 1, 2, 0, 0]
+    assert (p.rotary_dim, p.is_interleaved) == (0, 1)
+
+
+def test_rope_append_of_nothing_and_in_a_capture(driver):
+    rope_append()
+    driver.clear()
+    none = {n: tensor((0, heads, DIM)) for n, heads in (("q", HQ), ("k", HKV), ("v", HKV), ("q_out", HQ))}
+    rope_append(**none, qo_indptr=index([0, 0, 0]))
+    assert driver.launches() == []
+    driver.capture(True)
+    rope_append()
+    assert len(driver.launches()) == 1
+    for name in ("cuStreamSynchronize", "cuMemcpyDtoH", "cuLibraryLoadData", "cuMemHostAlloc"):
+        assert driver.calls(name) == []
+
+
+ROPE_ERRORS = [
+    (errors.ArgumentError, "`inv_freq` is on cpu, `q` on cuda:0", lambda: {"inv_freq": np.zeros(64, np.float32)}),
+    (errors.ArgumentError, "`inv_freq` begins 4 bytes", lambda: {"inv_freq": tensor((64,), "float32", offset=4)}),
+    (
+        errors.ExecutorError,
+        "`inv_freq` has 10 entries, a rotary_dim of 20.*multiple of 16",
+        lambda: {"inv_freq": tensor((10,), "float32")},
+    ),
+    (errors.ArgumentError, "`q_out` begins 2 bytes", lambda: {"q_out": tensor((ROWS, HQ, DIM), offset=2)}),
+    (
+        errors.ArgumentError,
+        "`q`.*stride 132 in dimension 1.*multiples of 16",
+        lambda: {"q": tensor((ROWS, HQ, DIM), strides=(HQ * 132, 132, 1))},
+    ),
+    (errors.ArgumentError, "`q_out` is on cuda:1", lambda: {"q_out": tensor((ROWS, HQ, DIM), device=(CUDA, 1))}),
+    (errors.ArgumentError, "`kv_page_indptr`.*dimension 0 must be 3", lambda: {"kv_page_indptr": index([0, 2])}),
+    (errors.ArgumentError, "are None, None, given; pass either", lambda: {"qo_indptr": None}),
+    (errors.PlanMismatchError, "`plan`, 40 bytes, is not a plan", lambda: {**BY_PLAN, "plan": index([0] * 10)}),
+    (
+        errors.ArgumentError,
+        "`q` has 7 heads.*`k_cache` has 2",
+        lambda: {**BY_PLAN, "q": tensor((ROWS, 7, DIM)), "q_out": tensor((ROWS, 7, DIM)), "plan": index([0] * 100)},
+    ),
+    (errors.ExecutorError, "`q` has head_dim 24.*multiple of 16", lambda: of_heads(24)),
+    (errors.ExecutorError, "`k` has dtype float32.*float16 and bfloat16", lambda: of_heads(DIM, "float32")),
+]
+BY_PLAN = {"qo_indptr": None, "kv_len": None}
+
+
+def of_heads(head_dim, dtype="bfloat16"):
+    """All tensors of a call with other heads."""
+    rows = {n: tensor((ROWS, h, head_dim), dtype) for n, h in (("q", HQ), ("k", HKV), ("v", HKV), ("q_out", HQ))}
+    cache = tensor((PAGES, 2, HKV, PAGE, head_dim), dtype)
+    return {**rows, "k_cache": cache, "inv_freq": tensor((0,), "float32")}
+
+
+@pytest.mark.parametrize(("kind", "words", "changes"), ROPE_ERRORS, ids=[row[1] for row in ROPE_ERRORS])
+def test_rope_append_refuses_before_any_launch(driver, kind, words, changes):
+    with pytest.raises(kind, match=words):
+        rope_append(**changes())
+    assert driver.launches() == []
+
+
 ERRORS = [
     (
         "dtype",
@@ -503,6 +652,20 @@ def test_debug_checks_of_ragged_and_append(driver, debug_checks):
     with pytest.raises(errors.ArgumentError, match="`kv_len` is 2 for request 1"):
         cache = tensor((PAGES, 2, HKV, PAGE, DIM))
         _ffi.func("append")(*new, index(QO), index([20, 2]), cache, None, 0, index([0, 2, 3]), index([4, 0, 2]))
+
+
+def test_debug_checks_of_rope_append(driver, debug_checks):
+    rope_append()
+    rope_append(**BY_PLAN, plan=index(host_plan().buffer))
+    assert len(driver.launches()) == 2
+    driver.clear()
+    with pytest.raises(errors.ArgumentError, match="`kv_len` is 2 for request 1"):
+        rope_append(kv_len=index([20, 2]))
+    with pytest.raises(errors.ArgumentError, match="page 5 at entry 1"):
+        rope_append(**BY_PLAN, plan=index(host_plan().buffer), kv_page_indices=index([4, 5, 2]))
+    with pytest.raises(errors.PlanMismatchError, match="not a plan"):
+        rope_append(**BY_PLAN, plan=index([0] * 100))
+    assert driver.launches() == []
 
 
 def test_plan_status(driver):

@@ -92,6 +92,8 @@ def compile_kernels(items) -> None:
     names = {case.kernel for case in cases if case is not None}
     if "append" in families:
         names.add("append_b16")
+    if "rope_append" in families:
+        names |= {f"rope_append_{dtype}" for dtype in ("bf16", "fp16")}
     if "merge_states" in families:
         names |= {f"merge_states_{dtype}" for dtype in ("bf16", "fp16", "fp32")}
     # test_gpu_append has head_dims without an attention kernel

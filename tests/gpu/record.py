@@ -30,7 +30,8 @@ RECORD = pathlib.Path(__file__).resolve().parent / "record.json"
 
 @dataclass(frozen=True)
 class Family:
-    """`kernel` in kernels/; files in cuda/ with one of `words` in their names are this family's alone; `tests` in tests/gpu."""
+    """`kernel` in kernels/; files in cuda/ with one of `words` in their names are this family's alone (of several, the longest word
+    decides); `tests` in tests/gpu."""
 
     kernel: str
     words: tuple[str, ...]
@@ -44,6 +45,7 @@ FAMILIES = {
         ("test_gpu_attention.py", "test_gpu_invariance.py", "test_gpu_streams.py"),
     ),
     "append": Family("append.cuh", ("append",), ("test_gpu_append.py",)),
+    "rope_append": Family("rope_append.cuh", ("rope_append",), ("test_gpu_rope.py",)),
     "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
 }
 COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
@@ -79,11 +81,12 @@ def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
     """What brings a call to the kernel: from the ffi's CUDA files on, what they include of cuda/ and ffi/, less other families'."""
     source = root / "cuda_src"
     ours = source / "tvm_infer"
-    others = [word for f in FAMILIES.values() if f != family for word in f.words]
+    words = sorted((word for f in FAMILIES.values() for word in f.words), key=len, reverse=True)
 
     def follow(path: pathlib.Path) -> bool:
         folder = path.relative_to(ours).parts[0]
-        own = folder != "cuda" or not any(word in path.stem for word in others)  # ffi files serve all families
+        word = next((word for word in words if word in path.stem), None)
+        own = folder != "cuda" or word is None or word in family.words  # ffi files serve all families
         return folder in LAUNCHER_FOLDERS and own
 
     begin = [p for p in (ours / "ffi").glob("*.cc") if "cuda" in p.stem]

@@ -57,13 +57,17 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
 @pytest.mark.parametrize(
     ("path", "families"),
     [
-        (f"{KERNELS}/append.cuh", {"append"}),
+        (f"{KERNELS}/append.cuh", {"append", "rope_append"}),  # the one includes the other
+        (f"{KERNELS}/rope_append.cuh", {"rope_append"}),
+        (f"{KERNELS}/rope_angle.cuh", {"rope_append"}),
         (f"{KERNELS}/merge_states.cuh", {"merge_states"}),
         (f"{KERNELS}/attention_sm90.cuh", {"attention_sm90"}),
         ("cuda_src/tvm_infer/ptx/wgmma.cuh", {"attention_sm90"}),
         ("cuda_src/tvm_infer/cuda/params.h", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/driver.cc", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/append.cc", {"append"}),
+        ("cuda_src/tvm_infer/cuda/rope_append.cc", {"rope_append"}),
+        ("cuda_src/tvm_infer/ffi/rope_cuda.cc", set(record.FAMILIES)),
         ("cuda_src/tvm_infer/cuda/merge_states.h", {"merge_states"}),
         ("cuda_src/tvm_infer/ffi/attention_cuda.cc", set(record.FAMILIES)),
         ("tests/gpu/gpu_batches.py", set(record.FAMILIES)),
@@ -81,8 +85,8 @@ def test_an_edit_changes_its_families_alone(tree, path, families):
 
 def test_comments_and_blank_lines_do_not_matter(tree):
     assert changed(tree, f"{KERNELS}/append.cuh", "\n\n// a remark\n/* and\n another */\n") == set()
-    assert changed(tree, f"{KERNELS}/append.cuh", '\nconst char* kText = "// not a remark";\n') == {"append"}
-    assert changed(tree, f"{KERNELS}/append.cuh", '\nconst char* kText = "// another text";\n') == {"append"}
+    assert changed(tree, f"{KERNELS}/rope_append.cuh", '\nconst char* kText = "// not a remark";\n') == {"rope_append"}
+    assert changed(tree, f"{KERNELS}/rope_append.cuh", '\nconst char* kText = "// another text";\n') == {"rope_append"}
 
 
 def test_a_header_included_newly_is_followed(tree):
@@ -106,7 +110,7 @@ def test_check_names_the_families_and_fails(tree, tmp_path, capsys):
     assert record.check(tree, path) == 0
     assert "belong to the code as it stands" in capsys.readouterr().out
 
-    assert changed(tree, f"{KERNELS}/append.cuh") == {"append"}
+    assert changed(tree, "cuda_src/tvm_infer/cuda/append.cc") == {"append"}
     assert record.check(tree, path) == 1
     out = capsys.readouterr().out
     assert "append: the record is of other code" in out and "merge_states" not in out

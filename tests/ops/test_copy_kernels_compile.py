@@ -1,4 +1,4 @@
-"""The append and merge kernels compile for sm_90a, fast, without spills, and say what they are."""
+"""The append, rope and merge kernels compile for sm_90a, fast, without spills, and say what they are."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ FLAGS = (
 # name -> (header, what generated source expands, registers that its CTAs per SM leave a thread)
 KERNELS = {
     "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
+    "rope_append_bf16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);", 128),
+    "rope_append_fp16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_fp16, Fp16);", 128),
     "merge_states_bf16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_bf16, Bf16);", 40),
     "merge_states_fp16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp16, Fp16);", 40),
     "merge_states_fp32": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp32, Fp32);", 40),

@@ -1,4 +1,4 @@
-"""The append and merge kernels' own source, run on the host a warp at a time (emulated/warp.h), against the definition."""
+"""The append, rope and merge kernels' own source, run on the host a warp at a time (emulated/warp.h), against the definition."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 CUDA_SRC = pathlib.Path(__file__).resolve().parents[2] / "cuda_src"
 EMULATED = pathlib.Path(__file__).resolve().parent / "emulated"
+PROGRAMS = {"rope_angle": "rope_append"}  # what runs a header that is no kernel
 
 
 def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,7 @@ def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> 
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["append", "merge_states"])
+@pytest.mark.parametrize("name", ["append", "merge_states", "rope_append"])
 def test_kernel_does_what_its_definition_says(name, tmp_path):
     done = run(name, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -49,6 +50,15 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("append", "entries[i] <= token", "entries[i] < token"),
         ("append", "position % p.page_size", "(position + 1) % p.page_size"),
         ("append", "check.Stops(-1)", "false"),
+        ("rope_append", "turns && p.is_interleaved == 0", "turns"),
+        ("rope_append", "&& angles_token != token", "&& angles_token == -1"),
+        ("rope_append", "if (is_padding) {", "if (false) {"),
+        ("rope_append", "lane.turns && !row.is_v", "lane.turns"),
+        ("rope_append", "unit + turning_lanes", "unit + row_lanes"),
+        ("rope_append", "fmaf(x, angle.cos, -y * angle.sin)", "fmaf(x, angle.cos, y * angle.sin)"),
+        ("rope_angle", "fmaf(inv_freq, kQuartersLow, ", "(0.f * kQuartersLow + "),
+        ("rope_angle", "(quarters - whole) + quarters_low", "(quarters - whole)"),
+        ("rope_angle", "(quadrant + 1) & 2", "quadrant & 2"),
         ("merge_states", "max == kNegInf ? 0.f : max", "max"),
         ("merge_states", "weights.a == 0.f ? 0.f : ", ""),
         ("merge_states", "__syncwarp();", ""),
@@ -60,4 +70,4 @@ def test_a_wrong_kernel_is_noticed(name, right, wrong, tmp_path):
     kernel = include / "tvm_infer" / "kernels" / f"{name}.cuh"
     assert right in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(right, wrong))
-    assert run(name, tmp_path, include).returncode != 0
+    assert run(PROGRAMS.get(name, name), tmp_path, include).returncode != 0

@@ -64,6 +64,14 @@ FAMILIES = (
         arguments="{type}",
         axes={"element": tuple(ELEMENTS)},
     ),
+    Family(
+        key="rope append",
+        template="rope_append_{element}",
+        header="rope_append.cuh",
+        macro="ROPE_APPEND",
+        arguments="{type}",
+        axes={"element": ATTENTION_ELEMENTS},
+    ),
     Family("read ceiling", "read_ceiling", "read_ceiling.cuh", "READ_CEILING", "", {}),
 )
 

@@ -73,3 +73,21 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     norm = np.linalg.norm(expected)
     difference = np.linalg.norm(actual - expected)
     return float(difference / norm) if norm > 0 else float(difference)
+
+
+def rope_reference(
+    x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray, *, interleaved: bool = False, magnitude: float = 1.0
+) -> np.ndarray:
+    """Rotary position embedding in float64 (equation 34 of arXiv 2104.09864).
+
+    x : [num_tokens, num_heads, head_dim]; the first 2 * len(inv_freq) elements of a head turn. positions : [num_tokens].
+    """
+    out = np.asarray(x).astype(np.float64)
+    pairs = len(inv_freq)
+    first = np.arange(pairs) * 2 if interleaved else np.arange(pairs)
+    second = first + (1 if interleaved else pairs)
+    angles = np.asarray(positions, np.float64)[:, None] * np.asarray(inv_freq, np.float64)
+    cos, sin = magnitude * np.cos(angles)[:, None], magnitude * np.sin(angles)[:, None]
+    a, b = out[..., first], out[..., second]
+    out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
+    return out

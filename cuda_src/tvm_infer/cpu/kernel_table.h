@@ -4,6 +4,7 @@
 #include "tvm_infer/cpu/kernels.h"
 #include "tvm_infer/cpu/merge_rows.h"
 #include "tvm_infer/cpu/tile_attend.h"
+#include "tvm_infer/cpu/turn_row.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
@@ -11,7 +12,8 @@ inline constexpr KernelTable MakeTable(const char* name) {
   return {name,
           {Attend<float>, Attend<Half>, Attend<BFloat>},
           {MergeRow<float, float>, MergeRow<float, Half>, MergeRow<float, BFloat>},
-          {MergeRow<float, float>, MergeRow<Half, Half>, MergeRow<BFloat, BFloat>}};
+          {MergeRow<float, float>, MergeRow<Half, Half>, MergeRow<BFloat, BFloat>},
+          {TurnRow<float>, TurnRow<Half>, TurnRow<BFloat>}};
 }
 
 }  // namespace tvm_infer::cpu::TVM_INFER_ISA

@@ -68,12 +68,22 @@ struct MergeRowJob {
   float* lse;  // or nullptr
 };
 
+// One head turned by its position: the first rotary_dim elements in pairs (2i, 2i + 1) or (i, i + rotary_dim / 2), the others copied.
+struct TurnRowJob {
+  int32_t head_dim, rotary_dim;
+  bool is_interleaved;
+  const float *cos, *sin;  // [rotary_dim / 2]
+  const void* in;          // [head_dim]
+  void* out;               // may be `in`
+};
+
 // Indexed by DType.
 struct KernelTable {
   const char* name;
   void (*attend[3])(const TileJob& job, Scratch* scratch);
   void (*merge_partials[3])(const MergeRowJob& job);  // fp32 states into a row of the type
   void (*merge_states[3])(const MergeRowJob& job);    // states of the type into a row of the type
+  void (*turn_row[3])(const TurnRowJob& job);
 };
 
 const KernelTable& PortableKernels();

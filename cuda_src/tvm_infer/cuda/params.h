@@ -94,6 +94,22 @@ struct AppendParams {
   int32_t page_size;
 };
 
+// New tokens' Q and K rotated by their positions, Q to q_out, K and V to their pages (kernels/rope_append.cuh).
+struct RopeAppendParams {
+  AppendParams append;  // k before its rotation; tokens behind qo_indptr[num_requests] get zeros in q_out
+  const void* q;        // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  void* q_out;          // as q
+  int64_t q_stride_token;
+  int64_t q_stride_head;
+  int64_t q_out_stride_token;
+  int64_t q_out_stride_head;
+  const float* inv_freq;  // [rotary_dim / 2], radians a token
+  float magnitude;        // factor on cosine and sine
+  int32_t num_qo_heads;
+  int32_t rotary_dim;      // elements of a head that turn, the first ones; a multiple of 16
+  int32_t is_interleaved;  // pairs are (2i, 2i + 1) rather than (i, i + rotary_dim / 2)
+};
+
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b), row by row (kernels/merge_states.cuh).
 struct MergeStatesParams {
   const void* o_a;  // [num_rows, num_heads, head_dim], head_dim contiguous

@@ -9,6 +9,7 @@
 #include "tvm_infer/cuda/merge_states.h"
 #include "tvm_infer/cuda/tile_table.h"
 #include "tvm_infer/ffi/attention_checks.h"
+#include "tvm_infer/ffi/cuda_launch.h"
 #include "tvm_infer/ffi/cuda_scope.h"
 #include "tvm_infer/ffi/value_checks.h"
 
@@ -16,21 +17,6 @@ namespace tvm_infer::ffi_api::on_cuda {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-
-cuda::DTypeTag ToTag(cpu::DType dtype) { return static_cast<cuda::DTypeTag>(dtype); }
-static_assert(static_cast<int>(cuda::DTypeTag::kFloat16) == static_cast<int>(cpu::DType::kFloat16));
-static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
-
-// Returns of how many CTAs it can hold the first works, which stand behind the header.
-int32_t CheckPlanTensor(const TensorView& plan, const Place& place) {
-  CheckIndex(plan, "plan", place);
-  const int64_t bytes = plan.numel() * static_cast<int64_t>(sizeof(int32_t));
-  if (bytes < static_cast<int64_t>(sizeof(PlanHeader) + sizeof(Work))) {
-    TVM_INFER_THROW(PlanMismatchError) << "argument `plan`, " << bytes << " bytes, is not a plan; upload one made by tvm_infer.plan";
-  }
-  CheckAligned(plan, "plan");
-  return static_cast<int32_t>(std::min<int64_t>((bytes - sizeof(PlanHeader)) / sizeof(Work), INT32_MAX));
-}
 
 // Everything of a launch but its keys.
 cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, const TensorView& q, double sm_scale,
@@ -70,15 +56,6 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   return launch;
 }
 
-void SetHeads(cuda::ExpectedPlan* expected, const TensorView& q, int64_t num_kv_heads, const char* kv_name) {
-  if (num_kv_heads < 1 || q.size(1) % num_kv_heads != 0) {
-    TVM_INFER_THROW(ArgumentError) << "argument `q` has " << q.size(1) << " heads, shape " << ShapeString(q) << ", `" << kv_name << "` has "
-                                   << num_kv_heads << "; query heads must be a multiple of KV heads";
-  }
-  expected->num_kv_heads = static_cast<int32_t>(num_kv_heads);
-  expected->group_size = static_cast<int32_t>(q.size(1) / num_kv_heads);
-}
-
 void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
   params->kv_indptr = source.page_indptr;
   params->kv_page_indices = source.page_indices;
@@ -90,11 +67,6 @@ void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
   params->v_stride_page = source.v_page_stride;
   params->v_stride_head = source.v_head_stride;
   params->v_stride_token = source.v_token_stride;
-}
-
-void CheckAlignedCache(const TensorView& k_cache, const OptionalTensor& v_cache) {
-  CheckAlignedRows(k_cache, "k_cache");
-  if (v_cache.has_value()) CheckAlignedRows(v_cache.value(), "v_cache");
 }
 
 // A paged call's launch, and the shape of its cache.
@@ -119,8 +91,6 @@ void Launch(const CudaScope& scope, cuda::AttentionLaunch* launch) {
   cuda::LaunchAttention(*launch);
 }
 
-bool MayCheckValues(const CudaScope& scope) { return DebugChecks() && !cuda::IsCapturing(scope.stream()); }
-
 // Copies of a paged call's plan and table, checked as the CPU executor checks its own. Returns the plan.
 std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& plan, const TensorView& q, const TensorView& workspace,
                                       const CacheShape& shape, const TensorView& kv_page_indptr, const TensorView& kv_page_indices) {
@@ -133,42 +103,6 @@ std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& 
   CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, header.num_kv_lists,
                        PlanView(&header).kv_len(), shape, /*check_pages=*/true);
   return words;
-}
-
-// An append's launch but its lengths.
-cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const TensorView& v, const TensorView& k_cache,
-                                const OptionalTensor& v_cache, const cpu::KVSource& cache, const CacheShape& shape) {
-  CheckNewTokens(k, v, shape, place);
-  CheckDim(v, "v", 0, k.size(0), "as k");
-  CheckAlignedRows(k, "k");
-  CheckAlignedRows(v, "v");
-  CheckAlignedCache(k_cache, v_cache);
-  if (shape.dtype == cpu::DType::kFloat32) {
-    TVM_INFER_THROW(ExecutorError) << "argument `k` has dtype float32; the cuda executor appends float16 and bfloat16. Cast it, or pass "
-                                      "host tensors (the cpu executor takes float32)";
-  }
-  cuda::AppendParams params{};
-  params.max_tokens = static_cast<int32_t>(k.size(0));
-  params.kv_page_indptr = cache.page_indptr;
-  params.kv_page_indices = cache.page_indices;
-  params.k = DataPtr<void>(k);
-  params.v = DataPtr<void>(v);
-  params.k_stride_token = Stride(k, 0);
-  params.k_stride_head = Stride(k, 1);
-  params.v_stride_token = Stride(v, 0);
-  params.v_stride_head = Stride(v, 1);
-  params.k_cache = const_cast<void*>(cache.k);
-  params.v_cache = const_cast<void*>(cache.v);
-  params.k_cache_stride_page = cache.k_page_stride;
-  params.k_cache_stride_head = cache.k_head_stride;
-  params.k_cache_stride_token = cache.k_token_stride;
-  params.v_cache_stride_page = cache.v_page_stride;
-  params.v_cache_stride_head = cache.v_head_stride;
-  params.v_cache_stride_token = cache.v_token_stride;
-  params.num_kv_heads = shape.num_kv_heads;
-  params.head_dim = shape.head_dim;
-  params.page_size = shape.page_size;
-  return params;
 }
 
 }  // namespace

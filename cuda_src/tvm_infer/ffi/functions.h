@@ -16,6 +16,7 @@
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"
+#include "tvm_infer/ffi/rope.h"
 #include "tvm_infer/ffi/tensor.h"
 
 // V(name, function): name is what follows "tvm_infer."
@@ -26,4 +27,5 @@
   TVM_INFER_KV_CACHE_FUNCTIONS(V)     \
   TVM_INFER_MATMUL_FUNCTIONS(V)       \
   TVM_INFER_READ_CEILING_FUNCTIONS(V) \
+  TVM_INFER_ROPE_FUNCTIONS(V)         \
   TVM_INFER_TENSOR_FUNCTIONS(V)

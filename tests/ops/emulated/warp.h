@@ -46,6 +46,7 @@ T __ldcg(const T* p) {
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline float __frcp_rn(float x) { return 1.f / x; }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __uint_as_float(uint32_t x) {
   float y;
   std::memcpy(&y, &x, 4);
