@@ -38,8 +38,12 @@ class MLCPagedKVCache:
     num_layers, num_qo_heads, num_kv_heads, head_dim : of the model.
     dtype : "float32", "float16" or "bfloat16": of qkv, the pages and the output.
     device : "cpu", "cuda", … or a TVM device.
-    rope_mode : "none": q and k are stored and used as they are given. "normal" and "inline" are refused for now.
-    rope_scale, rope_theta, rope_scaling, rope_ext_factors, rotary_dim : as MLC's; without effect where rope_mode is "none".
+    rope_mode : "none": q and k are stored and used as they are given; "normal": `attention_with_fused_qkv` rotates both first, and
+        keys are stored rotated. TVM's "inline" is refused.
+    rope_scale, rope_theta : factor on positions, base of the frequencies.
+    rope_scaling : MLC's dict with a "rope_type" ("llama3", "yarn", "longrope", "gptj", …), or None.
+    rope_ext_factors : of "longrope", float32 [rotary_dim], the long factors before the short ones; None for ones.
+    rotary_dim : elements of a head that turn; None: all.
 
     Raises
     ------
@@ -85,14 +89,14 @@ class MLCPagedKVCache:
         }
         no_sliding_window, no_mla, no_disaggregation = 0, 0, False
         self._handle = _ffi.func("mlc_kv_cache_create")(
-            tvm_ffi.Shape([*(_integer(value, key) for key, value in limits.items()), no_sliding_window]),
-            tvm_ffi.Shape([0, layers]),
+            tvm_ffi.Shape((*(_integer(value, key) for key, value in limits.items()), no_sliding_window)),
+            tvm_ffi.Shape((0, layers)),
             layers,
             _integer(num_qo_heads, "num_qo_heads"),
             _integer(num_kv_heads, "num_kv_heads"),
             width,
             width,
-            tvm_ffi.Shape([_MHA]),
+            tvm_ffi.Shape((_MHA,)),
             no_mla,
             no_mla,
             _ROPE_MODES[rope_mode],

@@ -13,6 +13,7 @@ from typing import Any
 from .. import _ffi, cache_dir, env
 from ..errors import AbiError, ArgumentError, MissingDependencyError
 from ..jit import cxx, headers
+from . import mlc_rope
 
 # What of TVM's headers decides the layout of the class; their folder is the wheel's root.
 _TVM_HEADERS = (
@@ -114,6 +115,7 @@ def load() -> Any:
     module = tvm_ffi.load_module(str(build()))
     _check_versions(module, tvm.__version__, _layout(pathlib.Path(tvm.__file__).parent))
     _check_calls(module, tvm)
+    tvm_ffi.register_global_func("tvm_infer.mlc_rope_tables", mlc_rope.rope_tables, override=True)
     module["tvm_infer_mlc_register"]()
     return module
 
@@ -136,7 +138,7 @@ def _check_calls(module: Any, tvm: Any) -> None:
     shape = tvm_ffi.Shape
     capacity = 4 * (_PROBE_PAGES - 1)
     cache = module["tvm_infer_mlc_create"](
-        shape([1, capacity, 4, 4, 0]), shape([0, 1]), 1, 1, 1, 8, 8, shape([0]), 0, 0, 0, 1.0, 1e4, "", None, 8, False,
+        shape((1, capacity, 4, 4, 0)), shape((0, 1)), 1, 1, 1, 8, 8, shape((0,)), 0, 0, 0, 1.0, 1e4, "", None, 8, False,
         tvm.runtime.tensor(np.zeros((), np.float32)),
     )  # fmt: skip
 
@@ -151,7 +153,7 @@ def _check_calls(module: Any, tvm: Any) -> None:
     ]
     if seen == [True, _PROBE_PAGES, 0]:
         call("kv_state_add_sequence", 3)
-        call("kv_state_begin_forward", shape([3]), shape([2]))
+        call("kv_state_begin_forward", shape((3,)), shape((2,)))
         positions = call("attention_kv_cache_get_query_positions").numpy().tolist()
         call("kv_state_end_forward")
         seen = [positions, call("attention_kv_cache_get_total_sequence_length"), call("attention_kv_cache_empty")]

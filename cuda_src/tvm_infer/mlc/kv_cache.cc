@@ -32,7 +32,8 @@ void CheckCanConvertLse(const Config& config, const char* operation) {
 
 }  // namespace
 
-MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config) : config_(config), cache_(CreateCache(config)), side_plans_(config, cache_) {}
+MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
+    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_) {}
 
 bool MLCPagedKVCacheObj::InForward() const { return Library().kv_cache_in_forward(cache_).cast<bool>(); }
 
@@ -114,7 +115,16 @@ void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data
   CheckTokens(o_data, "o_data", config_, h_q, "num_qo_heads", step.num_tokens, true);
   const TokensView q(qkv_data, step.num_tokens, 0, h_q), k(qkv_data, step.num_tokens, h_q, h_kv),
       v(qkv_data, step.num_tokens, h_q + h_kv, h_kv), o(o_data, step.num_tokens, 0, h_q);
-  Library().attention_with_kv_cache(cache_, layer_id, TensorView(q), TensorView(k), TensorView(v), sm_scale, int64_t{1}, TensorView(o));
+  if (!rope_.is_active()) {
+    Library().attention_with_kv_cache(cache_, layer_id, TensorView(q), TensorView(k), TensorView(v), sm_scale, int64_t{1}, TensorView(o));
+    return;
+  }
+  CheckLayer("layer_id", layer_id);
+  if (step.num_tokens == 0) return;
+  if (!rotated_q_.defined()) rotated_q_ = Tensor::Empty({config_.max_tokens, h_q, config_.head_dim}, config_.dtype, config_.device);
+  const TokensView rotated(rotated_q_, step.num_tokens, 0, h_q);
+  side_plans_.RopeAppend(step, layer_id, rope_, q, k, v, rotated);
+  side_plans_.Whole(step, layer_id, rotated, sm_scale, o);
 }
 
 void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data,

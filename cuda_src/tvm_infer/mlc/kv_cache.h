@@ -9,6 +9,7 @@
 #include <tvm/ffi/any.h>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/rope.h"
 #include "tvm_infer/mlc/side_plans.h"
 #include "tvm_infer/mlc/step.h"
 
@@ -16,7 +17,7 @@ namespace tvm_infer::mlc {
 
 class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
  public:
-  explicit MLCPagedKVCacheObj(const Config& config);
+  MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope);
 
   // The object of kv_cache_create that holds the pages.
   const tvm::ffi::Any& cache() const { return cache_; }
@@ -78,10 +79,12 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   int64_t Length(int64_t seq_id) const;
 
   const Config config_;
+  const Rope rope_;
   const tvm::ffi::Any cache_;
   bool has_step_ = false;
   Step step_;
   SidePlans side_plans_;
+  Tensor rotated_q_;  // [max_tokens, num_qo_heads, head_dim], where queries are rotated; allocated at the first use
   Tensor positions_;  // int32 [max_tokens], allocated when first asked for
   bool has_positions_ = false;
 };

@@ -29,7 +29,8 @@
   V(plan)                      \
   V(plan_capacity)             \
   V(plan_upload)               \
-  V(ragged_attention)
+  V(ragged_attention)          \
+  V(rope_append_paged)
 
 namespace tvm_infer::mlc {
 

@@ -117,14 +117,26 @@ void SidePlans::Cross(const Step& step, int64_t layer, TensorView q, double sm_s
   Paged(cross_, layer, q, sm_scale, o, &lse);
 }
 
-void SidePlans::Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o) {
+void SidePlans::PlanWhole(const Step& step) {
   Prepare(step, true);
-  if (!whole_.is_ready) {
-    std::vector<int32_t>& kv_len = whole_.kv_len.host();
-    kv_len.clear();
-    for (int64_t r = 0; r < step.num_requests(); ++r) kv_len.push_back(static_cast<int32_t>(step.start[r] + step.append_lengths[r]));
-    MakePlan(true, &whole_);
-  }
+  if (whole_.is_ready) return;
+  std::vector<int32_t>& kv_len = whole_.kv_len.host();
+  kv_len.clear();
+  for (int64_t r = 0; r < step.num_requests(); ++r) kv_len.push_back(static_cast<int32_t>(step.start[r] + step.append_lengths[r]));
+  MakePlan(true, &whole_);
+}
+
+void SidePlans::RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out) {
+  PlanWhole(step);
+  const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
+  const PlanView plan(whole_.device_plan, whole_.words);
+  const tvm::ffi::Any none = nullptr;
+  Library().rope_append_paged(q, k, v, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), TensorView(plan), none, none,
+                              pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), q_out);
+}
+
+void SidePlans::Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o) {
+  PlanWhole(step);
   Paged(whole_, layer, q, sm_scale, o, nullptr);
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/rope.h"
 #include "tvm_infer/mlc/step.h"
 #include "tvm_infer/mlc/tensors.h"
 
@@ -25,6 +26,8 @@ class SidePlans {
   void Self(const Step& step, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o, const Tensor& lse);
   // They attend to the keys in the cache at `layer`, without a mask: those of before the step, in a decode step the new ones too.
   void Cross(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor& lse);
+  // Stores the step's k, rotated, and v at `layer`; q rotated goes to q_out.
+  void RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out);
   // They attend to the keys in the cache at `layer`, the new ones included, causally.
   void Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o);
 
@@ -38,6 +41,7 @@ class SidePlans {
   void Allocate();
   void Prepare(const Step& step, bool needs_page_table);
   void MakePlan(bool is_causal, Planned* planned);
+  void PlanWhole(const Step& step);
   void Paged(const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse);
 
   const Config config_;
