@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/flashinfer_tag.h"
 #include "tvm_infer/mlc/kv_cache.h"
 #include "tvm_infer/mlc/rope.h"
 
@@ -39,6 +40,11 @@ MLCPagedKVCacheObj* Cast(const AttentionKVCache& cache) {
 
 void Register() {
   using tvm::ffi::Function;
+  Function::SetGlobal("tvm_infer.mlc.prefill_plan", Function::FromTyped(PrefillPlan), true);
+  Function::SetGlobal("tvm_infer.mlc.decode_plan", Function::FromTyped(DecodePlan), true);
+  Function::SetGlobal("tvm_infer.mlc.paged_run", Function::FromTyped(PagedRun), true);
+  Function::SetGlobal("tvm_infer.mlc.ragged_run", Function::FromTyped(RaggedRun), true);
+  Function::SetGlobal("tvm_infer.mlc.decode_run", Function::FromTyped(DecodeRun), true);
   Function::SetGlobal("tvm_infer.mlc_kv_cache_create", Function::FromTyped(Create), true);
   Function::SetGlobal("tvm_infer.mlc_kv_cache_inner",
                       Function::FromTyped([](AttentionKVCache cache) { return tvm::ffi::Any(Cast(cache)->cache()); }), true);

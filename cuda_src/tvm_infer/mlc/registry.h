@@ -6,6 +6,7 @@
 
 #define TVM_INFER_MLC_CALLS(V) \
   V(attention_with_kv_cache)   \
+  V(cpu_info)                  \
   V(cpu_tile_table)            \
   V(cuda_tile_table)           \
   V(kv_cache_add)              \
