@@ -6,6 +6,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
+from tvm_infer import _ffi
 from tvm_infer.runtime import MLCPagedKVCache
 
 # Largest error, relative to the largest value of the reference: float32 accumulates a few hundred products; the others round results.
@@ -35,12 +36,16 @@ def rounded(x, dtype):
     return to_numpy(to_tvm(x, dtype))
 
 
-def to_tvm(x, dtype="float32"):
+def to_tvm(x, dtype="float32", device="cpu"):
+    return tvm.runtime.tensor(np.asarray(x, numpy_dtype(dtype)), tvm_ffi.device(device))
+
+
+def numpy_dtype(dtype):
     if dtype != "bfloat16":
-        return tvm.runtime.tensor(np.asarray(x, dtype))
+        return np.dtype(dtype)
     import ml_dtypes
 
-    return tvm.runtime.tensor(np.asarray(x, ml_dtypes.bfloat16))
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def to_numpy(tensor):
@@ -84,26 +89,26 @@ def check(actual, expected, dtype, what):
 class Driver:
     """Our cache behind TVM's builtins, and beside it the keys and values of every sequence in float64."""
 
-    def __init__(self, dtype="float32", seed=0, **settings):
-        self.dtype = dtype
-        self.cache = MLCPagedKVCache(dtype=dtype, **{**SHAPE, **LIMITS, **settings})
+    def __init__(self, dtype="float32", seed=0, device="cpu", **settings):
+        self.dtype, self.device = dtype, device
+        self.cache = MLCPagedKVCache(dtype=dtype, device=device, **{**SHAPE, **LIMITS, **settings})
         self.layers, self.h_q, self.h_kv, self.d = (
             {**SHAPE, **settings}[k] for k in ("num_layers", "num_qo_heads", "num_kv_heads", "head_dim")
         )
-        self.page_size = {**LIMITS, **settings}["page_size"]
         self.scale = self.d**-0.5
         self.rng = np.random.default_rng(seed)
         self.history: dict[int, np.ndarray] = {}  # id -> [num_layers, 2, length, h_kv, d]
         self._poison()
 
+    def tvm(self, x, dtype=None):
+        """x where the cache lies, of its dtype unless told."""
+        return to_tvm(x, dtype or self.dtype, self.device)
+
     def _poison(self):
         """NaN in every slot: a key that no step stored spoils whatever reads it."""
-        from tvm_infer import _ffi
-
         for layer in range(self.layers):
             pages = _ffi.func("kv_cache_pages")(self.cache.inner, layer)
-            words = np.from_dlpack(_ffi.func("view_as")(pages, "float32" if self.dtype == "float32" else "uint16"))
-            words[...] = np.nan if self.dtype == "float32" else 0x7FFF
+            pages.copyfrom(np.full(pages.shape, np.nan, numpy_dtype(self.dtype)))
 
     def random(self, *dims):
         return rounded(self.rng.standard_normal(dims), self.dtype)
@@ -168,8 +173,8 @@ class Driver:
     def fused(self, layer, qkv, padding=0):
         n = qkv.shape[0]
         padded = np.concatenate([qkv, np.full((padding, *qkv.shape[1:]), np.nan)])
-        o = to_tvm(np.full((n + padding, self.h_q, self.d), 7.0), self.dtype)
-        attention_kv_cache("attention_with_fused_qkv", self.cache, layer, self.scale, to_tvm(padded, self.dtype), o)
+        o = self.tvm(np.full((n + padding, self.h_q, self.d), 7.0))
+        attention_kv_cache("attention_with_fused_qkv", self.cache, layer, self.scale, self.tvm(padded), o)
         assert (to_numpy(o)[n:] == 7.0).all()
         return to_numpy(o)[:n]
 
@@ -220,6 +225,6 @@ class Driver:
 
     def get(self, seq, begin, end):
         dims = (self.layers, end - begin, self.h_kv, self.d)
-        k, v = to_tvm(np.zeros(dims), self.dtype), to_tvm(np.zeros(dims), self.dtype)
+        k, v = self.tvm(np.zeros(dims)), self.tvm(np.zeros(dims))
         attention_kv_cache("debug_get_kv", self.cache, seq, begin, end, k, v)
         return to_numpy(k), to_numpy(v)
