@@ -1,8 +1,11 @@
 #include "tvm_infer/mlc/flashinfer_tag.h"
 
 #include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
 
+#include <atomic>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "tvm_infer/mlc/registry.h"
@@ -13,8 +16,8 @@ namespace {
 
 constexpr double kLog2OfE = 1.44269504088896340736;  // natural logarithm -> base 2
 constexpr int64_t kPlannedAtRun = -1;                // plan_info[kWords] of a decode plan
-// plan_info: words of the plan in the int workspace, causal, window_left, head_dim, num_kv_heads, page_size.
-enum Info : size_t { kWords, kCausal, kWindowLeft, kHeadDim, kNumKvHeads, kPageSize, kInfoSize };
+// plan_info: words of the plan in the int workspace, causal, window_left, head_dim, num_kv_heads, page_size, number of the plan.
+enum Info : size_t { kWords, kCausal, kWindowLeft, kHeadDim, kNumKvHeads, kPageSize, kSerial, kInfoSize };
 
 // The start of a workspace of bytes as so many elements of 4 bytes.
 struct WordsView {
@@ -29,12 +32,7 @@ struct WordsView {
   DLTensor view;
 };
 
-void CheckPlannable(const Tensor& int_workspace, int64_t head_dim_qk, int64_t head_dim_vo, int64_t page_size) {
-  if (int_workspace->device.device_type != kDLCPU) {
-    TVM_FFI_THROW(ExecutorError)
-        << "the functions of backend tag \"flashinfer\" are not there on cuda yet: TVM's cache wants LSE in base 2 "
-        << "and the kernels give natural logarithms; use tvm_infer.runtime.MLCPagedKVCache in place of TVM's cache";
-  }
+void CheckPlannable(int64_t head_dim_qk, int64_t head_dim_vo, int64_t page_size) {
   if (head_dim_qk != head_dim_vo) {
     TVM_FFI_THROW(ArgumentError) << "argument `head_dim_vo` is " << head_dim_vo << " and `head_dim_qk` is " << head_dim_qk
                                  << "; keys and values must have one width: pad the narrower with zeros";
@@ -42,24 +40,46 @@ void CheckPlannable(const Tensor& int_workspace, int64_t head_dim_qk, int64_t he
   if (page_size < 1) TVM_FFI_THROW(ArgumentError) << "argument `page_size` is " << page_size << "; it must be at least 1";
 }
 
+int64_t NextSerial() {
+  static std::atomic<int64_t> last{0};
+  return ++last;
+}
+
 struct PlanSettings {
   int64_t num_qo_heads, num_kv_heads, head_dim, causal, window_left, fixed_split_size;
 };
 
-// Plans into the int workspace and returns the words used. The tile table is that of float32: a plan made with it runs in every dtype, and
-// TVM does not say which there will be.
-int64_t MakePlan(const Tensor& float_workspace, const Tensor& int_workspace, TensorView qo_indptr, TensorView kv_len,
-                 const PlanSettings& s) {
+struct Executor {
+  int64_t num_ctas;
+  Shape tile_table;
+};
+
+// The tile table is that of one dtype, since TVM does not say which there will be: on the cpu a plan runs in every dtype, on cuda the two
+// that there are have one table.
+Executor ExecutorOf(DLDevice device, int64_t head_dim) {
+  if (device.device_type == kDLCUDA) {
+    const std::string info = Library().cuda_info(int64_t{device.device_id}).cast<std::string>();  // "arch SMs name"
+    return {std::stoll(info.substr(info.find(' ') + 1)), Library().cuda_tile_table("bfloat16", head_dim).cast<Shape>()};
+  }
   const std::string info = Library().cpu_info().cast<std::string>();  // "isa threads"
-  const int64_t num_ctas = std::stoll(info.substr(info.find(' ') + 1));
-  const Shape tile_table = Library().cpu_tile_table("float32", s.head_dim).cast<Shape>();
+  return {std::stoll(info.substr(info.find(' ') + 1)), Library().cpu_tile_table("float32", head_dim).cast<Shape>()};
+}
+
+// Plans into the int workspace, on cuda by way of `host`, and returns the words used.
+int64_t MakePlan(const Tensor& float_workspace, const Tensor& int_workspace, TensorView host, TensorView qo_indptr, TensorView kv_len,
+                 const PlanSettings& s) {
+  const Executor executor = ExecutorOf(int_workspace->device, s.head_dim);
   const int64_t max_partial_rows = float_workspace->shape[0] / 4 / (s.head_dim + 1);
-  const WordsView plan(int_workspace, kDLInt, -1);
-  return Library()
-             .plan(qo_indptr, kv_len, s.num_qo_heads, s.num_kv_heads, num_ctas, s.causal, s.window_left, s.fixed_split_size, tile_table,
-                   max_partial_rows, TensorView(plan))
-             .cast<int64_t>() /
-         4;
+  const int64_t words = Library()
+                            .plan(qo_indptr, kv_len, s.num_qo_heads, s.num_kv_heads, executor.num_ctas, s.causal, s.window_left,
+                                  s.fixed_split_size, executor.tile_table, max_partial_rows, host)
+                            .cast<int64_t>() /
+                        4;
+  if (int_workspace->device.device_type == kDLCUDA) {
+    const WordsView on_device(int_workspace, kDLInt, words);
+    Library().plan_upload(host, TensorView(on_device));
+  }
+  return words;
 }
 
 void CheckRun(const PlanInfo& info, int64_t mask_mode, int64_t window_left) {
@@ -88,39 +108,80 @@ void RunPaged(const Tensor& float_workspace, const Tensor& int_workspace, int64_
   const WordsView plan(int_workspace, kDLInt, words), workspace(float_workspace, kDLFloat, -1);
   Library().paged_attention(TensorView(plan), q, k_cache, v_cache, kv_layout, kv_indptr, kv_indices, sm_scale, TensorView(workspace), o,
                             lse);
-  Scale(lse, kLog2OfE);
+  Library().scale_lse(lse, kLog2OfE);
 }
 
-const int32_t* Int32Values(const Tensor& tensor, const char* name, int64_t size) {
+// An int32 tensor [size], wherever it lies. Waits for the device's current stream.
+std::vector<int32_t> Int32Values(const Tensor& tensor, const char* name, int64_t size) {
   const DLTensor& t = *tensor.GetDLTensorPtr();
-  const bool is_right = t.ndim == 1 && t.shape[0] == size && t.dtype.code == kDLInt && t.dtype.bits == 32 && t.dtype.lanes == 1;
-  if (!is_right || t.device.device_type != kDLCPU) {
-    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(t) << "; it must be int32 [" << size
-                                 << "], on the host";
+  if (t.ndim != 1 || t.shape[0] != size || t.dtype.code != kDLInt || t.dtype.bits != 32 || t.dtype.lanes != 1) {
+    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` has shape " << DimsText(t) << "; it must be int32 [" << size << "]";
   }
-  return reinterpret_cast<const int32_t*>(static_cast<const char*>(t.data) + t.byte_offset);
+  std::vector<int32_t> values(size);
+  void* const stream = t.device.device_type == kDLCPU ? nullptr : TVMFFIEnvGetStream(t.device.device_type, t.device.device_id);
+  if (size > 0) Tensor::CopyToBytes(&t, values.data(), size * sizeof(int32_t), stream);
+  return values;
+}
+
+// What the first run of a decode plan planned, by int workspace; of this thread, as its cache is.
+struct DecodePlanned {
+  int64_t serial, words;
+};
+std::unordered_map<const void*, DecodePlanned>& DecodePlans() {
+  static thread_local std::unordered_map<const void*, DecodePlanned> plans;
+  return plans;
+}
+
+// Words of the plan for this batch: every sequence attends with one token.
+int64_t PlanDecode(const Tensor& float_workspace, const Tensor& int_workspace, const PlanInfo& info, const Tensor& q,
+                   const Tensor& kv_indptr, const Tensor& last_page_len) {
+  DecodePlanned& planned = DecodePlans()[int_workspace->data];
+  if (planned.serial == info[kSerial]) return planned.words;
+  const int64_t batch = q->shape[0];
+  const std::vector<int32_t> pages = Int32Values(kv_indptr, "kv_indptr", batch + 1);
+  const std::vector<int32_t> filled = Int32Values(last_page_len, "last_page_len", batch);
+  IndexArray qo_indptr, kv_len, host;
+  for (int64_t r = 0; r <= batch; ++r) qo_indptr.host().push_back(static_cast<int32_t>(r));
+  for (int64_t r = 0; r < batch; ++r) {
+    const int64_t num_pages = pages[r + 1] - pages[r];
+    kv_len.host().push_back(static_cast<int32_t>(num_pages > 0 ? (num_pages - 1) * info[kPageSize] + filled[r] : 0));
+  }
+  constexpr DLDevice kHost = {kDLCPU, 0};
+  qo_indptr.Publish(kHost);
+  kv_len.Publish(kHost);
+  const PlanSettings settings{q->shape[1], info[kNumKvHeads], info[kHeadDim], 0, info[kWindowLeft], 0};
+  const bool is_cuda = int_workspace->device.device_type == kDLCUDA;
+  if (is_cuda) host.host().resize(int_workspace->shape[0] / 4);
+  host.Publish(kHost);
+  const WordsView in_place(int_workspace, kDLInt, -1);
+  const int64_t words =
+      MakePlan(float_workspace, int_workspace, is_cuda ? host.OnHost() : TensorView(in_place), qo_indptr.Here(), kv_len.Here(), settings);
+  planned = {info[kSerial], words};
+  return words;
 }
 
 }  // namespace
 
-PlanInfo PrefillPlan(Tensor float_workspace, Tensor int_workspace, Tensor, Tensor qo_indptr, Tensor, Tensor kv_len, int64_t, int64_t,
-                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t page_size, bool, int64_t head_dim_qk, int64_t head_dim_vo,
-                     bool causal, int64_t window_left, int64_t fixed_split_size, bool disable_split_kv, int64_t) {
-  CheckPlannable(int_workspace, head_dim_qk, head_dim_vo, page_size);
+PlanInfo PrefillPlan(Tensor float_workspace, Tensor int_workspace, Tensor pinned_int_workspace, Tensor qo_indptr, Tensor, Tensor kv_len,
+                     int64_t, int64_t, int64_t num_qo_heads, int64_t num_kv_heads, int64_t page_size, bool, int64_t head_dim_qk,
+                     int64_t head_dim_vo, bool causal, int64_t window_left, int64_t fixed_split_size, bool disable_split_kv, int64_t) {
+  CheckPlannable(head_dim_qk, head_dim_vo, page_size);
   constexpr int64_t kAutomatic = 0, kNever = -1;
   const int64_t split = fixed_split_size > 0 ? fixed_split_size : disable_split_kv ? kNever : kAutomatic;
-  const int64_t words = MakePlan(float_workspace, int_workspace, qo_indptr, kv_len,
+  const bool is_cuda = int_workspace->device.device_type == kDLCUDA;
+  const WordsView host(is_cuda ? pinned_int_workspace : int_workspace, kDLInt, -1);
+  const int64_t words = MakePlan(float_workspace, int_workspace, host, qo_indptr, kv_len,
                                  {num_qo_heads, num_kv_heads, head_dim_qk, int64_t{causal}, window_left, split});
-  return {words, int64_t{causal}, window_left, head_dim_qk, num_kv_heads, page_size};
+  return {words, int64_t{causal}, window_left, head_dim_qk, num_kv_heads, page_size, NextSerial()};
 }
 
-PlanInfo DecodePlan(Tensor, Tensor int_workspace, Tensor, Tensor, int64_t, int64_t, int64_t num_kv_heads, int64_t page_size, bool,
-                    int64_t window_left, double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, Tensor, Tensor) {
-  CheckPlannable(int_workspace, head_dim_qk, head_dim_vo, page_size);
+PlanInfo DecodePlan(Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t num_kv_heads, int64_t page_size, bool, int64_t window_left,
+                    double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, Tensor, Tensor) {
+  CheckPlannable(head_dim_qk, head_dim_vo, page_size);
   if (logits_soft_cap != 0) {
     TVM_FFI_THROW(ArgumentError) << "argument `logits_soft_cap` is " << logits_soft_cap << ", and soft caps are not supported yet; pass 0";
   }
-  return {kPlannedAtRun, 0, window_left, head_dim_qk, num_kv_heads, page_size};
+  return {kPlannedAtRun, 0, window_left, head_dim_qk, num_kv_heads, page_size, NextSerial()};
 }
 
 void PagedRun(Tensor float_workspace, Tensor int_workspace, PlanInfo plan_info, Tensor q, Tensor k_cache, Tensor v_cache, Tensor,
@@ -136,7 +197,7 @@ void RaggedRun(Tensor float_workspace, Tensor int_workspace, PlanInfo plan_info,
   CheckLayout(layout, 0, "NHD: [tokens, heads, head_dim]");
   const WordsView plan(int_workspace, kDLInt, plan_info[kWords]), workspace(float_workspace, kDLFloat, -1);
   Library().ragged_attention(TensorView(plan), q, k, v, kv_indptr, sm_scale, TensorView(workspace), o, lse);
-  Scale(lse, kLog2OfE);
+  Library().scale_lse(lse, kLog2OfE);
 }
 
 void DecodeRun(Tensor float_workspace, Tensor int_workspace, PlanInfo plan_info, Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_indptr,
@@ -144,19 +205,7 @@ void DecodeRun(Tensor float_workspace, Tensor int_workspace, PlanInfo plan_info,
                double, double) {
   CheckRun(plan_info, 0, window_left);
   if (q->ndim != 3) TVM_FFI_THROW(ArgumentError) << "argument `q` has shape " << DimsText(*q.GetDLTensorPtr()) << "; it must have 3 axes";
-  const int64_t batch = q->shape[0];
-  const int32_t* const pages = Int32Values(kv_indptr, "kv_indptr", batch + 1);
-  const int32_t* const filled = Int32Values(last_page_len, "last_page_len", batch);
-  IndexArray qo_indptr, kv_len;
-  for (int64_t r = 0; r <= batch; ++r) qo_indptr.host().push_back(static_cast<int32_t>(r));
-  for (int64_t r = 0; r < batch; ++r) {
-    const int64_t num_pages = pages[r + 1] - pages[r];
-    kv_len.host().push_back(static_cast<int32_t>(num_pages > 0 ? (num_pages - 1) * plan_info[kPageSize] + filled[r] : 0));
-  }
-  qo_indptr.Publish({kDLCPU, 0});
-  kv_len.Publish({kDLCPU, 0});
-  const int64_t words = MakePlan(float_workspace, int_workspace, qo_indptr.Here(), kv_len.Here(),
-                                 {q->shape[1], plan_info[kNumKvHeads], plan_info[kHeadDim], 0, window_left, 0});
+  const int64_t words = PlanDecode(float_workspace, int_workspace, plan_info, q, kv_indptr, last_page_len);
   RunPaged(float_workspace, int_workspace, words, q, k_cache, v_cache, layout, kv_indptr, kv_indices, sm_scale, o, lse);
 }
 

@@ -1,8 +1,7 @@
 // Functions with the argument lists that TVM's own paged KV cache calls under the backend tag "flashinfer", for those who keep that cache
 // object: ["flashinfer", run, plan] in its creation. Registered as tvm_infer.mlc.<name>.
 //
-// The plan lies at the start of the int workspace; plan_info says what was planned. LSE is base 2, that cache's convention. On the cpu; on
-// cuda they throw ExecutorError, since no kernel gives that LSE yet.
+// The plan lies at the start of the int workspace; plan_info says what was planned. LSE is base 2, that cache's convention.
 #pragma once
 
 #include <tvm/ffi/container/array.h>
@@ -22,7 +21,8 @@ PlanInfo PrefillPlan(Tensor float_workspace, Tensor int_workspace, Tensor pinned
                      bool enable_cuda_graph, int64_t head_dim_qk, int64_t head_dim_vo, bool causal, int64_t window_left,
                      int64_t fixed_split_size, bool disable_split_kv, int64_t num_colocated_ctas);
 
-// indptr: pages, int32 [batch + 1]. How much of each last page is filled comes with the run only, which therefore plans.
+// indptr: pages, int32 [batch + 1]. How much of each last page is filled comes with the run only: the first run after a plan reads it, on
+// cuda by waiting for the stream, and plans; those of the other layers take that plan.
 PlanInfo DecodePlan(Tensor float_workspace, Tensor int_workspace, Tensor pinned_int_workspace, Tensor indptr, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t page_size, bool enable_cuda_graph, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, Tensor empty_q, Tensor empty_kv);

@@ -22,14 +22,6 @@ tvm::ffi::Any CreateCache(const Config& c) {
                                    c.max_tokens, kDefault, kDefault, c.device);
 }
 
-// The executors on cuda give natural logarithms, and there is no kernel yet that turns an LSE into base 2.
-void CheckCanConvertLse(const Config& config, const char* operation) {
-  if (!config.is_cuda()) return;
-  TVM_FFI_THROW(ExecutorError) << "operation " << operation
-                               << " is not there on cuda yet: TVM wants its LSE in base 2 and the kernels give "
-                               << "natural logarithms. Use attention_with_fused_qkv, or create the cache on the cpu";
-}
-
 }  // namespace
 
 MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
@@ -129,7 +121,6 @@ void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data
 
 void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data,
                                        double sm_scale) {
-  CheckCanConvertLse(config_, "self_attention");
   const Step& step = ActiveStep("self_attention");
   CheckLayer("layer_id", layer_id);
   CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
@@ -138,18 +129,17 @@ void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k
   CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckLse(lse_data, "lse_data", config_, step.num_tokens);
   side_plans_.Self(step, q_data, k_data, v_data, sm_scale, o_data, lse_data);
-  Scale(lse_data, kLog2E);
+  Library().scale_lse(lse_data, kLog2E);
 }
 
 void MLCPagedKVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, Tensor lse_data, double sm_scale) {
-  CheckCanConvertLse(config_, "cross_attention");
   const Step& step = ActiveStep("cross_attention");
   CheckLayer("layer_id", layer_id);
   CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckLse(lse_data, "lse_data", config_, step.num_tokens);
   side_plans_.Cross(step, layer_id, q_data, sm_scale, o_data, lse_data);
-  Scale(lse_data, kLog2E);
+  Library().scale_lse(lse_data, kLog2E);
 }
 
 // The source layer has stored the step's keys by now (its attention runs first, TVM's contract), so they are read from the cache, as TVM
@@ -167,21 +157,21 @@ void MLCPagedKVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q
 
 tvm::ffi::Array<Tensor> MLCPagedKVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, Tensor lse_self_attn, Tensor o_cross_attn,
                                                                    Tensor lse_cross_attn) {
-  CheckCanConvertLse(config_, "merge_attn_output_inplace");
   CheckLse(lse_self_attn, "lse_self_attn", config_, lse_self_attn->ndim > 0 ? lse_self_attn->shape[0] : 0);
   CheckLse(lse_cross_attn, "lse_cross_attn", config_, lse_self_attn->shape[0]);
   // The other operand is given back as it came: its logarithms are changed on a copy.
   Tensor lse_cross = Tensor::Empty({lse_cross_attn->shape[0], lse_cross_attn->shape[1]}, lse_cross_attn->dtype, config_.device);
-  Tensor::CopyFromTo(lse_cross_attn.GetDLTensorPtr(), const_cast<DLTensor*>(lse_cross.GetDLTensorPtr()));
-  Scale(lse_cross, kLn2);
-  Scale(lse_self_attn, kLn2);
+  Tensor::CopyFromTo(lse_cross_attn.GetDLTensorPtr(), const_cast<DLTensor*>(lse_cross.GetDLTensorPtr()),
+                     TVMFFIEnvGetStream(config_.device.device_type, config_.device.device_id));
+  Library().scale_lse(lse_cross, kLn2);
+  Library().scale_lse(lse_self_attn, kLn2);
   try {
     Library().merge(o_self_attn, lse_self_attn, o_cross_attn, lse_cross, o_self_attn, lse_self_attn);
   } catch (...) {
-    Scale(lse_self_attn, kLog2E);
+    Library().scale_lse(lse_self_attn, kLog2E);
     throw;
   }
-  Scale(lse_self_attn, kLog2E);
+  Library().scale_lse(lse_self_attn, kLog2E);
   return {o_self_attn, lse_self_attn};
 }
 

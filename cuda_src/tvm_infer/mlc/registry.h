@@ -30,8 +30,10 @@
   V(plan)                      \
   V(plan_capacity)             \
   V(plan_upload)               \
+  V(cuda_info)                 \
   V(ragged_attention)          \
-  V(rope_append_paged)
+  V(rope_append_paged)         \
+  V(scale_lse)
 
 namespace tvm_infer::mlc {
 

@@ -110,15 +110,4 @@ void IndexArray::Publish(DLDevice device) {
   if (size_ > 0) Tensor::CopyFromTo(&on_host_, &here_, TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
-void Scale(const Tensor& tensor, double factor) {
-  char* const base = static_cast<char*>(tensor->data) + tensor->byte_offset;
-  const int64_t row_stride = StrideOf(*tensor.GetDLTensorPtr(), 0), head_stride = StrideOf(*tensor.GetDLTensorPtr(), 1);
-  for (int64_t row = 0; row < tensor->shape[0]; ++row) {
-    float* const values = reinterpret_cast<float*>(base) + row * row_stride;
-    for (int64_t head = 0; head < tensor->shape[1]; ++head) {
-      values[head * head_stride] = static_cast<float>(values[head * head_stride] * factor);
-    }
-  }
-}
-
 }  // namespace tvm_infer::mlc

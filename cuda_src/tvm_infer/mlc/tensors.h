@@ -56,7 +56,4 @@ class IndexArray {
   Tensor device_;
 };
 
-// x * factor for every element of a float32 tensor [rows, heads] on the cpu, rounded once. In place.
-void Scale(const Tensor& tensor, double factor);
-
 }  // namespace tvm_infer::mlc
