@@ -140,7 +140,9 @@ class TestErrors:
         run = ours("ragged_run")
         with pytest.raises(errors.PlanMismatchError, match="are 0 and -1 but the plan was made for 1 and -1"):
             run(*plan, q, k, k, one, one, o, lse, 0, 0, -1, False, 1.0, 1.0, 1.0)
-        with pytest.raises(errors.PlanMismatchError, match="`plan_info` has 2 numbers; plans of tvm_infer.mlc have 7"):
+        with pytest.raises(
+            errors.PlanMismatchError, match=r"`plan_info` has 2 numbers; plans of tvm_infer\.mlc have 7"
+        ):
             run(*plan[:2], [1, 2], q, k, k, one, one, o, lse, 1, 0, -1, False, 1.0, 1.0, 1.0)
         with pytest.raises(errors.ArgumentError, match="`layout` is 1; it must be 0"):
             run(*plan, q, k, k, one, one, o, lse, 1, 1, -1, False, 1.0, 1.0, 1.0)

@@ -45,5 +45,5 @@ def test_errors():
     with pytest.raises(errors.DTypeError, match="`lse`"):
         scale(np.zeros((3, 2), np.float64), 2.0)
     for factor in (0.0, -1.0, np.inf, np.nan):
-        with pytest.raises(errors.ArgumentError, match="`factor` is .*above 0"):
+        with pytest.raises(errors.ArgumentError, match=r"`factor` is .*above 0"):
             scale(np.ones((3, 2), np.float32), factor)
