@@ -19,3 +19,21 @@ def _away_from_the_source_tree(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         yield
+
+
+def has_nvcc() -> bool:
+    from tvm_infer import errors
+    from tvm_infer.jit import nvcc
+
+    try:
+        nvcc.find()
+    except errors.TvmInferError:
+        return False
+    return True
+
+
+def pytest_collection_modifyitems(items):
+    wanting = [item for item in items if item.get_closest_marker("needs_nvcc")]
+    if wanting and not has_nvcc():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs nvcc: on PATH, in CUDA_HOME or of the extra `cuda`"))

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from . import jit as jit
     from .blas import matmul, set_blas
     from .compiler import compile as compile
+    from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
-    from .runtime import PagedKVCache
+    from .runtime import PagedKVCache, load
     from .schedule import Plan
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "cuda_tile_table",
     "errors",
     "jit",
+    "load",
     "matmul",
     "merge",
     "plan",
@@ -42,6 +44,7 @@ __all__ = [
     "ragged_attention",
     "rope_append",
     "set_blas",
+    "set_cublas",
     "workspace_size",
 ]
 
@@ -56,6 +59,7 @@ _LAZY = {
     "compile": "compiler",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
+    "load": "runtime",
     "matmul": "blas",
     "merge": "ops",
     "plan": "planning",
@@ -63,6 +67,7 @@ _LAZY = {
     "ragged_attention": "ops",
     "rope_append": "ops",
     "set_blas": "blas",
+    "set_cublas": "cublas",
     "workspace_size": "planning",
 }
 

@@ -120,6 +120,17 @@ def empty_on(device: _device.Device, shape: tuple[int, ...], dtype: str) -> Any:
     return torch.empty(shape, dtype=getattr(torch, dtype), device=str(device))
 
 
+def to_torch(x: Any, what: str) -> Any:
+    """A TVM tensor as a torch tensor that shares its memory. `what` asks for it, for the error."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{what} hands out device memory as torch tensors, and torch is not installed: `pip install 'tvm_infer[torch]'`"
+        ) from error
+    return torch.from_dlpack(x)
+
+
 def _tvm_empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:
     try:
         import tvm

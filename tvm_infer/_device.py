@@ -77,6 +77,11 @@ def parse(device: Any, name: str = "device") -> Device:
     return Device("cuda", _current_cuda() if index is None else int(index))
 
 
+def from_dlpack(kind: int, index: int) -> Device:
+    """The device of a DLPack (type, id)."""
+    return CPU if kind == _DLPACK_CPU else Device(_DLPACK_KINDS[kind], index)
+
+
 def cuda_index(x: Any) -> int | None:
     """Number of the cuda device that an array lies on; None for the host's memory and for what is no array."""
     is_cuda = getattr(x, "is_cuda", None)  # torch: the cheapest question

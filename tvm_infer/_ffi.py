@@ -26,11 +26,19 @@ def _jit_cubin(name: str, arch: str) -> bytes:
     return jit.cubin(name, arch)
 
 
+def _find_cublas() -> str:
+    """Path of the cuBLASLt for products on CUDA devices, or ""."""
+    from . import cublas
+
+    return cublas.path_or_empty()
+
+
 @functools.cache
 def library() -> Any:
     """Load the shared library once; its packed functions are global (`tvm_infer.*`) from then on.
 
-    The other way, C++ asks `tvm_infer.jit_cubin(name, arch) -> bytes` for kernels that it misses.
+    The other way, C++ asks `tvm_infer.jit_cubin(name, arch) -> bytes` for kernels that it misses, and `tvm_infer.find_cublas() -> path`
+    at its first matrix product on a CUDA device.
     """
     path = LIBRARY_DIR / "libtvm_infer.so"
     if not path.exists():
@@ -40,6 +48,7 @@ def library() -> Any:
         )
     _register_errors()
     tvm_ffi.register_global_func("tvm_infer.jit_cubin", _jit_cubin, override=True)
+    tvm_ffi.register_global_func("tvm_infer.find_cublas", _find_cublas, override=True)
     return tvm_ffi.load_module(str(path))
 
 

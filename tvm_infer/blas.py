@@ -1,4 +1,4 @@
-"""The packaged BLAS behind `tvm_infer.matmul`, found and opened once."""
+"""`tvm_infer.matmul`, and the packaged BLAS behind it on the CPU, found and opened once (on CUDA: cublas.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pathlib
 import sys
 from typing import Any
 
-from . import _array, _ffi, errors
+from . import _array, _device, _ffi, errors
 
-_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
+_PACKAGE, PACKAGED_PREFIX = "scipy_openblas32", "scipy_"
 
 
 def set_blas(path: str | os.PathLike[str] | None = None, prefix: str = "") -> str:
@@ -35,11 +35,12 @@ def set_blas(path: str | os.PathLike[str] | None = None, prefix: str = "") -> st
     has no such symbols; what was set before stays.
     """
     if path is None:
-        path, prefix = _packaged_blas(), _PREFIX
+        path, prefix = packaged_blas(), PACKAGED_PREFIX
     return str(_ffi.func("set_blas")(os.fspath(path), prefix))
 
 
-def _packaged_blas() -> pathlib.Path:
+def packaged_blas() -> pathlib.Path:
+    """The shared library of the package scipy-openblas32; its symbols begin with PACKAGED_PREFIX."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise errors.MissingDependencyError(
@@ -63,20 +64,26 @@ def ensure_blas() -> None:
 
 
 def matmul(a: Any, b: Any, *, transpose_b: bool = False, out: Any = None) -> Any:
-    """out = a @ b, or a @ b.T, in float32.
+    """out = a @ b, or a @ b.T, with float32 sums: on the CPU by a BLAS, on a CUDA device by cuBLASLt on the current stream.
+
+    On the CPU all are float32. On CUDA a and b are both float16, bfloat16 or float32 (as such, unless TVM_INFER_MATMUL_TF32 is 1), out
+    is of that type or float32. A CUDA device keeps 32 MiB of workspace for each stream that products run on, at most 16; a captured
+    product uses that of the stream of the thread's last product outside captures, so replay its graph in order with that stream.
 
     Parameters
     ----------
     a : [..., m, k], rank >= 2; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
     b : [k, n], or [n, k] with `transpose_b` (the layout of a torch Linear weight).
-    out : [..., m, n], overwritten; allocated if None, of the kind of `a`.
+    out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `a`.
 
     Raises
     ------
-    ArgumentError : shapes that do not fit, strided last dimension. DTypeError : not float32 (16-bit floats are refused: cast first).
-    MissingDependencyError : no BLAS is installed (extra `blas`).
+    ArgumentError : shapes that do not fit, strided last dimension, tensors on several devices. DTypeError : other types (on the CPU
+    16-bit floats: cast first). MissingDependencyError : no BLAS is installed (extra `blas`), no cuBLASLt (extra `cuda`).
+    WorkspaceError : captured before a first product, or too many streams. DeviceError : cuBLAS or the driver refused, by name.
     """
-    ensure_blas()
+    if _device.cuda_index(a) is None:
+        ensure_blas()
     if out is None:
         if len(a.shape) < 2 or len(b.shape) != 2:
             raise errors.ArgumentError(

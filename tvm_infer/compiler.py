@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,15 +10,18 @@ import pathlib
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, _ffi, cache_dir, errors
 from .models import LanguageModel, Tokenizer, load_gguf
-from .runtime.executable import Executable, Manifest
+from .runtime import library
+from .runtime.executable import Executable
+from .runtime.manifest import Manifest
 
 DEFAULT_MAX_TOKENS = 512
+DEFAULT_MAX_BATCH = 64
 Progress = Callable[[str, float], None]  # (step, fraction done)
 
 
@@ -28,6 +32,8 @@ class _Options:
     max_tokens: int
     on_unmatched: str
     assume_full: tuple[str, ...]
+    buckets: tuple[int, ...]  # of CUDA targets
+    dtype: str  # "": the model's own
 
 
 @dataclass
@@ -50,6 +56,9 @@ def compile(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     on_unmatched: str = "error",
     assume_full: Sequence[str] = (),
+    max_batch: int = DEFAULT_MAX_BATCH,
+    buckets: Sequence[int] | None = None,
+    dtype: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Executable:
@@ -63,11 +72,16 @@ def compile(
     ----------
     model : the path of a GGUF file; a `models.LanguageModel`; a Hugging Face causal language model; a `torch.export` program or a
         `tvm.IRModule` with inputs input_ids [1, n] and position_ids [1, n] (n symbolic) whose first output is the logits.
-    target : "llvm" for this machine's processor, or a `tvm.target.Target` of kind llvm.
+    target : "llvm" for this machine's processor, "cuda" for a Hopper GPU, or a `tvm.target.Target` of one of these kinds. Compiling for
+        CUDA takes an nvcc (extra `cuda`) and no GPU.
     params : for an IRModule: its weights by parameter name.
     function : of the IRModule.
     max_tokens : tokens of one step, at most; longer prompts go in chunks.
     on_unmatched, assume_full : as `relax.RewritePagedAttention` has them.
+    max_batch : CUDA: sequences of a decode step that runs as one captured graph; larger steps run kernel by kernel.
+    buckets : CUDA: numbers of sequences that graphs are captured for, a step takes the next larger one; default 1, 2, 4, … max_batch.
+    dtype : for a GGUF file: "float32", or "bfloat16", "float16" to round its weights to; default float32 on CPU, bfloat16 on CUDA,
+        whose kernels compute in 16-bit types. Other models have the type that they come in.
     cache : keep the compiled code, and use what is kept.
     progress : called as (step, fraction done).
 
@@ -79,10 +93,19 @@ def compile(
     progress = progress or (lambda step, fraction: None)
     if max_tokens < 1:
         raise errors.ArgumentError(f"max_tokens is {max_tokens}; it must be at least 1")
+    target_text = _target_text(target)
+    is_cuda = json.loads(target_text)["kind"] == "cuda"
     if isinstance(model, (str, os.PathLike)):
         model = load_gguf(model, progress, cache=cache)
-    source = _source(model, params, function)
-    options = _Options(_target_text(target), function, max_tokens, on_unmatched, tuple(assume_full))
+    if isinstance(model, LanguageModel):
+        dtype = ("bfloat16" if is_cuda else "float32") if dtype is None else dtype
+    elif dtype is not None:
+        raise errors.ArgumentError(
+            f"argument `dtype` is {dtype!r}; it goes with a GGUF file. This model is compiled in its own type: convert it before"
+        )
+    source = _source(model, params, function, dtype)
+    graph_rows = _checked_buckets(max_batch, buckets) if is_cuda else ()
+    options = _Options(target_text, function, max_tokens, on_unmatched, tuple(assume_full), graph_rows, dtype or "")
 
     def make(folder: pathlib.Path) -> None:
         _build(source, options, folder, progress)
@@ -111,15 +134,39 @@ def _target_text(target: Any) -> str:
 
     if target == "llvm":
         return str(pipeline.host_target())
+    if target == "cuda":
+        return str(pipeline.cuda_target())
     try:
         parsed = tvm.target.Target(target)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise errors.ArgumentError(f'target is {target!r}, which TVM refuses: pass "llvm" or a dict ({e})') from e
-    if parsed.kind.name != "llvm":
         raise errors.ArgumentError(
-            f"target is of kind {parsed.kind.name!r}; models are compiled for llvm (this machine's CPU) so far"
+            f'target is {target!r}, which TVM refuses: pass "llvm", "cuda" or a dict ({e})'
+        ) from e
+    kind = parsed.kind.name
+    if kind not in ("llvm", "cuda"):
+        raise errors.ArgumentError(
+            f"target is of kind {kind!r}; models are compiled for llvm (this machine's CPU) and cuda (Hopper GPUs)"
+        )
+    if kind == "cuda" and str(parsed.attrs.get("arch", "")) != pipeline.CUDA_ARCH:
+        raise errors.ArgumentError(
+            f"target has the architecture {parsed.attrs.get('arch')!r}; TVM's own kernels are compiled for {pipeline.CUDA_ARCH!r} "
+            f'(with "sm_90a" it leaves the tensor cores unused), attention for sm_90a regardless: pass "cuda"'
         )
     return str(parsed)
+
+
+def _checked_buckets(max_batch: int, buckets: Sequence[int] | None) -> tuple[int, ...]:
+    """Ascending, the last is max_batch."""
+    if max_batch < 1:
+        raise errors.ArgumentError(f"max_batch is {max_batch}; it must be at least 1")
+    if buckets is None:
+        return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
+    ascending = tuple(sorted(set(buckets)))
+    if not ascending or ascending[0] < 1 or ascending[-1] != max_batch:
+        raise errors.ArgumentError(
+            f"buckets is {list(buckets)}; it must hold numbers from 1 to max_batch = {max_batch}, the largest of them {max_batch}"
+        )
+    return ascending
 
 
 def _versions() -> list[str]:
@@ -142,9 +189,9 @@ def _versions() -> list[str]:
     ]
 
 
-def _source(model: Any, params: Mapping[str, Any] | None, function: str) -> _Source:
+def _source(model: Any, params: Mapping[str, Any] | None, function: str, dtype: str | None) -> _Source:
     if isinstance(model, LanguageModel):
-        return _from_language_model(model)
+        return _from_language_model(model, str(dtype))
     import tvm
 
     from .relax import ImportedModel
@@ -171,19 +218,20 @@ def _source(model: Any, params: Mapping[str, Any] | None, function: str) -> _Sou
     )
 
 
-def _from_language_model(model: LanguageModel) -> _Source:
+def _from_language_model(model: LanguageModel, dtype: str) -> _Source:
     """The code depends on the sizes alone, so a known model starts without torch."""
+    rounded = model.astype(dtype)
 
     def module() -> tuple[Any, Mapping[str, str]]:
         from .relax import export_hf
 
-        imported = export_hf(model.to_hf())
+        imported = export_hf(rounded.to_hf())
         return imported.mod, imported.torch_names
 
-    weights = dict(model.weights)
+    weights = dict(rounded.weights)
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    return _Source(repr(model.config), module, weights, model.tokenizer, model.config.max_position)
+    return _Source(f"{model.config!r} {dtype}", module, weights, model.tokenizer, model.config.max_position)
 
 
 def _from_imported(imported: Any, max_position: int | None = None) -> _Source:
@@ -232,20 +280,29 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
     from .relax import pipeline
 
     progress("rewriting attention and matrix products", 0.5)
+    target = tvm.target.Target(json.loads(options.target))
+    decode_rows = options.buckets[-1] if options.buckets else 0
     mod, reports = pipeline.prepare(
         mod,
         function=options.function,
         max_tokens=options.max_tokens,
+        decode_rows=decode_rows,
         on_unmatched=options.on_unmatched,
         assume_full=options.assume_full,
+        target_kind=str(target.kind.name),
     )
     inputs, weights, vocab_size = pipeline.entry_signature(mod, options.function)
     specs = reports.attention.specs()
     _check_entry(options.function, inputs, specs)
+    if decode_rows:
+        _check_cuda_layers(specs)
     progress("compiling kernels", 0.6)
-    executable = pipeline.lower(mod, tvm.target.Target(json.loads(options.target)))
-    executable.export_library(str(folder / "model.so"))
-    (folder / "report.txt").write_text(str(reports))
+    with _cuda_compiler() if decode_rows else contextlib.nullcontext():
+        lowered = pipeline.lower(mod, target, reports, options.function)
+        objects = folder / library.OBJECTS  # kept: Executable.export_library links them anew
+        objects.mkdir()
+        lowered.executable.export_library(str(folder / library.LIBRARY), workspace_dir=str(objects))
+    (folder / library.REPORT).write_text(str(reports))
     Manifest(
         abi_version=int(_ffi.func("abi_version")()),
         target=options.target,
@@ -255,8 +312,49 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         layers=tuple(specs),
         vocab_size=vocab_size,
         max_tokens=options.max_tokens,
+        decode_function=lowered.decode_function,
+        decode_rows=decode_rows,
+        buckets=options.buckets,
+        logits_dtype=lowered.logits_dtype,
+        logits_rank=lowered.logits_rank,
     ).save(folder)
     progress("compiling kernels", 1.0)
+
+
+def _check_cuda_layers(specs: Sequence[Any]) -> None:
+    """Before anything is compiled, in terms of the model."""
+    tile_table = _ffi.func("cuda_tile_table")
+    for spec in specs:
+        try:
+            tile_table(spec.dtype, spec.head_dim)
+        except (errors.ExecutorError, errors.DTypeError) as error:
+            raise errors.ExecutorError(
+                f"the model has {spec}, for which there is no CUDA kernel ({error}). Convert the model, model.to(torch.bfloat16), or "
+                'compile it for target="llvm"'
+            ) from error
+
+
+@contextlib.contextmanager
+def _cuda_compiler() -> Iterator[None]:
+    """TVM compiles its kernels with the nvcc that ours are compiled with, and without fast-math: its sines are wrong at late positions."""
+    from .jit import nvcc
+
+    found = pathlib.Path(nvcc.find().path)
+    changes = {
+        "TVM_CUDA_COMPILE_MODE": "nvcc",
+        "TVM_CUDA_NVCC_NO_FAST_MATH": "1",
+        "PATH": os.pathsep.join([str(found.parent), os.environ.get("PATH", "")]),
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequence[Any]) -> None:

@@ -91,6 +91,13 @@ def nvcc() -> str:
     return str(found)
 
 
+def cublas() -> str:
+    """Version and path of the cuBLASLt that products on CUDA run on and what led to it, or what to install."""
+    from . import cublas as finder
+
+    return finder.describe()
+
+
 def cached_kernels() -> str:
     """Kernels compiled before: those in the cache, of this version or another, and the cubins of TVM_INFER_CUBIN_DIR."""
     from .jit import all_names, cubins
@@ -176,6 +183,7 @@ def report() -> dict[str, object]:
         ],
         "nvcc": nvcc(),
         "kernels": cached_kernels(),
+        "cuBLASLt": cublas(),
         "cache folder": f"{cache} ({'exists' if cache.exists() else 'not made yet'})",
         "executors": [vars(e) for e in executors()],
         "settings": {s.name: s.value for s in env.SETTINGS},

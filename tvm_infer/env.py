@@ -39,6 +39,14 @@ SETTINGS = (
         "",
         "a prebuilt MLC adapter (docs/mlc.md); empty: of the cache, built if it is not there",
     ),
+    Setting(
+        "TVM_INFER_CUBLASLT",
+        "",
+        "the libcublasLt.so of products on CUDA; empty: one that is loaded, of a CUDA toolkit, or of the extra `cuda`",
+    ),
+    Setting(
+        "TVM_INFER_MATMUL_TF32", "0", "1: float32 products on CUDA may round their inputs to TF32 (10 bits of mantissa)"
+    ),
     Setting("TVM_INFER_PROGRESS", "1", "0: no line on standard error while a kernel is compiled"),
     Setting("TVM_INFER_LINEINFO", "0", "1: kernels carry line numbers for profilers (and paths of their headers)"),
     Setting(

@@ -58,7 +58,7 @@ class ExecutorError(TvmInferError, RuntimeError):
 
 
 class DeviceError(TvmInferError, RuntimeError):
-    """The CUDA driver refused a call; the message names the call and the driver's reason."""
+    """The CUDA driver or cuBLAS refused a call; the message names the call and the reason given."""
 
 
 class CompileError(TvmInferError, RuntimeError):

@@ -121,7 +121,7 @@ def test_models_that_are_none(model, kind, message):
         tvm_infer.compile(model)
 
 
-@pytest.mark.parametrize("target", [{"kind": "cuda", "arch": "sm_90"}, "no-such-target"])
+@pytest.mark.parametrize("target", [{"kind": "cuda", "arch": "sm_90a"}, {"kind": "opencl"}, "no-such-target"])
 def test_targets_that_are_none(imported, target):
     with pytest.raises(errors.ArgumentError, match="target"):
         tvm_infer.compile(imported, target=target)

@@ -28,6 +28,7 @@ static_assert(ours::kTensorMapZeroFill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 static_assert(ours::kHostAllocPortable == CU_MEMHOSTALLOC_PORTABLE);
 static_assert(ours::kEventDisableTiming == CU_EVENT_DISABLE_TIMING);
 static_assert(ours::kCaptureStatusNone == CU_STREAM_CAPTURE_STATUS_NONE);
+static_assert(ours::kCaptureModeRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
 
 // CUDA 13 aligns the type to 128 bytes; cuTensorMapEncodeTiled and the instructions ask for 64.
 static_assert(sizeof(ours::TensorMap) == sizeof(CUtensorMap) && alignof(ours::TensorMap) >= 64);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tvm_infer/cuda/driver_api.h"
@@ -29,6 +30,8 @@ struct Library {
 std::string log_text;                // one line a call
 std::map<std::string, int> failure;  // function -> what its next call returns
 bool capturing = false;
+void* captured_stream = nullptr;  // the one that is captured; null: all are
+int capture_mode = 0;             // global
 void* current = nullptr;
 int contexts[3];
 unsigned char attention_params[sizeof(AttentionParams)], attention_maps[sizeof(KvTensorMaps)];
@@ -60,7 +63,14 @@ FAKE void fake_clear() {
   capturing = false;
 }
 FAKE void fake_fail(const char* function, int code) { failure[function] = code; }
-FAKE void fake_capture(int on) { capturing = on != 0; }
+FAKE void fake_capture(int on) {
+  capturing = on != 0;
+  captured_stream = nullptr;
+}
+FAKE void fake_capture_stream(void* stream) {
+  capturing = true;
+  captured_stream = stream;
+}
 FAKE int fake_current_device() {
   for (int i = 0; i < 3; ++i) {
     if (current == &contexts[i]) return i;
@@ -74,6 +84,10 @@ FAKE const void* fake_maps() { return attention_maps; }
 FAKE int cuInit(unsigned) {
   const char* code = std::getenv("FAKE_CUDA_INIT");
   return code ? std::atoi(code) : 0;
+}
+FAKE int cuDriverGetVersion(int* version) {
+  const char* text = std::getenv("FAKE_CUDA_VERSION");
+  return *version = text ? std::atoi(text) : 13000, 0;
 }
 FAKE int cuGetErrorName(int error, const char** name) {
   *name = error == 100 ? "CUDA_ERROR_NO_DEVICE" : error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_FAKE";
@@ -159,6 +173,18 @@ FAKE int cuMemcpyHtoDAsync_v2(DevicePointer device, const void* host, size_t byt
   std::memcpy(reinterpret_cast<void*>(device), host, bytes);
   return Called("cuMemcpyHtoDAsync", std::to_string(bytes));
 }
+FAKE int cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {  // as a driver refuses it while any stream is captured in the mode "global"
+  if (capturing && capture_mode != tvm_infer::cuda::kCaptureModeRelaxed) return Called("cuMemAlloc", "refused"), 900;
+  const int code = Called("cuMemAlloc", std::to_string(bytes));
+  if (code == 0) *pointer = reinterpret_cast<DevicePointer>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  return code;
+}
+FAKE int cuMemsetD2D8Async(DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream) {
+  for (size_t row = 0; row < height; ++row) std::memset(reinterpret_cast<char*>(pointer) + row * pitch, value, width);
+  return Called("cuMemsetD2D8Async", std::to_string(reinterpret_cast<uintptr_t>(stream)));
+}
+FAKE int cuMemFree_v2(DevicePointer pointer) { return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree"); }
+FAKE int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) { return *free_bytes = 1000, *total_bytes = 2000, 0; }
 FAKE int cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags) {
   *pointer = std::malloc(bytes);
   return Called("cuMemHostAlloc", std::to_string(flags));
@@ -169,6 +195,13 @@ FAKE int cuEventDestroy_v2(void*) { return 0; }
 FAKE int cuEventRecord(void*, void*) { return Called("cuEventRecord"); }
 FAKE int cuEventQuery(void*) { return 0; }
 FAKE int cuEventSynchronize(void*) { return 0; }
-FAKE int cuStreamIsCapturing(void*, int* status) { return *status = capturing, 0; }
+FAKE int cuStreamIsCapturing(void* stream, int* status) {
+  *status = capturing && (captured_stream == nullptr || captured_stream == stream);
+  return 0;
+}
+FAKE int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
+  return 0;
+}
 FAKE int cuStreamSynchronize(void*) { return Called("cuStreamSynchronize"); }
 #endif

@@ -127,6 +127,10 @@ class Driver:
     def capture(self, on: bool) -> None:
         self._library.fake_capture(int(on))
 
+    def capture_stream(self, stream: int) -> None:
+        """Only this stream is captured."""
+        self._library.fake_capture_stream(ctypes.c_void_p(stream))
+
     def current_device(self) -> int:
         """Of the current context; -1: none is."""
         return self._library.fake_current_device()

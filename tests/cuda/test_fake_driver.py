@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-CUDA_SRC = HERE.parents[1] / "cuda_src"
-COMPILER = shutil.which("c++") or shutil.which("g++")
-CUDA_HEADERS = [
-    p for p in (pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",) if (p / "cuda.h").exists()
-]
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from fake_processes import COMPILER, CUDA_HEADERS, CUDA_SRC, HERE, compile_fake, python
+
 TRY = """
 from tvm_infer import _ffi, errors
 try:
@@ -27,25 +22,9 @@ except errors.TvmInferError as e:
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
-def compile_fake(folder: pathlib.Path, *flags: str) -> pathlib.Path:
-    command = [COMPILER, "-std=c++20", "-shared", "-fPIC", "-I", str(CUDA_SRC), "-Wl,-soname,libcuda.so.1", *flags]
-    subprocess.run([*command, str(HERE / "fake_libcuda.cc"), "-o", str(folder / "libcuda.so.1")], check=True)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     return compile_fake(tmp_path_factory.mktemp("fake"))
-
-
-def python(arguments: list[str], library: pathlib.Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(library)] if library else []
-    env = {
-        **os.environ,
-        "LD_LIBRARY_PATH": os.pathsep.join([*paths, os.environ.get("LD_LIBRARY_PATH", "")]),
-        **environment,
-    }
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
 
 
 def test_launches_arguments_and_errors(fake):

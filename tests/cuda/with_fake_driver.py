@@ -17,7 +17,7 @@ from tvm_infer import _ffi, errors
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
-ABI, THREADS, SHARED = 3, 384, 230000
+ABI, THREADS, SHARED = 4, 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
 
@@ -271,13 +271,16 @@ class RopeParams(ctypes.Structure):
         ("kv_strides", ctypes.c_int64 * 4),
         *[(n, ctypes.c_void_p) for n in ("k_cache", "v_cache")],
         ("cache_strides", ctypes.c_int64 * 6),
+        ("o", ctypes.c_void_p),
+        ("o_strides", ctypes.c_int64 * 2),
+        ("num_qo_heads", ctypes.c_int32),
         ("expected", ctypes.c_int32 * 7),
         *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size")],
         *[(n, ctypes.c_void_p) for n in ("q", "q_out")],
         ("q_strides", ctypes.c_int64 * 4),
         ("inv_freq", ctypes.c_void_p),
         ("magnitude", ctypes.c_float),
-        *[(n, ctypes.c_int32) for n in ("num_qo_heads", "rotary_dim", "is_interleaved")],
+        *[(n, ctypes.c_int32) for n in ("rotary_dim", "is_interleaved")],
     ]
 
 
@@ -325,7 +328,7 @@ def test_rope_append_launch(driver):
     row, plane = (HQ + 2 * HKV) * DIM, HKV * PAGE * DIM
     assert p.v_cache == p.k_cache + plane * 2 and list(p.cache_strides) == [2 * plane, PAGE * DIM, DIM] * 2
     assert list(p.kv_strides) == [row, DIM] * 2 and list(p.q_strides) == [row, DIM, HQ * DIM, DIM]
-    assert (p.plan, p.num_requests, p.max_tokens) == (None, 2, ROWS)
+    assert (p.plan, p.num_requests, p.max_tokens, p.o) == (None, 2, ROWS, None)
     assert (p.num_qo_heads, p.num_kv_heads, p.head_dim, p.page_size) == (HQ, HKV, DIM, PAGE)
     assert (p.rotary_dim, p.is_interleaved, p.magnitude) == (DIM, 0, 1.5)
 
@@ -708,3 +711,161 @@ def test_check_plan(driver, kind, words, changes):
     else:
         with pytest.raises(kind, match=words):
             call()
+
+
+# The KV cache, whose device memory is the host's here
+
+CACHE = {
+    "num_layers": 2,
+    "num_qo_heads": HQ,
+    "num_kv_heads": HKV,
+    "head_dim": DIM,
+    "dtype": "bfloat16",
+    "page_size": PAGE,
+}
+CACHE_SIZE = {"num_pages": 12, "max_batch": 4, "max_tokens": 40, "device": "cuda:1"}
+
+
+def words(address, count):
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int32)), (count,))
+
+
+def rows(count, heads, device=(CUDA, 1)):
+    return tensor((count, heads, DIM), device=device)
+
+
+def test_cache_on_a_device_owns_and_frees_its_memory(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    assert cache.device == "cuda:1" and cache.num_ctas == 132
+    allocated = [int(call) for call in driver.calls("cuMemAlloc")]
+    assert (
+        allocated[0] == 2 * 12 * 2 * HKV * PAGE * DIM * 2 and len(allocated) == 3
+    )  # pages, a step's tables, partial results
+    driver.clear()
+    del cache
+    assert len(driver.calls("cuMemFree")) == 3
+
+
+def test_cache_step_is_one_copy_and_two_launches_a_layer(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    for seq in (5, 6):
+        cache.add_sequence(seq)
+    cache.begin_step([5, 6], [20, 1], token_ids=np.arange(21), logit_rows=np.array([19, 20]))
+    driver.clear()
+    cache.attention(1, rows(21, HQ), rows(21, HKV), rows(21, HKV), out=rows(21, HQ))
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16", "attention_bf16_h128_p16"]
+    params = driver.params(Params)
+    base = params.kv_page_indices
+    indptr = words(params.kv_indptr, 3)
+    assert words(base, indptr[2])[indptr[0] : indptr[1]].tolist() == list(cache.page_table(5))
+    assert words(base, indptr[2])[indptr[1] : indptr[2]].tolist() == list(cache.page_table(6))
+    plan = np.array(cache.plan.buffer)
+    np.testing.assert_array_equal(words(params.plan, plan.size), plan)
+    assert list(params.capture_key) == plan[2:4].view(np.uint32).tolist() != [0, 0]
+    assert (params.max_tokens, params.max_kv_lists) == (21, 4)
+    cache.end_forward()
+    # the next step: same addresses, one copy of what is used
+    before = (params.plan, params.kv_indptr, params.kv_page_indices)
+    driver.clear()
+    cache.begin_step([6, 5], [1, 1], num_rows=4, token_ids=np.array([3, 4]))
+    (upload,) = driver.calls("cuMemcpyHtoDAsync")
+    used = params.plan - params.kv_indptr + np.array(cache.plan.buffer).nbytes
+    assert used < int(upload) < used + 8 * 128  # page indices, tokens and positions: each begins on a line
+    cache.attention(0, rows(4, HQ), rows(4, HKV), rows(4, HKV), out=rows(4, HQ))
+    params = driver.params(Params)
+    assert (params.plan, params.kv_indptr, params.kv_page_indices) == before and params.max_tokens == 4
+    # tokens, then positions, left of the page table
+    assert words(params.kv_indptr - 256, 8)[::2].tolist() == [3, 4, 0, 0]
+    assert words(params.kv_indptr - 128, 8)[::2].tolist() == [1, 20, 0, 0]
+
+
+def test_cache_copies_shared_pages_in_one_launch(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [20]):
+        pass
+    cache.fork_sequence(0, 1), cache.fork_sequence(0, 2)
+    driver.clear()
+    cache.begin_forward([0, 1, 2], [1, 1, 1])
+    assert len(driver.calls("cuMemcpyHtoDAsync")) == 1
+    (launch,) = driver.launches()
+    assert launch["name"] == "copy_pages" and launch["grid"] == "4,1,1"  # two copies in two layers
+
+
+def test_cache_rotates_in_the_launch_that_appends(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    driver.clear()
+    rope = tvm_infer.RopeConfig(64, 500.0)
+    cache.set_rope(rope)
+    assert driver.calls("cuMemAlloc") == [str(DIM // 2 * 4), str(40 * HQ * DIM * 2)]  # frequencies, rotated queries
+    assert driver.calls("cuMemcpyHtoDAsync") == ["128"]
+    cache.add_sequence(5)
+    cache.begin_step([5], [3], num_rows=4)
+    driver.clear()
+    qkv, out = tensor((4, HQ + 2 * HKV, DIM), device=(CUDA, 1)), rows(4, HQ)
+    cache.attention_fused_qkv(1, qkv, out=out)
+    assert [launch["name"] for launch in driver.launches()] == ["rope_append_bf16", "attention_bf16_h128_p16"]
+    p, attention = driver.rope_append_params(RopeParams), driver.params(Params)
+    row, at = (HQ + 2 * HKV) * DIM, addresses[id(qkv)]
+    assert (p.q, p.k, p.v) == (at, at + HQ * DIM * 2, at + (HQ + HKV) * DIM * 2)
+    assert list(p.q_strides) == [row, DIM, HQ * DIM, DIM] and list(p.kv_strides) == [row, DIM] * 2
+    assert p.q_out == attention.q and p.o == attention.o == addresses[id(out)]
+    assert (p.plan, p.kv_page_indptr, p.kv_page_indices) == (
+        attention.plan,
+        attention.kv_indptr,
+        attention.kv_page_indices,
+    )
+    assert list(p.expected[:5]) == [HKV, HQ // HKV, 4, attention.max_partial_rows, 4] and p.expected[5] != 0
+    assert (p.rotary_dim, p.is_interleaved, p.magnitude, p.max_tokens, p.num_qo_heads) == (64, 0, 1.0, 4, HQ)
+    np.testing.assert_array_equal(words(p.inv_freq, 32).view(np.float32), rope.inv_freq())
+    before = p.q_out
+    cache.attention_fused_qkv(0, qkv, out=out)
+    assert driver.rope_append_params(RopeParams).q_out == before
+    driver.clear()
+    with pytest.raises(errors.ArgumentError, match="`qkv` begins 2 bytes"):
+        cache.attention_fused_qkv(0, tensor((4, HQ + 2 * HKV, DIM), device=(CUDA, 1), offset=2), out=out)
+    assert driver.launches() == []
+    cache.cancel_forward()
+    cache.clear()
+    with pytest.raises(errors.ExecutorError, match="a rotary_dim of 20"):
+        cache.set_rope(tvm_infer.RopeConfig(20))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words_"),
+    [
+        ({"dtype": "float32"}, errors.ExecutorError, ["float32", "bfloat16"]),
+        ({"head_dim": 96}, errors.ExecutorError, ["96", "64 and"]),
+        ({"page_size": 24}, errors.ExecutorError, ["`page_size` is 24", "16"]),
+        ({"device": "cuda:2"}, errors.ExecutorError, ["`device` is cuda:2", "sm_80"]),
+        ({"device": "cuda:7"}, errors.ExecutorError, ["`device` is cuda:7"]),
+    ],
+    ids=str,
+)
+def test_cache_refuses_what_has_no_kernel(driver, change, error, words_):
+    with pytest.raises(error) as caught:
+        tvm_infer.PagedKVCache(**{**CACHE, **CACHE_SIZE, **change})
+    assert all(word in str(caught.value) for word in words_), str(caught.value)
+
+
+def test_cache_says_what_a_full_device_has(driver):
+    driver.fail("cuMemAlloc", 2)
+    with pytest.raises(errors.ArgumentError, match=r"no \d+ bytes for its pages: 1000 of 2000 are free.*num_pages"):
+        tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+
+
+def test_cache_step_is_not_begun_within_a_capture(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    driver.capture(True)
+    with pytest.raises(errors.DeviceError, match="being captured"):
+        cache.begin_forward([0], [1])
+    driver.capture(False)
+    assert not cache.in_forward and cache.num_used_pages == 0
+
+
+def test_cache_takes_tensors_of_its_device_only(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [1]) as step, pytest.raises(errors.ArgumentError, match="cuda:0"):
+        step.attention(0, *(rows(1, heads, (CUDA, 0)) for heads in (HQ, HKV, HKV)), out=rows(1, HQ))

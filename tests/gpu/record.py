@@ -30,10 +30,10 @@ RECORD = pathlib.Path(__file__).resolve().parent / "record.json"
 
 @dataclass(frozen=True)
 class Family:
-    """`kernel` in kernels/; files in cuda/ with one of `words` in their names are this family's alone (of several, the longest word
-    decides); `tests` in tests/gpu."""
+    """`kernel` in kernels/ (None: of a library); files in cuda/ with one of `words` in their names are this family's alone (of several,
+    the longest word decides); `tests` in tests/gpu."""
 
-    kernel: str
+    kernel: str | None
     words: tuple[str, ...]
     tests: tuple[str, ...]
 
@@ -47,6 +47,9 @@ FAMILIES = {
     "append": Family("append.cuh", ("append",), ("test_gpu_append.py",)),
     "rope_append": Family("rope_append.cuh", ("rope_append",), ("test_gpu_rope.py",)),
     "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
+    "kv_cache": Family("copy_pages.cuh", ("copy_pages", "memory", "staging"), ("test_gpu_kv_cache.py",)),
+    "compiled_model": Family(None, (), ("test_gpu_model.py", "prepare_models.py")),
+    "matmul": Family(None, ("matmul", "cublas"), ("test_gpu_matmul.py",)),
 }
 COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
 LAUNCHER_FOLDERS = ("cuda", "ffi")  # where the walk from the ffi's CUDA files stays
@@ -73,8 +76,8 @@ def walk(source: pathlib.Path, begin: Iterable[pathlib.Path], follow: Any) -> se
 def kernel_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
     """The kernel and all headers that it includes."""
     source = root / "cuda_src"
-    kernel = source / "tvm_infer" / "kernels" / family.kernel
-    return walk(source, [kernel] if kernel.exists() else [], lambda p: p.suffix in {".h", ".cuh"})
+    kernels = [source / "tvm_infer" / "kernels" / family.kernel] if family.kernel else []
+    return walk(source, [k for k in kernels if k.exists()], lambda p: p.suffix in {".h", ".cuh"})
 
 
 def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:

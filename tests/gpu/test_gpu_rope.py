@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from gpu_batches import Batch, Case, bits, embedded, make_plan, same_bits
+from gpu_batches import Batch, Case, bits, embedded, make_plan, plain_attention, same_bits
 
 import tvm_infer
-from tvm_infer import RopeConfig
+from tvm_infer import PagedKVCache, RopeConfig
 
 pytestmark = pytest.mark.family("rope_append")
 
@@ -312,3 +312,81 @@ def test_then_attention(device, note):
     errors = batch.errors(o, lse)
     errors.assert_small()
     note(errors)
+
+
+def make_cache(device: str, config: RopeConfig) -> PagedKVCache:
+    cache = PagedKVCache(
+        num_layers=2,
+        num_qo_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        dtype="bfloat16",
+        num_pages=64,
+        max_batch=4,
+        max_tokens=200,
+        device=device,
+    )
+    cache.set_rope(config)
+    for seq in range(3):
+        cache.add_sequence(seq)
+    return cache
+
+
+@pytest.mark.subset
+@pytest.mark.family("rope_append", "attention_sm90")
+@pytest.mark.parametrize(
+    "config", [RopeConfig(128, scaling=LLAMA3), RopeConfig(64, interleaved=True)], ids=["llama3", "pairs"]
+)
+def test_a_cache_takes_the_projection_as_it_is(config, device):
+    """Steps of a cache, padding rows among them, against the rotation and the attention of everything in float64."""
+    cache = make_cache(device, config)
+    generator = torch.Generator().manual_seed(0)
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    for lengths, padding in (([50, 1, 100], 0), ([1, 1, 1], 5), ([0, 70, 1], 1)):
+        n = sum(lengths)
+        qkv = torch.randn((n + padding, 12, 128), generator=generator).to(device=device, dtype=torch.bfloat16)
+        qkv[n:] = torch.nan
+        for seq, part in enumerate(qkv[:n].split(lengths)):
+            rows[seq].append(part)
+        cache.begin_step([0, 1, 2], lengths, num_rows=n + padding)
+        first, second = (cache.attention_fused_qkv(layer, qkv) for layer in (0, 1))
+        assert same_bits(first, second) and not bool(first[n:].any())
+        cache.end_forward()
+        for seq, got in enumerate(first[:n].split(lengths)):
+            x = torch.cat(rows[seq]).double()
+            positions = torch.arange(len(x), device=device)
+            q, k = rotated(x[:, :8], positions, config), rotated(x[:, 8:10], positions, config)
+            expected, _ = plain_attention(
+                q[len(x) - len(got) :], k, x[:, 10:], sm_scale=128**-0.5, causal=True, window=-1
+            )
+            # q, k and o are rounded once each; plain torch, which rounds more, is at about 1e-2
+            assert float((got.double() - expected).norm()) <= 8e-3 * float(expected.norm())
+
+
+@pytest.mark.family("rope_append", "attention_sm90")
+def test_a_graph_of_a_cache_step(cuda):
+    """Captured once with four rows, replayed for steps of fewer tokens."""
+    config = RopeConfig(128)
+    one, other = make_cache(cuda, config), make_cache(cuda, config)
+    qkv = torch.randn((150, 12, 128), device=cuda, dtype=torch.bfloat16)
+    for cache in (one, other):
+        with cache.forward([0, 1, 2], [50, 1, 99]) as step:
+            for layer in (0, 1):
+                step.attention_fused_qkv(layer, qkv)
+    rows = torch.empty((4, 12, 128), device=cuda, dtype=torch.bfloat16)
+    outs = [torch.empty((4, 8, 128), device=cuda, dtype=torch.bfloat16) for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    for i, lengths in enumerate(([1, 1, 1], [1, 0, 1], [2, 1, 1])):
+        rows.copy_(torch.randn((4, 12, 128), device=cuda))
+        one.begin_step([0, 1, 2], lengths, num_rows=4), other.begin_step([0, 1, 2], lengths, num_rows=4)
+        if i == 0:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                for layer, out in enumerate(outs):
+                    one.attention_fused_qkv(layer, rows, out=out)
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for layer, out in enumerate(outs):
+            assert same_bits(out, other.attention_fused_qkv(layer, rows))
+        one.end_forward(), other.end_forward()

@@ -7,24 +7,6 @@ import stat
 
 import pytest
 
-from tvm_infer import errors
-from tvm_infer.jit import nvcc
-
-
-def has_nvcc() -> bool:
-    try:
-        nvcc.find()
-    except errors.TvmInferError:
-        return False
-    return True
-
-
-def pytest_collection_modifyitems(items):
-    wanting = [item for item in items if item.get_closest_marker("needs_nvcc")]
-    if wanting and not has_nvcc():
-        for item in wanting:
-            item.add_marker(pytest.mark.skip(reason="needs nvcc: on PATH, in CUDA_HOME or of the extra `cuda`"))
-
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory) -> pathlib.Path:

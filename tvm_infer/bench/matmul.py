@@ -48,7 +48,7 @@ def _tvm_peer(a: np.ndarray, weights: Sequence[np.ndarray]) -> Callable[[], None
         with builder.dataflow():
             y = builder.emit_output(builder.emit(relax.op.matmul(x, builder.emit(relax.op.permute_dims(w)))))
         builder.emit_func_output(y)
-    main = relax.VirtualMachine(pipeline.lower(builder.finalize(), pipeline.host_target()), tvm.cpu())["main"]
+    main = relax.VirtualMachine(pipeline.lower_cpu(builder.finalize(), pipeline.host_target()), tvm.cpu())["main"]
     arguments = tvm.runtime.tensor(a), tvm.runtime.tensor(weights[0])
 
     def run() -> None:

@@ -55,6 +55,7 @@ FAMILIES = (
         arguments="{type}, {head_dim}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
     ),
+    Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
     Family(
         key="merge states",

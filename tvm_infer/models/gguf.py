@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..cache_dir import digest_of_file, published_folder
 from .llama import LlamaConfig, to_hf
 from .tokenizer import Tokenizer, byte_level_bpe
 
+DTYPES = ("float32", "float16", "bfloat16")  # that weights can be rounded to
 FORMAT_VERSION = 1  # of the unpacked folder
 ALIGNMENT = 64  # bytes: what TVM assumes of a tensor
 Progress = Callable[[str, float], None]  # (step, fraction done)
@@ -42,9 +43,29 @@ class LanguageModel:
         """The token that ends a text, if the file names one."""
         return () if self.config.eos_token_id is None else (self.config.eos_token_id,)
 
+    def astype(self, dtype: str) -> LanguageModel:
+        """The model with its weights rounded to "float16" or "bfloat16"; itself for "float32". ArgumentError for another type."""
+        if dtype not in DTYPES:
+            raise errors.ArgumentError(f"argument `dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if dtype == "float32":
+            return self
+        import ml_dtypes
+
+        element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+        return replace(self, weights={name: _rounded(weight, element) for name, weight in self.weights.items()})
+
     def to_hf(self) -> Any:
         """A `transformers.LlamaForCausalLM` that shares these weights. Needs the extra `llm`."""
         return to_hf(self.config, self.weights)
+
+
+def _rounded(weight: np.ndarray, element: Any) -> np.ndarray:
+    """A copy that begins on a boundary of ALIGNMENT bytes: numpy's own allocations do not."""
+    memory = np.empty(weight.size + ALIGNMENT, element)
+    first = -memory.ctypes.data % ALIGNMENT // memory.itemsize
+    out = memory[first : first + weight.size].reshape(weight.shape)
+    out[...] = weight
+    return out
 
 
 def find_smollm2() -> pathlib.Path:

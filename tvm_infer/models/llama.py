@@ -54,7 +54,7 @@ class LlamaConfig:
 
 
 def to_hf(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Any:
-    """A `transformers.LlamaForCausalLM` in evaluation mode that shares the memory of `weights` (fp32)."""
+    """A `transformers.LlamaForCausalLM` in evaluation mode that shares the memory of `weights`, and has their type."""
     try:
         import torch
         from transformers import LlamaConfig as HfConfig
@@ -83,7 +83,7 @@ def to_hf(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Any:
     # On the meta device nothing is allocated or initialised: the weights come in by assignment.
     with torch.device("meta"):
         model = LlamaForCausalLM(hf_config)
-    state = {name: torch.from_numpy(array) for name, array in weights.items()}
+    state = {name: _to_torch(torch, array) for name, array in weights.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
@@ -91,3 +91,10 @@ def to_hf(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Any:
     if missing:
         raise errors.ModelError(f"weights are missing: {', '.join(missing[:4])} ({len(missing)} in all)")
     return model.eval()
+
+
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
+    """The same memory; torch does not know numpy's bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

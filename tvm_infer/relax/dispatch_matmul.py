@@ -1,6 +1,7 @@
 """DispatchMatmul: matrix products with a matrix on the right go to the packed function `tvm_infer.matmul`.
 
-TVM's own CPU matmuls are 30 to 150 times slower than a BLAS here, and a transposed weight would be transposed again at every step.
+TVM's own CPU matmuls are 30 to 150 times slower than a BLAS here, and a transposed weight would be transposed again at every step. On
+CUDA the library is NVIDIA's cuBLASLt: TVM's generated products of many rows reach a fraction of it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,70 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from ..errors import ArgumentError
 from . import extern_calls
-from .nodes import bindings_of, dtype_of, known_shape, op_name, shape_of
+from .nodes import bindings_of, dtype_of, known_shape, op_name, shape_of, static_int
 from .printer import format_expr
 from .report import Location, Reason
 
 _MATMUL, _PERMUTE = "relax.matmul", "relax.permute_dims"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What multiplies on a target. dtypes : of both operands, one of them; the result has the same, or float32 where `widens`."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    widens: bool
+
+    def problem(self, a: Any, b: Any, value: Any) -> tuple[str, str] | None:
+        """Why it does not take these data types and what would change that, or None."""
+        operands = dtype_of(a), dtype_of(b)
+        results = (operands[0], "float32") if self.widens else operands[:1]
+        takes = f"{self.name} takes {', '.join(self.dtypes)}"
+        for side, dtype in zip(("left", "right"), operands, strict=True):
+            if dtype not in self.dtypes:
+                return f"the {side} is {dtype}; {takes}", f"cast the model to {self.dtypes[0]}"
+        if operands[0] != operands[1]:
+            return f"the left is {operands[0]}, the right {operands[1]}; {takes} on both sides", "cast one of them"
+        if dtype_of(value) not in results:
+            return (
+                f"the result is {dtype_of(value)}; {self.name} makes {' or '.join(dict.fromkeys(results))} of {operands[0]}",
+                "cast the result afterwards",
+            )
+        return None
+
+
+LIBRARIES = {
+    "cpu": Library("a BLAS", ("float32",), widens=False),
+    "cuda": Library("cuBLASLt", ("float16", "bfloat16", "float32"), widens=True),
+}
+
+
+@dataclass(frozen=True)
+class GemvRule:
+    """Products of few rows that TVM's own GEMV schedules do faster than the library: a fixed number of rows, at most `max_rows`.
+
+    They read the weight once and nothing else counts; 0 leaves none. A symbolic number of rows may be large, so it is dispatched.
+    """
+
+    max_rows: int = 0
+
+    def problem(self, rows: tuple[Any, ...]) -> tuple[str, str] | None:
+        """Why a product of `rows` (leading dimensions of its left-hand side) stays with TVM, or None."""
+        count = 1
+        for dim in rows:
+            extent = static_int(dim)
+            if extent is None:
+                return None
+            count *= extent
+        if count > self.max_rows:
+            return None
+        return (
+            f"it has {count} row(s), and up to {self.max_rows} TVM's GEMV is faster",
+            "lower gemv_max_rows to send it to the library",
+        )
 
 
 @dataclass(frozen=True)
@@ -41,9 +100,11 @@ class MatmulReport:
 
     dispatched: list[Dispatched] = field(default_factory=list)
     left: list[Reason] = field(default_factory=list)
+    library: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.dispatched)} matmul(s) to tvm_infer.matmul, {len(self.left)} left to TVM"]
+        by = f" ({self.library})" if self.library and self.dispatched else ""
+        lines = [f"{len(self.dispatched)} matmul(s) to tvm_infer.matmul, {len(self.left)} left to TVM{by}"]
         shapes: dict[tuple[str, str, str, bool], int] = {}
         for item in self.dispatched:
             key = (item.m, item.k, item.n, item.transpose_b)
@@ -56,28 +117,43 @@ class MatmulReport:
 
 
 class DispatchMatmul:
-    """Send `R.matmul(a [..., m, k], b [k, n])` in float32 to `tvm_infer.matmul`.
+    """Send `R.matmul(a [..., m, k], b [k, n])` to `tvm_infer.matmul`: float32 on the CPU; float16, bfloat16 and float32 on CUDA.
 
     `b = R.permute_dims(w)` of a matrix w [n, k] (what a linear layer exports to) is folded into the call: w is read as it is stored,
     and the permute goes if nothing else uses it. A bias stays an addition of its own, which TVM fuses with what follows. What is not
     dispatched (another dtype, a batched right-hand side, vectors) stays as it is, with the reason in the report.
 
+    Parameters
+    ----------
+    target_kind : "cpu" or "cuda": which library multiplies (LIBRARIES).
+    gemv_max_rows : products of a fixed number of rows up to this stay with TVM (GemvRule).
+    enabled : False leaves the module as it is, and the report says so of every product.
+
     Attributes
     ----------
     report : MatmulReport of the last call.
+
+    Raises
+    ------
+    ArgumentError : another target_kind, a negative gemv_max_rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target_kind: str = "cpu", *, gemv_max_rows: int = 0, enabled: bool = True) -> None:
+        if target_kind not in LIBRARIES:
+            raise ArgumentError(f"argument `target_kind` is {target_kind!r}; it must be one of {', '.join(LIBRARIES)}")
+        if gemv_max_rows < 0:
+            raise ArgumentError(f"argument `gemv_max_rows` is {gemv_max_rows}; it must be at least 0 (0: dispatch all)")
+        self.library, self.gemv, self.enabled = LIBRARIES[target_kind], GemvRule(gemv_max_rows), enabled
         self.report = MatmulReport()
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
         """The rewritten module; `mod` is unchanged."""
-        self.report = MatmulReport()
+        self.report = MatmulReport(library=self.library.name)
         updated = mod.clone()
         for var, func in mod.functions_items():
             if isinstance(func, relax.Function) and isinstance(func.body, relax.SeqExpr):
                 updated.update_func(var, self._rewrite(str(var.name_hint), func))
-        return relax.transform.DeadCodeElimination()(updated)
+        return relax.transform.DeadCodeElimination()(updated) if self.enabled else mod
 
     def _rewrite(self, name: str, func: Any) -> Any:
         definitions = {binding.var: binding.value for binding in bindings_of(func)}
@@ -100,7 +176,7 @@ class DispatchMatmul:
     def _dispatch(self, location: Location, value: Any, definitions: Mapping[Any, Any]) -> Any | None:
         """The packed call for a product, or None with the reason in the report."""
         a, b = value.args
-        problem = _problem(a, b, value)
+        problem = self._problem(a, b, value)
         if problem is not None:
             why, fix = problem
             self.report.left.append(Reason(location, f"{_describe(a)} x {_describe(b)}", why, fix))
@@ -119,9 +195,16 @@ class DispatchMatmul:
         )
         return extern_calls.matmul(a, b if stored is None else stored, transpose_b=stored is not None, out_ty=value.ty)
 
+    def _problem(self, a: Any, b: Any, value: Any) -> tuple[str, str] | None:
+        """Why a product stays with TVM and what would change that, or None."""
+        if not self.enabled:
+            return "the dispatch of products is switched off", "pass enabled=True"
+        problem = _shape_problem(a, b) or self.library.problem(a, b, value)
+        return problem or self.gemv.problem(shape_of(a)[:-1])
 
-def _problem(a: Any, b: Any, value: Any) -> tuple[str, str] | None:
-    """Why a product stays with TVM and what would change that, or None."""
+
+def _shape_problem(a: Any, b: Any) -> tuple[str, str] | None:
+    """Why a product is none of matrices and what would change that, or None."""
     if known_shape(a) is None or known_shape(b) is None:
         return "the shape of an operand is not known", "give the operand a shape with R.match_cast"
     if len(shape_of(b)) != 2:
@@ -131,9 +214,6 @@ def _problem(a: Any, b: Any, value: Any) -> tuple[str, str] | None:
         )
     if len(shape_of(a)) < 2:
         return "the left-hand side is a vector", "give it a row dimension"
-    for side, operand in (("left", a), ("right", b), ("result", value)):
-        if dtype_of(operand) != "float32":
-            return f"the {side} is {dtype_of(operand)}; the BLAS computes in float32", "cast the model to float32"
     return None
 
 

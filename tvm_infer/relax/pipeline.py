@@ -10,6 +10,8 @@ import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
+from . import decode_graph
+from .decode_graph import DECODE, CaptureReport
 from .dispatch_matmul import DispatchMatmul, MatmulReport
 from .nodes import op_name, shape_of, static_int
 from .report import RewriteReport
@@ -24,9 +26,13 @@ class PassReports:
     attention: RewriteReport = field(default_factory=RewriteReport)
     sampled_rows: str = ""
     matmul: MatmulReport = field(default_factory=MatmulReport)
+    capture: CaptureReport | None = None  # of CUDA targets
 
     def __str__(self) -> str:
-        return f"Attention\n{self.attention}\n\nLogits\n  {self.sampled_rows}\n\nMatrix products\n{self.matmul}"
+        parts = [f"Attention\n{self.attention}", f"Logits\n  {self.sampled_rows}", f"Matrix products\n{self.matmul}"]
+        if self.capture is not None:
+            parts.append(f"CUDA graphs\n{self.capture}")
+        return "\n\n".join(parts)
 
 
 def prepare(
@@ -34,24 +40,42 @@ def prepare(
     *,
     function: str = "main",
     max_tokens: int,
+    decode_rows: int = 0,
     on_unmatched: str = "error",
     assume_full: Sequence[str] = (),
+    target_kind: str = "llvm",
 ) -> tuple[tvm.IRModule, PassReports]:
     """Our passes in their order: paged attention, logits of sampled rows only, matrix products to the BLAS.
 
-    max_tokens : upper bound of a step's tokens, by which TVM plans memory ahead. Raises ModelError, MatchError.
+    max_tokens : upper bound of a step's tokens, by which TVM plans memory ahead. decode_rows : above 0, on CUDA, the module gets a
+    function `decode` for steps of up to so many rows, in which every row samples. Raises ModelError, MatchError.
     """
     reports = PassReports()
     rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
     mod = rewrite(mod)
     reports.attention = rewrite.report
+    has_decode = decode_rows > 0
+    if has_decode:
+        mod = decode_graph.add_decode_function(mod, function)
     rows = SampledRows(function)
     mod = rows(mod)
     reports.sampled_rows = rows.report
-    dispatch = DispatchMatmul()
+    if has_decode:
+        mod = _with_greedy_tokens(mod, function)
+    dispatch = DispatchMatmul("cuda" if target_kind == "cuda" else "cpu")
     mod = dispatch(mod)
     reports.matmul = dispatch.report
-    return _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens), reports
+    mod = _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens)
+    if has_decode:
+        mod = _bound_tokens(mod, DECODE, decode_rows)
+    return mod, reports
+
+
+def _with_greedy_tokens(mod: tvm.IRModule, function: str) -> tvm.IRModule:
+    updated = mod.clone()
+    for name in (function, DECODE):
+        updated.update_func(mod.get_global_var(name), decode_graph.with_greedy_tokens(mod[name]))
+    return updated
 
 
 @relax.expr_functor.mutator
@@ -84,8 +108,25 @@ def _bound_tokens(mod: tvm.IRModule, function: str, max_tokens: int) -> tvm.IRMo
     return updated
 
 
-def lower(mod: tvm.IRModule, target: Any) -> Any:
-    """TVM's CPU pipeline (legalise, fuse, plan memory, code): a `tvm.relax.VMExecutable`.
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled module. executable : tvm.relax.VMExecutable. The rest is of the captured function, if any (runtime.Manifest)."""
+
+    executable: Any
+    logits_dtype: str = "float32"
+    decode_function: str = ""
+    logits_rank: int = 2
+
+
+def lower(mod: tvm.IRModule, target: Any, reports: PassReports, function: str = "main") -> Lowered:
+    """TVM's pipeline for the target (legalise, fuse, plan memory, code). Adds to `reports` what is captured."""
+    if str(target.kind.name) == "cuda":
+        return _lower_cuda(mod, target, reports, function)
+    return Lowered(lower_cpu(mod, target))
+
+
+def lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
+    """TVM's pipeline for processors: a `tvm.relax.VMExecutable`.
 
     Fusion makes one kernel each of RMSNorm, rope and the gated activation, and a rope's transposes part of it, so that what is left
     of a step is its matmuls and attentions.
@@ -98,6 +139,47 @@ def lower(mod: tvm.IRModule, target: Any) -> Any:
     ]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Lowered:
+    from tvm.relax.backend.cuda import pipeline as cuda
+
+    # RewriteCUDAGraph looks at every function: one without num_input has inputs only, nothing static
+    mod = _updated(mod, function, mod[function].without_attr("num_input"))
+    mod = _updated(mod, DECODE, decode_graph.make_static(mod[DECODE]))
+    finalize = cuda.finalize_passes(target)
+    names = [str(step.info.name) for step in finalize]
+    split = names.index("RewriteCUDAGraph") + 1
+    config = {"relax.backend.use_cuda_graph": True}
+    with target, tvm.transform.PassContext(opt_level=3, config=config):
+        lowered = [
+            *cuda.library_dispatch_passes(target),
+            *cuda.legalize_passes(target),
+            *cuda.dataflow_lower_passes(target),
+        ]
+        mod = tvm.transform.Sequential(lowered)(mod)
+        mod = decode_graph.OutputBuffers()(mod)
+        logits = next(param for param in mod[DECODE].params if str(param.name) == decode_graph.DECODE_LOGITS)
+        mod = tvm.transform.Sequential(finalize[:split])(mod)
+        why_not = "its number of tokens changes from step to step"
+        reports.capture = decode_graph.report_capture(mod, {function: why_not, DECODE: ""})
+        rest = tvm.transform.Sequential(finalize[split:])
+        executable = tvm.compile(mod, target=target, relax_pipeline=rest)
+    return Lowered(executable, str(logits.ty.dtype), DECODE, len(shape_of(logits)))
+
+
+def _updated(mod: tvm.IRModule, name: str, func: Any) -> tvm.IRModule:
+    updated = mod.clone()
+    updated.update_func(mod.get_global_var(name), func)
+    return updated
+
+
+CUDA_ARCH = "sm_90"  # of TVM's own kernels
+
+
+def cuda_target() -> Any:
+    """A Hopper GPU."""
+    return tvm.target.Target({"kind": "cuda", "arch": CUDA_ARCH})
 
 
 def host_target() -> Any:

@@ -15,6 +15,7 @@ from tvm.sym.analyzer import ProofStrength
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
+from . import torch_matmul
 from .nodes import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
@@ -68,7 +69,8 @@ def from_torch(
 def _import(program: Any, keep_attention: bool) -> tvm.IRModule:
     from tvm.relax.frontend.torch import from_exported_program
 
-    options: dict[str, Any] = {"keep_params_as_input": True}
+    converters = dict(torch_matmul.CONVERTERS)
+    options: dict[str, Any] = {"keep_params_as_input": True, "custom_convert_map": converters}
     if keep_attention:
         import torch
 
@@ -76,7 +78,7 @@ def _import(program: Any, keep_attention: bool) -> tvm.IRModule:
         table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
         program = program.run_decompositions(table)
         options["run_ep_decomposition"] = False
-        options["custom_convert_map"] = {"scaled_dot_product_attention.default": _convert_attention}
+        converters["scaled_dot_product_attention.default"] = _convert_attention
     return from_exported_program(program, **options)
 
 

@@ -3,6 +3,7 @@
 from .engine import Engine, EngineStats, Generation
 from .executable import Executable, Manifest
 from .kv_cache import PagedKVCache, Step
+from .load import load
 from .mlc_cache import MLCPagedKVCache
 from .sampling import Sampler
 
@@ -16,4 +17,5 @@ __all__ = [
     "PagedKVCache",
     "Sampler",
     "Step",
+    "load",
 ]

@@ -16,6 +16,7 @@ from .sampling import Sampler
 
 if TYPE_CHECKING:
     from .executable import Executable
+    from .session import StepResult
 
 
 @dataclass(eq=False)  # two generations with equal tokens are still two
@@ -204,15 +205,18 @@ class Engine:
         finishing = [r.prefilled + size == len(r.prompt) for r, size in chunks]
         rows = [*ends[: len(decoding)], *(e for e, done in zip(ends[len(decoding) :], finishing, strict=True) if done)]
         started = time.perf_counter()
-        logits = self.executable.step(self.cache, batch, rows=[int(row) for row in rows])
+        result = self.executable.forward(self.cache, batch, rows=None if not chunks else [int(row) for row in rows])
+        if rows:
+            # the device works until its answer is read; the time of prefill and decode steps is told apart by it
+            _ = result.greedy if self._is_greedy() else result.logits
         seconds = time.perf_counter() - started
-        for (request, sample), row in zip(decoding, logits, strict=False):
-            self._take(request, sample, row)
+        for row_index, (request, sample) in enumerate(decoding):
+            self._take(request, sample, result, row_index)
         row_index = len(decoding)
         for (request, size), done in zip(chunks, finishing, strict=True):
             request.prefilled += size
             if done:
-                self._begin_samples(request, logits[row_index])
+                self._begin_samples(request, result, row_index)
                 row_index += 1
         self._count(len(decoding), sum(size for _, size in chunks), seconds, started)
         self._retire()
@@ -221,6 +225,9 @@ class Engine:
             assert request.on_token is not None
             request.on_token(generation, token)
         return bool(self._running or self._waiting)
+
+    def _is_greedy(self) -> bool:
+        return all(request.sampler.is_greedy for request in self._running)
 
     def _count(self, decoded: int, prefilled: int, seconds: float, started: float) -> None:
         stats = self.stats
@@ -259,16 +266,19 @@ class Engine:
                 budget -= size
         return chunks
 
-    def _begin_samples(self, request: _Request, logits: np.ndarray) -> None:
+    def _begin_samples(self, request: _Request, result: StepResult, row: int) -> None:
         """The prompt is in: its other samples fork from it, and each takes its first token."""
         for child in request.seq_ids[1:]:
             self.cache.fork_sequence(request.seq_ids[0], child)
         for i in range(len(request.samples)):
-            self._take(request, i, logits)
+            self._take(request, i, result, row)
 
-    def _take(self, request: _Request, index: int, logits: np.ndarray) -> None:
+    def _take(self, request: _Request, index: int, result: StepResult, row: int) -> None:
         sample = request.samples[index]
-        token = request.sampler.choose(logits, request.streams[index])
+        if request.sampler.is_greedy:
+            token = int(result.greedy[row])
+        else:
+            token = request.sampler.choose(result.logits[row], request.streams[index])
         sample.tokens.append(token)
         if token in request.stop_tokens:
             sample.finish_reason = "stop"

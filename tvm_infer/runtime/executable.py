@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-import json
 import os
 import pathlib
-import shutil
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _ffi, blas
-from ..errors import AbiError, ArgumentError, ModelError
-from ..spec import AttentionSpec
+from .. import _ffi
+from ..errors import ArgumentError, ModelError
+from . import library, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
+from .manifest import Manifest
 from .sampling import Sampler
+from .session import CudaSession, Session, StepResult
 
 if TYPE_CHECKING:
     from ..models import Tokenizer
 
-_LIBRARY, _MANIFEST, _REPORT = "model.so", "manifest.json", "report.txt"
+DEFAULT_MAX_BATCH = 16
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a compiled model says of itself.
-
-    inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
-    layers : the attention of every layer. max_tokens : tokens of one step, at most.
-    """
-
-    abi_version: int
-    target: str
-    function: str
-    inputs: tuple[tuple[str, str], ...]
-    weights: tuple[str, ...]
-    layers: tuple[AttentionSpec, ...]
-    vocab_size: int
-    max_tokens: int
-
-    def save(self, folder: pathlib.Path) -> None:
-        """Write into `folder`."""
-        (folder / _MANIFEST).write_text(json.dumps(asdict(self), indent=1))
-
-    @classmethod
-    def load(cls, folder: pathlib.Path) -> Manifest:
-        """Read from `folder`. AbiError if it was compiled against another version of the packed functions."""
-        fields = json.loads((folder / _MANIFEST).read_text())
-        have = int(_ffi.func("abi_version")())
-        if fields["abi_version"] != have:
-            raise AbiError(
-                f"the model in {folder} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
-                f"{have}: compile it again"
-            )
-        fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
-        fields["weights"] = tuple(fields["weights"])
-        fields["layers"] = tuple(AttentionSpec(**spec) for spec in fields["layers"])
-        return cls(**fields)
 
 
 class Executable:
@@ -75,6 +40,8 @@ class Executable:
     manifest : sizes, inputs, layers.
     report : what the compiler's passes matched, dispatched and left alone.
     from_cache : True if nothing was compiled, because the cache folder had this model.
+    use_graphs : whether decode steps on CUDA run as captured graphs; looked at when a cache takes its first step. Off, the same
+        kernels are launched one by one, for the same bits.
     tokenizer : of the model file, or None. max_position : the context the model was trained for, or None.
     """
 
@@ -88,17 +55,14 @@ class Executable:
         from_cache: bool = False,
     ) -> None:
         _ffi.library()
-        blas.ensure_blas()
-        import tvm
-        from tvm import relax
-
-        self.manifest = Manifest.load(folder)
-        self.report = (folder / _REPORT).read_text()
+        self._compiled = library.read(folder)
+        self.manifest = Manifest.parse(self._compiled.manifest, folder)
+        self.report = self._compiled.report
         self.from_cache = from_cache
         self.tokenizer = tokenizer
         self.max_position = max_position
-        self._tensor = tvm.runtime.tensor
-        self._library_path = folder / _LIBRARY
+        self.use_graphs = True
+        self._library_path = self._compiled.library
         self._number = next(_numbers)
         missing = [name for name in self.manifest.weights if name not in weights]
         if missing:
@@ -107,8 +71,66 @@ class Executable:
                 f"{', '.join(list(weights)[:4])}, …"
             )
         self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
-        self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(self._library_path)), tvm.cpu())
-        self._main = self._vm[self.manifest.function]
+        self._weights_on: dict[str, list[Any]] = {}
+        self._sessions: dict[int, Session] = {}  # by the address of the cache's object
+        if self.manifest.device_kind == "cpu":
+            _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
+
+    def twin(self) -> Executable:
+        """The same model with settings and caches of its own; code and weights are shared."""
+        other = copy.copy(self)
+        other._number, other._sessions = next(_numbers), {}
+        return other
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        module = library.load_module(self._library_path)
+        library.ensure_blas(self._compiled, module)
+        return module
+
+    @functools.cached_property
+    def _host_vm(self) -> Any:
+        return self._make_vm("cpu")
+
+    def _make_vm(self, device: str) -> Any:
+        import tvm
+        from tvm.runtime.vm import VirtualMachine  # `tvm.relax` is the compiler's
+
+        return VirtualMachine(self._module, tvm.device(device))
+
+    def _device_weights(self, device: str) -> list[Any]:
+        """The weights where the model runs; on a device they are copied once, those that lie there already not at all."""
+        if device == "cpu":
+            return self._weights
+        if device not in self._weights_on:
+            import tvm
+
+            library.ensure_cuda_runtime()
+
+            target = tvm.device(device)
+            self._weights_on[device] = [w if w.device == target else w.copyto(target) for w in self._weights]
+        return self._weights_on[device]
+
+    def _session(self, cache: PagedKVCache) -> Session:
+        """What runs steps of this cache: on CUDA with a virtual machine of its own, since graphs keep the cache's addresses."""
+        self.bind(cache)
+        key = cache.address
+        session = self._sessions.get(key)
+        if session is None:
+            weights = self._device_weights(cache.device)
+            if cache.device == "cpu":
+                session = Session(self._host_vm, self.manifest, cache, weights)
+            else:
+                vm = self._make_vm(cache.device)
+                session = CudaSession(vm, self.manifest, cache, weights, use_graphs=self.use_graphs)
+            self._sessions[key] = session
+            weakref.finalize(cache, self._sessions.pop, key, None)
+        return session
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the compiled code, its manifest and its report lie."""
+        return self._library_path.parent
 
     def explain(self) -> str:
         """What the passes did, and what the executable is."""
@@ -120,24 +142,81 @@ class Executable:
         )
         return f"{head}\n\n{self.report}"
 
-    def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Copy the compiled code (a shared library for TVM's runtime, without weights) to `path`."""
-        shutil.copyfile(self._library_path, path)
+    def export_library(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        archs: Sequence[str] = library.DEFAULT_ARCHS,
+        page_sizes: Sequence[int] = library.DEFAULT_PAGE_SIZES,
+        include_blas: bool = True,
+    ) -> None:
+        """Write one shared library that runs this model with TVM's runtime alone: no Python, no compiler, no tvm_infer beside it.
+
+        It holds the compiled code, tvm_infer's functions (planner, cache, executors), a manifest, and what those need: for CUDA
+        targets the kernels, for CPU targets the BLAS. Weights go to a file of their own (:meth:`save_weights`). See docs/deploy.md.
+
+        Parameters
+        ----------
+        archs, page_sizes : of the caches and GPUs that it will run with, for CUDA targets: a kernel for each is built and embedded.
+        include_blas : put the packaged BLAS (25 MB) into the library of a model for CPUs; without it the program that loads the
+            library names one with `tvm_infer_set_blas`.
+
+        Raises
+        ------
+        ArgumentError : a path in no folder, an unknown architecture or page size. MissingDependencyError : no C++ compiler to link
+        with, no nvcc, no BLAS to include. CompileError : what they printed.
+        """
+        weights = [
+            (name, tuple(int(n) for n in tensor.shape), str(tensor.dtype))
+            for name, tensor in zip(self.manifest.weights, self._weights, strict=True)
+        ]
+        library.export(
+            self._compiled,
+            path,
+            weights=weights,
+            max_position=self.max_position,
+            archs=archs,
+            page_sizes=page_sizes,
+            include_blas=include_blas,
+        )
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights as a safetensors file, named as in `manifest.weights`. ArgumentError for a path in no folder."""
+        tensors = dict(zip(self.manifest.weights, self._weights, strict=True))
+        weights_file.save(path, tensors, {"tvm_infer.abi_version": str(self.manifest.abi_version), "format": "pt"})
+
+    def save(self, folder: str | os.PathLike[str], **export_arguments: Any) -> None:
+        """Write library and weights into a folder, made if need be, for :func:`tvm_infer.load`; arguments as export_library's."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.export_library(folder / library.LIBRARY, **export_arguments)
+        self.save_weights(folder / library.WEIGHTS)
 
     # Steps
 
     def new_cache(
-        self, *, num_pages: int, page_size: int = 16, max_batch: int = 16, max_tokens: int | None = None
+        self,
+        *,
+        num_pages: int,
+        page_size: int = 16,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        device: Any = None,
     ) -> PagedKVCache:
-        """A cache of this model's layers and heads. max_tokens : new tokens of a step, at most (default: what was compiled for)."""
-        spec = self.manifest.layers[0]
+        """A cache of this model's layers and heads.
+
+        max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
+        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
+        """
+        spec, m = self.manifest.layers[0], self.manifest
         return PagedKVCache.for_spec(
             spec,
-            len(self.manifest.layers),
+            len(m.layers),
             num_pages=num_pages,
             page_size=page_size,
-            max_batch=max_batch,
-            max_tokens=self.manifest.max_tokens if max_tokens is None else max_tokens,
+            max_batch=(m.decode_rows or DEFAULT_MAX_BATCH) if max_batch is None else max_batch,
+            max_tokens=m.max_tokens if max_tokens is None else max_tokens,
+            device=m.device_kind if device is None else device,
         )
 
     def bind(self, cache: PagedKVCache) -> None:
@@ -150,11 +229,17 @@ class Executable:
                 f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
                 "Executable.new_cache"
             )
+        kind = cache.device.partition(":")[0]
+        if kind != m.device_kind:
+            raise ArgumentError(
+                f"argument `cache` is on {cache.device}, the model was compiled for {m.device_kind}: make it with Executable.new_cache"
+            )
         cache.bind(self._number)
 
     def release(self, cache: PagedKVCache) -> None:
-        """Give the cache back, so that another executable of the same shape may take it."""
+        """Give the cache back, so that another executable of the same shape may take it. Its graphs go, a new use captures anew."""
         cache.release(self._number)
+        self._sessions.pop(cache.address, None)
 
     def step(
         self, cache: PagedKVCache, batch: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int] | None = None
@@ -176,21 +261,38 @@ class Executable:
         ArgumentError : a token that is not in the vocabulary, a row that is not in the step, too many tokens. OutOfPagesError,
         UnknownSequenceError, CacheStateError : as PagedKVCache.begin_forward. The cache is as before then.
         """
-        self.bind(cache)
+        return self.forward(cache, batch, rows).logits
+
+    def forward(
+        self, cache: PagedKVCache, batch: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int] | None = None
+    ) -> StepResult:
+        """:meth:`step` that leaves its result on the device until it is asked for: `.logits`, or `.greedy`, the most likely tokens.
+
+        On CUDA a step of one token each is a graph launch, if max_batch of :func:`tvm_infer.compile` allows so many, and this returns
+        before the device is done. The result is good until the next step of the same cache.
+        """
+        session = self._session(cache)
         tokens = [np.asarray(new, np.int64).reshape(-1) for _, new in batch]
         flat = np.concatenate([np.zeros(0, np.int64), *tokens])
         self._check_tokens(flat)
-        with cache.forward([seq_id for seq_id, _ in batch], [len(new) for new in tokens]) as step:
-            wanted = step.last_rows if rows is None else np.asarray(rows, np.int64).reshape(-1)
-            if wanted.size and not (wanted.min() >= 0 and wanted.max() < flat.size):
-                raise ArgumentError(
-                    f"argument `rows` names {wanted.min()} to {wanted.max()}; the step has rows 0 to {flat.size - 1}"
-                )
-            if flat.size == 0:
-                return np.zeros((0, self.manifest.vocab_size), np.float32)
-            # Operators are compiled for one row at least.
-            logits = self._run(flat, step.position_ids, wanted if wanted.size else np.zeros(1, np.int64), cache)
-        return logits[: wanted.size]
+        lengths = [new.size for new in tokens]
+        wanted = None if rows is None else self._checked_rows(rows, flat.size)
+        if flat.size == 0:
+            with cache.forward([seq_id for seq_id, _ in batch], lengths):
+                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), None, slice(None))
+        shape = session.shape(lengths, wanted)
+        ids = [seq_id for seq_id, _ in batch]
+        with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
+            return session.run(cache, shape)
+
+    @staticmethod
+    def _checked_rows(rows: Sequence[int], num_tokens: int) -> np.ndarray:
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < num_tokens):
+            raise ArgumentError(
+                f"argument `rows` names {wanted.min()} to {wanted.max()}; the step has rows 0 to {num_tokens - 1}"
+            )
+        return wanted
 
     def _check_tokens(self, flat: np.ndarray) -> None:
         m = self.manifest
@@ -202,20 +304,6 @@ class Executable:
                 f"the step has {flat.size} tokens, the model was compiled for at most {m.max_tokens}: split the prompt into chunks, or "
                 "compile with a larger max_tokens"
             )
-
-    def _run(self, flat: np.ndarray, position_ids: Any, rows: np.ndarray, cache: PagedKVCache) -> np.ndarray:
-        given = {"input_ids": flat[None], "position_ids": position_ids, "logit_indices": rows}
-        inputs = []
-        for name, dtype in self.manifest.inputs:
-            value = given[name]
-            if isinstance(value, np.ndarray):
-                value = self._tensor(value.astype(dtype, copy=False))
-            elif dtype != "int64":
-                value = self._tensor(np.from_dlpack(value).astype(dtype))
-            inputs.append(value)
-        result = self._main(*inputs, cache.__tvm_ffi_object__(), *self._weights)
-        logits = result if hasattr(result, "shape") else result[0]
-        return np.from_dlpack(logits).reshape(-1, self.manifest.vocab_size)
 
     # Text
 
@@ -285,6 +373,8 @@ def as_weight(x: Any, name: str) -> Any:
     elif isinstance(x, np.ndarray):
         x = np.ascontiguousarray(x)
     pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
+    if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16":
+        return tvm.runtime.tensor(x)  # numpy's DLPack does not know the type
     if not hasattr(x, "__dlpack__"):
         raise ArgumentError(
             f"weight {name!r} is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor"

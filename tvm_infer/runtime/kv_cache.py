@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from .. import _array, _ffi
+from .. import _array, _device, _ffi
 from ..errors import ArgumentError, DTypeError
+from ..rope import RopeConfig
 from ..schedule import Plan
 from ..spec import AttentionSpec
 
@@ -94,6 +95,10 @@ class Step:
         """:meth:`PagedKVCache.attention` with this step's mask."""
         return self.cache.attention(layer, q, k, v, sm_scale=sm_scale, causal=self.causal, out=out)
 
+    def attention_fused_qkv(self, layer: int, qkv: Any, *, sm_scale: float | None = None, out: Any = None) -> Any:
+        """:meth:`PagedKVCache.attention_fused_qkv` with this step's mask."""
+        return self.cache.attention_fused_qkv(layer, qkv, sm_scale=sm_scale, causal=self.causal, out=out)
+
 
 class PagedKVCache:
     """Keys and values of many sequences, in pages that sequences share where they can.
@@ -120,7 +125,8 @@ class PagedKVCache:
     max_tokens : new tokens in one step, all sequences together; a longer prompt is prefilled in chunks.
     num_ctas : work queues of a plan; None: as many as threads.
     num_threads : threads of the CPU executor; None: its default (TVM_INFER_NUM_THREADS, else the processors).
-    device : "cpu".
+    device : "cpu", "cuda" or "cuda:N". On CUDA all memory is the device's: pages, and at fixed addresses what a step reads, so that a
+        captured graph can be replayed with the next step. A step begins on the current stream, and its layers run on the same.
 
     Raises
     ------
@@ -141,15 +147,12 @@ class PagedKVCache:
         max_tokens: int,
         num_ctas: int | None = None,
         num_threads: int | None = None,
-        device: str = "cpu",
+        device: Any = "cpu",
     ) -> None:
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
             raise DTypeError(f"argument `dtype` is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-        try:
-            dl_device = tvm_ffi.device(device) if isinstance(device, str) else device
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f'argument `device` is {device!r}; it must be "cpu"') from error
+        dl_device = tvm_ffi.device(str(_device.parse(device)))
         handle = _ffi.func("kv_cache_create")(
             _integer(num_layers, "num_layers"),
             _integer(num_qo_heads, "num_qo_heads"),
@@ -200,10 +203,18 @@ class PagedKVCache:
             self.num_ctas,
             self.num_threads,
             self.bytes_per_page,
+            device_type,
+            device_index,
         ) = (int(x) for x in self._call("config"))
+        self.device = str(_device.from_dlpack(device_type, device_index))
 
     def __tvm_ffi_object__(self) -> Any:
         return self._handle
+
+    @property
+    def address(self) -> int:
+        """Of the object behind this one, the same for every wrapper of it."""
+        return int(self._handle.__chandle__())
 
     def _call(self, name: str, *args: Any) -> Any:
         return _ffi.func(f"kv_cache_{name}")(self._handle, *args)
@@ -252,6 +263,44 @@ class PagedKVCache:
         """
         self._call("begin_forward", _integers(ids, "ids"), _integers(append_lengths, "append_lengths"), int(causal))
 
+    def begin_step(
+        self,
+        ids: Iterable[int],
+        append_lengths: Iterable[int],
+        *,
+        num_rows: int | None = None,
+        token_ids: Any = None,
+        logit_rows: Any = None,
+        causal: bool = True,
+    ) -> None:
+        """:meth:`begin_forward` with what a compiled model reads beside the cache, brought to the device by the same copy.
+
+        Parameters
+        ----------
+        num_rows : rows of the step's tensors, from the step's tokens to max_tokens; None: as many as tokens. Rows behind the tokens are
+            padding (token 0 at position 0): they append nothing, and their outputs are 0. A graph captured with so many rows can be
+            replayed then.
+        token_ids : int64 [num_tokens] on the host. logit_rows : int64, at most num_rows, each a row of the step, on the host.
+
+        Raises
+        ------
+        As begin_forward, and ArgumentError, DTypeError : num_rows, token_ids or logit_rows.
+        """
+        ids, append_lengths = _integers(ids, "ids"), _integers(append_lengths, "append_lengths")
+        rows = sum(append_lengths) if num_rows is None else _integer(num_rows, "num_rows")
+        self._call("begin_step", ids, append_lengths, int(causal), rows, token_ids, logit_rows)
+
+    def step_inputs(self, num_rows: int, num_logits: int = 0) -> tuple[Any, Any, Any]:
+        """What :meth:`begin_step` fills: TVM tensors (input_ids [1, num_rows], position_ids [1, num_rows], logit_rows [num_logits]).
+
+        int64, on the cache's device. Views at addresses that depend on the two numbers alone: a graph captured with them reads what the
+        next step of as many rows brings. ArgumentError beyond max_tokens.
+        """
+        ids, positions, rows = self._call(
+            "step_inputs", _integer(num_rows, "num_rows"), _integer(num_logits, "num_logits")
+        )
+        return ids, positions, rows
+
     def end_forward(self) -> None:
         """End the step and keep its tokens. CacheStateError outside of a step."""
         self._call("end_forward")
@@ -261,10 +310,21 @@ class PagedKVCache:
         self._call("cancel_forward")
 
     @contextlib.contextmanager
-    def forward(self, ids: Iterable[int], append_lengths: Iterable[int], *, causal: bool = True) -> Iterator[Step]:
-        """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_forward`."""
+    def forward(
+        self,
+        ids: Iterable[int],
+        append_lengths: Iterable[int],
+        *,
+        causal: bool = True,
+        num_rows: int | None = None,
+        token_ids: Any = None,
+        logit_rows: Any = None,
+    ) -> Iterator[Step]:
+        """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_step`."""
         ids, append_lengths = _integers(ids, "ids"), _integers(append_lengths, "append_lengths")
-        self.begin_forward(ids, append_lengths, causal=causal)
+        self.begin_step(
+            ids, append_lengths, causal=causal, num_rows=num_rows, token_ids=token_ids, logit_rows=logit_rows
+        )
         try:
             yield Step(self, ids, append_lengths, causal)
         except BaseException:
@@ -313,6 +373,51 @@ class PagedKVCache:
         )
         return out
 
+    def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
+        """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
+
+        rope : a rotary_dim of 0 rotates nothing. On cuda rotary_dim and head_dim are multiples of 16.
+        seq_len : how long sequences get; needed for rope_type "longrope", whose frequencies depend on it.
+
+        Raises
+        ------
+        ArgumentError : rotary_dim is above head_dim. ExecutorError : the executor has no kernel for it. CacheStateError : in a step, or
+        with another rotation than that of the sequences there are.
+        """
+        if not isinstance(rope, RopeConfig):
+            raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
+        if rope.rope_type == "longrope" and seq_len is None:
+            raise ArgumentError(
+                'argument `seq_len` is None with a `rope` of rope_type "longrope", whose frequencies depend on it; say how long '
+                "sequences get"
+            )
+        length = None if seq_len is None else _integer(seq_len, "seq_len")
+        self._call("set_rope", rope.inv_freq(length), int(rope.interleaved), rope.magnitude())
+
+    def attention_fused_qkv(
+        self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
+    ) -> Any:
+        """:meth:`attention` of what a model's projection gives: queries and keys are rotated by their positions on the way.
+
+        qkv : [num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim], queries first, then keys, then values; strided, not written.
+        out : [num_tokens, num_qo_heads, head_dim]; allocated, of qkv's kind, if None. Others as in :meth:`attention`.
+
+        Raises
+        ------
+        As :meth:`attention`, and CacheStateError before :meth:`set_rope`.
+        """
+        if out is None:
+            out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
+        _ffi.func("attention_with_kv_cache_fused_qkv")(
+            self._handle,
+            _integer(layer, "layer"),
+            _array.as_tensor(qkv, "qkv"),
+            1.0 / math.sqrt(self.head_dim) if sm_scale is None else float(sm_scale),
+            int(causal),
+            _array.as_tensor(out, "out", output=True),
+        )
+        return out
+
     @property
     def in_forward(self) -> bool:
         """True between begin_forward and its end."""
@@ -320,12 +425,12 @@ class PagedKVCache:
 
     @property
     def query_positions(self) -> np.ndarray:
-        """int64 [num_tokens] of the step: each token's position in its sequence; a view that the next step overwrites."""
+        """int64 [num_tokens] of the step, on the host: each token's position in its sequence; a view that the next step overwrites."""
         return np.from_dlpack(self._call("query_positions"))
 
     @property
     def position_ids(self) -> Any:
-        """The step's positions as an int64 tensor [1, num_tokens], as models take them; a view that the next step overwrites."""
+        """The step's positions, int64 [1, num_rows] on the device, as models take them; a view that the next step overwrites."""
         return self._call("position_ids")
 
     @property
@@ -376,24 +481,29 @@ class PagedKVCache:
         """Pages of a sequence, in the order of its tokens."""
         return tuple(int(p) for p in self._call("page_table", _integer(seq_id, "seq_id")))
 
-    def pages(self, layer: int) -> np.ndarray:
+    def pages(self, layer: int) -> Any:
         """The memory of a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], not copied: keys [:, 0], values [:, 1].
 
-        For debugging. Slots without a token hold anything. bfloat16 comes as ml_dtypes.bfloat16.
+        For debugging. Slots without a token hold anything. On the host a numpy array (bfloat16 comes as ml_dtypes.bfloat16), on CUDA a
+        torch tensor: MissingDependencyError without torch.
         """
         tensor = self._call("pages", _integer(layer, "layer"))
+        if self.device != "cpu":
+            return _array.to_torch(tensor, "PagedKVCache.pages")
         if self.dtype != "bfloat16":
             return np.from_dlpack(tensor)
         import ml_dtypes
 
         return np.from_dlpack(_ffi.func("view_as")(tensor, "uint16")).view(ml_dtypes.bfloat16)
 
-    def gather(self, seq_id: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a sequence at a layer, copied: two arrays [seq_len, num_kv_heads, head_dim]. For debugging."""
+    def gather(self, seq_id: int, layer: int) -> tuple[Any, Any]:
+        """Keys and values of a sequence at a layer, copied: two arrays [seq_len, num_kv_heads, head_dim] as :meth:`pages` has them."""
         length = self.seq_len(seq_id)
-        pages = self.pages(layer)[list(self.page_table(seq_id))]  # [pages, 2, heads, page_size, head_dim]
-        rows = pages.transpose(1, 0, 3, 2, 4).reshape(2, -1, self.num_kv_heads, self.head_dim)[:, :length]
-        return rows[0].copy(), rows[1].copy()
+        pages = self.pages(layer)[list(self.page_table(seq_id))]  # [pages, 2, heads, page_size, head_dim], a copy
+        order = (1, 0, 3, 2, 4)
+        keys_first = pages.transpose(order) if self.device == "cpu" else pages.permute(order)
+        rows = keys_first.reshape(2, -1, self.num_kv_heads, self.head_dim)[:, :length]
+        return rows[0], rows[1]
 
     # Ownership
 

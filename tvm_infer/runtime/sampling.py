@@ -35,13 +35,18 @@ class Sampler:
         if self.seed < 0:
             raise ArgumentError(f"seed is {self.seed}; it must be at least 0")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the largest logit is taken, so that logits need not leave a device."""
+        return self.temperature == 0
+
     def stream(self, request: int, sample: int) -> np.random.Generator:
         """The random numbers of one sample of one request."""
         return np.random.Generator(np.random.PCG64([self.seed, request, sample]))
 
     def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
         """A token for logits [vocab_size], float32."""
-        if self.temperature == 0:
+        if self.is_greedy:
             return int(logits.argmax())
         scaled = logits.astype(np.float64) / self.temperature
         weights = np.exp(scaled - scaled.max())

@@ -1,12 +1,17 @@
 #include "tvm_infer/cpu/blas.h"
 
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 
+#include "tvm_infer/embedded.h"
 #include "tvm_infer/error.h"
 
 namespace tvm_infer::cpu {
@@ -41,6 +46,27 @@ F Symbol(void* handle, const std::string& path, const std::string& name, bool is
   return reinterpret_cast<F>(symbol);
 }
 
+// Opens the BLAS that an exported model carries: the loader wants a file, so it gets one that exists in memory alone.
+void SetEmbeddedBlas() {
+  const EmbeddedBytes& blas = tvm_infer_embedded.blas;
+#if defined(__linux__)
+  const int file = memfd_create("tvm_infer_blas.so", MFD_CLOEXEC);
+  size_t written = 0;
+  while (file >= 0 && written < blas.size()) {
+    const ssize_t n = write(file, blas.begin + written, blas.size() - written);
+    if (n <= 0) break;
+    written += static_cast<size_t>(n);
+  }
+  if (file >= 0 && written == blas.size()) {
+    // NOTE: the file stays open for good. The loader takes libraries of one path for the same, and a number that is free again would make
+    // a path anew.
+    return SetBlas("/proc/self/fd/" + std::to_string(file), tvm_infer_embedded.blas_prefix);
+  }
+#endif
+  TVM_INFER_THROW(MissingDependencyError) << "the BLAS library inside this exported model (" << blas.size()
+                                          << " bytes) cannot be unpacked into memory here; name one with tvm_infer_set_blas(path, prefix)";
+}
+
 }  // namespace
 
 void SetBlas(const std::string& path, const std::string& prefix) {
@@ -68,13 +94,20 @@ void SetBlas(const std::string& path, const std::string& prefix) {
 
 const Blas& GetBlas() {
   const Blas* blas = g_blas.load(std::memory_order_acquire);
+  if (blas == nullptr && tvm_infer_embedded.blas.size() != 0) {
+    static std::once_flag once;
+    std::call_once(once, SetEmbeddedBlas);
+    blas = g_blas.load(std::memory_order_acquire);
+  }
   if (blas == nullptr) {
-    TVM_INFER_THROW(MissingDependencyError) << "matmul needs a BLAS library and none is set. Install one with "
-                                            << "`pip install 'tvm_infer[blas]'` and call tvm_infer.set_blas()";
+    TVM_INFER_THROW(MissingDependencyError)
+        << "matmul needs a BLAS library and none is set. Install one with "
+        << "`pip install 'tvm_infer[blas]'` and call tvm_infer.set_blas(); outside Python call an exported "
+        << "model's tvm_infer_set_blas(path, prefix), or export it with its BLAS";
   }
   return *blas;
 }
 
-bool HasBlas() { return g_blas.load(std::memory_order_acquire) != nullptr; }
+bool HasBlas() { return g_blas.load(std::memory_order_acquire) != nullptr || tvm_infer_embedded.blas.size() != 0; }
 
 }  // namespace tvm_infer::cpu

@@ -123,6 +123,8 @@ void CheckSpans(const AttentionLaunch& launch) {
 
 }  // namespace
 
+bool HasPageSize(int32_t page_size) { return page_size != kRagged && IndexOf(kPageSizes, page_size) < kNumPageSizes; }
+
 void LaunchAttention(const AttentionLaunch& launch) {
   CachedKernel& cached = KernelFor(launch.dtype, launch.head_dim, launch.page_size);
   const Device& device = GetDevice(launch.device_id);

@@ -24,6 +24,9 @@ struct AttentionLaunch {
   AttentionParams params;
 };
 
+// Whether kernels have pages of so many tokens.
+bool HasPageSize(int32_t page_size);
+
 // The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
 // loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.
 void LaunchAttention(const AttentionLaunch& launch);

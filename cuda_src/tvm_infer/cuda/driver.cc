@@ -11,8 +11,6 @@
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 std::unique_ptr<Device> Describe(int32_t device_id) {
   const DriverApi& driver = Driver();
   int count = 0;

@@ -10,6 +10,8 @@
 
 namespace tvm_infer::cuda {
 
+inline constexpr int kMaxDevices = 64;  // devices are numbered below
+
 struct Device {
   int32_t id;
   int32_t major, minor;  // compute capability

@@ -29,6 +29,7 @@ struct LaunchConfig {
 
 // Values of cuda.h's enumerations (tests/cuda/driver_constants.cc holds them, and the structs above, against cuda.h).
 inline constexpr int kSuccess = 0;                    // CUDA_SUCCESS
+inline constexpr int kErrorOutOfMemory = 2;           // CUDA_ERROR_OUT_OF_MEMORY
 inline constexpr int kErrorNoDevice = 100;            // CUDA_ERROR_NO_DEVICE
 inline constexpr int kErrorInvalidDevice = 101;       // CUDA_ERROR_INVALID_DEVICE
 inline constexpr int kErrorNotReady = 600;            // CUDA_ERROR_NOT_READY
@@ -48,10 +49,12 @@ inline constexpr int kTensorMapZeroFill = 0;          // CU_TENSOR_MAP_FLOAT_OOB
 inline constexpr unsigned kHostAllocPortable = 1;     // CU_MEMHOSTALLOC_PORTABLE
 inline constexpr unsigned kEventDisableTiming = 2;    // CU_EVENT_DISABLE_TIMING
 inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATUS_NONE
+inline constexpr int kCaptureModeRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // V(name, parameters): every function returns a CUresult.
 #define TVM_INFER_DRIVER_FUNCTIONS(V)                                                                                                     \
   V(cuInit, (unsigned int flags))                                                                                                         \
+  V(cuDriverGetVersion, (int* version))                                                                                                   \
   V(cuGetErrorName, (int error, const char** name))                                                                                       \
   V(cuGetErrorString, (int error, const char** text))                                                                                     \
   V(cuDeviceGetCount, (int* count))                                                                                                       \
@@ -73,6 +76,10 @@ inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATU
                              const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int promotion, int fill)) \
   V(cuMemcpyDtoH_v2, (void* host, DevicePointer device, size_t bytes))                                                                    \
   V(cuMemcpyHtoDAsync_v2, (DevicePointer device, const void* host, size_t bytes, void* stream))                                           \
+  V(cuMemAlloc_v2, (DevicePointer * data, size_t bytes))                                                                                  \
+  V(cuMemFree_v2, (DevicePointer data))                                                                                                   \
+  V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \
+  V(cuMemsetD2D8Async, (DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream))             \
   V(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned int flags))                                                                   \
   V(cuMemFreeHost, (void* pointer))                                                                                                       \
   V(cuEventCreate, (void** event, unsigned int flags))                                                                                    \
@@ -81,6 +88,7 @@ inline constexpr int kCaptureStatusNone = 0;          // CU_STREAM_CAPTURE_STATU
   V(cuEventQuery, (void* event))                                                                                                          \
   V(cuEventSynchronize, (void* event))                                                                                                    \
   V(cuStreamIsCapturing, (void* stream, int* status))                                                                                     \
+  V(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                                       \
   V(cuStreamSynchronize, (void* stream))
 
 struct DriverApi {

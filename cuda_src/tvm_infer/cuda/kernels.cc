@@ -5,6 +5,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "tvm_infer/embedded.h"
 #include "tvm_infer/error.h"
 
 namespace tvm_infer::cuda {
@@ -26,10 +27,28 @@ Registry& TheRegistry() {
   return *registry;
 }
 
+// An exported model brings its kernels along.
+std::string EmbeddedCubinOf(const std::string& name, const std::string& arch) {
+  for (size_t i = 0; i < tvm_infer_embedded.num_cubins; ++i) {
+    const EmbeddedCubin& embedded = tvm_infer_embedded.cubins[i];
+    if (embedded.name == name && embedded.arch == arch) return std::string(embedded.cubin.begin, embedded.cubin.end);
+  }
+  return "";
+}
+
 [[noreturn]] void ThrowMissing(const std::string& name, const std::string& arch) {
-  TVM_INFER_THROW(ExecutorError) << "there is no kernel `" << name << "` for " << arch
-                                 << ". Prebuild it with `tvm-infer build`, or import tvm_infer in this process, which compiles kernels as "
-                                    "they are needed";
+  ErrorStream error("ExecutorError");
+  error.stream() << "there is no kernel `" << name << "` for " << arch << ". ";
+  if (tvm_infer_embedded.num_cubins == 0) {
+    error.stream() << "Prebuild it with `tvm-infer build`, or import tvm_infer in this process, which compiles kernels as they are needed";
+  } else {
+    error.stream() << "This exported model holds";
+    for (size_t i = 0; i < tvm_infer_embedded.num_cubins; ++i) {
+      error.stream() << " " << tvm_infer_embedded.cubins[i].name << " for " << tvm_infer_embedded.cubins[i].arch << ",";
+    }
+    error.stream() << " and there is no tvm_infer in this process to compile others: export it with the archs and page_sizes that it is "
+                      "to run with";
+  }
 }
 
 KernelInfo ReadInfo(void* library, const std::string& name) {
@@ -111,7 +130,8 @@ const Kernel& GetKernel(int32_t device_id, const std::string& name, void* stream
   }
   // NOTE: no lock while the provider runs. It may need Python's global lock, whose holder may be waiting for ours.
   std::string provided;
-  if (!has_cubin) {
+  if (!has_cubin) provided = EmbeddedCubinOf(name, device.arch);
+  if (!has_cubin && provided.empty()) {
     const CubinProvider provider = registry.provider.load(std::memory_order_acquire);
     if (provider != nullptr) provided = provider(name, device.arch);
     if (provided.empty()) ThrowMissing(name, device.arch);

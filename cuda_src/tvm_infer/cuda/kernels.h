@@ -20,9 +20,10 @@ struct Kernel {
 };
 
 // The kernel called `name` (tvm_infer/jit/names.py) for the device: loaded at first use, then kept. Looked for among cubins given to
-// AddCubin, then asked of the provider. Thread safe; the provider is called without a lock.
-// Throws Error("ExecutorError") saying how to build it when there is none, Error("AbiError") when it was compiled from sources of another
-// kKernelAbi, Error("DeviceError") when `stream` is being captured and the kernel is not loaded yet, since loading synchronises.
+// AddCubin, then among those that an exported model embeds (embedded.h), then asked of the provider. Thread safe; the provider is called
+// without a lock. Throws Error("ExecutorError") saying how to build it when there is none, Error("AbiError") when it was compiled from
+// sources of another kKernelAbi, Error("DeviceError") when `stream` is being captured and the kernel is not loaded yet, since loading
+// synchronises.
 const Kernel& GetKernel(int32_t device_id, const std::string& name, void* stream);
 
 // Keeps a cubin that holds kernel `name` for `arch`. Nothing is loaded until GetKernel. Throws Error("ArgumentError") when the kernel is

@@ -17,7 +17,7 @@ struct KernelInfo {
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
 };
-inline constexpr int32_t kKernelAbi = 3;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 4;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -88,6 +88,11 @@ struct AppendParams {
   int64_t v_cache_stride_page;
   int64_t v_cache_stride_head;
   int64_t v_cache_stride_token;
+  // Rows of tokens that are padding are set to 0, since attention leaves them alone. Null: no output is known.
+  void* o;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  int64_t o_stride_token;
+  int64_t o_stride_head;
+  int32_t num_qo_heads;
   ExpectedPlan expected;  // where there is a plan
   int32_t num_kv_heads;
   int32_t head_dim;
@@ -96,18 +101,28 @@ struct AppendParams {
 
 // New tokens' Q and K rotated by their positions, Q to q_out, K and V to their pages (kernels/rope_append.cuh).
 struct RopeAppendParams {
-  AppendParams append;  // k before its rotation; tokens behind qo_indptr[num_requests] get zeros in q_out
-  const void* q;        // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
-  void* q_out;          // as q
+  // k before its rotation, num_qo_heads always. Tokens behind qo_indptr[num_requests] get zeros in q_out, and in o where there is one.
+  AppendParams append;
+  const void* q;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  void* q_out;    // as q
   int64_t q_stride_token;
   int64_t q_stride_head;
   int64_t q_out_stride_token;
   int64_t q_out_stride_head;
-  const float* inv_freq;  // [rotary_dim / 2], radians a token
-  float magnitude;        // factor on cosine and sine
-  int32_t num_qo_heads;
+  const float* inv_freq;   // [rotary_dim / 2], radians a token
+  float magnitude;         // factor on cosine and sine
   int32_t rotary_dim;      // elements of a head that turn, the first ones; a multiple of 16
   int32_t is_interleaved;  // pairs are (2i, 2i + 1) rather than (i, i + rotary_dim / 2)
+};
+
+// Pages that sequences stop sharing (kernels/copy_pages.cuh).
+struct CopyPagesParams {
+  void* pages;            // of layer 0; those of layer l stand l * layer_bytes behind
+  const int32_t* copies;  // [num_copies, 3], device: from page, to page, tokens of it (a kv::PageCopy)
+  int64_t layer_bytes;
+  int64_t page_bytes;  // keys and values of one layer; a multiple of 16
+  int32_t num_copies;
+  int32_t num_layers;
 };
 
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b), row by row (kernels/merge_states.cuh).

@@ -35,7 +35,7 @@ void CheckRopeShape(int32_t head_dim, int32_t rotary_dim, const char* name) {
 
 void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, const RopeAppendParams& params) {
   const AppendParams& append = params.append;
-  const int64_t rows = params.num_qo_heads + int64_t{2} * append.num_kv_heads;
+  const int64_t rows = append.num_qo_heads + int64_t{2} * append.num_kv_heads;
   if (append.max_tokens == 0 || rows == 0) return;
   // Steps of a warp over the rows of all tokens: the most warps that find work.
   const int64_t step_rows = kWarp / (append.head_dim / kLaneElements);

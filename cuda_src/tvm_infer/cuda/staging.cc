@@ -94,6 +94,15 @@ size_t CheckedBytes(const void* host_plan, int64_t host_bytes, const void* devic
 
 }  // namespace
 
+void Upload(int32_t device_id, void* stream, const void* host, size_t bytes, void* device) {
+  Ring& ring = RingOf(device_id);
+  const std::lock_guard<std::mutex> lock(ring.mutex);
+  Slot& slot = ring.slots[ring.next];
+  ring.next = (ring.next + 1) % kStagingSlots;
+  std::memcpy(slot.Acquire(bytes), host, bytes);
+  slot.Copy(device, bytes, stream);
+}
+
 void UploadPlan(int32_t device_id, void* stream, const void* host_plan, int64_t host_bytes, void* device_plan, int64_t device_bytes) {
   const size_t bytes = CheckedBytes(host_plan, host_bytes, device_plan, device_bytes);
   const DeviceGuard guard(device_id);
@@ -102,12 +111,7 @@ void UploadPlan(int32_t device_id, void* stream, const void* host_plan, int64_t 
                                     "capture. Upload each step's plan before the replay, outside of the graph, into the buffer that was "
                                     "captured";
   }
-  Ring& ring = RingOf(device_id);
-  const std::lock_guard<std::mutex> lock(ring.mutex);
-  Slot& slot = ring.slots[ring.next];
-  ring.next = (ring.next + 1) % kStagingSlots;
-  std::memcpy(slot.Acquire(bytes), host_plan, bytes);
-  slot.Copy(device_plan, bytes, stream);
+  Upload(device_id, stream, host_plan, bytes, device_plan);
 }
 
 }  // namespace tvm_infer::cuda

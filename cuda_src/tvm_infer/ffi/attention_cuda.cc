@@ -7,6 +7,7 @@
 #include "tvm_infer/cuda/append.h"
 #include "tvm_infer/cuda/attention.h"
 #include "tvm_infer/cuda/merge_states.h"
+#include "tvm_infer/cuda/rope_append.h"
 #include "tvm_infer/cuda/tile_table.h"
 #include "tvm_infer/ffi/attention_checks.h"
 #include "tvm_infer/ffi/cuda_launch.h"
@@ -105,6 +106,22 @@ std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& 
   return words;
 }
 
+cuda::RopeAppendParams RopeParams(const cuda::AppendParams& append, const TensorView& q_out, const OwnRotation& rotation) {
+  cuda::RopeAppendParams params{};
+  params.append = append;
+  params.q = DataPtr<void>(rotation.q);
+  params.q_stride_token = Stride(rotation.q, 0);
+  params.q_stride_head = Stride(rotation.q, 1);
+  params.q_out = DataPtr<void>(q_out);
+  params.q_out_stride_token = Stride(q_out, 0);
+  params.q_out_stride_head = Stride(q_out, 1);
+  params.inv_freq = rotation.inv_freq;
+  params.magnitude = rotation.magnitude;
+  params.rotary_dim = rotation.rotary_dim;
+  params.is_interleaved = rotation.is_interleaved;
+  return params;
+}
+
 }  // namespace
 
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
@@ -186,6 +203,34 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
   }
   if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  Launch(scope, &launch);
+}
+
+void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
+                        const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
+                        const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
+                        const OwnRotation* rotation) {
+  if (rotation != nullptr) CheckAlignedRows(rotation->q, "qkv");  // so are k and v then, whose names the caller does not know
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor());
+  cpu::KVSource source{};
+  const CacheShape shape =
+      PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices);
+  launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
+  launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
+  cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, OptionalTensor(), source, shape);
+  CheckDim(k, "k", 0, q.size(0), "tokens of q");
+  params.plan = launch.params.plan;
+  params.expected = launch.params.expected;
+  params.o = launch.params.o;
+  params.o_stride_token = launch.params.o_stride_token;
+  params.o_stride_head = launch.params.o_stride_head;
+  params.num_qo_heads = static_cast<int32_t>(q.size(1));
+  const CudaScope scope(place.device);
+  if (k.size(0) > 0 && rotation != nullptr) {
+    cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, RopeParams(params, q, *rotation));
+  } else if (k.size(0) > 0) {
+    cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  }
   Launch(scope, &launch);
 }
 

@@ -36,6 +36,22 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                           const OptionalTensor& lse);
 
+// The same for a caller that made plan and tables itself and keeps them at fixed addresses: what they hold is never read on the host.
+// `k_cache` is both planes; tokens of q, k, v and o behind the plan's are padding: nothing is appended for them and o is 0. A plan with
+// another capture key is refused by the kernel. Entries of kv_page_indptr may count from anywhere in kv_page_indices. With a rotation,
+// `q` is written: its queries and k are rotated on the way (rope.h).
+struct OwnRotation {
+  const TensorView& q;  // before the rotation
+  const float* inv_freq;
+  int32_t rotary_dim;
+  bool is_interleaved;
+  float magnitude;
+};
+void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
+                        const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
+                        const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
+                        const OwnRotation* rotation);
+
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
                  const TensorView& o, const OptionalTensor& lse);
 

@@ -3,9 +3,11 @@
 #include <tvm/ffi/memory.h>
 
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/rope_checks.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -25,6 +27,26 @@ int64_t PagesAfter(const PagedKVCache& kv, const Shape& ids, const Shape& append
   return kv->manager().PagesAfter(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()));
 }
 
+void CheckHostInt64(const TensorView& tensor, const char* name) {
+  CheckCpu(tensor, name);
+  CheckDType(tensor, name, DLDataType{kDLInt, 64, 1}, "tokens and rows are int64");
+  CheckRank(tensor, name, 1, "one value each");
+  CheckContiguous(tensor, name);
+}
+
+// There are at most as many as the step has rows, so that they have their place.
+void CheckLogitRows(const kv::StepInputs& inputs, int64_t num_rows) {
+  if (inputs.num_logits > num_rows) {
+    TVM_INFER_THROW(ArgumentError) << "argument `logit_rows` has " << inputs.num_logits << " entries; the step has " << num_rows
+                                   << " rows: name each at most once";
+  }
+  for (int64_t i = 0; i < inputs.num_logits; ++i) {
+    if (inputs.logit_rows[i] >= 0 && inputs.logit_rows[i] < num_rows) continue;
+    TVM_INFER_THROW(ArgumentError) << "argument `logit_rows` has " << inputs.logit_rows[i] << " at entry " << i
+                                   << "; the step has rows 0 to " << num_rows - 1;
+  }
+}
+
 Shape ToShape(const std::vector<int64_t>& values) { return Shape(values.begin(), values.end()); }
 
 }  // namespace
@@ -32,6 +54,17 @@ Shape ToShape(const std::vector<int64_t>& values) { return Shape(values.begin(),
 void AttentionWithKVCache(PagedKVCache kv, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, int64_t causal,
                           TensorView out) {
   Guarded([&] { kv->Attention(layer, q, k, v, sm_scale, causal != 0, out); });
+}
+
+void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, TensorView qkv, double sm_scale, int64_t causal, TensorView out) {
+  Guarded([&] { kv->FusedAttention(layer, qkv, sm_scale, causal != 0, out); });
+}
+
+void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, double magnitude) {
+  Guarded([&] {
+    CheckRotation(inv_freq, interleaved, magnitude, kv->config().head_dim, "the cache", kHost);
+    kv->SetRope(inv_freq, interleaved != 0, magnitude);
+  });
 }
 
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
@@ -72,8 +105,35 @@ void KVCacheClear(PagedKVCache kv) {
 void KVCacheBeginForward(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t causal) {
   Guarded([&] {
     CheckSameLength(ids, append_lengths);
-    kv->BeginForward(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()), causal != 0);
+    kv->BeginForward(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()), causal != 0,
+                     kv::StepInputs{-1, nullptr, nullptr, 0});
   });
+}
+
+void KVCacheBeginStep(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t causal, int64_t num_rows, Optional<TensorView> token_ids,
+                      Optional<TensorView> logit_rows) {
+  Guarded([&] {
+    CheckSameLength(ids, append_lengths);
+    const int64_t num_tokens = std::accumulate(append_lengths.begin(), append_lengths.end(), int64_t{0});
+    kv::StepInputs inputs{num_rows, nullptr, nullptr, 0};
+    if (token_ids.has_value()) {
+      CheckHostInt64(token_ids.value(), "token_ids");
+      CheckDim(token_ids.value(), "token_ids", 0, num_tokens, "the sum of append_lengths");
+      inputs.token_ids = DataPtr<int64_t>(token_ids);
+    }
+    if (logit_rows.has_value()) {
+      CheckHostInt64(logit_rows.value(), "logit_rows");
+      inputs.num_logits = logit_rows.value().size(0);
+      inputs.logit_rows = DataPtr<int64_t>(logit_rows);
+      CheckLogitRows(inputs, num_rows);
+    }
+    kv->BeginForward(ids.data(), append_lengths.data(), static_cast<int64_t>(ids.size()), causal != 0, inputs);
+  });
+}
+
+tvm::ffi::Array<Tensor> KVCacheStepInputs(PagedKVCache kv, int64_t num_rows, int64_t num_logits) {
+  return Guarded(
+      [&] { return tvm::ffi::Array<Tensor>({kv->InputIds(num_rows), kv->PositionIds(num_rows), kv->LogitRows(num_rows, num_logits)}); });
 }
 void KVCacheEndForward(PagedKVCache kv) {
   Guarded([&] { kv->EndForward(); });
@@ -84,10 +144,10 @@ void KVCacheCancelForward(PagedKVCache kv) {
 bool KVCacheInForward(PagedKVCache kv) { return kv->manager().in_forward(); }
 
 Tensor KVCacheQueryPositions(PagedKVCache kv) {
-  return Guarded([&] { return kv->QueryPositions(1); });
+  return Guarded([&] { return kv->QueryPositions(); });
 }
 Tensor KVCachePositionIds(PagedKVCache kv) {
-  return Guarded([&] { return kv->QueryPositions(2); });
+  return Guarded([&] { return kv->manager().step(), kv->PositionIds(kv->num_rows()); });
 }
 Tensor KVCachePlan(PagedKVCache kv) {
   return Guarded([&] { return kv->CurrentPlan(); });
@@ -117,7 +177,7 @@ Tensor KVCachePages(PagedKVCache kv, int64_t layer) {
 Shape KVCacheConfigOf(PagedKVCache kv) {
   const KVCacheConfig& c = kv->config();
   return Shape({c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim, c.page_size, c.num_pages, c.max_batch, c.max_tokens, c.num_ctas,
-                c.num_threads, kv->bytes_per_page()});
+                c.num_threads, kv->bytes_per_page(), static_cast<int64_t>(c.device.device_type), int64_t{c.device.device_id}});
 }
 
 void KVCacheBind(PagedKVCache kv, int64_t token) {

@@ -4,6 +4,7 @@
 // An operation that throws has changed nothing. Errors: kv/cache_manager.h, kv_cache_object.h.
 #pragma once
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
@@ -12,33 +13,37 @@
 
 #include "tvm_infer/ffi/kv_cache_object.h"
 
-#define TVM_INFER_KV_CACHE_FUNCTIONS(V)              \
-  V(attention_with_kv_cache, AttentionWithKVCache)   \
-  V(kv_cache_create, KVCacheCreate)                  \
-  V(kv_cache_add, KVCacheAdd)                        \
-  V(kv_cache_remove, KVCacheRemove)                  \
-  V(kv_cache_fork, KVCacheFork)                      \
-  V(kv_cache_pop, KVCachePop)                        \
-  V(kv_cache_truncate, KVCacheTruncate)              \
-  V(kv_cache_clear, KVCacheClear)                    \
-  V(kv_cache_begin_forward, KVCacheBeginForward)     \
-  V(kv_cache_end_forward, KVCacheEndForward)         \
-  V(kv_cache_cancel_forward, KVCacheCancelForward)   \
-  V(kv_cache_in_forward, KVCacheInForward)           \
-  V(kv_cache_query_positions, KVCacheQueryPositions) \
-  V(kv_cache_position_ids, KVCachePositionIds)       \
-  V(kv_cache_plan, KVCachePlan)                      \
-  V(kv_cache_seq_len, KVCacheSeqLen)                 \
-  V(kv_cache_sequences, KVCacheSequences)            \
-  V(kv_cache_num_free_pages, KVCacheNumFreePages)    \
-  V(kv_cache_bytes, KVCacheBytes)                    \
-  V(kv_cache_bytes_after, KVCacheBytesAfter)         \
-  V(kv_cache_pages_after, KVCachePagesAfter)         \
-  V(kv_cache_page_table, KVCachePageTable)           \
-  V(kv_cache_pages, KVCachePages)                    \
-  V(kv_cache_config, KVCacheConfigOf)                \
-  V(kv_cache_bind, KVCacheBind)                      \
-  V(kv_cache_release, KVCacheRelease)                \
+#define TVM_INFER_KV_CACHE_FUNCTIONS(V)                              \
+  V(attention_with_kv_cache, AttentionWithKVCache)                   \
+  V(attention_with_kv_cache_fused_qkv, AttentionWithKVCacheFusedQKV) \
+  V(kv_cache_set_rope, KVCacheSetRope)                               \
+  V(kv_cache_create, KVCacheCreate)                                  \
+  V(kv_cache_add, KVCacheAdd)                                        \
+  V(kv_cache_remove, KVCacheRemove)                                  \
+  V(kv_cache_fork, KVCacheFork)                                      \
+  V(kv_cache_pop, KVCachePop)                                        \
+  V(kv_cache_truncate, KVCacheTruncate)                              \
+  V(kv_cache_clear, KVCacheClear)                                    \
+  V(kv_cache_begin_forward, KVCacheBeginForward)                     \
+  V(kv_cache_end_forward, KVCacheEndForward)                         \
+  V(kv_cache_cancel_forward, KVCacheCancelForward)                   \
+  V(kv_cache_in_forward, KVCacheInForward)                           \
+  V(kv_cache_query_positions, KVCacheQueryPositions)                 \
+  V(kv_cache_position_ids, KVCachePositionIds)                       \
+  V(kv_cache_begin_step, KVCacheBeginStep)                           \
+  V(kv_cache_step_inputs, KVCacheStepInputs)                         \
+  V(kv_cache_plan, KVCachePlan)                                      \
+  V(kv_cache_seq_len, KVCacheSeqLen)                                 \
+  V(kv_cache_sequences, KVCacheSequences)                            \
+  V(kv_cache_num_free_pages, KVCacheNumFreePages)                    \
+  V(kv_cache_bytes, KVCacheBytes)                                    \
+  V(kv_cache_bytes_after, KVCacheBytesAfter)                         \
+  V(kv_cache_pages_after, KVCachePagesAfter)                         \
+  V(kv_cache_page_table, KVCachePageTable)                           \
+  V(kv_cache_pages, KVCachePages)                                    \
+  V(kv_cache_config, KVCacheConfigOf)                                \
+  V(kv_cache_bind, KVCacheBind)                                      \
+  V(kv_cache_release, KVCacheRelease)                                \
   V(kv_cache_debug_state, KVCacheDebugState)
 
 namespace tvm_infer::ffi_api {
@@ -49,6 +54,16 @@ namespace tvm_infer::ffi_api {
 //   out overlaps none of the others. causal as in begin_forward.
 void AttentionWithKVCache(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
                           double sm_scale, int64_t causal, tvm::ffi::TensorView out);
+
+// The same with rotary embedding on the way (kv_cache_set_rope comes first): q and k are rotated by their positions, and k is stored so.
+// Repeatable, since qkv is not written.
+//   qkv  [num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim], strided, head_dim contiguous: q, k and v of the projection
+void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView qkv, double sm_scale, int64_t causal,
+                                  tvm::ffi::TensorView out);
+
+// How attention_with_kv_cache_fused_qkv rotates, at every layer; arguments as of rope_append_paged (rope.h), but inv_freq float32
+// [rotary_dim / 2] on the host. Once, before the first sequence: rotated keys of one kind do not go with queries of another.
+void KVCacheSetRope(PagedKVCache kv, tvm::ffi::TensorView inv_freq, int64_t interleaved, double magnitude);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.
@@ -65,12 +80,20 @@ void KVCacheClear(PagedKVCache kv);
 
 // Grows sequence ids[i] by append_lengths[i] tokens and plans the step.
 void KVCacheBeginForward(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths, int64_t causal);
+// The same, with what a model reads beside the cache: token_ids int64 [num_tokens], logit_rows int64 [num_logits] (rows whose logits are
+// wanted), both on the host, both optional. num_rows: rows of the step's tensors, at least its tokens; rows behind them are padding (token
+// 0, position 0): nothing is appended for them and their outputs are 0. A captured graph of so many rows can be replayed then.
+void KVCacheBeginStep(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths, int64_t causal, int64_t num_rows,
+                      Optional<TensorView> token_ids, Optional<TensorView> logit_rows);
+// Views on the cache's device that every step of as many rows (and logits) overwrites, at addresses that depend on these numbers alone:
+// input_ids [1, num_rows], position_ids [1, num_rows], logit_rows [num_logits], int64.
+tvm::ffi::Array<tvm::ffi::Tensor> KVCacheStepInputs(PagedKVCache kv, int64_t num_rows, int64_t num_logits);
 void KVCacheEndForward(PagedKVCache kv);
 // Takes the step's growth back.
 void KVCacheCancelForward(PagedKVCache kv);
 bool KVCacheInForward(PagedKVCache kv);
 
-// Positions of the step's tokens in their sequences, int64 [num_tokens]; position_ids: the same as [1, num_tokens]. Views.
+// Positions of the step's tokens in their sequences: int64 [num_tokens] on the host; position_ids: [1, num_rows] on the device. Views.
 tvm::ffi::Tensor KVCacheQueryPositions(PagedKVCache kv);
 tvm::ffi::Tensor KVCachePositionIds(PagedKVCache kv);
 tvm::ffi::Tensor KVCachePlan(PagedKVCache kv);  // of the last step, int32; a view
@@ -84,7 +107,8 @@ int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape 
 int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
 tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
-// num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page
+// num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page,
+// device type (DLPack), device id
 tvm::ffi::Shape KVCacheConfigOf(PagedKVCache kv);
 
 // An executable takes the cache for itself (token: its own number, not 0); a second one gets CacheStateError.

@@ -1,62 +1,18 @@
 #include "tvm_infer/ffi/kv_cache_object.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
+#include <string>
 
 namespace tvm_infer::ffi_api {
 namespace {
 
-constexpr DLDevice kHost = {kDLCPU, 0};
 constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 constexpr int64_t kMaxHeadDim = 256;
-constexpr size_t kAlignment = 64;  // bytes: a cache line, an AVX-512 register
-constexpr size_t kHugePage = size_t{2} << 20;
-
-// Aligned memory that nobody has written: large blocks come from the system untouched and cost nothing until they are used.
-struct AlignedAllocator {
-  void AllocData(DLTensor* tensor) {
-    const size_t bytes = std::max<size_t>(tvm::ffi::GetDataSize(*tensor), 1);
-    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    tensor->data = std::aligned_alloc(alignment, rounded);
-    if (tensor->data == nullptr) {
-      TVM_INFER_THROW(ArgumentError) << "the system has no " << bytes << " bytes for one layer's pages or a workspace of the KV cache; "
-                                     << "create it with fewer pages (num_pages) or a smaller step (max_batch, max_tokens)";
-    }
-#if defined(__linux__)
-    // Attention reads small rows all over the cache, and would otherwise miss in the table of address translations at most of them. A wish:
-    // where the system does not grant it, reads are slower and nothing else changes.
-    if (alignment == kHugePage) madvise(tensor->data, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
-};
-
-tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype) {
-  return tvm::ffi::Tensor::FromNDAlloc(AlignedAllocator(), tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, kHost);
-}
-
-std::vector<tvm::ffi::Tensor> AllocatePages(const KVCacheConfig& c) {
-  std::vector<tvm::ffi::Tensor> layers;
-  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
-    layers.push_back(Allocate({c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.dtype));
-  }
-  return layers;
-}
-
-template <typename T>
-T* Data(const tvm::ffi::Tensor& tensor) {
-  return DataPtr<T>(TensorView(tensor));
-}
+constexpr int64_t kMaxPageEntries = int64_t{1} << 22;  // of a step's page tables: 16 MiB, 67 million keys in pages of 16
 
 const KVCacheConfig& Checked(const KVCacheConfig& c) {
   const struct {
@@ -86,12 +42,6 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
   if (!is_float) {
     TVM_INFER_THROW(DTypeError) << "argument `dtype` is " << DTypeString(c.dtype) << "; it must be float32, float16 or bfloat16";
   }
-  if (c.device.device_type != kDLCPU) {
-    TVM_INFER_THROW(ExecutorError) << "argument `device` is of type " << static_cast<int>(c.device.device_type) << " (DLPack; cuda is "
-                                   << static_cast<int>(kDLCUDA)
-                                   << "), but the only executor there is runs on the cpu. Create the cache with "
-                                   << "device=\"cpu\"";
-  }
   // In floating point, where it cannot overflow: all sizes below are then sure to fit in 64 bits.
   const double bytes = 2.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * (c.dtype.bits / 8);
   if (bytes > static_cast<double>(int64_t{1} << 62)) {
@@ -101,29 +51,21 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
   return c;
 }
 
-cpu::DType ExecutorDType(DLDataType dtype) {
-  if (dtype.code == kDLBfloat) return cpu::DType::kBFloat16;
-  return dtype.bits == 32 ? cpu::DType::kFloat32 : cpu::DType::kFloat16;
-}
-
 kv::CacheLimits Limits(const KVCacheConfig& c) {
   return {static_cast<int32_t>(c.page_size), static_cast<int32_t>(c.num_pages), static_cast<int32_t>(c.max_batch),
           static_cast<int32_t>(c.max_tokens)};
 }
 
-// q, k, v or o of a step: [num_tokens, heads, head_dim] of the cache's dtype, heads and head_dim, on the host.
-void CheckRows(const TensorView& tensor, const char* name, const KVCacheConfig& config, int64_t heads, const char* heads_name,
-               int64_t num_tokens) {
-  CheckCpu(tensor, name);
-  CheckDType(tensor, name, config.dtype, "the cache's");
-  CheckRank(tensor, name, 3, "[num_tokens, heads, head_dim]");
-  CheckDim(tensor, name, 1, heads, heads_name);
-  CheckDim(tensor, name, 2, config.head_dim, "head_dim of the cache");
-  CheckLastDimContiguous(tensor, name);
-  if (tensor.size(0) != num_tokens) {
-    TVM_INFER_THROW(PlanMismatchError) << "argument `" << name << "` has shape " << ShapeString(tensor) << " but begin_forward announced "
-                                       << num_tokens << " tokens; pass the step's tokens, all of them, in the order of its ids";
-  }
+// A tensor that keeps the memory of another, as int32 words.
+struct AliasAllocator {
+  tvm::ffi::Tensor owner;
+  void AllocData(DLTensor* tensor) { tensor->data = DataPtr<void>(TensorView(owner)); }
+  void FreeData(DLTensor*) {}
+};
+
+tvm::ffi::Tensor AsWords(const tvm::ffi::Tensor& tensor, int64_t num_words) {
+  const int64_t shape[] = {num_words};
+  return tvm::ffi::Tensor::FromNDAlloc(AliasAllocator{tensor}, tvm::ffi::ShapeView(shape, 1), kInt32, tensor.device());
 }
 
 }  // namespace
@@ -137,22 +79,37 @@ int32_t PagedKVCacheObj::_GetOrAllocRuntimeTypeIndex() {
 }
 
 PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
-    : config_(Checked(config)), dtype_(ExecutorDType(config.dtype)), pages_(AllocatePages(config)), manager_(Limits(config)) {
-  if (config_.num_ctas == 0) config_.num_ctas = cpu::DefaultNumThreads();
-  if (config_.num_threads == 0) config_.num_threads = cpu::DefaultNumThreads();
-  tile_classes_ = cpu::TileTable(dtype_, static_cast<int32_t>(config_.head_dim), &num_tile_classes_);
+    : config_(Checked(config)), executor_(MakeKVExecutor(config_)), memory_(AllocateMemory()), manager_(Limits(config)) {}
 
+KVMemory PagedKVCacheObj::AllocateMemory() {
+  executor_->Complete(&config_);
+  tile_classes_ = executor_->TileTable(&num_tile_classes_);
+  KVMemory memory;
+  const KVCacheConfig& c = config_;
   // A plan grows with the number of keys only where KV is cut at a fixed size.
-  const PlanLimits limits{static_cast<int32_t>(config_.max_batch), static_cast<int32_t>(config_.max_tokens), 0};
+  const PlanLimits limits{static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), 0};
   const PlanCapacity causal = ComputeCapacity(Params(true), limits), full = ComputeCapacity(Params(false), limits);
-  const int64_t plan_bytes = std::max(causal.plan_bytes, full.plan_bytes);
   partial_rows_ = std::max(causal.partial_rows, full.partial_rows);
+  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
+  memory.layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
+      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), std::max(causal.plan_bytes, full.plan_bytes), entries});
 
-  bytes_per_page_ = 2 * config_.num_layers * config_.num_kv_heads * config_.page_size * config_.head_dim * (config_.dtype.bits / 8);
-  plan_ = Allocate({plan_bytes / static_cast<int64_t>(sizeof(int32_t))}, kInt32);
-  partial_o_ = Allocate({partial_rows_, config_.head_dim}, kFloat32);
-  partial_lse_ = Allocate({partial_rows_}, kFloat32);
-  query_positions_ = Allocate({config_.max_tokens}, kInt64);
+  const int64_t page_elements = 2 * c.num_kv_heads * c.page_size * c.head_dim;
+  memory.page_bytes = page_elements * (c.dtype.bits / 8);
+  memory.all_pages = executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.dtype, "its pages");
+  const int64_t head = c.page_size * c.head_dim;
+  const int64_t shape[] = {c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim};
+  const int64_t strides[] = {page_elements, c.num_kv_heads * head, head, c.head_dim, 1};
+  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
+    memory.pages.push_back(
+        memory.all_pages.as_strided(tvm::ffi::ShapeView(shape, 5), tvm::ffi::ShapeView(strides, 5), layer * c.num_pages * page_elements));
+  }
+  memory.host_step = AllocateHost({memory.layout->bytes() / 8}, kInt64);
+  memory.step =
+      executor_->place().is_cuda() ? executor_->Allocate({memory.layout->bytes() / 8}, kInt64, "a step's tables") : memory.host_step;
+  memory.step_words = AsWords(memory.step, memory.layout->bytes() / 4);
+  memory.workspace = executor_->Allocate({partial_rows_ * (c.head_dim + 1)}, kFloat32, "partial results");
+  return memory;
 }
 
 PlanParams PagedKVCacheObj::Params(bool causal) const {
@@ -167,121 +124,110 @@ PlanParams PagedKVCacheObj::Params(bool causal) const {
   return params;
 }
 
-void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests, bool causal) {
+int64_t PagedKVCacheObj::NumRows(const kv::Step& step, const kv::StepInputs& inputs) const {
+  const int64_t num_rows = inputs.num_rows < 0 ? step.num_tokens() : inputs.num_rows;
+  if (num_rows < step.num_tokens() || num_rows > config_.max_tokens) {
+    TVM_INFER_THROW(ArgumentError) << "argument `num_rows` is " << num_rows << "; a step of " << step.num_tokens()
+                                   << " tokens has from that to max_tokens = " << config_.max_tokens << " rows";
+  }
+  return num_rows;
+}
+
+void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests, bool causal,
+                                   const kv::StepInputs& inputs) {
   const kv::Step& step = manager_.BeginForward(ids, append_lengths, num_requests);
   try {
-    const TensorView plan(plan_);
-    plan_bytes_ = planner_.Plan(Params(causal), step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), DataPtr<void>(plan),
-                                plan.numel() * static_cast<int64_t>(sizeof(int32_t)), partial_rows_);
+    kv::StepInputs padded = inputs;
+    KVStep next;
+    next.step = &step;
+    next.num_rows = padded.num_rows = NumRows(step, inputs);
+    const PlanParams params = Params(causal);
+    next.capture_key = CaptureKey(params);
+    char* block = DataPtr<char>(TensorView(memory_.host_step));
+    const kv::StepLayout& layout = *memory_.layout;
+    next.plan_bytes = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(),
+                                    layout.limits().plan_bytes, partial_rows_);
+    const kv::StepRange range = kv::FillStep(layout, step, padded, next.plan_bytes, block);
+    executor_->BeginStep(memory_, next, range);
+    step_ = next;
   } catch (...) {
     manager_.CancelForward();
     throw;
   }
   causal_ = causal;
-  CopySharedPages(step.copies);
-  int64_t* positions = Data<int64_t>(query_positions_);
-  for (int32_t r = 0; r < step.num_requests(); ++r) {
-    const int64_t shift = step.kv_len[r] - step.qo_indptr[r + 1];
-    for (int32_t t = step.qo_indptr[r]; t < step.qo_indptr[r + 1]; ++t) positions[t] = shift + t;
+}
+
+// q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.
+void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const {
+  if (executor_->place().is_cuda()) {
+    CheckPlace(tensor, name, executor_->place());
+  } else {
+    CheckCpu(tensor, name);
   }
+  CheckDType(tensor, name, config_.dtype, "the cache's");
+  CheckRank(tensor, name, 3, "[num_tokens, heads, head_dim]");
+  CheckDim(tensor, name, 1, heads, heads_name);
+  CheckDim(tensor, name, 2, config_.head_dim, "head_dim of the cache");
+  CheckLastDimContiguous(tensor, name);
+  if (tensor.size(0) == step_.num_rows) return;
+  TVM_INFER_THROW(PlanMismatchError) << "argument `" << name << "` has shape " << ShapeString(tensor) << " but begin_forward announced "
+                                     << step_.step->num_tokens() << " tokens"
+                                     << (step_.num_rows == step_.step->num_tokens()
+                                             ? std::string()
+                                             : " in " + std::to_string(step_.num_rows) + " rows, padding included")
+                                     << "; pass the step's tokens, all of them, in the order of its ids";
 }
 
-// Only the slots that hold tokens: the rest of a page is never read.
-void PagedKVCacheObj::CopySharedPages(const std::vector<kv::PageCopy>& copies) {
-  const int64_t row_bytes = config_.head_dim * (config_.dtype.bits / 8);
-  const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
-  const int64_t num_planes = 2 * config_.num_kv_heads;
-  const int64_t page_bytes = num_planes * plane_bytes;
-  for (const tvm::ffi::Tensor& layer : pages_) {
-    char* base = Data<char>(layer);
-    for (const kv::PageCopy& copy : copies) {
-      const char* src = base + copy.src * page_bytes;
-      char* dst = base + copy.dst * page_bytes;
-      for (int64_t plane = 0; plane < num_planes; ++plane) {
-        std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, copy.num_tokens * row_bytes);
-      }
-    }
-  }
-}
-
-cpu::KVSource PagedKVCacheObj::Source(int64_t layer) const {
-  cpu::KVSource source{};
-  const int64_t head = config_.page_size * config_.head_dim, plane = config_.num_kv_heads * head;
-  char* base = Data<char>(pages_[layer]);
-  source.k = base;
-  source.v = base + plane * (config_.dtype.bits / 8);
-  source.k_page_stride = source.v_page_stride = 2 * plane;
-  source.k_head_stride = source.v_head_stride = head;
-  source.k_token_stride = source.v_token_stride = config_.head_dim;
-  source.page_size = static_cast<int32_t>(config_.page_size);
-  source.page_indptr = manager_.last_step().page_indptr.data();
-  source.page_indices = manager_.last_step().page_indices.data();
-  return source;
-}
-
-void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
-                                const TensorView& o) {
-  const kv::Step& step = manager_.step();
+void PagedKVCacheObj::CheckCall(int64_t layer, double sm_scale, bool causal) const {
+  manager_.step();  // throws outside of a step
   Pages(layer);
-  CheckRows(q, "q", config_, config_.num_qo_heads, "num_qo_heads of the cache", step.num_tokens());
-  CheckRows(k, "k", config_, config_.num_kv_heads, "num_kv_heads of the cache", step.num_tokens());
-  CheckRows(v, "v", config_, config_.num_kv_heads, "num_kv_heads of the cache", step.num_tokens());
-  CheckRows(o, "out", config_, config_.num_qo_heads, "num_qo_heads of the cache", step.num_tokens());
   if (!std::isfinite(sm_scale)) TVM_INFER_THROW(ArgumentError) << "argument `sm_scale` is " << sm_scale << "; it must be finite";
   if (causal != causal_) {
     TVM_INFER_THROW(PlanMismatchError) << "argument `causal` is " << causal
                                        << " but begin_forward planned the step with causal = " << causal_
                                        << "; a plan leaves out keys by its mask: begin the step with the same";
   }
-  if (step.num_tokens() == 0) return;
-
-  cpu::AppendArgs append{};
-  append.dtype = dtype_;
-  append.num_requests = step.num_requests();
-  append.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
-  append.head_dim = static_cast<int32_t>(config_.head_dim);
-  append.qo_indptr = step.qo_indptr.data();
-  append.kv_len = step.kv_len.data();
-  append.k = DataPtr<void>(k);
-  append.v = DataPtr<void>(v);
-  append.k_token_stride = Stride(k, 0);
-  append.k_head_stride = Stride(k, 1);
-  append.v_token_stride = Stride(v, 0);
-  append.v_head_stride = Stride(v, 1);
-  append.cache = Source(layer);
-  const int num_threads = static_cast<int>(config_.num_threads);
-  cpu::Append(append, num_threads);
-
-  cpu::AttentionArgs attend{};
-  attend.plan = Data<void>(plan_);
-  attend.dtype = dtype_;
-  attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
-  attend.num_kv_heads = append.num_kv_heads;
-  attend.head_dim = append.head_dim;
-  attend.q = DataPtr<void>(q);
-  attend.q_token_stride = Stride(q, 0);
-  attend.q_head_stride = Stride(q, 1);
-  attend.kv = append.cache;
-  attend.sm_scale = static_cast<float>(sm_scale);
-  attend.o = DataPtr<void>(o);
-  attend.o_token_stride = Stride(o, 0);
-  attend.o_head_stride = Stride(o, 1);
-  attend.partial_o = Data<float>(partial_o_);
-  attend.partial_lse = Data<float>(partial_lse_);
-  cpu::Attention(attend, num_threads);
 }
 
-tvm::ffi::Tensor PagedKVCacheObj::QueryPositions(int ndim) const {
-  const int64_t num_tokens = manager_.step().num_tokens();
-  const int64_t shape[] = {1, num_tokens}, strides[] = {num_tokens, 1};
-  const int skip = 2 - ndim;
-  return query_positions_.as_strided(tvm::ffi::ShapeView(shape + skip, ndim), tvm::ffi::ShapeView(strides + skip, ndim));
+void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
+                                const TensorView& o) {
+  CheckCall(layer, sm_scale, causal);
+  CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
+  if (step_.num_rows == 0) return;
+  executor_->Attention(memory_, step_, LayerCall{layer, q, k, v, o, sm_scale});
+}
+
+tvm::ffi::Tensor PagedKVCacheObj::QueryPositions() const {
+  const int64_t shape[] = {manager_.step().num_tokens()}, strides[] = {1};
+  return memory_.host_step.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1),
+                                      memory_.layout->position_ids(step_.num_rows) / 8);
+}
+
+tvm::ffi::Tensor PagedKVCacheObj::StepView(int64_t offset, int64_t length, bool is_batch_of_one) const {
+  if (length < 0 || length > config_.max_tokens) {
+    TVM_INFER_THROW(ArgumentError) << "argument `num_rows` is " << length << "; it must be from 0 to max_tokens = " << config_.max_tokens;
+  }
+  const int64_t shape[] = {1, length}, strides[] = {length, 1};
+  const int skip = is_batch_of_one ? 0 : 1;
+  return memory_.step.as_strided(tvm::ffi::ShapeView(shape + skip, 2 - skip), tvm::ffi::ShapeView(strides + skip, 2 - skip), offset / 8);
+}
+
+tvm::ffi::Tensor PagedKVCacheObj::InputIds(int64_t num_rows) const { return StepView(memory_.layout->input_ids(num_rows), num_rows, true); }
+tvm::ffi::Tensor PagedKVCacheObj::PositionIds(int64_t num_rows) const {
+  return StepView(memory_.layout->position_ids(num_rows), num_rows, true);
+}
+tvm::ffi::Tensor PagedKVCacheObj::LogitRows(int64_t num_rows, int64_t num_logits) const {
+  return StepView(memory_.layout->logit_rows(num_rows, num_logits), num_logits, false);
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
-  if (plan_bytes_ == 0) TVM_INFER_THROW(CacheStateError) << "the cache has no plan yet; call begin_forward() first";
-  const int64_t shape[] = {plan_bytes_ / static_cast<int64_t>(sizeof(int32_t))}, strides[] = {1};
-  return plan_.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1));
+  if (step_.plan_bytes == 0) TVM_INFER_THROW(CacheStateError) << "the cache has no plan yet; call begin_forward() first";
+  const int64_t shape[] = {step_.plan_bytes / 4}, strides[] = {1};
+  return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
+      .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
 }
 
 const tvm::ffi::Tensor& PagedKVCacheObj::Pages(int64_t layer) const {
@@ -289,7 +235,7 @@ const tvm::ffi::Tensor& PagedKVCacheObj::Pages(int64_t layer) const {
     TVM_INFER_THROW(ArgumentError) << "argument `layer` is " << layer << " but the cache has " << config_.num_layers
                                    << " layers; it must be from 0 to " << config_.num_layers - 1;
   }
-  return pages_[layer];
+  return memory_.pages[layer];
 }
 
 void PagedKVCacheObj::Bind(int64_t token) {

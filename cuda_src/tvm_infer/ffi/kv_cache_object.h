@@ -12,23 +12,12 @@
 #include <utility>
 #include <vector>
 
-#include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_executor.h"
 #include "tvm_infer/kv/cache_manager.h"
 #include "tvm_infer/schedule/planner.h"
 
 namespace tvm_infer::ffi_api {
-
-struct KVCacheConfig {
-  int64_t num_layers, num_qo_heads, num_kv_heads, head_dim;
-  DLDataType dtype;
-  int64_t page_size, num_pages;
-  int64_t max_batch;    // sequences in one step
-  int64_t max_tokens;   // new tokens in one step: the longest prefill chunk
-  int64_t num_ctas;     // work queues of a plan; 0: the executor's threads
-  int64_t num_threads;  // of the cpu executor; 0: its default
-  DLDevice device;
-};
 
 class PagedKVCacheObj : public tvm::ffi::Object {
  public:
@@ -36,8 +25,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // out page by page as sequences grow.
   explicit PagedKVCacheObj(const KVCacheConfig& config);
 
-  // Grows the sequences, copies shared pages that will be written, plans. A failure changes nothing.
-  void BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests, bool causal);
+  // Grows the sequences, plans, copies shared pages that will be written, and brings all of it to the device by one asynchronous copy.
+  // A failure changes nothing. inputs.num_rows < 0: as many rows as tokens.
+  void BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests, bool causal, const kv::StepInputs& inputs);
   void EndForward() { manager_.EndForward(); }
   void CancelForward() { manager_.CancelForward(); }
 
@@ -45,14 +35,27 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
                  const TensorView& o);
 
-  // int64 [num_tokens] in the layout of `ndim`: 1 [num_tokens], 2 [1, num_tokens]. A view: the next step overwrites it.
-  tvm::ffi::Tensor QueryPositions(int ndim) const;
-  // int32, the bytes used of the last plan. A view: the next step overwrites it.
+  // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
+  // sequences and this is another rotation than theirs.
+  void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
+  // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
+  // head_dim]. CacheStateError before SetRope.
+  void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
+
+  // Positions of the step's tokens, int64 [num_tokens], on the host. A view: the next step overwrites it.
+  tvm::ffi::Tensor QueryPositions() const;
+  // What a model reads in a step of so many rows, on the device, int64: a view at an address that depends on the numbers alone, which every
+  // step of as many rows overwrites. ArgumentError beyond max_tokens.
+  tvm::ffi::Tensor InputIds(int64_t num_rows) const;                       // [1, num_rows]
+  tvm::ffi::Tensor PositionIds(int64_t num_rows) const;                    // [1, num_rows]
+  tvm::ffi::Tensor LogitRows(int64_t num_rows, int64_t num_logits) const;  // [num_logits]
+  int64_t num_rows() const { return step_.num_rows; }
+  // int32, the bytes used of the last plan, on the host. A view: the next step overwrites it.
   tvm::ffi::Tensor CurrentPlan() const;
   // [num_pages, 2, num_kv_heads, page_size, head_dim]: keys are [:, 0], values [:, 1].
   const tvm::ffi::Tensor& Pages(int64_t layer) const;
 
-  int64_t bytes_per_page() const { return bytes_per_page_; }  // keys and values of all layers
+  int64_t bytes_per_page() const { return memory_.page_bytes * config_.num_layers; }  // keys and values of all layers
   const KVCacheConfig& config() const { return config_; }
   kv::CacheManager& manager() { return manager_; }
 
@@ -62,8 +65,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   // The type index is made at first use: a static object, linked into a model, may register nothing when it is loaded. The key carries
   // the ABI (common.h), so that a model built against another layout gets a type error that names both.
-  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v1";
-  static_assert(kAbiVersion == 1, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v2";
+  static_assert(kAbiVersion == 2, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = true;
   static constexpr int32_t _type_child_slots = 0;
@@ -73,27 +76,25 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
  private:
   PlanParams Params(bool causal) const;
-  void CopySharedPages(const std::vector<kv::PageCopy>& copies);
-  cpu::KVSource Source(int64_t layer) const;
+  KVMemory AllocateMemory();  // sets the executor's tile classes too
+  int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
+  void CheckCall(int64_t layer, double sm_scale, bool causal) const;
+  void CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const;
+  tvm::ffi::Tensor StepView(int64_t offset, int64_t length, bool is_batch_of_one) const;
 
   KVCacheConfig config_;
-  cpu::DType dtype_;
-  // One per layer, at a fixed address for the cache's life. Before manager_: what is too large to allocate fails here, untouched.
-  std::vector<tvm::ffi::Tensor> pages_;
-  kv::CacheManager manager_;
-  Planner planner_;
+  std::unique_ptr<KVExecutor> executor_;
   const TileClass* tile_classes_;
   int32_t num_tile_classes_;
-  bool causal_ = true;  // of the plan
-  int64_t plan_bytes_ = 0;
   int64_t partial_rows_;
-  int64_t bytes_per_page_;
-  int64_t owner_ = 0;  // Bind()'s token; 0: none
-  // At fixed addresses for the cache's life.
-  tvm::ffi::Tensor plan_;             // int32 [capacity]
-  tvm::ffi::Tensor partial_o_;        // float32 [partial_rows, head_dim]
-  tvm::ffi::Tensor partial_lse_;      // float32 [partial_rows]
-  tvm::ffi::Tensor query_positions_;  // int64 [max_tokens]
+  KVMemory memory_;  // before manager_: what is too large to allocate fails here, untouched
+  kv::CacheManager manager_;
+  Planner planner_;
+  KVStep step_;
+  KVRope rope_;
+  std::vector<float> inv_freq_;  // of rope_, on the host
+  bool causal_ = true;           // of the plan
+  int64_t owner_ = 0;            // Bind()'s token; 0: none
 };
 
 class PagedKVCache : public tvm::ffi::ObjectRef {

@@ -7,18 +7,12 @@
 #include "tvm_infer/cpu/blas.h"
 #include "tvm_infer/cpu/matmul.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/matmul_cuda.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
 
-// A tensor [..., rows, cols] seen as one matrix.
-struct Matrix {
-  int64_t rows, cols, row_stride;
-};
-
 Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
-  CheckCpu(tensor, name);
-  CheckDType(tensor, name, DLDataType{kDLFloat, 32, 1}, "matmul computes in float32 on the cpu; cast a, b and out to float32");
   if (tensor.ndim() < 2) {
     TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has rank " << tensor.ndim() << ", shape " << ShapeString(tensor)
                                    << "; it must have rank 2 or more: " << dims;
@@ -52,7 +46,8 @@ Matrix AsMatrix(const TensorView& tensor, const char* name, const char* dims) {
   const int64_t limit = std::numeric_limits<int32_t>::max();
   if (matrix.rows > limit || matrix.cols > limit || matrix.row_stride > limit) {
     TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(tensor) << ", row stride " << matrix.row_stride
-                                   << ": rows, columns and row stride must be at most " << limit << " (the BLAS counts in 32 bits)";
+                                   << ": rows, columns and row stride must be at most " << limit
+                                   << " (BLAS libraries count in 32 bits). Multiply in parts";
   }
   // BLAS checks leading dimensions of empty and single-row matrices too.
   matrix.row_stride = std::max<int64_t>({matrix.row_stride, matrix.cols, 1});
@@ -63,24 +58,46 @@ void CheckSize(const TensorView& tensor, const char* name, int axis_from_end, in
   CheckDim(tensor, name, tensor.ndim() - axis_from_end, expected, what);
 }
 
+Product CheckProduct(const TensorView& a, const TensorView& b, bool transpose_b, const TensorView& out) {
+  const char* b_dims = transpose_b ? "[n, k]" : "[k, n]";
+  Product product{AsMatrix(a, "a", "[..., m, k]"), {}, {}, transpose_b};
+  CheckRank(b, "b", 2, b_dims);
+  product.b = AsMatrix(b, "b", b_dims);
+  product.out = AsMatrix(out, "out", "[..., m, n]");
+  CheckSize(b, "b", transpose_b ? 1 : 2, product.a.cols, "k, the last dimension of `a`");
+  CheckSize(out, "out", 1, transpose_b ? product.b.rows : product.b.cols, "n of `b`");
+  if (product.out.rows != product.a.rows) {
+    TVM_INFER_THROW(ArgumentError) << "argument `out`, shape " << ShapeString(out) << ", has " << product.out.rows << " rows; `a`, shape "
+                                   << ShapeString(a) << ", has " << product.a.rows;
+  }
+  return product;
+}
+
+void CheckHostTypes(const TensorView& a, const TensorView& b, const TensorView& out) {
+  const char* names[] = {"a", "b", "out"};
+  const TensorView* tensors[] = {&a, &b, &out};
+  for (int i = 0; i < 3; ++i) {
+    CheckDType(*tensors[i], names[i], DLDataType{kDLFloat, 32, 1}, "matmul computes in float32 on the cpu; cast a, b and out to float32");
+  }
+}
+
+void OnHost(const Product& x, const TensorView& a, const TensorView& b, const TensorView& out) {
+  const cpu::MatmulArgs args{
+      x.a.rows,      x.out.cols,          x.a.cols,        DataPtr<const float>(a), x.a.row_stride, DataPtr<const float>(b), x.b.row_stride,
+      x.transpose_b, DataPtr<float>(out), x.out.row_stride};
+  cpu::Matmul(args, 0);
+}
+
 }  // namespace
 
 void Matmul(TensorView a, TensorView b, int64_t transpose_b, TensorView out) {
   Guarded([&] {
-    const Matrix a_mat = AsMatrix(a, "a", "[..., m, k]");
-    CheckRank(b, "b", 2, transpose_b ? "[n, k]" : "[k, n]");
-    const Matrix b_mat = AsMatrix(b, "b", transpose_b ? "[n, k]" : "[k, n]");
-    const Matrix out_mat = AsMatrix(out, "out", "[..., m, n]");
-    CheckSize(b, "b", transpose_b ? 1 : 2, a_mat.cols, "k, the last dimension of `a`");
-    CheckSize(out, "out", 1, transpose_b ? b_mat.rows : b_mat.cols, "n of `b`");
-    if (out_mat.rows != a_mat.rows) {
-      TVM_INFER_THROW(ArgumentError) << "argument `out`, shape " << ShapeString(out) << ", has " << out_mat.rows << " rows; `a`, shape "
-                                     << ShapeString(a) << ", has " << a_mat.rows;
-    }
-    const cpu::MatmulArgs args{
-        a_mat.rows,       out_mat.cols,     a_mat.cols,          DataPtr<const float>(a), a_mat.row_stride, DataPtr<const float>(b),
-        b_mat.row_stride, transpose_b != 0, DataPtr<float>(out), out_mat.row_stride};
-    cpu::Matmul(args, 0);
+    const Place place = PlaceOf(a, "a");
+    CheckPlace(b, "b", place);
+    CheckPlace(out, "out", place);
+    place.is_cuda() ? on_cuda::CheckMatmulTypes(a, b, out) : CheckHostTypes(a, b, out);
+    const Product product = CheckProduct(a, b, transpose_b != 0, out);
+    place.is_cuda() ? on_cuda::Matmul(place, product, a, b, out) : OnHost(product, a, b, out);
   });
 }
 

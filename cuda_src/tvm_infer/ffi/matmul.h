@@ -13,11 +13,13 @@
 
 namespace tvm_infer::ffi_api {
 
-// out = a @ b, or a @ b.T if transpose_b. float32, on the host.
+// out = a @ b, or a @ b.T if transpose_b, where the tensors lie: on the host with a BLAS, on a CUDA device with cuBLASLt on its current
+// stream (cuda/matmul_workspace.h: what streams and graphs may share).
 //   a    [..., m, k], rank >= 2: leading dimensions count as rows, so they must collapse into one stride; last dimension contiguous
 //   b    [k, n], or [n, k] if transpose_b; last dimension contiguous
 //   out  [..., m, n], leading dimensions as a's; overwritten
-// Throws ArgumentError, DTypeError, MissingDependencyError (no BLAS set).
+// On the host all are float32. On CUDA a and b are both float16, bfloat16 or float32; out is that or float32; sums are float32.
+// Throws ArgumentError, DTypeError, MissingDependencyError (no BLAS, no cuBLASLt), ExecutorError, and on CUDA WorkspaceError, DeviceError.
 void Matmul(tvm::ffi::TensorView a, tvm::ffi::TensorView b, int64_t transpose_b, tvm::ffi::TensorView out);
 
 // Opens the BLAS library at `path`, symbols `prefix` + "cblas_sgemm" …, for this process; returns the kernels it chose ("SkylakeX"), or "".

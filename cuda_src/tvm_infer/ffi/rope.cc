@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "tvm_infer/cpu/rope_append.h"
+#include "tvm_infer/ffi/rope_checks.h"
 #include "tvm_infer/ffi/rope_cuda.h"
 #include "tvm_infer/ffi/value_checks.h"
 
@@ -15,26 +16,6 @@ struct Lengths {
   const int32_t* kv_len;
   int32_t num_requests;
 };
-
-void CheckRotation(const RopeCall& call, double magnitude, int64_t interleaved, const Place& place) {
-  CheckPlace(call.inv_freq, "inv_freq", place);
-  CheckRank(call.inv_freq, "inv_freq", 1, "[rotary_dim / 2]");
-  CheckDType(call.inv_freq, "inv_freq", DLDataType{kDLFloat, 32, 1}, "frequencies are float32");
-  CheckContiguous(call.inv_freq, "inv_freq");
-  if (2 * call.inv_freq.size(0) > call.q.size(2)) {
-    TVM_INFER_THROW(ArgumentError) << "argument `inv_freq` has " << call.inv_freq.size(0) << " entries, a rotary_dim of "
-                                   << 2 * call.inv_freq.size(0) << "; heads of `q` have " << call.q.size(2)
-                                   << " elements. Rotate at most those";
-  }
-  if (!std::isfinite(magnitude)) {
-    TVM_INFER_THROW(ArgumentError) << "argument `magnitude` is " << magnitude
-                                   << "; it must be finite (1 where cosine and sine have no factor)";
-  }
-  if (interleaved != 0 && interleaved != 1) {
-    TVM_INFER_THROW(ArgumentError) << "argument `interleaved` is " << interleaved
-                                   << "; it must be 0 (pairs (i, i + rotary_dim / 2)) or 1 (pairs (2i, 2i + 1))";
-  }
-}
 
 // Either a plan or both lengths.
 void CheckLengthsGiven(const RopeCall& call) {
@@ -120,6 +101,26 @@ void RunOnHost(const RopeCall& call, const CacheShape& shape, const cpu::KVSourc
 
 }  // namespace
 
+void CheckRotation(const TensorView& inv_freq, int64_t interleaved, double magnitude, int64_t head_dim, const char* heads_of,
+                   const Place& place) {
+  CheckPlace(inv_freq, "inv_freq", place);
+  CheckRank(inv_freq, "inv_freq", 1, "[rotary_dim / 2]");
+  CheckDType(inv_freq, "inv_freq", DLDataType{kDLFloat, 32, 1}, "frequencies are float32");
+  CheckContiguous(inv_freq, "inv_freq");
+  if (2 * inv_freq.size(0) > head_dim) {
+    TVM_INFER_THROW(ArgumentError) << "argument `inv_freq` has " << inv_freq.size(0) << " entries, a rotary_dim of " << 2 * inv_freq.size(0)
+                                   << "; heads of " << heads_of << " have " << head_dim << " elements. Rotate at most those";
+  }
+  if (!std::isfinite(magnitude)) {
+    TVM_INFER_THROW(ArgumentError) << "argument `magnitude` is " << magnitude
+                                   << "; it must be finite (1 where cosine and sine have no factor)";
+  }
+  if (interleaved != 0 && interleaved != 1) {
+    TVM_INFER_THROW(ArgumentError) << "argument `interleaved` is " << interleaved
+                                   << "; it must be 0 (pairs (i, i + rotary_dim / 2)) or 1 (pairs (2i, 2i + 1))";
+  }
+}
+
 void RopeAppendPaged(TensorView q, TensorView k, TensorView v, TensorView inv_freq, int64_t interleaved, double magnitude,
                      OptionalTensor plan, OptionalTensor qo_indptr, OptionalTensor kv_len, TensorView k_cache, OptionalTensor v_cache,
                      int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, TensorView q_out) {
@@ -142,7 +143,7 @@ void RopeAppendPaged(TensorView q, TensorView k, TensorView v, TensorView inv_fr
     const Place place = PlaceOf(q, "q");
     cpu::KVSource cache{};
     const CacheShape shape = CheckCall(call, place, &cache);
-    CheckRotation(call, magnitude, interleaved, place);
+    CheckRotation(inv_freq, interleaved, magnitude, q.size(2), "`q`", place);
     if (place.is_cuda()) return on_cuda::RopeAppendPaged(place, call, shape, cache);
     RunOnHost(call, shape, cache);
   });

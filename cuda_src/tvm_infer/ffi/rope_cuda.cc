@@ -70,7 +70,7 @@ void RopeAppendPaged(const Place& place, const RopeCall& call, const CacheShape&
   params.q_out_stride_head = Stride(call.q_out, 1);
   params.inv_freq = DataPtr<const float>(call.inv_freq);
   params.magnitude = call.magnitude;
-  params.num_qo_heads = static_cast<int32_t>(call.q.size(1));
+  params.append.num_qo_heads = static_cast<int32_t>(call.q.size(1));
   params.rotary_dim = rotary_dim;
   params.is_interleaved = call.is_interleaved;
   const CudaScope scope(place.device);

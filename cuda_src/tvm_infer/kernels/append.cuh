@@ -20,19 +20,20 @@ struct AppendLengths {
   const int32_t* qo_indptr;  // [num_requests + 1]
   const int32_t* kv_len;     // [num_requests]
   int32_t num_requests;
+  bool is_refused;
 };
 
 // By a whole warp.
 __device__ __forceinline__ AppendLengths LoadLengths(const cuda::AppendParams& p) {
-  if (p.plan == nullptr) return {p.qo_indptr, p.kv_len, p.num_requests};
+  if (p.plan == nullptr) return {p.qo_indptr, p.kv_len, p.num_requests, false};
   const PlanView plan(p.plan);
   // The attention kernel of the same call checks too, and says why it refused. How many CTAs that one has is its own business.
   const attention::PlanCheck check(plan, p.expected, INT32_MAX);
   const auto* base = static_cast<const char*>(p.plan);
   const AppendLengths lengths = {reinterpret_cast<const int32_t*>(base + plan.header->qo_indptr_offset),
-                                 reinterpret_cast<const int32_t*>(base + plan.header->kv_len_offset), plan.header->num_requests};
+                                 reinterpret_cast<const int32_t*>(base + plan.header->kv_len_offset), plan.header->num_requests, false};
   const bool is_refused = __any_sync(0xffffffff, check.Stops(-1));
-  return {lengths.qo_indptr, lengths.kv_len, is_refused ? 0 : lengths.num_requests};
+  return {lengths.qo_indptr, lengths.kv_len, is_refused ? 0 : lengths.num_requests, is_refused};
 }
 
 // The request that `token` belongs to: how many of qo_indptr[1 … num_requests] are <= token; num_requests for padding. By a whole warp,
@@ -97,6 +98,15 @@ struct AppendVector {
   }
 };
 
+// The output rows of a padding token.
+__device__ __forceinline__ void ZeroOutput(const cuda::AppendParams& p, int64_t token) {
+  const uint32_t row_vectors = p.head_dim / 8, token_vectors = p.num_qo_heads * row_vectors;
+  auto* o = static_cast<uint16_t*>(p.o) + token * p.o_stride_token;
+  for (uint32_t i = threadIdx.x % 32; i < token_vectors; i += 32) {
+    reinterpret_cast<uint4*>(o + i / row_vectors * p.o_stride_head)[i % row_vectors] = uint4{0, 0, 0, 0};
+  }
+}
+
 // A task is a token's K and V, or a part of them where there are more warps than tokens. Each warp takes a run of tasks, so that it looks
 // for a request only where the run begins and where a request ends.
 __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
@@ -128,7 +138,14 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
     }
     if (token >= request.end) {
       const int32_t index = RequestOf(lengths, token);
-      if (index >= lengths.num_requests) return;  // padding, as are all tokens behind
+      if (index >= lengths.num_requests) {  // padding, as are all tokens behind
+        if (p.o == nullptr || lengths.is_refused) return;
+        for (; task < end_task; ++task) {
+          if (part == 0) ZeroOutput(p, token);
+          if (++part == parts) part = 0, ++token;
+        }
+        return;
+      }
       request.Load(p, lengths, index);
     }
     const int32_t position = request.kv_len - (request.end - token);

@@ -49,7 +49,7 @@ struct RopeRow {
   int64_t head;
 
   __device__ __forceinline__ RopeRow(const cuda::RopeAppendParams& p, uint32_t row) {
-    const uint32_t k_begin = p.num_qo_heads, v_begin = k_begin + p.append.num_kv_heads;
+    const uint32_t k_begin = p.append.num_qo_heads, v_begin = k_begin + p.append.num_kv_heads;
     is_q = row < k_begin;
     is_v = row >= v_begin;
     head = row - (is_v ? v_begin : is_q ? 0 : k_begin);
@@ -61,8 +61,12 @@ struct RopeRow {
     const auto* from = static_cast<const uint16_t*>(is_q ? p.q : is_v ? a.v : a.k);
     return reinterpret_cast<const uint4*>(from + token * stride_token + head * stride_head);
   }
-  __device__ __forceinline__ uint4* ToOut(const cuda::RopeAppendParams& p, int64_t token) const {
+  __device__ __forceinline__ uint4* ToQuery(const cuda::RopeAppendParams& p, int64_t token) const {
     return reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.q_out) + token * p.q_out_stride_token + head * p.q_out_stride_head);
+  }
+  // The row's place in the attention's output.
+  __device__ __forceinline__ uint4* ToOutput(const cuda::AppendParams& a, int64_t token) const {
+    return reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.o) + token * a.o_stride_token + head * a.o_stride_head);
   }
   __device__ __forceinline__ uint4* ToCache(const cuda::AppendParams& a, int64_t page, int64_t slot) const {
     uint16_t* to = static_cast<uint16_t*>(is_v ? a.v_cache : a.k_cache) + page * (is_v ? a.v_cache_stride_page : a.k_cache_stride_page) +
@@ -118,7 +122,7 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
   const cuda::AppendParams& a = p.append;
   const uint32_t warp = blockIdx.x * (kRopeAppendThreads / 32) + threadIdx.x / 32, num_warps = gridDim.x * (kRopeAppendThreads / 32);
   const RopeLane lane(p);
-  const uint32_t turning_rows = p.num_qo_heads + a.num_kv_heads, num_rows = turning_rows + a.num_kv_heads;
+  const uint32_t turning_rows = a.num_qo_heads + a.num_kv_heads, num_rows = turning_rows + a.num_kv_heads;
   const uint32_t token_steps = (num_rows + lane.rows - 1) / lane.rows;  // max_tokens of these are below 2^31: cuda/rope_append.cc
   const uint32_t steps = min(kRopeAppendSteps, (a.max_tokens * token_steps + num_warps - 1) / num_warps);
   const uint32_t parts = (token_steps + steps - 1) / steps;  // tasks of a token
@@ -138,6 +142,7 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
   AppendRequest request;
   RopeAngles angles;
   bool is_padding = false;
+  const bool zeroes_output = a.o != nullptr && !lengths.is_refused;  // a refused plan leaves the attention's output alone
   for (uint32_t task = first_task; task < end_task; ++task) {
     const uint32_t task_row = part * steps * lane.rows, end = lane.is_active ? min(num_rows, task_row + steps * lane.rows) : 0;
     uint4 first[kRopeAppendSteps], second[kRopeAppendSteps];
@@ -159,7 +164,7 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
     // K and V of a token before its request's first position or behind its last page go nowhere, as in append.cuh.
     const bool has_slot = !is_padding && position >= 0 && page_entry < request.end_page;
     int64_t page = 0, slot = 0;
-    if (has_slot && task_row + steps * lane.rows > p.num_qo_heads)
+    if (has_slot && task_row + steps * lane.rows > a.num_qo_heads)
       page = __ldg(a.kv_page_indices + page_entry), slot = position % a.page_size;
     if (!is_padding && lane.turns && task_row < turning_rows && angles_token != token) {
       angles.Set(inv_freq, position, p.magnitude);
@@ -171,9 +176,10 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
       if (index >= end) continue;
       const RopeRow row(p, index);
       if (!row.is_q && !has_slot) continue;
-      uint4* const to = row.is_q ? row.ToOut(p, token) : row.ToCache(a, page, slot);
+      uint4* const to = row.is_q ? row.ToQuery(p, token) : row.ToCache(a, page, slot);
       if (is_padding) {
         first[i] = second[i] = make_uint4(0, 0, 0, 0);
+        if (zeroes_output) row.ToOutput(a, token)[lane.first] = row.ToOutput(a, token)[lane.second] = first[i];
       } else if (lane.turns && !row.is_v) {
         TurnVectors<Element>(angles, p.is_interleaved != 0, &first[i], &second[i]);
       }

@@ -60,11 +60,11 @@ void RunCase(int32_t number) {
   RopeAppendParams p{};
   tvm_infer::cuda::AppendParams& a = p.append;
   const int32_t num_tokens = batch.qo_indptr.back();
-  a.max_tokens = std::max(1, num_tokens + (number % 4 == 0 ? Random(1, 40) : 0));
+  a.max_tokens = std::max(1, num_tokens + (number % 4 != 2 ? Random(1, 40) : 0));
   a.num_kv_heads = kv_heads;
   a.head_dim = head_dim;
   a.page_size = page_size;
-  p.num_qo_heads = qo_heads;
+  a.num_qo_heads = qo_heads;
   p.rotary_dim = number % 4 == 1 ? 16 * Random(0, head_dim / 16) : head_dim;
   p.is_interleaved = number / 2 % 2;
   p.magnitude = number % 7 ? 1.f : 1.25f;
@@ -87,6 +87,14 @@ void RunCase(int32_t number) {
   p.q_stride_head = a.k_stride_head = a.v_stride_head = p.q_out_stride_head = head_dim;
   p.q_out = out.data();
   p.q_out_stride_token = out_row;
+  // the attention's output, of which padding rows alone are written
+  Memory o(int64_t{a.max_tokens} * out_row);
+  std::fill_n(o.data(), int64_t{a.max_tokens} * out_row, kPoison);
+  if (number % 2) {
+    a.o = o.data();
+    a.o_stride_token = out_row;
+    a.o_stride_head = head_dim;
+  }
   const int64_t plane = int64_t{kv_heads} * page_size * head_dim, elements = 2 * plane * batch.page_indptr.back();
   Memory cache(elements), expected(elements);
   std::fill_n(cache.data(), elements, kPoison);
@@ -128,6 +136,10 @@ void RunCase(int32_t number) {
     for (int32_t d = 0; d < head_dim; ++d) is_right &= out.data()[t * out_row + qo_heads * head_dim + d] == kPoison;
     const bool is_padding = spoiled != 0 || t >= num_tokens;
     for (int32_t d = 0; is_padding && d < qo_heads * head_dim; ++d) is_right &= out.data()[t * out_row + d] == 0;
+    for (int32_t d = 0; d < out_row; ++d) {
+      const bool is_zeroed = a.o != nullptr && spoiled == 0 && is_padding && d < qo_heads * head_dim;
+      is_right &= o.data()[t * out_row + d] == (is_zeroed ? 0 : kPoison);
+    }
   }
   is_right &= std::memcmp(cache.data(), expected.data(), elements * 2) == 0;
   if (!is_right) {

@@ -1,0 +1,31 @@
+// out = a @ b or a @ b.T on a CUDA device: cuBLASLt, with one algorithm for each problem, found once.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/cuda/dtype.h"
+
+namespace tvm_infer::cuda {
+
+// Row-major matrices of the device; strides in elements. Sums are fp32, also where k is split over CTAs.
+struct MatmulArgs {
+  int64_t m, n, k;
+  DTypeTag dtype;      // of a and b
+  DTypeTag out_dtype;  // dtype, or kFloat32
+  const void* a;       // [m, k], row stride lda >= k
+  int64_t lda;
+  const void* b;  // [k, n], row stride ldb >= n; [n, k], row stride ldb >= k, if transpose_b
+  int64_t ldb;
+  bool transpose_b;
+  void* out;  // [m, n], row stride ldo >= n; what it held is not read
+  int64_t ldo;
+  bool allow_tf32;  // for fp32: products of inputs rounded to 10 bits of mantissa
+};
+
+// Launches on the stream; the device's context is current. A problem's first call asks cuBLASLt's heuristic, later ones look it up.
+// The result depends on the arguments' values, shapes, strides and on whether each begins on a 16-byte boundary, not on addresses, the
+// stream or earlier calls. May be captured for a graph (matmul_workspace.h says when). Thread safe.
+// Throws Error("MissingDependencyError") without a cuBLASLt, Error("WorkspaceError"), Error("DeviceError") with cuBLAS's status.
+void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args);
+
+}  // namespace tvm_infer::cuda

@@ -1,0 +1,97 @@
+// The device half of a KV cache: where its memory is and who computes. One class for each executor; the object (kv_cache_object.h) plans
+// and keeps book the same way for both.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include "tvm_infer/ffi/common.h"
+#include "tvm_infer/kv/step_buffer.h"
+#include "tvm_infer/schedule/planner.h"
+
+namespace tvm_infer::ffi_api {
+
+struct KVCacheConfig {
+  int64_t num_layers, num_qo_heads, num_kv_heads, head_dim;
+  DLDataType dtype;
+  int64_t page_size, num_pages;
+  int64_t max_batch;    // sequences in one step
+  int64_t max_tokens;   // rows of one step: the longest prefill chunk
+  int64_t num_ctas;     // work queues of a plan; 0: the executor's own choice
+  int64_t num_threads;  // of the cpu executor; 0: its default
+  DLDevice device;
+};
+
+// What a cache owns, at fixed addresses for its life.
+struct KVMemory {
+  tvm::ffi::Tensor all_pages;           // [num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]
+  std::vector<tvm::ffi::Tensor> pages;  // of each layer: views
+  tvm::ffi::Tensor host_step, step;     // int64: what a step reads (kv/step_buffer.h), written on the host, read on the device; on the
+                                        // host one tensor
+  tvm::ffi::Tensor step_words;          // `step` as int32
+  tvm::ffi::Tensor workspace;           // float32 [partial rows * (head_dim + 1)]
+  std::unique_ptr<const kv::StepLayout> layout;
+  int64_t page_bytes = 0;  // of one layer
+};
+
+// How a cache rotates queries and keys; its memory is at fixed addresses too.
+struct KVRope {
+  tvm::ffi::Tensor inv_freq;   // float32 [head_dim / 2], of which rotary_dim / 2 are set
+  tvm::ffi::Tensor rotated_q;  // [max_tokens, num_qo_heads, head_dim]: the layer's queries, between rotation and attention
+  int64_t rotary_dim = 0;
+  bool is_interleaved = false;
+  float magnitude = 1;  // on cosine and sine
+  bool is_set() const { return inv_freq.defined(); }
+};
+
+// The step under way.
+struct KVStep {
+  const kv::Step* step = nullptr;
+  int64_t num_rows = 0;  // of q, k, v and o; those behind step->num_tokens() are padding
+  int64_t plan_bytes = 0;
+  uint64_t capture_key = 0;  // of the plan
+};
+
+// One layer's q, k, v and o: [num_rows, heads, head_dim], of the cache's heads, head_dim and dtype.
+struct LayerCall {
+  int64_t layer;
+  const TensorView &q, &k, &v, &o;
+  double sm_scale;
+  const KVRope* rope = nullptr;  // rotates q and k on their way; null: they come as they are to be
+};
+
+class KVExecutor {
+ public:
+  virtual ~KVExecutor() = default;
+
+  // Fills in what config leaves to the executor; throws ExecutorError or DTypeError for what it has no kernels for.
+  virtual void Complete(KVCacheConfig* config) const = 0;
+  // Costs that plans are made with: a static table.
+  virtual const TileClass* TileTable(int32_t* count) const = 0;
+  // Uninitialised memory of the device that lives as long as the tensor. `what` it is for, in errors.
+  virtual tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const = 0;
+  // Copies shared pages that the step writes to, and brings `range` of the step's block to the device.
+  virtual void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) = 0;
+  // Where tensors of a call must be.
+  virtual Place place() const = 0;
+  // Throws ExecutorError where heads cannot be rotated so.
+  virtual void CheckRope(int64_t rotary_dim) const = 0;
+  // From the host to memory of this executor, in the order of its stream. `host` may be written again at once.
+  virtual void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const = 0;
+  // Appends k and v, then o = attention of q; rows of padding append nowhere and get o = 0.
+  virtual void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) = 0;
+};
+
+// `config` is checked but for what the executor has an opinion on. Throws ExecutorError for a device that has none.
+std::unique_ptr<KVExecutor> MakeKVExecutor(const KVCacheConfig& config);
+std::unique_ptr<KVExecutor> MakeHostKVExecutor(const KVCacheConfig& config);
+std::unique_ptr<KVExecutor> MakeCudaKVExecutor(const KVCacheConfig& config);
+
+// Uninitialised host memory, aligned for vector registers; large blocks to huge pages.
+tvm::ffi::Tensor AllocateHost(std::initializer_list<int64_t> shape, DLDataType dtype);
+
+}  // namespace tvm_infer::ffi_api

@@ -1,0 +1,140 @@
+// The KV cache on a CUDA device.
+#include "tvm_infer/cuda/attention.h"
+#include "tvm_infer/cuda/copy_pages.h"
+#include "tvm_infer/cuda/memory.h"
+#include "tvm_infer/cuda/rope_append.h"
+#include "tvm_infer/cuda/staging.h"
+#include "tvm_infer/cuda/tile_table.h"
+#include "tvm_infer/ffi/attention_cuda.h"
+#include "tvm_infer/ffi/cuda_scope.h"
+#include "tvm_infer/ffi/kv_executor.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+struct DeviceAllocator {
+  const char* what;
+  void AllocData(DLTensor* tensor) {
+    tensor->data = cuda::AllocateDevice(tensor->device.device_id, static_cast<int64_t>(tvm::ffi::GetDataSize(*tensor)), what);
+  }
+  void FreeData(DLTensor* tensor) { cuda::FreeDevice(tensor->device.device_id, tensor->data); }
+};
+
+cuda::DTypeTag ToTag(DLDataType dtype) {
+  if (dtype.code == kDLBfloat) return cuda::DTypeTag::kBFloat16;
+  return dtype.bits == 32 ? cuda::DTypeTag::kFloat32 : cuda::DTypeTag::kFloat16;
+}
+
+// A dense view of `length` int32 words at `offset` bytes.
+tvm::ffi::Tensor Words(const tvm::ffi::Tensor& words, int64_t offset, int64_t length) {
+  const int64_t shape[] = {length}, strides[] = {1};
+  return words.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), offset / 4);
+}
+
+// [num_rows, …] of a dense [more, heads, head_dim].
+tvm::ffi::Tensor FirstRows(const tvm::ffi::Tensor& tensor, int64_t num_rows) {
+  const int64_t heads = tensor.size(1), head_dim = tensor.size(2);
+  const int64_t shape[] = {num_rows, heads, head_dim}, strides[] = {heads * head_dim, head_dim, 1};
+  return tensor.as_strided(tvm::ffi::ShapeView(shape, 3), tvm::ffi::ShapeView(strides, 3), 0);
+}
+
+class CudaKVExecutor final : public KVExecutor {
+ public:
+  explicit CudaKVExecutor(const KVCacheConfig& config) : config_(config) {
+    CheckDevice();
+    CheckPageSize();
+    Complete(&config_);
+  }
+
+  void Complete(KVCacheConfig* config) const override {
+    if (config->num_ctas == 0) config->num_ctas = cuda::GetDevice(config->device.device_id).num_sms;
+    config->num_threads = 0;
+  }
+  const TileClass* TileTable(int32_t* count) const override {
+    return cuda::TileTable(ToTag(config_.dtype), static_cast<int32_t>(config_.head_dim), count);
+  }
+  tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const override {
+    return tvm::ffi::Tensor::FromNDAlloc(DeviceAllocator{what}, tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, config_.device);
+  }
+  Place place() const override { return {config_.device, "kv"}; }
+  void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void CheckRope(int64_t rotary_dim) const override {
+    cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
+  }
+  void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
+  void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
+
+ private:
+  void CheckDevice() const;
+  void CheckPageSize() const;
+
+  KVCacheConfig config_;
+};
+
+void CudaKVExecutor::CheckDevice() const {
+  try {
+    cuda::CheckArchitecture(cuda::GetDevice(config_.device.device_id));
+  } catch (const Error& error) {
+    throw Error(error.kind(), "argument `device` is " + DeviceString(config_.device) + ": " + error.what());
+  }
+}
+
+void CudaKVExecutor::CheckPageSize() const {
+  if (cuda::HasPageSize(static_cast<int32_t>(config_.page_size))) return;
+  TVM_INFER_THROW(ExecutorError) << "argument `page_size` is " << config_.page_size
+                                 << "; the cuda executor has kernels for pages of 1, 2, 4, 8, 16, 32 and 64 tokens. Take one of these, or "
+                                    "create the cache with device=\"cpu\"";
+}
+
+void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) {
+  const CudaScope scope(config_.device);
+  if (cuda::IsCapturing(scope.stream())) {
+    TVM_INFER_THROW(DeviceError) << "begin_forward() on a stream that is being captured for a graph: a replay would bring back the plan of "
+                                    "the capture. Begin each step before the replay, outside of the graph";
+  }
+  const char* host = DataPtr<char>(TensorView(memory.host_step));
+  char* device = DataPtr<char>(TensorView(memory.step));
+  cuda::Upload(scope.device_id(), scope.stream(), host + range.begin, static_cast<size_t>(range.end - range.begin), device + range.begin);
+  if (step.step->copies.empty()) return;
+  cuda::CopyPagesParams params{};
+  params.pages = DataPtr<void>(TensorView(memory.all_pages));
+  const auto num_entries = static_cast<int64_t>(step.step->page_indices.size());
+  params.copies = reinterpret_cast<const int32_t*>(device + memory.layout->copies(step.plan_bytes, num_entries));
+  params.layer_bytes = memory.page_bytes * config_.num_pages;
+  params.page_bytes = memory.page_bytes;
+  params.num_copies = static_cast<int32_t>(step.step->copies.size());
+  params.num_layers = static_cast<int32_t>(config_.num_layers);
+  cuda::LaunchCopyPages(scope.device_id(), scope.stream(), params);
+}
+
+void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const {
+  if (bytes == 0) return;
+  const CudaScope scope(config_.device);
+  if (cuda::IsCapturing(scope.stream())) {
+    TVM_INFER_THROW(DeviceError) << "kv_cache_set_rope on a stream that is being captured for a graph: set it once, before the capture";
+  }
+  cuda::Upload(scope.device_id(), scope.stream(), host, static_cast<size_t>(bytes), DataPtr<void>(TensorView(to)));
+}
+
+void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
+  const kv::StepLayout& layout = *memory.layout;
+  const tvm::ffi::Tensor plan = Words(memory.step_words, layout.plan(), layout.limits().plan_bytes / 4);
+  const tvm::ffi::Tensor indptr = Words(memory.step_words, layout.page_indptr(), int64_t{layout.limits().max_batch} + 1);
+  const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
+    on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_key, q, call.k, call.v, TensorView(memory.pages[call.layer]),
+                                TensorView(indptr), TensorView(memory.step_words), call.sm_scale, TensorView(memory.workspace), call.o,
+                                rotation);
+  };
+  if (call.rope == nullptr) return attend(call.q, nullptr);
+  const KVRope& rope = *call.rope;
+  const tvm::ffi::Tensor rotated = FirstRows(rope.rotated_q, step.num_rows);
+  const on_cuda::OwnRotation rotation{call.q, DataPtr<const float>(TensorView(rope.inv_freq)), static_cast<int32_t>(rope.rotary_dim),
+                                      rope.is_interleaved, rope.magnitude};
+  attend(TensorView(rotated), &rotation);
+}
+
+}  // namespace
+
+std::unique_ptr<KVExecutor> MakeCudaKVExecutor(const KVCacheConfig& config) { return std::make_unique<CudaKVExecutor>(config); }
+
+}  // namespace tvm_infer::ffi_api

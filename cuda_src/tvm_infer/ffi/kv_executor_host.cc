@@ -1,0 +1,188 @@
+// The KV cache on the host.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "tvm_infer/cpu/attention.h"
+#include "tvm_infer/cpu/rope_append.h"
+#include "tvm_infer/ffi/kv_executor.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+constexpr size_t kAlignment = kv::kStepAlignment;  // bytes: two cache lines, two AVX-512 registers
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Aligned memory that nobody has written: large blocks come from the system untouched and cost nothing until they are used.
+struct AlignedAllocator {
+  void AllocData(DLTensor* tensor) {
+    const size_t bytes = std::max<size_t>(tvm::ffi::GetDataSize(*tensor), 1);
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    tensor->data = std::aligned_alloc(alignment, rounded);
+    if (tensor->data == nullptr) {
+      TVM_INFER_THROW(ArgumentError) << "the system has no " << bytes << " bytes for the pages or a workspace of the KV cache; create it "
+                                     << "with fewer pages (num_pages) or a smaller step (max_batch, max_tokens)";
+    }
+#if defined(__linux__)
+    // Attention reads small rows all over the cache, and would otherwise miss in the table of address translations at most of them. A wish:
+    // where the system does not grant it, reads are slower and nothing else changes.
+    if (alignment == kHugePage) madvise(tensor->data, rounded, MADV_HUGEPAGE);
+#endif
+  }
+  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
+};
+
+cpu::DType ExecutorDType(DLDataType dtype) {
+  if (dtype.code == kDLBfloat) return cpu::DType::kBFloat16;
+  return dtype.bits == 32 ? cpu::DType::kFloat32 : cpu::DType::kFloat16;
+}
+
+class HostKVExecutor final : public KVExecutor {
+ public:
+  explicit HostKVExecutor(const KVCacheConfig& config) : config_(config), dtype_(ExecutorDType(config.dtype)) { Complete(&config_); }
+
+  void Complete(KVCacheConfig* config) const override {
+    if (config->num_ctas == 0) config->num_ctas = cpu::DefaultNumThreads();
+    if (config->num_threads == 0) config->num_threads = cpu::DefaultNumThreads();
+  }
+  const TileClass* TileTable(int32_t* count) const override {
+    return cpu::TileTable(dtype_, static_cast<int32_t>(config_.head_dim), count);
+  }
+  tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char*) const override {
+    return AllocateHost(shape, dtype);
+  }
+  Place place() const override { return kHost; }
+  void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void CheckRope(int64_t) const override {}  // any even number of elements
+  void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override {
+    if (bytes > 0) std::memcpy(DataPtr<void>(TensorView(to)), host, static_cast<size_t>(bytes));
+  }
+  void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
+
+ private:
+  // k and v of the call; with a rope, its rotated queries too.
+  void Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const;
+  cpu::KVSource Source(const KVMemory& memory, const KVStep& step, int64_t layer) const;
+
+  KVCacheConfig config_;
+  cpu::DType dtype_;
+};
+
+// Only the slots that hold tokens: the rest of a page is never read.
+void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange&) {
+  const int64_t row_bytes = config_.head_dim * (config_.dtype.bits / 8);
+  const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
+  const int64_t num_planes = 2 * config_.num_kv_heads;
+  for (const tvm::ffi::Tensor& layer : memory.pages) {
+    char* base = DataPtr<char>(TensorView(layer));
+    for (const kv::PageCopy& copy : step.step->copies) {
+      const char* src = base + copy.src * memory.page_bytes;
+      char* dst = base + copy.dst * memory.page_bytes;
+      for (int64_t plane = 0; plane < num_planes; ++plane) {
+        std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, copy.num_tokens * row_bytes);
+      }
+    }
+  }
+}
+
+cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int64_t layer) const {
+  cpu::KVSource source{};
+  const int64_t head = config_.page_size * config_.head_dim, plane = config_.num_kv_heads * head;
+  char* base = DataPtr<char>(TensorView(memory.pages[layer]));
+  source.k = base;
+  source.v = base + plane * (config_.dtype.bits / 8);
+  source.k_page_stride = source.v_page_stride = 2 * plane;
+  source.k_head_stride = source.v_head_stride = head;
+  source.k_token_stride = source.v_token_stride = config_.head_dim;
+  source.page_size = static_cast<int32_t>(config_.page_size);
+  const int32_t* words = DataPtr<int32_t>(TensorView(memory.step_words));
+  source.page_indptr = words + memory.layout->page_indptr() / 4;
+  source.page_indices = words;
+  return source;
+}
+
+void ZeroRows(const TensorView& o, int64_t begin, const KVCacheConfig& config) {
+  const int64_t element_bytes = config.dtype.bits / 8;
+  for (int64_t row = begin; row < o.size(0); ++row) {
+    for (int64_t head = 0; head < o.size(1); ++head) {
+      char* at = DataPtr<char>(o) + (row * Stride(o, 0) + head * Stride(o, 1)) * element_bytes;
+      std::memset(at, 0, static_cast<size_t>(config.head_dim * element_bytes));
+    }
+  }
+}
+
+void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const {
+  cpu::AppendArgs append{};
+  append.dtype = dtype_;
+  append.num_requests = step.step->num_requests();
+  append.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
+  append.head_dim = static_cast<int32_t>(config_.head_dim);
+  append.qo_indptr = step.step->qo_indptr.data();
+  append.kv_len = step.step->kv_len.data();
+  append.k = DataPtr<void>(call.k);
+  append.v = DataPtr<void>(call.v);
+  append.k_token_stride = Stride(call.k, 0);
+  append.k_head_stride = Stride(call.k, 1);
+  append.v_token_stride = Stride(call.v, 0);
+  append.v_head_stride = Stride(call.v, 1);
+  append.cache = cache;
+  const int num_threads = static_cast<int>(config_.num_threads);
+  if (call.rope == nullptr) return cpu::Append(append, num_threads);
+  const TensorView q_out(call.rope->rotated_q);
+  cpu::RopeAppendArgs args{};
+  args.append = append;
+  args.num_tokens = step.step->num_tokens();
+  args.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
+  args.q = DataPtr<void>(call.q);
+  args.q_token_stride = Stride(call.q, 0);
+  args.q_head_stride = Stride(call.q, 1);
+  args.q_out = DataPtr<void>(q_out);
+  args.q_out_token_stride = Stride(q_out, 0);
+  args.q_out_head_stride = Stride(q_out, 1);
+  args.inv_freq = DataPtr<const float>(TensorView(call.rope->inv_freq));
+  args.rotary_dim = static_cast<int32_t>(call.rope->rotary_dim);
+  args.is_interleaved = call.rope->is_interleaved;
+  args.magnitude = call.rope->magnitude;
+  cpu::RopeAppend(args, num_threads);
+}
+
+void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
+  ZeroRows(call.o, step.step->num_tokens(), config_);
+  if (step.step->num_tokens() == 0) return;
+  const cpu::KVSource cache = Source(memory, step, call.layer);
+  Append(step, call, cache);
+  const TensorView q = call.rope == nullptr ? call.q : TensorView(call.rope->rotated_q);
+  cpu::AttentionArgs attend{};
+  attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan();
+  attend.dtype = dtype_;
+  attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
+  attend.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
+  attend.head_dim = static_cast<int32_t>(config_.head_dim);
+  attend.q = DataPtr<void>(q);
+  attend.q_token_stride = Stride(q, 0);
+  attend.q_head_stride = Stride(q, 1);
+  attend.kv = cache;
+  attend.sm_scale = static_cast<float>(call.sm_scale);
+  attend.o = DataPtr<void>(call.o);
+  attend.o_token_stride = Stride(call.o, 0);
+  attend.o_head_stride = Stride(call.o, 1);
+  const TensorView workspace(memory.workspace);
+  attend.partial_o = DataPtr<float>(workspace);
+  attend.partial_lse = attend.partial_o + workspace.numel() / (config_.head_dim + 1) * config_.head_dim;
+  cpu::Attention(attend, static_cast<int>(config_.num_threads));
+}
+
+}  // namespace
+
+tvm::ffi::Tensor AllocateHost(std::initializer_list<int64_t> shape, DLDataType dtype) {
+  return tvm::ffi::Tensor::FromNDAlloc(AlignedAllocator(), tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, kHost.device);
+}
+
+std::unique_ptr<KVExecutor> MakeHostKVExecutor(const KVCacheConfig& config) { return std::make_unique<HostKVExecutor>(config); }
+
+}  // namespace tvm_infer::ffi_api

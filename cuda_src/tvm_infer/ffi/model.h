@@ -1,0 +1,20 @@
+// Packed functions that exported models alone have: what the library says of itself, and whether it can run here.
+#pragma once
+
+#include <tvm/ffi/string.h>
+
+#include <cstdint>
+
+#define TVM_INFER_MODEL_FUNCTIONS(V) \
+  V(model_manifest, ModelManifest)   \
+  V(model_check_cuda, ModelCheckCuda)
+
+namespace tvm_infer::ffi_api {
+
+// JSON (docs/deploy.md has its fields). ArgumentError where the library was linked without one.
+tvm::ffi::String ModelManifest();
+
+// Throws ExecutorError naming both architectures where the library holds kernels, but none for this CUDA device, or no kernels at all.
+void ModelCheckCuda(int64_t device_id);
+
+}  // namespace tvm_infer::ffi_api

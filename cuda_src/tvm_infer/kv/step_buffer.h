@@ -1,0 +1,69 @@
+// What executors and models read in a step, in one block of memory, so that a device gets all of it by one copy:
+//
+//     … logit rows | input ids | position ids | page_indptr | plan | page indices | page copies
+//                                             ^ Layout::page_indptr, fixed; so is the plan
+//
+// Captured graphs keep addresses, so whatever they read stands at a fixed place: page_indptr and the plan always, and the arrays left of
+// them for a given number of rows, since they end at a fixed place. The page indices stand wherever the plan ends: entries of page_indptr
+// count from the block's first word, not from the first page index. Only the bytes in use are copied.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "tvm_infer/kv/cache_manager.h"
+
+namespace tvm_infer::kv {
+
+inline constexpr int64_t kStepAlignment = 128;  // bytes: every array begins on a line of the cache, as kernels of a compiler may assume
+
+struct StepLimits {
+  int32_t max_batch;   // sequences in one step
+  int32_t max_rows;    // rows of a step, padding included
+  int64_t plan_bytes;  // of the largest plan
+  int64_t max_page_entries;
+};
+
+// Offsets in bytes from the block's beginning.
+class StepLayout {
+ public:
+  explicit StepLayout(const StepLimits& limits);
+
+  int64_t position_ids(int64_t num_rows) const { return page_indptr_ - Bytes(num_rows); }   // int64 [num_rows]
+  int64_t input_ids(int64_t num_rows) const { return page_indptr_ - 2 * Bytes(num_rows); }  // int64 [num_rows]
+  int64_t logit_rows(int64_t num_rows, int64_t num_logits) const {                          // int64 [num_logits]
+    return input_ids(num_rows) - Bytes(num_logits);
+  }
+  int64_t page_indptr() const { return page_indptr_; }  // int32 [max_batch + 1]
+  int64_t plan() const { return plan_; }
+  int64_t page_indices(int64_t plan_bytes) const { return plan_ + Aligned(plan_bytes); }  // int32
+  int64_t copies(int64_t plan_bytes, int64_t num_entries) const { return page_indices(plan_bytes) + Aligned(4 * num_entries); }
+  int64_t bytes() const { return bytes_; }
+  const StepLimits& limits() const { return limits_; }
+
+ private:
+  static int64_t Aligned(int64_t bytes) { return (bytes + kStepAlignment - 1) / kStepAlignment * kStepAlignment; }
+  static int64_t Bytes(int64_t num_values) { return Aligned(num_values * static_cast<int64_t>(sizeof(int64_t))); }
+
+  StepLimits limits_;
+  int64_t page_indptr_, plan_, bytes_;
+};
+
+// The part of the block that a step uses.
+struct StepRange {
+  int64_t begin, end;
+};
+
+// What the caller of a step adds to the manager's lengths and pages.
+struct StepInputs {
+  int64_t num_rows;           // of the step's tensors; rows behind the step's tokens are padding
+  const int64_t* token_ids;   // [num_tokens], or null
+  const int64_t* logit_rows;  // [num_logits], or null
+  int64_t num_logits;
+};
+
+// Writes everything but the plan, which stands in the block already (`plan_bytes` of it). Throws Error("WorkspaceError") where the step's
+// page tables have more than max_page_entries.
+StepRange FillStep(const StepLayout& layout, const Step& step, const StepInputs& inputs, int64_t plan_bytes, void* block);
+
+}  // namespace tvm_infer::kv

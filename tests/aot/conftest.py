@@ -1,0 +1,62 @@
+"""A compiled model, its library and its weights, for all tests of this folder; and processes to run them in."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "compile"), str(HERE.parent / "cuda")]
+
+PROMPTS = [[7, 1, 90, 3], [5], list(range(3, 50))]
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    """The smallest compiled Llama; a step of it takes 32 tokens, fewer than one of the prompts has."""
+    from llamas import tiny_llama
+
+    import tvm_infer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return tvm_infer.compile(tiny_llama(), max_tokens=32)
+
+
+@pytest.fixture(scope="session")
+def saved(executable, tmp_path_factory):
+    """The folder of Executable.save: model.so and model.safetensors."""
+    folder = tmp_path_factory.mktemp("saved")
+    executable.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(executable):
+    """What the compiled model continues PROMPTS with."""
+    return [g.tokens for g in executable.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a script in a process of its own; what it printed."""
+
+    def run(code: str, *arguments: object, **environment: str) -> str:
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        done = subprocess.run(
+            [sys.executable, str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

@@ -1,0 +1,106 @@
+"""Models compiled for CUDA, on machines without a GPU: what the passes made, what is captured, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import tvm
+from llamas import tiny_llama
+
+import tvm_infer
+from tvm_infer import errors
+from tvm_infer.relax import export_hf, pipeline
+
+CUDA = {"kind": "cuda", "arch": "sm_90"}
+
+
+def rounded(model, dtype=torch.bfloat16):
+    """Weights alone: rounding the rope's frequencies too would turn late positions by whole degrees."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama16():
+    model = rounded(tiny_llama())
+    model.config.head_dim = 16
+    return model
+
+
+@pytest.fixture(scope="module")
+def imported16(llama16):
+    return export_hf(llama16)
+
+
+@pytest.fixture(scope="module")
+def prepared(imported16):
+    return pipeline.prepare(imported16.mod, max_tokens=64, decode_rows=8, target_kind="cuda")
+
+
+def test_a_16_bit_model_stays_in_its_type(imported16, llama16):
+    """TVM's importer makes every product float32; ours has torch's types, so that attention and products find their kernels."""
+    _, reports = pipeline.prepare(imported16.mod, max_tokens=64, decode_rows=8, target_kind="cuda")
+    assert {spec.dtype for spec in reports.attention.specs()} == {"bfloat16"}
+    assert not reports.matmul.left and len(reports.matmul.dispatched) == 2 * (7 * 2 + 1)
+
+
+def test_decode_takes_every_row_and_returns_tokens(prepared):
+    mod, _ = prepared
+    decode, main = mod["decode"], mod["main"]
+    names = [str(p.name) for p in decode.params]
+    assert names[:3] == ["input_ids", "position_ids", "kv_cache"] and "logit_indices" not in names
+    assert "logit_indices" in [str(p.name) for p in main.params]
+    logits, tokens = decode.ret_ty.fields
+    n = decode.params[0].ty.shape.values[1]
+    assert logits.shape.values[1].same_as(n) and tokens.shape.values[1].same_as(n) and str(tokens.dtype) == "int64"
+
+
+@pytest.mark.needs_nvcc
+def test_a_decode_step_is_one_graph(prepared):
+    """All kernels and calls of the step, the logits' product and the search for the largest among them, in one region."""
+    from tvm_infer.compiler import _cuda_compiler
+
+    mod, reports = prepared
+    with _cuda_compiler():
+        lowered = pipeline.lower(mod, tvm.target.Target(CUDA), reports)
+    assert reports.capture.is_whole("decode"), str(reports.capture)
+    (region,) = reports.capture.regions["decode"]
+    assert (
+        region["tvm_infer.attention_with_kv_cache"] == 2 and region["tvm_infer.matmul"] == 15 and region["argmax"] == 1
+    )
+    text = str(reports)
+    assert "main: not captured" in text and "its number of tokens changes" in text and "decode: 1 graph(s) hold" in text
+    assert (lowered.decode_function, lowered.logits_dtype) == ("decode", "bfloat16")
+
+
+def test_head_dims_without_a_kernel_are_refused(llama16):
+    with pytest.raises(errors.ExecutorError, match="head_dim 16") as caught:
+        tvm_infer.compile(llama16, target="cuda", max_tokens=64)
+    assert 'target="llvm"' in str(caught.value)
+
+
+def test_float32_models_are_refused_before_anything_is_compiled():
+    with pytest.raises(errors.ExecutorError, match="float32.*bfloat16"):
+        tvm_infer.compile(tiny_llama(), target="cuda", max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_batch": 8, "buckets": [1, 4]}, "the largest of them 8"),
+        ({"max_batch": 8, "buckets": [0, 8]}, "numbers from 1 to max_batch = 8"),
+        ({"dtype": "bfloat16"}, "goes with a GGUF file"),
+    ],
+)
+def test_options_that_are_refused(imported16, options, words):
+    with pytest.raises(errors.ArgumentError, match=words):
+        tvm_infer.compile(imported16, target="cuda", max_tokens=64, **options)
+
+
+def test_a_function_called_decode_is_in_the_way(imported16):
+    mod = imported16.mod.clone()
+    mod["decode"] = mod["main"].with_attr("global_symbol", "decode")
+    with pytest.raises(errors.ModelError, match="'decode' already"):
+        pipeline.prepare(mod, max_tokens=64, decode_rows=8, target_kind="cuda")

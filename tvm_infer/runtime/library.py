@@ -1,0 +1,212 @@
+"""A compiled model in one file: what goes into the library, and how one is read (docs/deploy.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import __version__, blas, cublas, errors
+from ..spec import AttentionSpec
+from . import linker
+
+FORMAT = 1  # of the embedded manifest
+LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
+DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled model as it lies on disk.
+
+    manifest : fields of runtime.Manifest. report : of the compiler. library : the shared library with the code.
+    about : what the library of an exported model says of itself; None for a folder of the compiler.
+    """
+
+    manifest: dict[str, Any]
+    report: str
+    library: pathlib.Path
+    about: dict[str, Any] | None = None
+
+
+def read(path: os.PathLike[str] | str) -> CompiledModel:
+    """What the compiler left in a folder, or what an exported library says of itself. Raises ModelError."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        manifest = json.loads((path / MANIFEST).read_text())
+        return CompiledModel(manifest, (path / REPORT).read_text(), path / LIBRARY)
+    about = json.loads(str(_manifest_function(path)()))
+    if about.get("format") != FORMAT:
+        raise errors.AbiError(
+            f"{path} was exported by tvm_infer {about.get('tvm_infer')} with a manifest of format {about.get('format')}; this is "
+            f"tvm_infer {__version__}, which reads format {FORMAT}: export the model again with this version"
+        )
+    return CompiledModel(about["model"], about["report"], path, about)
+
+
+def load_module(path: pathlib.Path) -> Any:
+    """The library as a module of TVM's runtime. Raises ModelError for what is none."""
+    import tvm
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise errors.ModelError(f"{path} {what}; name a library that Executable.export_library wrote")
+    try:
+        return tvm.runtime.load_module(str(path.resolve()))
+    except Exception as error:  # a loader's, TVM's, or tvm-ffi's own kind
+        raise errors.ModelError(
+            f"{path} is no library that TVM {_version('apache-tvm')} loads: {str(error).strip().splitlines()[-1]}"
+        ) from error
+
+
+@functools.cache
+def ensure_cuda_runtime() -> None:
+    """TVM's CUDA runtime, which `import tvm` leaves out where TVM_USE_RUNTIME_LIB is set. ExecutorError where it cannot be loaded."""
+    import tvm
+    from tvm_ffi import get_global_func
+
+    if get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return
+    path = pathlib.Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
+    try:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise errors.ExecutorError(
+            f"TVM's CUDA runtime cannot be loaded ({error}): it needs the driver's libcuda.so.1 and CUDA's libcudart.so, on the loader's "
+            "path (LD_LIBRARY_PATH)"
+        ) from error
+
+
+def ensure_blas(model: CompiledModel, module: Any) -> None:
+    """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
+    if _device(str(model.manifest["target"])) == "cuda":
+        ensure_cuda_runtime()
+        if model.about is None:
+            cublas.ensure_cublas()
+        elif "matmul" in model.about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
+            module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
+    elif model.about is None:
+        blas.ensure_blas()
+    elif "matmul" in model.about["functions"] and model.about["device"] == "cpu":
+        if not module.get_function("tvm_infer_blas_path", True)():
+            module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
+
+
+def _manifest_function(path: pathlib.Path) -> Any:
+    module = load_module(path)
+    if not module.implements_function("tvm_infer_model_manifest", True):
+        raise errors.ModelError(
+            f"{path} holds no model of tvm_infer's (no function tvm_infer_model_manifest); Executable.export_library writes one"
+        )
+    return module.get_function("tvm_infer_model_manifest", True)
+
+
+def export(
+    model: CompiledModel,
+    path: os.PathLike[str] | str,
+    *,
+    weights: Sequence[tuple[str, Sequence[int], str]],
+    max_position: int | None,
+    archs: Sequence[str],
+    page_sizes: Sequence[int],
+    include_blas: bool,
+) -> None:
+    """Write the library of a compiled model; weights : (name, shape, dtype). Arguments and errors: Executable.export_library."""
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}; there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}, which is a folder; name a file: model.so")
+    if model.about is not None:
+        _copy(model, path, archs, page_sizes)
+        return
+    objects = sorted((model.library.parent / OBJECTS).glob("*.o"))
+    if not objects:
+        raise errors.ModelError(f"{model.library.parent} holds no object files: compile the model again")
+    functions, device = _functions(model.library), _device(str(model.manifest["target"]))
+    layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
+    kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
+    archs = tuple(archs) if device == "cuda" else ()
+    about = {
+        "format": FORMAT,
+        "tvm_infer": __version__,
+        "tvm": _version("apache-tvm"),
+        "device": device,
+        "functions": functions,
+        "kernels": kernels,
+        "archs": archs,
+        "page_sizes": tuple(page_sizes) if device == "cuda" else (),
+        "weights": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in weights],
+        "max_position": max_position,
+        "model": model.manifest,
+        "report": model.report,
+    }
+    wants_blas = include_blas and device == "cpu" and "matmul" in functions
+    contents = linker.Contents(
+        manifest=json.dumps(about),
+        cubins=_cubins(kernels, archs),
+        blas=blas.packaged_blas() if wants_blas else None,
+        blas_prefix=blas.PACKAGED_PREFIX,
+    )
+    linker.link(objects, contents, path)
+
+
+def kernel_names(
+    layers: Sequence[AttentionSpec], functions: Sequence[str], page_sizes: Sequence[int]
+) -> tuple[str, ...]:
+    """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of."""
+    from ..jit import parse
+
+    elements = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    names: dict[str, None] = {}
+    if "attention_with_kv_cache" in functions:
+        names["append_b16"] = None
+    if "attention_with_kv_cache_fused_qkv" in functions:
+        names |= {f"rope_append_{elements[spec.dtype]}": None for spec in layers}
+    if names:
+        for spec in layers:
+            for page_size in page_sizes:
+                names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None
+    return tuple(parse(name).name for name in names)
+
+
+def _cubins(kernels: Sequence[str], archs: Sequence[str]) -> dict[tuple[str, str], bytes]:
+    from .. import jit
+
+    for arch in archs:
+        if not os.environ.get("TVM_INFER_CUBIN_DIR"):
+            jit.build(kernels, arch)  # several at a time; what follows finds them in the cache
+    return {(name, arch): jit.cubin(name, arch) for arch in archs for name in kernels}
+
+
+def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_sizes: Sequence[int]) -> None:
+    """An exported library is exported by copying it, if it holds what is asked for."""
+    assert model.about is not None
+    for name, asked in (("archs", archs), ("page_sizes", page_sizes)):
+        have = model.about[name]
+        if model.about["device"] == "cuda" and not set(asked) <= set(have):
+            raise errors.ArgumentError(
+                f"argument `{name}` is {list(asked)}; this model was loaded from {model.library}, which holds kernels for {have}: "
+                "compile it again to export others"
+            )
+    linker.publish(model.library, path)
+
+
+def _functions(library: pathlib.Path) -> list[str]:
+    """Names of tvm_infer's packed functions that the compiled code calls."""
+    return sorted(set(re.findall(r"\btvm_infer\.(\w+)", str(load_module(library)["stats"]()))))
+
+
+def _device(target: str) -> str:
+    return "cuda" if json.loads(target)["kind"] == "cuda" else "cpu"
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)

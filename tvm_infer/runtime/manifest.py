@@ -1,0 +1,70 @@
+"""What a compiled model says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import _ffi
+from ..errors import AbiError
+from ..spec import AttentionSpec
+from . import library
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Sizes and names that running a compiled model takes.
+
+    inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
+    layers : the attention of every layer. max_tokens : tokens of one step, at most.
+    decode_function : of CUDA targets, the function that is captured whole; "" where there is none. decode_rows : its rows, at most.
+    buckets : numbers of rows that it is captured for. logits_dtype, logits_rank : of its logits, [rows, vocab] or [1, rows, vocab].
+    """
+
+    abi_version: int
+    target: str
+    function: str
+    inputs: tuple[tuple[str, str], ...]
+    weights: tuple[str, ...]
+    layers: tuple[AttentionSpec, ...]
+    vocab_size: int
+    max_tokens: int
+    decode_function: str = ""
+    decode_rows: int = 0
+    buckets: tuple[int, ...] = ()
+    logits_dtype: str = "float32"
+    logits_rank: int = 2
+
+    @property
+    def device_kind(self) -> str:
+        """ "cpu" or "cuda"."""
+        return "cuda" if json.loads(self.target)["kind"] == "cuda" else "cpu"
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Write into `folder`."""
+        (folder / library.MANIFEST).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> Manifest:
+        """Read from `folder`. AbiError if it was compiled against another version of the packed functions."""
+        return cls.parse(json.loads((folder / library.MANIFEST).read_text()), folder)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], where: os.PathLike[str] | str) -> Manifest:
+        """From JSON's fields. AbiError, naming `where` they are from, if it was compiled against another version."""
+        fields = dict(fields)
+        have = int(_ffi.func("abi_version")())
+        if fields["abi_version"] != have:
+            raise AbiError(
+                f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
+                f"{have}: compile it again"
+            )
+        fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
+        fields["weights"] = tuple(fields["weights"])
+        fields["buckets"] = tuple(fields["buckets"])
+        fields["layers"] = tuple(AttentionSpec(**spec) for spec in fields["layers"])
+        return cls(**fields)

@@ -1,0 +1,160 @@
+"""One cache of a compiled model: a virtual machine of its own, and how a step runs on it.
+
+A captured CUDA graph keeps the addresses it was captured with and does not know which cache they belong to. So every cache gets a
+virtual machine of its own: graphs and activations are its, the weights are everybody's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .kv_cache import PagedKVCache
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How a step is begun. num_rows : of its tensors, padding included. logit_rows : which of them get logits; None: all.
+
+    wanted : rows of the logits that the caller asked for. is_decode : the captured function runs it.
+    """
+
+    num_rows: int
+    logit_rows: np.ndarray | None
+    wanted: np.ndarray | slice
+    is_decode: bool = False
+
+
+class StepResult:
+    """Logits of a step, fetched from the device when they are asked for: good until the next step of the same cache."""
+
+    def __init__(self, logits: Any, tokens: Any, wanted: np.ndarray | slice) -> None:
+        self._logits, self._tokens, self._wanted = logits, tokens, wanted
+
+    @functools.cached_property
+    def logits(self) -> np.ndarray:
+        """float32 [rows asked for, vocab_size]; copied from the device where there is one."""
+        logits = np.from_dlpack(self._logits) if self._tokens is None else self._logits.numpy()
+        return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
+
+    @functools.cached_property
+    def greedy(self) -> np.ndarray:
+        """int64 [rows asked for]: the token with the largest logit. On a device it is found there, and it alone is copied."""
+        if self._tokens is None:
+            return self.logits.argmax(axis=-1)
+        return self._tokens.numpy().reshape(-1)[self._wanted]
+
+
+def logit_rows(lengths: Sequence[int], rows: np.ndarray | None) -> np.ndarray:
+    """The rows whose logits are wanted, int64: `rows`, or the last of every sequence that has new tokens."""
+    if rows is not None:
+        return rows
+    ends = np.cumsum(np.asarray(lengths, np.int64)) - 1
+    return ends[np.asarray(lengths) > 0]
+
+
+class Session:
+    """Steps on the host: a step has as many rows as tokens, and nothing is captured."""
+
+    def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any]) -> None:
+        self._main = vm[manifest.function]
+        self._manifest, self._weights = manifest, weights
+        self._handle = cache.__tvm_ffi_object__()
+
+    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+        """How a step of these new tokens is begun. rows : as Executable.step has them."""
+        wanted = logit_rows(lengths, rows)
+        # operators are compiled for one row at least
+        computed = wanted if wanted.size else np.zeros(1, np.int64)
+        return StepShape(sum(lengths), computed, slice(0, wanted.size))
+
+    def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
+        """The model on the step under way."""
+        logits, _ = self._run_main(cache, shape)
+        return StepResult(logits, None, shape.wanted)
+
+    def _run_main(self, cache: PagedKVCache, shape: StepShape) -> tuple[Any, Any]:
+        assert shape.logit_rows is not None
+        ids, positions, rows = cache.step_inputs(shape.num_rows, shape.logit_rows.size)
+        given = {"input_ids": ids, "position_ids": positions, "logit_indices": rows}
+        inputs = [_as_dtype(given[name], dtype) for name, dtype in self._manifest.inputs]
+        result = self._main(*inputs, self._handle, *self._weights)
+        return (result, None) if hasattr(result, "shape") else (result[0], result[1] if len(result) > 1 else None)
+
+
+def _as_dtype(value: Any, dtype: str) -> Any:
+    if dtype == "int64":
+        return value
+    import tvm
+
+    return tvm.runtime.tensor(np.from_dlpack(value).astype(dtype))
+
+
+class CudaSession(Session):
+    """Steps on a CUDA device, on the caller's stream: decode steps are one graph each, other steps run kernel by kernel.
+
+    buckets : numbers of rows that decode steps are padded to; one graph each, captured at its first step, all in one workspace.
+    """
+
+    def __init__(
+        self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any], *, use_graphs: bool
+    ) -> None:
+        super().__init__(vm, manifest, cache, weights)
+        self._vm, self._use_graphs = vm, use_graphs
+        limit = min(manifest.decode_rows, cache.max_tokens, cache.max_batch)
+        self.buckets = (*(b for b in manifest.buckets if b < limit), limit)
+        self._buffers = functools.cache(lambda: self._make_buffers(cache))
+        self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
+
+    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+        """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
+        count = len(lengths)
+        if not 0 < count <= self.buckets[-1] or any(length != 1 for length in lengths):
+            return super().shape(lengths, rows)
+        bucket = next(b for b in self.buckets if b >= count)
+        wanted = slice(0, count) if rows is None else rows
+        if self._use_graphs:
+            return StepShape(bucket, None, wanted, is_decode=True)
+        return StepShape(bucket, np.arange(bucket), wanted)
+
+    def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
+        """The model on the step under way; returns before the device is done."""
+        if not shape.is_decode:
+            return StepResult(*self._run_main(cache, shape), shape.wanted)
+        graph = self._graphs.get(shape.num_rows)
+        if graph is None:
+            graph = self._graphs[shape.num_rows] = self._bind(cache, shape.num_rows)
+        launch, logits, tokens = graph
+        launch()
+        return StepResult(logits, tokens, shape.wanted)
+
+    def _make_buffers(self, cache: PagedKVCache) -> tuple[Any, Any]:
+        """Logits and tokens of the largest bucket, which smaller ones use the beginning of."""
+        import tvm
+
+        device = tvm.device(cache.device)
+        rows, m = self.buckets[-1], self._manifest
+        return tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, device), tvm.runtime.empty(
+            (rows,), "int64", device
+        )
+
+    def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
+        """The captured function with its arguments, which stay the same: what changes lies in the buffers."""
+        m = self._manifest
+        logits, tokens = self._buffers()
+        logits = logits._create_view((1,) * (m.logits_rank - 2) + (rows, m.vocab_size))
+        tokens = tokens._create_view((1, rows))
+        ids, positions, _ = cache.step_inputs(rows)
+        given = {"input_ids": ids, "position_ids": positions}
+        inputs = [given[name] for name, _ in m.inputs if name in given]
+        name = f"decode_of_{rows}_rows"
+        arguments = (*inputs, self._handle, *self._weights, logits, tokens)
+        self._vm.save_function(m.decode_function, name, *arguments, include_return=False)
+        return self._vm[name], logits, tokens
