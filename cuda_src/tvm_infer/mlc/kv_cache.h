@@ -29,7 +29,7 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   void ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) override;
   void PopN(int64_t seq_id, int32_t n) override;
 
-  // A begin ends the step before it, as TVM's does; so does nothing else. EndForward() outside of a step does nothing.
+  // A begin ends the step before it, since TVM's EndForward() may be left out; outside of a step EndForward() does nothing.
   void BeginForward(const Shape& seq_ids, const Shape& append_lengths, const Optional<Shape>& token_tree_parent_ptr) override;
   void EndForward() override;
 
