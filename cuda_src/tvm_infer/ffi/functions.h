@@ -19,6 +19,7 @@
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"
 #include "tvm_infer/ffi/rope.h"
+#include "tvm_infer/ffi/scale_lse.h"
 #include "tvm_infer/ffi/tensor.h"
 
 // V(name, function): name is what follows "tvm_infer."
@@ -32,4 +33,5 @@
   TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)  \
   TVM_INFER_READ_CEILING_FUNCTIONS(V) \
   TVM_INFER_ROPE_FUNCTIONS(V)         \
+  TVM_INFER_SCALE_LSE_FUNCTIONS(V)    \
   TVM_INFER_TENSOR_FUNCTIONS(V)
