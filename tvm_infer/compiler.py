@@ -337,7 +337,7 @@ def _check_cuda_layers(specs: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def _cuda_compiler() -> Iterator[None]:
-    """TVM compiles its kernels with the nvcc that ours are compiled with, and without fast-math: its sines are wrong at late positions."""
+    """TVM's kernels are compiled by the nvcc that compiles ours, without fast-math: its sines are wrong at late positions."""
     from .jit import nvcc
 
     found = pathlib.Path(nvcc.find().path)

@@ -112,7 +112,7 @@ def test_a_captured_step_is_replayed_with_the_next(cuda):
     torch.manual_seed(0)
     settings = dict(
         num_layers=2, num_qo_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16", max_batch=8, max_tokens=256
-    )  # noqa: C408
+    )
     graphed, eager = (tvm_infer.PagedKVCache(num_pages=200, device="cuda", **settings) for _ in range(2))
     q, k, v = (torch.randn(8, h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
     out, expected = torch.empty_like(q), torch.empty_like(q)
@@ -151,7 +151,7 @@ def test_a_captured_step_is_replayed_with_the_next(cuda):
 def test_memory_of_a_cache_is_given_back(cuda):
     settings = dict(
         num_layers=4, num_qo_heads=8, num_kv_heads=8, head_dim=128, dtype="float16", max_batch=4, max_tokens=64
-    )  # noqa: C408
+    )
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info()[0]
     cache = tvm_infer.PagedKVCache(num_pages=4096, device="cuda", **settings)
@@ -166,7 +166,7 @@ def test_steps_of_the_host_ahead_of_the_device(cuda):
     torch.manual_seed(1)
     settings = dict(
         num_layers=1, num_qo_heads=4, num_kv_heads=4, head_dim=64, dtype="float16", max_batch=2, max_tokens=8
-    )  # noqa: C408
+    )
     results = []
     for ahead in (True, False):
         torch.manual_seed(2)
