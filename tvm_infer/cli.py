@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from typing import Any
 
 import click
 
@@ -180,6 +181,56 @@ def bench_attention(
         plot_path=plot_path,
     )
     failed = attention.num_failed(results)
+    if failed:
+        click.echo(f"{failed} of {len(results['rows'])} rows failed", err=True)
+        sys.exit(1)
+
+
+@bench.command("serve")
+@click.option(
+    "--model", default="tiny", show_default=True, help="tiny, smollm2 (real weights), llama-3-8b (random weights)"
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", help="default: float32 on cpu, bfloat16 on cuda")
+@click.option(
+    "--backends",
+    default="tvm_infer,tvm-tir,flashinfer",
+    show_default=True,
+    help="comma-separated; tvm-tir and flashinfer: the same model on TVM's own cache",
+)
+@click.option("--workload", default="uniform", show_default=True, help="fixed, uniform, sharegpt, burstgpt or parallel")
+@click.option("--prompt-lens", help="tokens of a prompt in place of the workload's: 128 or 512..2048")
+@click.option("--output-lens", help="tokens of an output, likewise")
+@click.option("--samples", type=int, help="texts of each prompt, by fork, in place of the workload's")
+@click.option("--rate", type=float, default=1.0, show_default=True, help="requests a second; inf: all at once")
+@click.option("--requests", type=int, default=64, show_default=True, help="how many")
+@click.option("--decode-only", is_flag=True, help="full batches that decode, in place of a workload")
+@click.option("--batch", default="16,64", show_default=True, help="of --decode-only, comma-separated")
+@click.option("--kv", type=int, default=2048, show_default=True, help="of --decode-only: keys of each request")
+@click.option("--steps", type=int, default=32, show_default=True, help="of --decode-only: timed steps")
+@click.option("--max-batch", type=int, default=64, show_default=True, help="sequences of a step")
+@click.option("--max-tokens", type=int, default=2048, show_default=True, help="new tokens of a step")
+@click.option("--page-size", type=int, default=16, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="of lengths, arrivals and prompts")
+@click.option(
+    "--json", "json_path", is_flag=False, flag_value="-", help="write the results to this file; to stdout without one"
+)
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False), help="draw a chart to this file (needs matplotlib)"
+)
+def bench_serve(backends: str, json_path: str | None, plot_path: str | None, **settings: Any) -> None:
+    """A compiled model under load, with continuous batching: latency of tokens and where the time goes.
+
+    \b
+      tvm-infer bench serve --model smollm2 --prompt-lens 32..128 --output-lens 16 --rate 2 --requests 16
+      tvm-infer bench serve --model llama-3-8b --device cuda --workload uniform --rate 4
+      tvm-infer bench serve --model llama-3-8b --device cuda --decode-only --batch 16,64 --kv 2048
+    """
+    from .bench import serve
+
+    names = [name.strip() for name in backends.split(",") if name.strip()]
+    results = serve.run(serve.Options(backends=names, **settings), json_path=json_path, plot_path=plot_path)
+    failed = serve.num_failed(results)
     if failed:
         click.echo(f"{failed} of {len(results['rows'])} rows failed", err=True)
         sys.exit(1)

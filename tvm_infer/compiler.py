@@ -278,8 +278,10 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
     import tvm
 
     from .relax import pipeline
+    from .relax.written import written_rope
 
     progress("rewriting attention and matrix products", 0.5)
+    rope = written_rope(mod)
     target = tvm.target.Target(json.loads(options.target))
     decode_rows = options.buckets[-1] if options.buckets else 0
     mod, reports = pipeline.prepare(
@@ -318,6 +320,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         buckets=options.buckets,
         logits_dtype=lowered.logits_dtype,
         logits_rank=lowered.logits_rank,
+        rope=rope,
     ).save(folder)
     progress("compiling kernels", 1.0)
 

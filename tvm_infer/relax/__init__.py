@@ -1,17 +1,24 @@
 """From a model in Relax to one whose attention reads a paged KV cache."""
 
+from .dispatch_kv_cache import CacheReport, DispatchKVCacheCreation
+from .kv_cache import PagedKVCache
 from .report import Location, Match, NotAttention, Reason, RewriteReport
 from .rewrite import RewritePagedAttention
 from .torch_import import ImportedModel, export_hf, from_torch
+from .written import lift_cache
 
 __all__ = [
+    "CacheReport",
+    "DispatchKVCacheCreation",
     "ImportedModel",
     "Location",
     "Match",
     "NotAttention",
+    "PagedKVCache",
     "Reason",
     "RewritePagedAttention",
     "RewriteReport",
     "export_hf",
     "from_torch",
+    "lift_cache",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,16 @@ import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
-from . import decode_graph
+from tvm_infer.errors import ModelError
+
+from . import decode_graph, extern_calls
 from .decode_graph import DECODE, CaptureReport
 from .dispatch_matmul import DispatchMatmul, MatmulReport
 from .nodes import op_name, shape_of, static_int
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
+from .written import lift_cache, written_attentions, written_rope
 
 
 @dataclass
@@ -51,9 +54,7 @@ def prepare(
     function `decode` for steps of up to so many rows, in which every row samples. Raises ModelError, MatchError.
     """
     reports = PassReports()
-    rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
-    mod = rewrite(mod)
-    reports.attention = rewrite.report
+    mod, reports.attention = _paged_attention(mod, function, on_unmatched, assume_full)
     has_decode = decode_rows > 0
     if has_decode:
         mod = decode_graph.add_decode_function(mod, function)
@@ -76,6 +77,38 @@ def _with_greedy_tokens(mod: tvm.IRModule, function: str) -> tvm.IRModule:
     for name in (function, DECODE):
         updated.update_func(mod.get_global_var(name), decode_graph.with_greedy_tokens(mod[name]))
     return updated
+
+
+def prepare_unpaged(mod: tvm.IRModule, bounds: Mapping[str, int], device: str = "cpu") -> tvm.IRModule:
+    """The passes of :func:`prepare` that are not about attention, for a model that keeps another cache: matrix products to the BLAS,
+    checked lookups. bounds : upper bounds of symbolic sizes by name, for every function; device : "cpu" or "cuda"."""
+    mod = _CheckedTakes(DispatchMatmul(device)(mod)).apply()
+    updated = mod.clone()
+    for var, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            updated.update_func(var, func.with_attr("tir_var_upper_bound", dict(bounds)))
+    return updated
+
+
+def _paged_attention(
+    mod: tvm.IRModule, function: str, on_unmatched: str, assume_full: Sequence[str]
+) -> tuple[tvm.IRModule, RewriteReport]:
+    """Attention through a cache: written so by the model's author (`relax.PagedKVCache`), or by our pass."""
+    names = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
+    written = written_attentions(function, mod[function]) if function in names else []
+    fused = extern_calls.ATTENTION_WITH_KV_CACHE_FUSED_QKV
+    if written_rope(mod) is None and any(match.location.operator == fused for match in written):
+        raise ModelError(
+            f"function {function!r} leaves the rotation of q and k to its cache, and no function of the module makes one: export the "
+            "model's create_paged_kv_cache beside it"
+        )
+    if not written:
+        rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
+        return rewrite(mod), rewrite.report
+    # what else the module has (a function that makes the cache) belongs to other ways of running it
+    alone = tvm.IRModule({var: func for var, func in mod.functions_items() if not isinstance(func, relax.Function)})
+    alone[function] = lift_cache(mod[function])
+    return relax.transform.DeadCodeElimination([function])(alone), RewriteReport(matched=written)
 
 
 @relax.expr_functor.mutator
@@ -139,6 +172,16 @@ def lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
     ]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def lower_unpaged(mod: tvm.IRModule, target: Any) -> Any:
+    """The same for a model of :func:`prepare_unpaged`, on either kind of target, without CUDA graphs."""
+    if str(target.kind.name) != "cuda":
+        return lower_cpu(mod, target)
+    from tvm.relax.backend.cuda import pipeline as cuda
+
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.compile(mod, target=target, relax_pipeline=cuda.get_default_pipeline(target))
 
 
 def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Lowered:

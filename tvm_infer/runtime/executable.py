@@ -209,7 +209,7 @@ class Executable:
         step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
         """
         spec, m = self.manifest.layers[0], self.manifest
-        return PagedKVCache.for_spec(
+        cache = PagedKVCache.for_spec(
             spec,
             len(m.layers),
             num_pages=num_pages,
@@ -218,6 +218,14 @@ class Executable:
             max_tokens=m.max_tokens if max_tokens is None else max_tokens,
             device=m.device_kind if device is None else device,
         )
+        if m.rope is not None:
+            cache._call(
+                "set_rope",
+                np.asarray(m.rope["inv_freq"], np.float32),
+                int(m.rope["interleaved"]),
+                float(m.rope["magnitude"]),
+            )
+        return cache
 
     def bind(self, cache: PagedKVCache) -> None:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's."""

@@ -23,6 +23,7 @@ class Manifest:
     inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
     layers : the attention of every layer. max_tokens : tokens of one step, at most.
     decode_function : of CUDA targets, the function that is captured whole; "" where there is none. decode_rows : its rows, at most.
+    rope : how the cache rotates q and k of fused calls (inv_freq, interleaved, magnitude), of models that leave it to the cache.
     buckets : numbers of rows that it is captured for. logits_dtype, logits_rank : of its logits, [rows, vocab] or [1, rows, vocab].
     """
 
@@ -39,6 +40,7 @@ class Manifest:
     buckets: tuple[int, ...] = ()
     logits_dtype: str = "float32"
     logits_rank: int = 2
+    rope: Mapping[str, Any] | None = None
 
     @property
     def device_kind(self) -> str:

@@ -1,0 +1,244 @@
+"""What serves the requests: the same Llama on our cache, and on TVM's own cache with its TIR kernels or FlashInfer's.
+
+All take the same weights and the same matrix products (`tvm_infer.matmul`); attention, cache and the driving of a step differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _ffi, blas
+from ..errors import ArgumentError
+from .peers import Skipped
+from .serve_breakdown import CUDA_METHOD, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
+from .serve_loop import Batch, CacheSizes
+from .serve_models import ServeModel
+
+_TVM_PAGE_SIZE = 16  # in its kernels, whatever the cache is created with
+BACKENDS = ("tvm_infer", "tvm-tir", "flashinfer")
+
+
+def greedy(logits: Any) -> list[int]:
+    """The largest of each row of logits [m, vocab], numpy or a TVM tensor on any device; only the tokens come to the host."""
+    if isinstance(logits, np.ndarray):
+        return [int(token) for token in logits.argmax(-1)]
+    if logits.device.type == "cpu":
+        return greedy(np.from_dlpack(logits))
+    import torch
+
+    return [int(token) for token in torch.from_dlpack(logits).argmax(-1).tolist()]
+
+
+def make(name: str, model: ServeModel, sizes: CacheSizes, device: str) -> ServedModel:
+    """The backend called `name`, compiled. Raises Skipped where it cannot run here, saying why; ArgumentError for an unknown name."""
+    if name not in BACKENDS:
+        raise ArgumentError(f"argument `--backends` names {name!r}; it must be among {', '.join(BACKENDS)}")
+    if name == "tvm_infer":
+        return OurCache(model, sizes, device)
+    return TvmCache(model, sizes, device, "tir" if name == "tvm-tir" else "flashinfer")
+
+
+class ServedModel:
+    """What all backends share: `step`, of which subclasses write `_logits`, and the breakdown of a step."""
+
+    def __init__(self, model: ServeModel, sizes: CacheSizes, device: str) -> None:
+        self.model, self.sizes, self.device = model, sizes, device
+        self.vm: Any = None
+
+    def add(self, seq: int) -> None:
+        """An empty sequence."""
+        raise NotImplementedError
+
+    def fork(self, parent: int, child: int) -> None:
+        """A sequence that begins as the parent is now."""
+        raise NotImplementedError
+
+    def remove(self, seq: int) -> None:
+        """Its pages go back."""
+        raise NotImplementedError
+
+    def step(self, batch: Batch) -> list[int]:
+        """Run new tokens; the greedy next token of each sequence, in the order of the batch."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """How a step runs, in a line."""
+        raise NotImplementedError
+
+    def breakdown(self, step: Callable[[], object]) -> Breakdown:
+        """Where the time of `step` goes; it is run a few times. Raises ExecutorError where kernels cannot be seen."""
+        if self.device == "cpu":
+            return of_step(step, VmTimer(self.vm), VM_METHOD)
+        return of_step(step, cuda_kernels, CUDA_METHOD)
+
+
+class OurCache(ServedModel):
+    """tvm_infer.compile, Executable and PagedKVCache: prompts and decodes of a step in one call."""
+
+    def __init__(self, model: ServeModel, sizes: CacheSizes, device: str) -> None:
+        super().__init__(model, sizes, device)
+        from ..compiler import compile
+        from ..models.mlc_llama import export_llama
+
+        exported = export_llama(model.config, dtype=model.dtype, functions=("main", "create_paged_kv_cache"))
+        self.executable = compile(
+            exported.mod,
+            target="llvm" if device == "cpu" else "cuda",
+            params=model.weights,
+            max_tokens=sizes.max_tokens,
+            max_batch=sizes.max_batch,  # of CUDA graphs
+        )
+        self.cache = self.executable.new_cache(
+            num_pages=sizes.num_pages,
+            page_size=sizes.page_size,
+            max_batch=sizes.max_batch,
+            max_tokens=sizes.max_tokens,
+        )
+        self.vm = self.executable._host_vm if device == "cpu" else None
+
+    def add(self, seq: int) -> None:
+        self.cache.add_sequence(seq)
+
+    def fork(self, parent: int, child: int) -> None:
+        self.cache.fork_sequence(parent, child)
+
+    def remove(self, seq: int) -> None:
+        self.cache.remove_sequence(seq)
+
+    def step(self, batch: Batch) -> list[int]:
+        return [int(token) for token in self.executable.forward(self.cache, batch).greedy]
+
+    def describe(self) -> str:
+        return "tvm_infer.compile, one call a step for prompts and decodes together"
+
+
+class TvmCache(ServedModel):
+    """TVM's builtin paged KV cache, driven as MLC's engine does: decodes in one call, prompts in another."""
+
+    def __init__(self, model: ServeModel, sizes: CacheSizes, device: str, kernels: str) -> None:
+        super().__init__(model, sizes, device)
+        if sizes.page_size != _TVM_PAGE_SIZE:
+            raise Skipped(f"TVM's cache has pages of {_TVM_PAGE_SIZE} tokens, not {sizes.page_size}: see --page-size")
+        if kernels == "flashinfer":
+            _require_flashinfer(device)
+        import tvm
+        import tvm_ffi
+
+        self.kernels = kernels
+        library = _compile_tvm(model, sizes, device, kernels)
+        self._device = tvm.cpu() if device == "cpu" else tvm.cuda()
+        self.vm = tvm.relax.VirtualMachine(library, self._device)
+        self._functions = {name: self.vm[name] for name in ("embed", "batch_prefill", "batch_decode")}
+        self._weights = _ordered_weights(model)
+        self._shape, self._tensor = tvm_ffi.Shape, tvm.runtime.tensor
+        self._state = {
+            name: tvm.get_global_func(f"vm.builtin.kv_state_{name}")
+            for name in ("add_sequence", "fork_sequence", "remove_sequence", "begin_forward", "end_forward")
+        }
+        total = sizes.num_pages * sizes.page_size
+        arguments = (sizes.max_batch, total, sizes.max_tokens, sizes.page_size, 0)
+        self.cache = self.vm["create_paged_kv_cache"](*(self._shape((n,)) for n in arguments))
+
+    def add(self, seq: int) -> None:
+        self._state["add_sequence"](self.cache, seq)
+
+    def fork(self, parent: int, child: int) -> None:
+        self._state["fork_sequence"](self.cache, parent, child, -1)
+
+    def remove(self, seq: int) -> None:
+        self._state["remove_sequence"](self.cache, seq)
+
+    def step(self, batch: Batch) -> list[int]:
+        decodes = [i for i, (_, tokens) in enumerate(batch) if len(tokens) == 1]
+        prompts = [i for i, (_, tokens) in enumerate(batch) if len(tokens) != 1]
+        found: dict[int, int] = {}
+        for which, run in ((decodes, self._decode), (prompts, self._prefill)):
+            if which:
+                found |= dict(zip(which, run([batch[i] for i in which]), strict=True))
+        return [found[i] for i in range(len(batch))]
+
+    def _call(self, batch: Batch, run: Callable[[Any], Any]) -> list[int]:
+        """One forward pass: `run` takes the embedded tokens [num_tokens, hidden] and returns logits."""
+        lengths = tuple(len(tokens) for _, tokens in batch)
+        ids = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in batch])
+        self._state["begin_forward"](self.cache, self._shape(tuple(seq for seq, _ in batch)), self._shape(lengths))
+        embedded = self._functions["embed"](self._tensor(ids, self._device), *self._weights)
+        logits = run(embedded)[0]
+        self._state["end_forward"](self.cache)
+        return greedy(logits._create_view((len(batch), self.model.config.vocab_size)))
+
+    def _decode(self, batch: Batch) -> list[int]:
+        def run(embedded: Any) -> Any:
+            rows = embedded._create_view((len(batch), 1, self.model.config.hidden_size))
+            return self._functions["batch_decode"](rows, self.cache, *self._weights)
+
+        return self._call(batch, run)
+
+    def _prefill(self, batch: Batch) -> list[int]:
+        last = np.cumsum([len(tokens) for _, tokens in batch], dtype=np.int32) - np.int32(1)
+
+        def run(embedded: Any) -> Any:
+            rows = embedded._create_view((1, int(last[-1]) + 1, self.model.config.hidden_size))
+            return self._functions["batch_prefill"](rows, self._tensor(last, self._device), self.cache, *self._weights)
+
+        return self._call(batch, run)
+
+    def describe(self) -> str:
+        kernels = "TIR" if self.kernels == "tir" else "FlashInfer"
+        return f"TVM's builtin paged KV cache with {kernels} kernels; a call for decodes, another for prompts"
+
+
+def _require_flashinfer(device: str) -> None:
+    if device != "cuda":
+        raise Skipped("FlashInfer has kernels for CUDA only; use --device cuda")
+    if importlib.util.find_spec("flashinfer") is None:
+        raise Skipped("the package flashinfer-python is not installed: pip install flashinfer-python")
+
+
+def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str) -> Any:
+    """The library of the model on TVM's cache, with our matrix products."""
+    import tvm
+
+    from ..compiler import _cuda_compiler
+    from ..models.mlc_llama import export_llama
+    from ..relax import pipeline
+
+    _ffi.library()
+    if device == "cpu":
+        blas.ensure_blas()
+        target = pipeline.host_target()
+    else:  # "sm_90", not "sm_90a": TVM's schedules take "90a" for no architecture at all
+        target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
+    with target:
+        exported = export_llama(
+            model.config,
+            dtype=model.dtype,
+            cache=kernels,  # type: ignore[arg-type]
+            target=target,
+            functions=("embed", "batch_prefill", "batch_decode", "create_paged_kv_cache"),
+        )
+    bounds = {"seq_len": sizes.max_tokens, "num_logits": sizes.max_batch, "batch_size": sizes.max_batch}
+    mod = pipeline.prepare_unpaged(exported.mod, bounds, device)
+    if exported.extern_mods:
+        mod = mod.with_attr("external_mods", list(exported.extern_mods))
+    with contextlib.nullcontext() if device == "cpu" else _cuda_compiler():
+        executable = pipeline.lower_unpaged(mod, target)
+    with tempfile.TemporaryDirectory(prefix="tvm_infer-") as folder:
+        path = pathlib.Path(folder) / "model.so"
+        executable.export_library(str(path))
+        return tvm.runtime.load_module(str(path))
+
+
+def _ordered_weights(model: ServeModel) -> Sequence[Any]:
+    from ..models.mlc_llama import export_llama
+    from ..runtime.executable import as_weight
+
+    described = export_llama(model.config, dtype=model.dtype, rotary="model", functions=("embed",)).weights
+    return [as_weight(model.weights[name], name) for name, _, _ in described]
