@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
-    from .runtime import PagedKVCache, load
+    from .runtime import PagedKVCache
+    from .runtime.loading import load as load
     from .schedule import Plan
 
 __all__ = [

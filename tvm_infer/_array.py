@@ -120,6 +120,20 @@ def empty_on(device: _device.Device, shape: tuple[int, ...], dtype: str) -> Any:
     return torch.empty(shape, dtype=getattr(torch, dtype), device=str(device))
 
 
+def copy_to_host(x: Any) -> np.ndarray:
+    """A device tensor's elements after the work before it on the current stream; waits. bfloat16 comes as ml_dtypes.bfloat16."""
+    name = dtype_name(x)
+    shape = tuple(int(n) for n in x.shape)
+    if name == _BFLOAT16:
+        import ml_dtypes
+
+        host = np.empty(shape, ml_dtypes.bfloat16)
+    else:
+        host = np.empty(shape, name)
+    _ffi.func("copy_to_host")(x, as_tensor(host, "target", output=True))
+    return host
+
+
 def to_torch(x: Any, what: str) -> Any:
     """A TVM tensor as a torch tensor that shares its memory. `what` asks for it, for the error."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
@@ -19,9 +20,20 @@ def _register_errors() -> None:
             tvm_ffi.register_error(value.__name__, value)
 
 
+_offered: dict[tuple[str, str], Callable[[], bytes]] = {}
+
+
+def offer_cubin(name: str, arch: str, get: Callable[[], bytes]) -> None:
+    """Have a kernel taken from `get` when it is first missed, instead of being compiled."""
+    _offered[(name, arch)] = get
+
+
 def _jit_cubin(name: str, arch: str) -> bytes:
-    """The cubin of a kernel that the CUDA executor misses; compiled, or taken from the cache."""
+    """The cubin of a kernel that the CUDA executor misses; offered by a loaded model, or compiled, or taken from the cache."""
     from . import jit
+
+    if (name, arch) in _offered:
+        return _offered[(name, arch)]()
 
     return jit.cubin(name, arch)
 

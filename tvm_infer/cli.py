@@ -82,14 +82,31 @@ def bench_plan(json_path: str | None, repeats: int) -> None:
 
 @bench.command("matmul")
 @click.option(
-    "--peers", default="torch,tvm", show_default=True, help="comma-separated; tvm: the code TVM generates itself"
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="SmolLM2's shapes, or Llama-3-8B's",
 )
+@click.option(
+    "--peers",
+    help='comma-separated: torch, tvm (the code TVM generates itself); "" for none; default: all',
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="on cuda [default: bfloat16]")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
-def bench_matmul(peers: str, json_path: str | None) -> None:
-    """Matrix products of a decoder on the CPU."""
-    from .bench import matmul
+def bench_matmul(device: str, peers: str | None, dtype: str | None, json_path: str | None) -> None:
+    """Matrix products of a decoder, beside torch and TVM."""
+    from .bench import matmul, matmul_cuda
 
-    matmul.run(peers=[p for p in peers.split(",") if p], json_path=json_path)
+    if device == "cpu" and dtype not in (None, "float32"):
+        raise click.UsageError(f"--dtype {dtype} needs --device cuda: the CPU multiplies in float32")
+    names = None if peers is None else [p for p in peers.split(",") if p]
+    if device == "cpu":
+        matmul.run(peers=list(matmul.PEERS) if names is None else names, json_path=json_path)
+    else:
+        results = matmul_cuda.run(matmul_cuda.PEERS if names is None else names, json_path, dtype=dtype or "bfloat16")
+        if any("error" in row["tvm_infer"] for row in results["rows"]):
+            raise SystemExit(1)
 
 
 @bench.command("attention")

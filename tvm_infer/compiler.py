@@ -304,6 +304,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         objects = folder / library.OBJECTS  # kept: Executable.export_library links them anew
         objects.mkdir()
         lowered.executable.export_library(str(folder / library.LIBRARY), workspace_dir=str(objects))
+        (folder / library.FUNCTIONS).write_text(library.functions_called(lowered.executable))
     (folder / library.REPORT).write_text(str(reports))
     Manifest(
         abi_version=int(_ffi.func("abi_version")()),
@@ -339,7 +340,7 @@ def _check_cuda_layers(specs: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def _cuda_compiler() -> Iterator[None]:
-    """TVM compiles its kernels with the nvcc that ours are compiled with, and without fast-math: its sines are wrong at late positions."""
+    """TVM's kernels are compiled by the nvcc that compiles ours, without fast-math: its sines are wrong at late positions."""
     from .jit import nvcc
 
     found = pathlib.Path(nvcc.find().path)

@@ -102,9 +102,9 @@ def _packages() -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def path_or_empty() -> str:
-    """What C++ asks for at its first product: the path, or "" to leave it to the dynamic loader."""
+    """What C++ asks for at its first product: the path, or "" to leave it to the setting, which C++ reads, or the dynamic loader."""
     found = find()
-    return found.path if found else ""
+    return found.path if found and not env.setting("TVM_INFER_CUBLASLT").value else ""
 
 
 def version_text(version: int) -> str:

@@ -33,6 +33,12 @@ SETTINGS = (
     Setting(
         "TVM_INFER_CUBIN_DIR", "", "folder of prebuilt kernels (tvm-infer build --out), looked in before compiling"
     ),
+    Setting("TVM_INFER_CXX", "", "the C++ compiler for the MLC adapter; empty: CXX, else g++, c++ or clang++ on PATH"),
+    Setting(
+        "TVM_INFER_MLC_LIBRARY",
+        "",
+        "a prebuilt MLC adapter (docs/mlc.md); empty: of the cache, built if it is not there",
+    ),
     Setting(
         "TVM_INFER_CUBLASLT",
         "",

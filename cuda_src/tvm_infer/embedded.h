@@ -1,5 +1,6 @@
-// What an exported model (tvm_infer/runtime/linker.py) carries inside its library beside code: its manifest, kernels and BLAS. The library of the
-// package and the static object have the empty table of embedded.cc, a weak symbol that the exported model's own takes the place of.
+// What an exported model (tvm_infer/runtime/linker.py) carries inside its library beside code: its manifest, kernels and BLAS. The
+// package's own library and the static object have the empty table of embedded.cc, a weak symbol that the exported model's own takes the
+// place of.
 #pragma once
 
 #include <cstddef>

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "examples" / "cpp"
 sys.path += [str(HERE), str(HERE.parent / "compile"), str(HERE.parent / "cuda")]
-
-PROMPTS = [[7, 1, 90, 3], [5], list(range(3, 50))]
-NEW_TOKENS = 10
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +38,8 @@ def saved(executable, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokens(executable):
     """What the compiled model continues PROMPTS with."""
+    from aot_cases import NEW_TOKENS, PROMPTS
+
     return [g.tokens for g in executable.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
 
 
@@ -60,3 +61,19 @@ def run_python(tmp_path):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """(the program, the LD_LIBRARY_PATH that build.sh says it needs)."""
+    folder = tmp_path_factory.mktemp("example")
+    done = subprocess.run(
+        [str(EXAMPLE / "build.sh"), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (libraries,) = re.findall(r"^LD_LIBRARY_PATH=(\S+)", done.stdout, re.MULTILINE)
+    return folder / "generate", libraries

@@ -1,4 +1,4 @@
-"""Exported libraries: what they show and need, whose functions they call, two in one process, processes without the compiler, errors."""
+"""Exported libraries: what they show and need, whose functions they call, two in one process, no compiler, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import NEW_TOKENS, PROMPTS
+from aot_cases import NEW_TOKENS, PROMPTS
 
 import tvm_infer
 from tvm_infer import AttentionSpec, _ffi, errors
@@ -197,6 +197,14 @@ def test_a_library_of_another_abi(executable, saved, tmp_path):
         tvm_infer.load(path, saved / "model.safetensors")
 
 
+def test_a_library_of_another_tvm(executable, saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "tvm_version", lambda: "0.31.2")
+        path = relinked(executable, tmp_path / "model.so")
+    with pytest.raises(errors.AbiError, match=r"compiled by TVM 0\.31\.2 and this is TVM 0\.27"):
+        tvm_infer.load(path, saved / "model.safetensors")
+
+
 def test_weights_of_another_abi(executable, saved, tmp_path):
     data = (saved / "model.safetensors").read_bytes()
     mark = b'"tvm_infer.abi_version":"%d"' % executable.manifest.abi_version
@@ -205,6 +213,15 @@ def test_weights_of_another_abi(executable, saved, tmp_path):
     changed.write_bytes(data.replace(mark, mark[:-2] + b'7"'))
     with pytest.raises(errors.AbiError, match=r"other\.safetensors were written with tvm_infer ABI 7, .* has ABI \d+"):
         tvm_infer.load(saved / "model.so", changed)
+
+
+def test_a_manifest_with_other_fields(saved, executable):
+    """Of a version that keeps the ABI and describes models in another way."""
+    from tvm_infer.runtime import Manifest
+
+    fields = executable._compiled.manifest
+    with pytest.raises(errors.AbiError, match=r"its manifest has \['new'\] more and \['layers'\] fewer fields"):
+        Manifest.parse({**{k: v for k, v in fields.items() if k != "layers"}, "new": 1}, "here")
 
 
 def test_a_manifest_of_another_format(executable, saved, tmp_path, monkeypatch):
@@ -220,9 +237,9 @@ def test_a_manifest_of_another_format(executable, saved, tmp_path, monkeypatch):
 
 def test_paths_that_are_none(executable, saved, tmp_path):
     weights = saved / "model.safetensors"
-    with pytest.raises(errors.ModelError, match="no.so does not exist"):
+    with pytest.raises(errors.ModelError, match=r"no\.so does not exist"):
         tvm_infer.load(tmp_path / "no.so", weights)
-    with pytest.raises(errors.ModelError, match="model.so does not exist"):
+    with pytest.raises(errors.ModelError, match=r"model\.so does not exist"):
         tvm_infer.load(tmp_path)
     with pytest.raises(errors.ArgumentError, match="`weights` is missing"):
         tvm_infer.load(saved / "model.so")
@@ -273,7 +290,7 @@ def test_no_compiler_to_link_with(executable, tmp_path, monkeypatch):
 
 def test_what_the_linker_says_is_passed_on(executable, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", shutil.which("false"))
-    with pytest.raises(errors.CompileError, match="linking the model failed: .*false"):
+    with pytest.raises(errors.CompileError, match=r"linking the model failed: .*false"):
         executable.export_library(tmp_path / "model.so")
     assert list(tmp_path.iterdir()) == []
 
@@ -304,15 +321,15 @@ def export_cuda(model, path, **arguments):
     library.export(model, path, weights=(), max_position=None, **{**defaults, **arguments})
 
 
-KERNELS = ["append_b16", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
+KERNELS = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
 
 
 def test_a_fused_projection_needs_the_kernel_that_rotates():
     layers = [AttentionSpec(8, 2, 64, "bfloat16")] * 2
-    attention = "attention_bf16_h64_p16"
+    always = ("copy_pages", "attention_bf16_h64_p16")
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
-    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", attention)
-    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", attention)
+    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
+    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
     assert library.kernel_names(layers, ["matmul"], (16,)) == ()
 
 
@@ -351,6 +368,20 @@ def test_kernels_that_are_none(executable, tmp_path, layer, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_kernels_that_tvm_left_as_source_are_refused(executable, tmp_path):
+    """What TVM packs where it finds no driver: a module of kind "cuda" whose code is of format "cuda"."""
+    folder = tmp_path / "compiled"
+    shutil.copytree(executable._library_path.parent, folder)
+    words = [b"cuda", (4096).to_bytes(8, "little"), b"cuda"]
+    packed = b"".join(len(w).to_bytes(8, "little") + w if w == b"cuda" else w for w in words)
+    (folder / "objects" / "packed.o").write_bytes(b"..." + packed + b"...")
+    with pytest.raises(
+        errors.ExecutorError, match=r"without an NVIDIA driver .* compile the model on a machine with a driver"
+    ):
+        export_cuda(library.read(folder), tmp_path / "model.so")
+    assert not (tmp_path / "model.so").exists()
+
+
 def test_a_loaded_model_has_no_other_kernels(executable, tmp_path, monkeypatch):
     from tvm_infer import jit
 
@@ -364,11 +395,12 @@ def test_a_loaded_model_has_no_other_kernels(executable, tmp_path, monkeypatch):
 
 
 def test_every_function_that_a_model_calls_is_exported(saved):
-    """exports.cc and register.cc expand one table: the library has what tvm_infer registers, and its own two."""
+    """exports.cc and register.cc expand one table: the library has what tvm_infer registers, and its own."""
     from tvm_ffi import registry
 
     _ffi.library()
-    registered = {n for n in registry.list_global_func_names() if n.startswith("tvm_infer.")} - {"tvm_infer.jit_cubin"}
+    asked_of_python = {"tvm_infer.jit_cubin", "tvm_infer.find_cublas"}
+    registered = {n for n in registry.list_global_func_names() if n.startswith("tvm_infer.")} - asked_of_python
     dotted = {n.removeprefix("__tvm_ffi_") for n in symbols(saved / "model.so") if n.startswith("__tvm_ffi_tvm_infer.")}
-    assert dotted - registered == {"tvm_infer.model_manifest", "tvm_infer.model_check_cuda"}
+    assert dotted - registered == {"tvm_infer.model_manifest", "tvm_infer.model_check_cuda", "tvm_infer.model_cubin"}
     assert registered - dotted == set()

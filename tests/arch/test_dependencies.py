@@ -25,7 +25,9 @@ MAY_INCLUDE = {
     "tile": {"ptx"},
     "attention": {"tile", "ptx", "schedule", "cuda"},
     "kernels": {"attention", "tile", "ptx", "schedule", "cuda"},
+    "mlc": set(),  # calls the others by the names of their packed functions only
 }
+INCLUDE_TVM = {"ffi", "mlc"}
 FOREIGN = re.compile(r"^(tvm/|dlpack/|cuda\.|cuda_|cute/|cutlass/|cub/|thrust/)")
 
 
@@ -48,7 +50,7 @@ def violations(path: pathlib.Path, text_includes: list[str]) -> list[str]:
             bad.append(include)
         if (
             FOREIGN.match(include)
-            and folder != "ffi"
+            and folder not in INCLUDE_TVM
             and not (include.startswith("cuda") and folder in {"ptx", "kernels"})
         ):
             bad.append(include)
@@ -68,6 +70,23 @@ def test_the_rule_catches_a_violation():
     assert violations(CUDA_SRC / "kv" / "x.h", ["tvm_infer/cpu/attention.h"]) == ["tvm_infer/cpu/attention.h"]
 
 
+def test_only_the_mlc_adapter_includes_the_tvm_runtime():
+    """tvm/runtime and src/runtime are bound to one version of TVM; ffi/ stays with tvm-ffi, whose C interface is stable."""
+    bound = {
+        path.relative_to(CUDA_SRC).parts[0]
+        for path in sources()
+        for include in includes(path)
+        if re.match(r"(tvm/(?!ffi/)|src/)", include)
+    }
+    assert bound == {"mlc"}
+
+
+def test_the_library_compiles_nothing_of_the_mlc_adapter():
+    """It is compiled on the user's machine: the folder's sources are installed, in no target of the build."""
+    cmake = (REPO / "cmake" / "CMakeLists.txt").read_text()
+    assert [line for line in cmake.splitlines() if "mlc" in line and "install(" not in line and line[0] != "#"] == []
+
+
 def test_bare_data_ptr_is_not_used():
     """TensorView::data_ptr() ignores byte_offset; DataPtr<T>() does not. Exceptions say so on their line."""
     bare = [
@@ -84,7 +103,7 @@ def test_bare_stride_is_not_used():
     bare = [
         f"{path.name}:{number}"
         for path in sources()
-        if path.relative_to(CUDA_SRC).parts[0] == "ffi"
+        if path.relative_to(CUDA_SRC).parts[0] in INCLUDE_TVM
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"(\.|->)strides?\(", line.split("//")[0]) and "// lint:" not in line
     ]

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+import tvm_infer
 from tvm_infer import _ffi, errors, ops
 from tvm_infer.bench import (
     attention,
     ceilings,
     inputs,
+    matmul_cuda,
     peers,
     peers_torch,
     planning,
@@ -413,3 +415,72 @@ def test_the_cuda_side_imports_without_tvm():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+class HostProducts(HostDevice):
+    def matmul_library(self):
+        tvm_infer.set_blas()
+        return "a BLAS of the host"
+
+
+@pytest.fixture
+def few_products(monkeypatch):
+    monkeypatch.setattr(matmul_cuda, "SHAPES", ((24, 40), (16, 300)))
+    monkeypatch.setattr(matmul_cuda, "ROWS", (3, 70))
+    monkeypatch.setattr(matmul_cuda, "_ROTATE_BYTES", 12000)
+    return HostProducts()
+
+
+def test_matrix_products(few_products, capsys, tmp_path):
+    path = tmp_path / "out.json"
+    results = matmul_cuda.run(["torch"], str(path), dtype="float32", device=few_products)
+    assert json.loads(path.read_text()) == results and results["library"] == "a BLAS of the host"
+    assert [(row["m"], row["k"], row["n"]) for row in results["rows"]] == [
+        (3, 24, 40),
+        (70, 24, 40),
+        (3, 16, 300),
+        (70, 16, 300),
+    ]
+    row = results["rows"][1]
+    assert row["tflop_per_s"] == pytest.approx(2 * 70 * 24 * 40 / US / 1e6)
+    assert row["gb_per_s"] == pytest.approx(4 * (24 * 40 + 70 * 24 + 70 * 40) / US / 1e3)
+    assert row["tvm_infer"]["us"] == row["torch"]["us"] == US and row["tvm_infer"]["relative_error"] < 1e-5
+    assert set(few_products.launched) == {8}  # 4 weights of 3840 bytes, 1 of 19200: at least 8 launches
+    text = capsys.readouterr().out
+    assert "torch takes" in text and "1.00 x" in text and matmul_cuda.failures(results) == []
+
+
+def test_a_wrong_product_has_no_figure(few_products, monkeypatch, capsys):
+    def wrong(a, weight, out):
+        return lambda: torch.mm(a, weight.t(), out=out).mul_(1.001)
+
+    monkeypatch.setitem(matmul_cuda._LAUNCHERS, "tvm_infer", wrong)
+    results = matmul_cuda.run(["torch"], dtype="float32", device=few_products)
+    assert len(matmul_cuda.failures(results)) == 4
+    row = results["rows"][0]
+    assert "relative error 1.00e-03 (allowed 1e-05)" in row["tvm_infer"]["error"] and "gb_per_s" not in row
+    assert "tvm_infer, [3, 24] x [40, 24]^T: WrongResult" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_told(few_products, monkeypatch):
+    def fails(*shape):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(matmul_cuda.matmul_tvm, "kernel", fails)
+    results = matmul_cuda.run(["tvm"], dtype="float32", device=few_products)
+    assert all(
+        row["tvm"] == {"error": "RuntimeError: no compiler"} and "us" in row["tvm_infer"] for row in results["rows"]
+    )
+
+
+def test_unknown_peers_of_products(few_products):
+    with pytest.raises(errors.ArgumentError, match=r"\['mkl'\]; on cuda known peers are torch, tvm"):
+        matmul_cuda.run(peers=["mkl"], device=few_products)
+
+
+@pytest.mark.parametrize("m", [1, 4, 64])
+def test_tvms_own_products_are_scheduled_for_a_gpu(m):
+    """By the rule that is meant, not by the fallback, which leaves each sum to one thread of a flat block."""
+    mod, _ = matmul_cuda.matmul_tvm.scheduled(m, 512, 1024, "bfloat16")
+    functions = [function.script() for function in mod.functions.values()]
+    assert all("blockIdx" in text and "threadIdx.y" in text for text in functions)

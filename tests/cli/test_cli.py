@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -16,7 +17,9 @@ def invoke(*arguments: str):
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"], ["build"]])
+@pytest.mark.parametrize(
+    "command", [[], ["doctor"], ["bench"], ["bench", "plan"], ["bench", "attention"], ["bench", "matmul"], ["build"]]
+)
 def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage:" in result.output
@@ -104,3 +107,14 @@ def test_errors_are_one_line_and_exit_1():
 def test_unknown_peer_and_workload_are_named():
     assert "'triton'" in invoke("bench", "attention", "--peers", "triton").stderr
     assert "'decode b9'" in invoke("bench", "attention", "--workload", "decode b9").stderr
+
+
+def test_bench_matmul_refuses_types_that_the_cpu_has_not():
+    result = CliRunner().invoke(main, ["bench", "matmul", "--dtype", "bfloat16"])
+    assert result.exit_code == 2 and "--dtype bfloat16 needs --device cuda" in result.output
+
+
+def test_bench_matmul_on_cuda_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["bench", "matmul", "--device", "cuda"])
+    assert result.exit_code == 1 and "torch is not installed" in result.output

@@ -70,7 +70,8 @@ def test_products_arguments_and_errors(fake):
 def headers_of_cublas() -> list[pathlib.Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = [pathlib.Path(f) / "cu13" / "include" for f in (spec.submodule_search_locations or () if spec else ())]
-    return [f for f in (*folders, *CUDA_HEADERS) if (f / "cublasLt.h").exists()]
+    found = [f for f in (*folders, *CUDA_HEADERS) if (f / "cublasLt.h").exists()]
+    return found if any((f / "library_types.h").exists() for f in (*folders, *CUDA_HEADERS)) else []
 
 
 @pytest.mark.skipif(not headers_of_cublas(), reason="needs cublasLt.h")
@@ -103,8 +104,8 @@ def test_the_setting_names_it(driver_alone, tmp_path):
     path = compile_cublas(tmp_path, "renamed.so")
     for before in ("", WITHOUT_PYTHONS_SEARCH):
         assert product(driver_alone, before, TVM_INFER_CUBLASLT=str(path)) == f"ran on {path}"
-    missing = product(driver_alone, WITHOUT_PYTHONS_SEARCH, TVM_INFER_CUBLASLT="/no/such.so")
-    assert missing.startswith("ArgumentError setting TVM_INFER_CUBLASLT is /no/such.so, which cannot be opened")
+        missing = product(driver_alone, before, TVM_INFER_CUBLASLT="/no/such.so")
+        assert missing.startswith("ArgumentError setting TVM_INFER_CUBLASLT is /no/such.so, which cannot be opened")
 
 
 def test_none_says_which_package_to_install(driver_alone):

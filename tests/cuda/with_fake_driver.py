@@ -253,6 +253,14 @@ def test_append_and_merge(driver):
     assert [launch["name"] for launch in driver.launches()] == ["append_b16", "merge_states_fp32"]
 
 
+def test_scale_lse(driver):
+    _ffi.func("scale_lse")(tensor((100, HQ), "float32"), 1.5)
+    (launch,) = driver.launches()
+    assert launch["name"] == "scale_lse" and launch["grid"] == "3,1,1"  # 800 elements; the fake kernel says 384 threads
+    _ffi.func("scale_lse")(tensor((0, HQ), "float32"), 1.5)
+    assert len(driver.launches()) == 1
+
+
 class RopeParams(ctypes.Structure):
     """cuda/params.h, RopeAppendParams: AppendParams, and what Q and its rotation need."""
 

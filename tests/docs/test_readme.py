@@ -69,7 +69,9 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("script", ["examples/run.sh", "tests/run.sh", "tests/build.sh", "tests/lint.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["examples/run.sh", "tests/run.sh", "tests/build.sh", "tests/lint.sh", ".ci/run", "examples/cpp/build.sh"]
+)
 def test_scripts_are_executable_and_parse(script):
     path = REPO / script
     assert path.stat().st_mode & 0o111

@@ -45,10 +45,11 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
         assert {"cuda_src/tvm_infer/cuda/driver.cc", "cuda_src/tvm_infer/ffi/attention_cuda.cc"} <= files
         assert {f"tests/gpu/{t}" for t in (*record.COMMON_TESTS, *family.tests)} <= files
         assert not any(part in f for f in files for part in ("/cpu/", "/kv/", "planner", "read_ceiling"))
-        alone = [f for f in files if "/cuda/" in f and any(word in f for word in family.words)]
-        assert alone and not any(
-            f in record.family_files(record.ROOT, other) for f in alone for other in record.FAMILIES
-        )
+        alone = {p for p in record.launcher_files(record.ROOT, family) if any(word in p.stem for word in family.words)}
+        alone = {p for p in alone if p.parent.name == "cuda"}
+        assert bool(alone) == bool(family.words)
+        others = [set(record.family_files(record.ROOT, other)) for other in record.FAMILIES if other != name]
+        assert not any(alone & files_of_other for files_of_other in others)
     tests = {p.name for p in (record.ROOT / "tests" / "gpu").glob("test_gpu_*.py")} - {pathlib.Path(__file__).name}
     named = {t for f in record.FAMILIES.values() for t in f.tests} | set(record.COMMON_TESTS)
     assert tests <= named

@@ -23,6 +23,7 @@ def test_the_matrix():
     }
     expected |= {"append_b16", "copy_pages", "read_ceiling"} | {f"rope_append_{e}" for e in ("bf16", "fp16")}
     expected |= {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
+    expected |= {"scale_lse"}
     assert set(NAMES) == expected and len(NAMES) == len(expected)
 
 

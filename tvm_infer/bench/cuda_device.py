@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import ops
+from .. import _ffi, cublas, ops
 from ..errors import ExecutorError, MissingDependencyError
 from ..schedule import Plan
 from .ceilings import Ceilings, measure_ceilings
@@ -101,6 +101,11 @@ class CudaDevice:
     def ceilings(self) -> Ceilings:
         """What this device does at best."""
         return measure_ceilings(self, self.torch_device)
+
+    def matmul_library(self) -> str:
+        """What tvm_infer.matmul runs on there: name, version, path. Opens it; MissingDependencyError where there is none."""
+        version = cublas.set_cublas()
+        return f"cuBLASLt {version} of {_ffi.func('cublas_path')()}"
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -6,15 +6,12 @@ The key of the cache is contents alone: the source, every header of ours that it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
 import re
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -22,6 +19,7 @@ from .. import cache_dir, env
 from ..errors import AbiError, ArgumentError, CompileError
 from . import cubin_file, headers, nvcc
 from .names import KernelSpec, parse
+from .progress import progress
 
 DEFAULT_ARCH = "sm_90a"
 _KIND = "kernels"  # folder of the cache
@@ -81,20 +79,6 @@ def build_one(name: str, arch: str = DEFAULT_ARCH, include_dir: pathlib.Path | N
     return Built(name, arch, folder / f"{name}.cubin", not compiled, resources)
 
 
-@contextlib.contextmanager
-def _progress(text: str) -> Iterator[list[str]]:
-    """A line on standard error, ended with what the caller puts into the list. Threads beside each other print it whole."""
-    show, outcome = env.setting("TVM_INFER_PROGRESS").value != "0", list[str]()
-    alone = threading.current_thread() is threading.main_thread()
-    if show and alone:
-        print(text, end=" ", file=sys.stderr, flush=True)
-    try:
-        yield outcome
-    finally:
-        if show:
-            print("" if alone else f"{text} ", *(outcome or ["failed"]), sep="", file=sys.stderr, flush=True)
-
-
 def _compile(
     spec: KernelSpec,
     arch: str,
@@ -105,7 +89,7 @@ def _compile(
     name = spec.name
     source, cubin_path = folder / f"{name}.cu", folder / f"{name}.cubin"
     source.write_text(spec.source())
-    with _progress(f"tvm_infer: compiling {name} for {arch} …") as outcome:
+    with progress(f"tvm_infer: compiling {name} for {arch} …") as outcome:
         run = nvcc.compile_cubin(compiler, source, cubin_path, arch, [include_dir])
         outcome.append(f"{run.seconds:.1f} s")
     resources = _resources(run, cubin_file.kernel_info(cubin_path.read_bytes(), name))

@@ -74,6 +74,7 @@ FAMILIES = (
         axes={"element": ATTENTION_ELEMENTS},
     ),
     Family("read ceiling", "read_ceiling", "read_ceiling.cuh", "READ_CEILING", "", {}),
+    Family("scale lse", "scale_lse", "scale_lse.cuh", "SCALE_LSE", "", {}),
 )
 
 

@@ -103,7 +103,7 @@ def make_static(func: Any) -> Any:
 
 
 class OutputBuffers:
-    """Give a function that returns (logits, tokens) two parameters more, into which it writes them, and no result.
+    """Give a function that returns (logits, tokens) two parameters more, into which it writes them.
 
     Comes when tensors are allocated explicitly (after CallTIRRewrite). The new parameters `decode_logits` and `decode_tokens` have the
     shapes that the results were computed in: [n, vocab] or [1, n, vocab], and [1, n].
@@ -127,12 +127,17 @@ class OutputBuffers:
                 for b in block.bindings
             ]
             blocks.append(relax.BindingBlock(bindings))
-        empty = relax.Tuple([])
-        result = relax.Var("no_result", relax.TupleType([]))
-        blocks.append(relax.BindingBlock([relax.VarBinding(result, relax.BlockBuilder().normalize(empty))]))
-        static = relax.Function(
-            [*func.params, *params.values()], relax.SeqExpr(blocks, result), relax.TupleType([]), False, func.attrs
+        # NOTE: a view that is made within the captured region and read outside of it (by a builtin, which is never captured). TVM's VM
+        # writes what a region returns to a register, and fails where the region's result is read by nothing.
+        builder = relax.BlockBuilder()
+        view = builder.normalize(relax.op.reshape(params[allocated[1]], [num_rows_var(func)]))
+        inside, result = relax.Var("decode_tokens_view", view.ty), relax.Var("decode_done", view.ty)
+        outside = builder.normalize(
+            relax.Call(relax.ExternFunc("vm.builtin.copy"), [inside], attrs=None, ty_args=[view.ty])
         )
+        blocks.append(relax.BindingBlock([relax.VarBinding(inside, view), relax.VarBinding(result, outside)]))
+        body = relax.SeqExpr(blocks, result)
+        static = relax.Function([*func.params, *params.values()], body, result.ty, False, func.attrs)
         updated = mod.clone()
         updated.update_func(mod.get_global_var(self.function), static)
         return relax.transform.CanonicalizeBindings()(updated)

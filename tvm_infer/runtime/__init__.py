@@ -3,7 +3,19 @@
 from .engine import Engine, EngineStats, Generation
 from .executable import Executable, Manifest
 from .kv_cache import PagedKVCache, Step
-from .load import load
+from .loading import load
+from .mlc_cache import MLCPagedKVCache
 from .sampling import Sampler
 
-__all__ = ["Engine", "EngineStats", "Executable", "Generation", "Manifest", "PagedKVCache", "Sampler", "Step", "load"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Executable",
+    "Generation",
+    "MLCPagedKVCache",
+    "Manifest",
+    "PagedKVCache",
+    "Sampler",
+    "Step",
+    "load",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
@@ -75,6 +76,12 @@ class Executable:
         if self.manifest.device_kind == "cpu":
             _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
 
+    def twin(self) -> Executable:
+        """The same model with settings and caches of its own; code and weights are shared."""
+        other = copy.copy(self)
+        other._number, other._sessions = next(_numbers), {}
+        return other
+
     @functools.cached_property
     def _module(self) -> Any:
         module = library.load_module(self._library_path)
@@ -98,6 +105,8 @@ class Executable:
         if device not in self._weights_on:
             import tvm
 
+            library.ensure_cuda_runtime()
+
             target = tvm.device(device)
             self._weights_on[device] = [w if w.device == target else w.copyto(target) for w in self._weights]
         return self._weights_on[device]
@@ -117,6 +126,11 @@ class Executable:
             self._sessions[key] = session
             weakref.finalize(cache, self._sessions.pop, key, None)
         return session
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the compiled code, its manifest and its report lie."""
+        return self._library_path.parent
 
     def explain(self) -> str:
         """What the passes did, and what the executable is."""
@@ -266,14 +280,13 @@ class Executable:
         before the device is done. The result is good until the next step of the same cache.
         """
         session = self._session(cache)
-        tokens = [np.asarray(new, np.int64).reshape(-1) for _, new in batch]
-        flat = np.concatenate([np.zeros(0, np.int64), *tokens])
+        lengths = [len(new) for _, new in batch]
+        flat = np.fromiter(itertools.chain.from_iterable(new for _, new in batch), np.int64, sum(lengths))
         self._check_tokens(flat)
-        lengths = [new.size for new in tokens]
         wanted = None if rows is None else self._checked_rows(rows, flat.size)
         if flat.size == 0:
             with cache.forward([seq_id for seq_id, _ in batch], lengths):
-                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), None, slice(None))
+                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
         with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
@@ -365,7 +378,7 @@ def as_weight(x: Any, name: str) -> Any:
     if hasattr(x, "detach"):
         x = x.detach().contiguous()
     elif isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x)
+        x = np.asarray(x, order="C")  # ascontiguousarray would give a scalar a dimension
     pointer = x.ctypes.data if isinstance(x, np.ndarray) else getattr(x, "data_ptr", lambda: 0)()
     if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16":
         return tvm.runtime.tensor(x)  # numpy's DLPack does not know the type

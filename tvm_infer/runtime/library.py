@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import json
 import os
@@ -11,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, blas, cublas, errors
+from .. import __version__, _ffi, blas, cublas, errors
 from ..spec import AttentionSpec
 from . import linker
 
 FORMAT = 1  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
+FUNCTIONS = "functions.json"
+_CUDA_LOADER = "ffi.Module.load_from_bytes.cuda"
 DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
 
 
@@ -59,23 +63,54 @@ def load_module(path: pathlib.Path) -> Any:
     try:
         return tvm.runtime.load_module(str(path.resolve()))
     except Exception as error:  # a loader's, TVM's, or tvm-ffi's own kind
+        if _CUDA_LOADER in str(error):  # it holds kernels that TVM made
+            ensure_cuda_runtime()
+            return tvm.runtime.load_module(str(path.resolve()))
         raise errors.ModelError(
-            f"{path} is no library that TVM {_version('apache-tvm')} loads: {str(error).strip().splitlines()[-1]}"
+            f"{path} is no library that TVM {tvm_version()} loads: {str(error).strip().splitlines()[-1]}"
         ) from error
+
+
+@functools.cache
+def ensure_cuda_runtime() -> None:
+    """TVM's CUDA runtime, which `import tvm` leaves out where TVM_USE_RUNTIME_LIB is set. ExecutorError where it cannot be loaded."""
+    import tvm
+    from tvm_ffi import get_global_func
+
+    if get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return
+    path = pathlib.Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
+    try:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise errors.ExecutorError(
+            f"TVM's CUDA runtime cannot be loaded ({error}): it needs the driver's libcuda.so.1 and CUDA's libcudart.so, on the "
+            "loader's path (LD_LIBRARY_PATH)"
+        ) from error
+
+
+def offer_kernels(model: CompiledModel) -> None:
+    """Let the package's cache and functions launch the model's kernels: a machine that loads it need not have a compiler."""
+    assert model.about is not None
+    cubin = load_module(model.library).get_function("tvm_infer_model_cubin", True)
+    for arch in model.about["archs"]:
+        for name in model.about["kernels"]:
+            _ffi.offer_cubin(name, arch, functools.partial(cubin, name, arch))
 
 
 def ensure_blas(model: CompiledModel, module: Any) -> None:
     """Give the model's matrix products a BLAS, unless they need none or the library brought its own."""
+    about = model.about
     if _device(str(model.manifest["target"])) == "cuda":
-        if model.about is None:
+        ensure_cuda_runtime()
+        if about is None:
             cublas.ensure_cublas()
-        elif "matmul" in model.about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
+        elif "matmul" in about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
             module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
-    elif model.about is None:
+    elif about is None:
         blas.ensure_blas()
-    elif "matmul" in model.about["functions"] and model.about["device"] == "cpu":
-        if not module.get_function("tvm_infer_blas_path", True)():
-            module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
+    elif "matmul" in about["functions"] and not module.get_function("tvm_infer_blas_path", True)():
+        module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
 
 
 def _manifest_function(path: pathlib.Path) -> Any:
@@ -109,14 +144,16 @@ def export(
     objects = sorted((model.library.parent / OBJECTS).glob("*.o"))
     if not objects:
         raise errors.ModelError(f"{model.library.parent} holds no object files: compile the model again")
-    functions, device = _functions(model.library), _device(str(model.manifest["target"]))
+    _refuse_source(objects)
+    functions: list[str] = json.loads((model.library.parent / FUNCTIONS).read_text())
+    device = _device(str(model.manifest["target"]))
     layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
     kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
     archs = tuple(archs) if device == "cuda" else ()
     about = {
         "format": FORMAT,
         "tvm_infer": __version__,
-        "tvm": _version("apache-tvm"),
+        "tvm": tvm_version(),
         "device": device,
         "functions": functions,
         "kernels": kernels,
@@ -137,6 +174,19 @@ def export(
     linker.link(objects, contents, path)
 
 
+# In what TVM packs: the kind of a module, the size of what it saved, and first in that the format of its code.
+_KERNELS_AS_SOURCE = re.compile(rb"\x04\0{7}cuda.{8}\x04\0{7}cuda", re.DOTALL)
+
+
+def _refuse_source(objects: Sequence[pathlib.Path]) -> None:
+    """TVM compiles its kernels only where its CUDA runtime can be loaded, and otherwise leaves that to whoever loads the library."""
+    if any(_KERNELS_AS_SOURCE.search(path.read_bytes()) for path in objects):
+        raise errors.ExecutorError(
+            "the model was compiled without an NVIDIA driver (libcuda.so.1) in reach, where TVM keeps its own kernels as source, for "
+            "which the receiver would need a CUDA toolkit: compile the model on a machine with a driver"
+        )
+
+
 def kernel_names(
     layers: Sequence[AttentionSpec], functions: Sequence[str], page_sizes: Sequence[int]
 ) -> tuple[str, ...]:
@@ -150,6 +200,7 @@ def kernel_names(
     if "attention_with_kv_cache_fused_qkv" in functions:
         names |= {f"rope_append_{elements[spec.dtype]}": None for spec in layers}
     if names:
+        names["copy_pages"] = None  # forks that stop sharing a page
         for spec in layers:
             for page_size in page_sizes:
                 names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None
@@ -178,14 +229,15 @@ def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_s
     linker.publish(model.library, path)
 
 
-def _functions(library: pathlib.Path) -> list[str]:
-    """Names of tvm_infer's packed functions that the compiled code calls."""
-    return sorted(set(re.findall(r"\btvm_infer\.(\w+)", str(load_module(library)["stats"]()))))
+def functions_called(executable: Any) -> str:
+    """Names of tvm_infer's packed functions that a `tvm.relax.VMExecutable` calls, as JSON: for the file FUNCTIONS."""
+    return json.dumps(sorted(set(re.findall(r"\btvm_infer\.(\w+)", str(executable.mod["stats"]())))))
 
 
 def _device(target: str) -> str:
     return "cuda" if json.loads(target)["kind"] == "cuda" else "cpu"
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
+def tvm_version() -> str:
+    """Of the TVM that is installed."""
+    return importlib.metadata.version("apache-tvm")

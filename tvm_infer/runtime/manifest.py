@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from .. import _ffi
@@ -64,6 +65,12 @@ class Manifest:
             raise AbiError(
                 f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
                 f"{have}: compile it again"
+            )
+        known = {field.name for field in dataclass_fields(cls)}
+        if set(fields) != known:
+            raise AbiError(
+                f"the model in {where} was compiled by another version of tvm_infer: its manifest has {sorted(set(fields) - known)} "
+                f"more and {sorted(known - set(fields))} fewer fields than this version's. Compile it again"
             )
         fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
         fields["weights"] = tuple(fields["weights"])

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tvm_ffi
 
+from .. import _array, _ffi
 from .kv_cache import PagedKVCache
 
 if TYPE_CHECKING:
@@ -33,23 +35,44 @@ class StepShape:
 
 
 class StepResult:
-    """Logits of a step, fetched from the device when they are asked for: good until the next step of the same cache."""
+    """Logits of a step on the host."""
 
-    def __init__(self, logits: Any, tokens: Any, wanted: np.ndarray | slice) -> None:
-        self._logits, self._tokens, self._wanted = logits, tokens, wanted
+    def __init__(self, logits: Any, wanted: np.ndarray | slice) -> None:
+        self._logits, self._wanted = logits, wanted
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
-        """float32 [rows asked for, vocab_size]; copied from the device where there is one."""
-        logits = np.from_dlpack(self._logits) if self._tokens is None else self._logits.numpy()
+        """float32 [rows asked for, vocab_size]."""
+        logits = np.from_dlpack(self._logits)
         return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
-        """int64 [rows asked for]: the token with the largest logit. On a device it is found there, and it alone is copied."""
-        if self._tokens is None:
-            return self.logits.argmax(axis=-1)
-        return self._tokens.numpy().reshape(-1)[self._wanted]
+        """int64 [rows asked for]: the token with the largest logit."""
+        return self.logits.argmax(axis=-1)
+
+
+class DeviceStepResult(StepResult):
+    """Logits of a step on a device, which the host waits for when it asks: on the stream of the step, before the cache's next step."""
+
+    def __init__(self, logits: Any, tokens: Any, wanted: np.ndarray | slice, device: Any) -> None:
+        super().__init__(logits, wanted)
+        self._tokens, self._device = tokens, device
+
+    @functools.cached_property
+    def logits(self) -> np.ndarray:
+        """float32 [rows asked for, vocab_size], copied."""
+        logits = _array.copy_to_host(self._logits)
+        return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
+
+    @functools.cached_property
+    def greedy(self) -> np.ndarray:
+        """int64 [rows asked for]: the token with the largest logit, found on the device."""
+        tokens = self._tokens
+        if isinstance(tokens, np.ndarray):  # memory that the device writes to
+            _ffi.func("wait_for_stream")(self._device)
+            return tokens[self._wanted].copy()
+        return _array.copy_to_host(tokens).reshape(-1)[self._wanted]
 
 
 def logit_rows(lengths: Sequence[int], rows: np.ndarray | None) -> np.ndarray:
@@ -78,7 +101,7 @@ class Session:
     def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
         """The model on the step under way."""
         logits, _ = self._run_main(cache, shape)
-        return StepResult(logits, None, shape.wanted)
+        return StepResult(logits, shape.wanted)
 
     def _run_main(self, cache: PagedKVCache, shape: StepShape) -> tuple[Any, Any]:
         assert shape.logit_rows is not None
@@ -108,6 +131,7 @@ class CudaSession(Session):
     ) -> None:
         super().__init__(vm, manifest, cache, weights)
         self._vm, self._use_graphs = vm, use_graphs
+        self._device = tvm_ffi.device(cache.device)
         limit = min(manifest.decode_rows, cache.max_tokens, cache.max_batch)
         self.buckets = (*(b for b in manifest.buckets if b < limit), limit)
         self._buffers = functools.cache(lambda: self._make_buffers(cache))
@@ -127,28 +151,27 @@ class CudaSession(Session):
     def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
         """The model on the step under way; returns before the device is done."""
         if not shape.is_decode:
-            return StepResult(*self._run_main(cache, shape), shape.wanted)
+            return DeviceStepResult(*self._run_main(cache, shape), shape.wanted, self._device)
         graph = self._graphs.get(shape.num_rows)
         if graph is None:
             graph = self._graphs[shape.num_rows] = self._bind(cache, shape.num_rows)
         launch, logits, tokens = graph
         launch()
-        return StepResult(logits, tokens, shape.wanted)
+        return DeviceStepResult(logits, tokens, shape.wanted, self._device)
 
-    def _make_buffers(self, cache: PagedKVCache) -> tuple[Any, Any]:
-        """Logits and tokens of the largest bucket, which smaller ones use the beginning of."""
+    def _make_buffers(self, cache: PagedKVCache) -> tuple[Any, Any, np.ndarray]:
+        """Logits and tokens of the largest bucket, which smaller ones use the beginning of, and the tokens as the host sees them."""
         import tvm
 
-        device = tvm.device(cache.device)
         rows, m = self.buckets[-1], self._manifest
-        return tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, device), tvm.runtime.empty(
-            (rows,), "int64", device
-        )
+        tokens, on_host = _ffi.func("host_visible")((rows,), "int64", self._device)
+        logits = tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, tvm.device(cache.device))
+        return logits, tvm.runtime.from_dlpack(tokens), np.from_dlpack(on_host)
 
     def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
         """The captured function with its arguments, which stay the same: what changes lies in the buffers."""
         m = self._manifest
-        logits, tokens = self._buffers()
+        logits, tokens, on_host = self._buffers()
         logits = logits._create_view((1,) * (m.logits_rank - 2) + (rows, m.vocab_size))
         tokens = tokens._create_view((1, rows))
         ids, positions, _ = cache.step_inputs(rows)
@@ -157,4 +180,4 @@ class CudaSession(Session):
         name = f"decode_of_{rows}_rows"
         arguments = (*inputs, self._handle, *self._weights, logits, tokens)
         self._vm.save_function(m.decode_function, name, *arguments, include_return=False)
-        return self._vm[name], logits, tokens
+        return self._vm[name], logits, on_host

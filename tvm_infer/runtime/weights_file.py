@@ -1,8 +1,8 @@
 """Weights in one file of the safetensors format: 8 bytes of header length, a JSON header, raw little-endian data.
 
-https://github.com/huggingface/safetensors#format. Written so that TVM's kernels can read the mapped file: the data of a tensor starts at a
-multiple of 64 bytes wherever the sizes of those before it allow. A tensor that is used under two names (tied embeddings) is stored
-once; the header's metadata says who shares it.
+https://github.com/huggingface/safetensors#format. Written so that TVM's kernels can read the mapped file: the data of a tensor starts
+at a multiple of 64 bytes wherever the sizes of those before it allow. A tensor that is used under two names (tied embeddings) is
+stored once; the header's metadata says who shares it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ struct Context {
   int32_t tokens_per_unit;
 };
 
-// Cosines and sines of a position. In double, where position * inv_freq is exact up to position 2^29: 64 pairs take about 1.5 us, once a
-// token, beside the 5 us that its 48 heads of 128 floats take.
+// Cosines and sines of a position, once a token for all its heads. In double, where position * inv_freq is exact up to position 2^29: 64
+// pairs take about as long as moving the token's 48 heads of 128 floats does, 1 us of two threads.
 struct Angles {
   alignas(64) float cos[kMaxRotaryDim / 2], sin[kMaxRotaryDim / 2];
 

@@ -92,6 +92,8 @@ bool IsCapturing(void* stream) {
   return status != kCaptureStatusNone;
 }
 
+void Synchronize(void* stream) { CheckDriver(Driver().cuStreamSynchronize(stream), "cuStreamSynchronize"); }
+
 void CopyToHost(void* host, const void* device, size_t bytes, void* stream) {
   const DriverApi& driver = Driver();
   CheckDriver(driver.cuStreamSynchronize(stream), "cuStreamSynchronize");

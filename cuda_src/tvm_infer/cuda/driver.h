@@ -43,6 +43,9 @@ class DeviceGuard {
 // Whether work on the stream is being recorded for a graph: nothing may synchronise then.
 bool IsCapturing(void* stream);
 
+// Waits for the work on the stream.
+void Synchronize(void* stream);
+
 // Bytes of device memory to the host, after the work before it on the stream. Synchronises.
 void CopyToHost(void* host, const void* device, size_t bytes, void* stream);
 

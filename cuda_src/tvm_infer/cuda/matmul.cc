@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <unordered_map>
@@ -146,13 +147,14 @@ class LtDevice {
   struct Found {
     void* handle;
     std::shared_ptr<const Prepared> prepared;
+    bool is_new;
   };
 
   // The stream has its workspace. So where it is captured, another product made the handle before.
   Found Find(const CublasLt& cublas, const MatmulArgs& x) {
     const Problem problem{{x.m, x.n, x.k, x.lda, x.ldb, x.ldo, ProblemTag(x)}};
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (const auto found = problems_.find(problem); found != problems_.end()) return {handle_, found->second};
+    if (const auto found = problems_.find(problem); found != problems_.end()) return {handle_, found->second, false};
     const RelaxedCaptureMode relaxed;
     if (handle_ == nullptr) {
       void* handle = nullptr;
@@ -160,7 +162,7 @@ class LtDevice {
       handle_ = handle;
     }
     if (problems_.size() >= kMaxProblems) problems_.clear();  // those under way are held by their callers
-    return {handle_, problems_.emplace(problem, Prepare(cublas, handle_, x)).first->second};
+    return {handle_, problems_.emplace(problem, Prepare(cublas, handle_, x)).first->second, true};
   }
 
  private:
@@ -189,6 +191,8 @@ void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args) {
   void* workspace = MatmulWorkspace(device_id, stream);
   const LtDevice::Found found = LtDeviceOf(device_id).Find(cublas, args);
   const Prepared& prepared = *found.prepared;
+  std::optional<RelaxedCaptureMode> relaxed;  // a problem's first launch may load its kernel
+  if (found.is_new) relaxed.emplace();
   constexpr float kOne = 1.0f, kZero = 0.0f;  // the scale type is fp32, read from the host during the call
   const int status = cublas.cublasLtMatmul(found.handle, prepared.desc.handle, &kOne, args.b, prepared.first.handle, args.a,
                                            prepared.second.handle, &kZero, args.out, prepared.result.handle, args.out,

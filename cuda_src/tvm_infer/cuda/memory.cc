@@ -23,6 +23,21 @@ void* AllocateDevice(int32_t device_id, int64_t bytes, const char* what) {
   return reinterpret_cast<void*>(data);
 }
 
+void* AllocatePinned(int32_t device_id, int64_t bytes) {
+  const DeviceGuard guard(device_id);
+  void* data = nullptr;
+  CheckDriver(Driver().cuMemHostAlloc(&data, static_cast<size_t>(std::max<int64_t>(bytes, 1)), kHostAllocPortable), "cuMemHostAlloc");
+  return data;
+}
+
+void FreePinned(int32_t device_id, void* data) noexcept {
+  try {
+    const DeviceGuard guard(device_id);
+    Driver().cuMemFreeHost(data);
+  } catch (...) {  // as below
+  }
+}
+
 void FreeDevice(int32_t device_id, void* data) noexcept {
   try {
     const DeviceGuard guard(device_id);

@@ -9,6 +9,10 @@ namespace tvm_infer::cuda {
 // says how much is free.
 void* AllocateDevice(int32_t device_id, int64_t bytes, const char* what);
 
+// Page-locked host memory that the device sees at the same address.
+void* AllocatePinned(int32_t device_id, int64_t bytes);
+void FreePinned(int32_t device_id, void* data) noexcept;
+
 // Waits for work that may use it. Does nothing once the driver is shutting down.
 void FreeDevice(int32_t device_id, void* data) noexcept;
 

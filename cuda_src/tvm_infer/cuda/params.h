@@ -151,4 +151,13 @@ struct ReadCeilingParams {
   uint32_t* sum;        // the sum of all 32-bit words, modulo 2^32, is added to it
 };
 
+// An LSE to another base (kernels/scale_lse.cuh).
+struct ScaleLseParams {
+  float* lse;  // [num_rows, num_heads]
+  int64_t stride_row, stride_head;
+  int32_t num_rows;
+  int32_t num_heads;
+  float factor;
+};
+
 }  // namespace tvm_infer::cuda

@@ -12,6 +12,7 @@
 
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/cuda_functions.h"
+#include "tvm_infer/ffi/host_results.h"
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/kv_cache_like.h"
 #include "tvm_infer/ffi/matmul.h"
@@ -19,6 +20,7 @@
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"
 #include "tvm_infer/ffi/rope.h"
+#include "tvm_infer/ffi/scale_lse.h"
 #include "tvm_infer/ffi/tensor.h"
 
 // V(name, function): name is what follows "tvm_infer."
@@ -26,10 +28,12 @@
   TVM_INFER_PLAN_FUNCTIONS(V)          \
   TVM_INFER_ATTENTION_FUNCTIONS(V)     \
   TVM_INFER_CUDA_FUNCTIONS(V)          \
+  TVM_INFER_HOST_RESULTS_FUNCTIONS(V)  \
   TVM_INFER_KV_CACHE_FUNCTIONS(V)      \
   TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V) \
   TVM_INFER_MATMUL_FUNCTIONS(V)        \
   TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)   \
   TVM_INFER_READ_CEILING_FUNCTIONS(V)  \
   TVM_INFER_ROPE_FUNCTIONS(V)          \
+  TVM_INFER_SCALE_LSE_FUNCTIONS(V)     \
   TVM_INFER_TENSOR_FUNCTIONS(V)

@@ -20,6 +20,14 @@ tvm::ffi::String ModelManifest() {
   });
 }
 
+tvm::ffi::Bytes ModelCubin(tvm::ffi::String name, tvm::ffi::String arch) {
+  for (size_t i = 0; i < tvm_infer_embedded.num_cubins; ++i) {
+    const EmbeddedCubin& embedded = tvm_infer_embedded.cubins[i];
+    if (name == embedded.name && arch == embedded.arch) return tvm::ffi::Bytes(embedded.cubin.begin, embedded.cubin.size());
+  }
+  return tvm::ffi::Bytes();
+}
+
 void ModelCheckCuda(int64_t device_id) {
   Guarded([&] {
     const cuda::Device& device = cuda::GetDevice(static_cast<int32_t>(device_id));

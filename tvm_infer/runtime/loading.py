@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import _ffi, errors
+from .. import __version__, _ffi, errors
 from . import library
 from .executable import Executable
 from .weights_file import WeightsFile
@@ -22,8 +22,9 @@ def load(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> Executable:
-    """A model that :meth:`Executable.export_library` or :meth:`Executable.save` wrote. Compiles nothing and needs neither TVM's compiler
-    (``TVM_USE_RUNTIME_LIB=1``) nor torch.
+    """A model that :meth:`Executable.export_library` or :meth:`Executable.save` wrote.
+
+    Compiles nothing, and needs neither torch nor TVM's compiler: its runtime is enough (``TVM_USE_RUNTIME_LIB=1``).
 
     Parameters
     ----------
@@ -53,16 +54,23 @@ def load(
     _check_weights(model.about, tensors)
     if model.about["device"] == "cuda":
         library.load_module(path).get_function("tvm_infer_model_check_cuda", True)(0)
+        library.offer_kernels(model)
     return Executable(path, tensors, tokenizer=tokenizer, max_position=model.about["max_position"])
 
 
 def _check_abi(model: library.CompiledModel, tensors: Mapping[str, Any]) -> None:
-    have, built = int(_ffi.func("abi_version")()), int(model.manifest["abi_version"])
     assert model.about is not None
+    theirs, ours = str(model.about["tvm"]), library.tvm_version()
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise errors.AbiError(
+            f"{model.library} was compiled by TVM {theirs} and this is TVM {ours}, whose runtime may call it differently: export the "
+            "model again, or install that TVM"
+        )
+    have, built = int(_ffi.func("abi_version")()), int(model.manifest["abi_version"])
     if built != have:
         raise errors.AbiError(
-            f"{model.library} was exported by tvm_infer {model.about['tvm_infer']} with ABI {built}; this library has ABI {have}: export "
-            "the model again, or load it with the version that made it"
+            f"{model.library} was exported by tvm_infer {model.about['tvm_infer']} with ABI {built}; this is tvm_infer {__version__} "
+            f"with ABI {have}: export the model again, or load it with the version that made it"
         )
     if not isinstance(tensors, WeightsFile):
         return

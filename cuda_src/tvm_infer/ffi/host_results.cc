@@ -1,0 +1,71 @@
+#include "tvm_infer/ffi/host_results.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "tvm_infer/cuda/memory.h"
+#include "tvm_infer/ffi/cuda_scope.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+using tvm::ffi::Tensor;
+
+struct PinnedAllocator {
+  int32_t device_id;
+  void AllocData(DLTensor* tensor) {
+    const auto bytes = static_cast<int64_t>(tvm::ffi::GetDataSize(*tensor));
+    tensor->data = cuda::AllocatePinned(device_id, bytes);
+    std::memset(tensor->data, 0, static_cast<size_t>(bytes));
+  }
+  void FreeData(DLTensor* tensor) { cuda::FreePinned(device_id, tensor->data); }
+};
+
+// The memory of another tensor, kept alive by it.
+struct Shared {
+  Tensor owner;
+  void AllocData(DLTensor* tensor) { tensor->data = DataPtr<void>(TensorView(owner)); }
+  void FreeData(DLTensor*) {}
+};
+
+void CheckCuda(DLDevice device, const char* name) {
+  if (device.device_type == kDLCUDA) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` is on " << DeviceString(device) << "; it must be on a cuda device";
+}
+
+}  // namespace
+
+tvm::ffi::Array<Tensor> HostVisible(tvm::ffi::Shape shape, DLDataType dtype, DLDevice device) {
+  return Guarded([&] {
+    CheckCuda(device, "device");
+    const Tensor host = Tensor::FromNDAlloc(PinnedAllocator{device.device_id}, shape, dtype, kHost.device);
+    return tvm::ffi::Array<Tensor>({Tensor::FromNDAlloc(Shared{host}, shape, dtype, device), host});
+  });
+}
+
+void CopyTensorToHost(TensorView source, TensorView target) {
+  Guarded([&] {
+    CheckCuda(source.device(), "source");
+    CheckCpu(target, "target");
+    CheckContiguous(source, "source");
+    CheckContiguous(target, "target");
+    CheckDType(target, "target", source.dtype(), "source's");
+    if (source.numel() != target.numel()) {
+      TVM_INFER_THROW(ArgumentError) << "argument `target` has shape " << ShapeString(target) << ", `source` " << ShapeString(source)
+                                     << "; they must have as many elements";
+    }
+    const CudaScope scope(source.device());
+    const size_t bytes = static_cast<size_t>(source.numel()) * source.dtype().bits / 8;
+    if (bytes > 0) cuda::CopyToHost(DataPtr<void>(target), DataPtr<void>(source), bytes, scope.stream());
+  });
+}
+
+void WaitForStream(DLDevice device) {
+  Guarded([&] {
+    CheckCuda(device, "device");
+    const CudaScope scope(device);
+    cuda::Synchronize(scope.stream());
+  });
+}
+
+}  // namespace tvm_infer::ffi_api

@@ -1,0 +1,29 @@
+// How results leave a CUDA device, in the order of the caller's stream.
+#pragma once
+
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/dtype.h>
+
+#include <cstdint>
+
+#define TVM_INFER_HOST_RESULTS_FUNCTIONS(V) \
+  V(host_visible, HostVisible)              \
+  V(copy_to_host, CopyTensorToHost)         \
+  V(wait_for_stream, WaitForStream)
+
+namespace tvm_infer::ffi_api {
+
+// Page-locked host memory, as a tensor of `device` and as one of the host: what kernels store to the first is read in the second once the
+// stream is done, without a copy. For results of a few hundred bytes: stores cross the bus one by one. Contents are 0.
+tvm::ffi::Array<tvm::ffi::Tensor> HostVisible(tvm::ffi::Shape shape, DLDataType dtype, DLDevice device);
+
+// `target` on the host gets what `source` on a device holds after the work before it on the current stream: both contiguous, of one shape
+// and type. Waits.
+void CopyTensorToHost(tvm::ffi::TensorView source, tvm::ffi::TensorView target);
+
+// Waits for the current stream of a CUDA device.
+void WaitForStream(DLDevice device);
+
+}  // namespace tvm_infer::ffi_api

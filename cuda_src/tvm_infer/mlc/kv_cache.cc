@@ -1,0 +1,203 @@
+#include "tvm_infer/mlc/kv_cache.h"
+
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <utility>
+#include <vector>
+
+#include "tvm_infer/mlc/registry.h"
+#include "tvm_infer/mlc/tensors.h"
+
+namespace tvm_infer::mlc {
+namespace {
+
+constexpr double kLog2E = 1.44269504088896340736;  // natural logarithm -> base 2
+constexpr double kLn2 = 0.693147180559945309417;   // base 2 -> natural
+
+tvm::ffi::Any CreateCache(const Config& c) {
+  constexpr int64_t kDefault = 0;  // num_ctas, num_threads: the executor's own
+  return Library().kv_cache_create(c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim, c.dtype, c.page_size, c.num_pages, c.max_batch,
+                                   c.max_tokens, kDefault, kDefault, c.device);
+}
+
+}  // namespace
+
+MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
+    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_) {}
+
+bool MLCPagedKVCacheObj::InForward() const { return Library().kv_cache_in_forward(cache_).cast<bool>(); }
+
+const Step& MLCPagedKVCacheObj::ActiveStep(const char* operation) const {
+  if (!InForward()) {
+    TVM_FFI_THROW(CacheStateError) << "operation " << operation << " came outside of a step; call vm.builtin.kv_state_begin_forward first";
+  }
+  return step_;
+}
+
+void MLCPagedKVCacheObj::CheckLayer(const char* name, int64_t layer) const {
+  if (layer < 0 || layer >= config_.num_layers) {
+    TVM_FFI_THROW(ArgumentError) << "argument `" << name << "` is " << layer << " but the cache has " << config_.num_layers
+                                 << " layers; it must be from 0 to " << config_.num_layers - 1;
+  }
+}
+
+int64_t MLCPagedKVCacheObj::Length(int64_t seq_id) const { return Library().kv_cache_seq_len(cache_, seq_id).cast<int64_t>(); }
+
+void MLCPagedKVCacheObj::Clear() {
+  EndForward();  // TVM clears at any time
+  Library().kv_cache_clear(cache_);
+  has_step_ = false;
+}
+
+void MLCPagedKVCacheObj::AddSequence(int64_t seq_id) { Library().kv_cache_add(cache_, seq_id); }
+void MLCPagedKVCacheObj::RemoveSequence(int64_t seq_id) { Library().kv_cache_remove(cache_, seq_id); }
+void MLCPagedKVCacheObj::ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) {
+  Library().kv_cache_fork(cache_, parent_seq_id, child_seq_id, fork_pos);
+}
+void MLCPagedKVCacheObj::PopN(int64_t seq_id, int32_t n) { Library().kv_cache_pop(cache_, seq_id, int64_t{n}); }
+
+void MLCPagedKVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths, const Optional<Shape>& token_tree_parent_ptr) {
+  if (token_tree_parent_ptr.has_value()) {
+    TVM_FFI_THROW(ArgumentError)
+        << "argument `token_tree_parent_ptr` has " << token_tree_parent_ptr.value().size()
+        << " entries, and token trees (speculative decoding) are not supported yet by tvm_infer's cache; begin the "
+        << "step without it, or keep TVM's own cache for this model";
+  }
+  EndForward();
+  Step step{seq_ids, append_lengths, {}, 0, true};
+  step.start.reserve(seq_ids.size());
+  for (int64_t id : seq_ids) step.start.push_back(Length(id));
+  Library().kv_cache_begin_forward(cache_, seq_ids, append_lengths, int64_t{1});
+  for (int64_t length : append_lengths) {
+    step.num_tokens += length;
+    step.is_decode = step.is_decode && length == 1;
+  }
+  step_ = std::move(step);
+  has_step_ = true;
+  has_positions_ = false;
+  side_plans_.NewStep();
+}
+
+void MLCPagedKVCacheObj::EndForward() {
+  if (InForward()) Library().kv_cache_end_forward(cache_);
+}
+
+bool MLCPagedKVCacheObj::Empty() const { return Library().kv_cache_sequences(cache_).cast<Shape>().empty(); }
+
+int32_t MLCPagedKVCacheObj::GetNumAvailablePages() const { return Library().kv_cache_num_free_pages(cache_).cast<int32_t>(); }
+
+int32_t MLCPagedKVCacheObj::GetTotalSequenceLength() const {
+  int64_t total = 0;
+  for (int64_t id : Library().kv_cache_sequences(cache_).cast<Shape>()) total += Length(id);
+  return static_cast<int32_t>(total);
+}
+
+int32_t MLCPagedKVCacheObj::GetSequenceLength(int64_t seq_id) const { return static_cast<int32_t>(Length(seq_id)); }
+
+void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask, Tensor o_data, double sm_scale) {
+  if (mask.has_value()) {
+    TVM_FFI_THROW(ArgumentError) << "argument `mask` has shape " << DimsText(*mask.value().GetDLTensorPtr())
+                                 << ", and masks are not supported yet by tvm_infer's cache; pass none: attention is causal";
+  }
+  const Step& step = ActiveStep("attention_with_fused_qkv");
+  const int64_t h_q = config_.num_qo_heads, h_kv = config_.num_kv_heads;
+  CheckTokens(qkv_data, "qkv_data", config_, h_q + 2 * h_kv, "num_qo_heads + 2 * num_kv_heads", step.num_tokens, true);
+  CheckTokens(o_data, "o_data", config_, h_q, "num_qo_heads", step.num_tokens, true);
+  const TokensView q(qkv_data, step.num_tokens, 0, h_q), k(qkv_data, step.num_tokens, h_q, h_kv),
+      v(qkv_data, step.num_tokens, h_q + h_kv, h_kv), o(o_data, step.num_tokens, 0, h_q);
+  if (!rope_.is_active()) {
+    Library().attention_with_kv_cache(cache_, layer_id, TensorView(q), TensorView(k), TensorView(v), sm_scale, int64_t{1}, TensorView(o));
+    return;
+  }
+  CheckLayer("layer_id", layer_id);
+  if (step.num_tokens == 0) return;
+  if (!rotated_q_.defined()) rotated_q_ = Tensor::Empty({config_.max_tokens, h_q, config_.head_dim}, config_.dtype, config_.device);
+  const TokensView rotated(rotated_q_, step.num_tokens, 0, h_q);
+  side_plans_.RopeAppend(step, layer_id, rope_, q, k, v, rotated);
+  side_plans_.Whole(step, layer_id, rotated, sm_scale, o);
+}
+
+void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data,
+                                       double sm_scale) {
+  const Step& step = ActiveStep("self_attention");
+  CheckLayer("layer_id", layer_id);
+  CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  CheckTokens(k_data, "k_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
+  CheckTokens(v_data, "v_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
+  CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  CheckLse(lse_data, "lse_data", config_, step.num_tokens);
+  side_plans_.Self(step, q_data, k_data, v_data, sm_scale, o_data, lse_data);
+  Library().scale_lse(lse_data, kLog2E);
+}
+
+void MLCPagedKVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, Tensor lse_data, double sm_scale) {
+  const Step& step = ActiveStep("cross_attention");
+  CheckLayer("layer_id", layer_id);
+  CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  CheckLse(lse_data, "lse_data", config_, step.num_tokens);
+  side_plans_.Cross(step, layer_id, q_data, sm_scale, o_data, lse_data);
+  Library().scale_lse(lse_data, kLog2E);
+}
+
+// The source layer has stored the step's keys by now (its attention runs first, TVM's contract), so they are read from the cache, as TVM
+// reads them in a decode step.
+void MLCPagedKVCacheObj::AttentionWithSharedKV(int64_t source_layer_id, Tensor q_data, Tensor current_k_data, Tensor current_v_data,
+                                               Tensor o_data, double sm_scale) {
+  const Step& step = ActiveStep("attention_with_shared_kv");
+  CheckLayer("source_layer_id", source_layer_id);
+  CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  CheckTokens(current_k_data, "current_k_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
+  CheckTokens(current_v_data, "current_v_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
+  CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
+  side_plans_.Whole(step, source_layer_id, q_data, sm_scale, o_data);
+}
+
+tvm::ffi::Array<Tensor> MLCPagedKVCacheObj::MergeAttnOutputInplace(Tensor o_self_attn, Tensor lse_self_attn, Tensor o_cross_attn,
+                                                                   Tensor lse_cross_attn) {
+  CheckLse(lse_self_attn, "lse_self_attn", config_, lse_self_attn->ndim > 0 ? lse_self_attn->shape[0] : 0);
+  CheckLse(lse_cross_attn, "lse_cross_attn", config_, lse_self_attn->shape[0]);
+  // The other operand is given back as it came: its logarithms are changed on a copy.
+  Tensor lse_cross = Tensor::Empty({lse_cross_attn->shape[0], lse_cross_attn->shape[1]}, lse_cross_attn->dtype, config_.device);
+  Tensor::CopyFromTo(lse_cross_attn.GetDLTensorPtr(), const_cast<DLTensor*>(lse_cross.GetDLTensorPtr()),
+                     TVMFFIEnvGetStream(config_.device.device_type, config_.device.device_id));
+  Library().scale_lse(lse_cross, kLn2);
+  Library().scale_lse(lse_self_attn, kLn2);
+  try {
+    Library().merge(o_self_attn, lse_self_attn, o_cross_attn, lse_cross, o_self_attn, lse_self_attn);
+  } catch (...) {
+    Library().scale_lse(lse_self_attn, kLog2E);
+    throw;
+  }
+  Library().scale_lse(lse_self_attn, kLog2E);
+  return {o_self_attn, lse_self_attn};
+}
+
+Tensor MLCPagedKVCacheObj::GetQueryPositions() {
+  if (!has_step_) {
+    TVM_FFI_THROW(CacheStateError) << "operation get_query_positions came before the first step; call vm.builtin.kv_state_begin_forward "
+                                   << "first";
+  }
+  constexpr DLDataType kInt32 = {kDLInt, 32, 1};
+  if (!positions_.defined()) positions_ = Tensor::Empty({config_.max_tokens}, kInt32, config_.device);
+  Tensor view = positions_.CreateView({step_.num_tokens}, kInt32);
+  if (has_positions_ || step_.num_tokens == 0) return view;
+  std::vector<int32_t> values;
+  values.reserve(step_.num_tokens);
+  for (int64_t r = 0; r < step_.num_requests(); ++r) {
+    for (int64_t t = 0; t < step_.append_lengths[r]; ++t) values.push_back(static_cast<int32_t>(step_.start[r] + t));
+  }
+  DLTensor host = *view.GetDLTensorPtr();
+  host.data = values.data();
+  host.byte_offset = 0;
+  host.device = {kDLCPU, 0};
+  // From pageable memory: the driver has taken the values when this returns.
+  Tensor::CopyFromTo(&host, const_cast<DLTensor*>(view.GetDLTensorPtr()),
+                     TVMFFIEnvGetStream(config_.device.device_type, config_.device.device_id));
+  has_positions_ = true;
+  return view;
+}
+
+}  // namespace tvm_infer::mlc

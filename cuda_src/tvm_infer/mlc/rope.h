@@ -1,0 +1,41 @@
+// Rotary positions: what a cache was created with, as the tables that tvm_infer.rope_append_paged takes.
+#pragma once
+
+#include <tvm/ffi/any.h>
+#include <tvm/ffi/string.h>
+
+#include <cstdint>
+
+#include "tvm_infer/mlc/config.h"
+
+namespace tvm_infer::mlc {
+
+// As MLC has them.
+struct RopeArgs {
+  int64_t mode;  // RoPEMode of TVM: 0 none, 1 normal (rotated before they are stored), 2 inline (rotated by attention)
+  double scale, theta;
+  String scaling;             // JSON, "" for none
+  tvm::ffi::Any ext_factors;  // a tensor float32 [rotary_dim], long factors first, or anything else for none
+  int64_t rotary_dim;
+};
+
+class Rope {
+ public:
+  // Throws ArgumentError for a mode or a scaling that the cache does not have.
+  Rope(const RopeArgs& args, const Config& config);
+
+  bool is_active() const { return is_active_; }
+  int64_t interleaved() const { return interleaved_; }
+  double magnitude() const { return magnitude_; }
+  // float32 [rotary_dim / 2] on the cache's device, radians a token. Long factors hold for steps of many tokens, as in TVM.
+  const Tensor& inv_freq(int64_t num_tokens) const { return num_tokens > long_above_ ? long_ : short_; }
+
+ private:
+  bool is_active_ = false;
+  int64_t interleaved_ = 0;
+  double magnitude_ = 1;
+  int64_t long_above_ = 0;
+  Tensor short_, long_;
+};
+
+}  // namespace tvm_infer::mlc

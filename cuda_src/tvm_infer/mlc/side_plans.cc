@@ -1,0 +1,152 @@
+#include "tvm_infer/mlc/side_plans.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "tvm_infer/mlc/registry.h"
+
+namespace tvm_infer::mlc {
+namespace {
+
+constexpr int64_t kAllKeys = -1;       // window_left
+constexpr int64_t kSplitAuto = 0;      // fixed_split_size
+constexpr int64_t kHeadsFirst = 0;     // kv_layout: [num_pages, 2, num_kv_heads, page_size, head_dim]
+constexpr int64_t kConfigNumCtas = 8;  // of what kv_cache_config returns
+
+Shape TileTable(const Config& config) {
+  const tvm::ffi::Function& table = config.is_cuda() ? Library().cuda_tile_table : Library().cpu_tile_table;
+  return table(tvm::ffi::DLDataTypeToString(config.dtype), config.head_dim).cast<Shape>();
+}
+
+// The first `words` of a plan's buffer, as a call takes them.
+struct PlanView {
+  PlanView(const Tensor& buffer, int64_t words) : size(words), view(*buffer.GetDLTensorPtr()) { view.shape = &size; }
+  operator TensorView() const { return TensorView(&view); }  // NOLINT(google-explicit-constructor)
+  int64_t size;
+  DLTensor view;
+};
+
+}  // namespace
+
+SidePlans::SidePlans(const Config& config, tvm::ffi::Any cache)
+    : config_(config),
+      cache_(std::move(cache)),
+      num_ctas_(Library().kv_cache_config(cache_).cast<Shape>()[kConfigNumCtas]),
+      tile_table_(TileTable(config)) {}
+
+void SidePlans::NewStep() {
+  has_query_indptr_ = has_page_table_ = false;
+  self_.is_ready = cross_.is_ready = whole_.is_ready = false;
+}
+
+// Buffers for any step within the cache's limits, when the first fine-grained call comes: most models make none.
+void SidePlans::Allocate() {
+  if (workspace_.defined()) return;
+  int64_t plan_bytes = 0;
+  for (int64_t causal : {0, 1}) {
+    const Shape capacity = Library()
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, causal, kAllKeys, kSplitAuto,
+                                              tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
+                               .cast<Shape>();
+    plan_bytes = std::max(plan_bytes, capacity[0]);
+    partial_rows_ = std::max(partial_rows_, capacity[1]);
+  }
+  for (Planned* planned : {&self_, &cross_, &whole_}) {
+    planned->plan = Tensor::Empty({plan_bytes / 4}, {kDLInt, 32, 1}, {kDLCPU, 0});
+    planned->device_plan = config_.is_cuda() ? Tensor::Empty({plan_bytes / 4}, {kDLInt, 32, 1}, config_.device) : planned->plan;
+  }
+  workspace_ = Tensor::Empty({partial_rows_ * (config_.head_dim + 1)}, {kDLFloat, 32, 1}, config_.device);
+}
+
+void SidePlans::Prepare(const Step& step, bool needs_page_table) {
+  Allocate();
+  if (!has_query_indptr_) {
+    qo_indptr_.host().assign(1, 0);
+    for (int64_t length : step.append_lengths) qo_indptr_.host().push_back(qo_indptr_.host().back() + static_cast<int32_t>(length));
+    qo_indptr_.Publish(config_.device);
+    has_query_indptr_ = true;
+  }
+  if (!needs_page_table || has_page_table_) return;
+  page_indptr_.host().assign(1, 0);
+  page_indices_.host().clear();
+  for (int64_t id : step.ids) {
+    const Shape pages = Library().kv_cache_page_table(cache_, id).cast<Shape>();
+    page_indices_.host().insert(page_indices_.host().end(), pages.begin(), pages.end());
+    page_indptr_.host().push_back(static_cast<int32_t>(page_indices_.host().size()));
+  }
+  page_indptr_.Publish(config_.device);
+  page_indices_.Publish(config_.device);
+  has_page_table_ = true;
+}
+
+// From planned->kv_len.
+void SidePlans::MakePlan(bool is_causal, Planned* planned) {
+  planned->kv_len.Publish({kDLCPU, 0});
+  const int64_t bytes = Library()
+                            .plan(qo_indptr_.OnHost(), planned->kv_len.OnHost(), config_.num_qo_heads, config_.num_kv_heads, num_ctas_,
+                                  int64_t{is_causal}, kAllKeys, kSplitAuto, tile_table_, partial_rows_, planned->plan)
+                            .cast<int64_t>();
+  planned->words = bytes / 4;
+  if (config_.is_cuda()) {
+    const PlanView host(planned->plan, planned->words), device(planned->device_plan, planned->words);
+    Library().plan_upload(TensorView(host), TensorView(device));
+  }
+  planned->is_ready = true;
+}
+
+void SidePlans::Self(const Step& step, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o, const Tensor& lse) {
+  Prepare(step, false);
+  if (!self_.is_ready) {
+    self_.kv_len.host().assign(step.append_lengths.begin(), step.append_lengths.end());
+    MakePlan(true, &self_);
+  }
+  const PlanView plan(self_.device_plan, self_.words);
+  Library().ragged_attention(TensorView(plan), q, k, v, qo_indptr_.Here(), sm_scale, workspace_, o, lse);
+}
+
+void SidePlans::Cross(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor& lse) {
+  Prepare(step, true);
+  if (!cross_.is_ready) {
+    std::vector<int32_t>& kv_len = cross_.kv_len.host();
+    kv_len.assign(step.start.begin(), step.start.end());
+    if (step.is_decode) {
+      for (int32_t& length : kv_len) ++length;
+    }
+    MakePlan(false, &cross_);
+  }
+  Paged(cross_, layer, q, sm_scale, o, &lse);
+}
+
+void SidePlans::PlanWhole(const Step& step) {
+  Prepare(step, true);
+  if (whole_.is_ready) return;
+  std::vector<int32_t>& kv_len = whole_.kv_len.host();
+  kv_len.clear();
+  for (int64_t r = 0; r < step.num_requests(); ++r) kv_len.push_back(static_cast<int32_t>(step.start[r] + step.append_lengths[r]));
+  MakePlan(true, &whole_);
+}
+
+void SidePlans::RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out) {
+  PlanWhole(step);
+  const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
+  const PlanView plan(whole_.device_plan, whole_.words);
+  const tvm::ffi::Any none = nullptr;
+  Library().rope_append_paged(q, k, v, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), TensorView(plan), none, none,
+                              pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), q_out);
+}
+
+void SidePlans::Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o) {
+  PlanWhole(step);
+  Paged(whole_, layer, q, sm_scale, o, nullptr);
+}
+
+void SidePlans::Paged(const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse) {
+  const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
+  const PlanView plan(planned.device_plan, planned.words);
+  const tvm::ffi::Any no_tensor = nullptr;
+  const tvm::ffi::Any lse_or_none = lse == nullptr ? no_tensor : tvm::ffi::Any(*lse);
+  Library().paged_attention(TensorView(plan), q, pages, no_tensor, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale,
+                            workspace_, o, lse_or_none);
+}
+
+}  // namespace tvm_infer::mlc

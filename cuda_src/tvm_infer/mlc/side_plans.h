@@ -1,0 +1,58 @@
+// Plans and page tables for the fine-grained calls (self, cross and shared attention), which attend to other keys than the step's own plan
+// in the cache object. Made when a step first needs them; all layers share them.
+#pragma once
+
+#include <tvm/ffi/any.h>
+#include <tvm/runtime/tensor.h>
+
+#include <cstdint>
+
+#include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/rope.h"
+#include "tvm_infer/mlc/step.h"
+#include "tvm_infer/mlc/tensors.h"
+
+namespace tvm_infer::mlc {
+
+class SidePlans {
+ public:
+  // `cache`: the object of kv_cache_create.
+  SidePlans(const Config& config, tvm::ffi::Any cache);
+
+  // Forgets the plans; what was passed to a call that still runs stays until the next plan, in stream order.
+  void NewStep();
+
+  // The step's tokens attend to each other, causally; k and v are [num_tokens, num_kv_heads, head_dim].
+  void Self(const Step& step, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o, const Tensor& lse);
+  // They attend to the keys in the cache at `layer`, without a mask: those of before the step, in a decode step the new ones too.
+  void Cross(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor& lse);
+  // Stores the step's k, rotated, and v at `layer`; q rotated goes to q_out.
+  void RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out);
+  // They attend to the keys in the cache at `layer`, the new ones included, causally.
+  void Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o);
+
+ private:
+  struct Planned {
+    bool is_ready = false;
+    IndexArray kv_len;
+    Tensor plan, device_plan;
+    int64_t words = 0;
+  };
+  void Allocate();
+  void Prepare(const Step& step, bool needs_page_table);
+  void MakePlan(bool is_causal, Planned* planned);
+  void PlanWhole(const Step& step);
+  void Paged(const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse);
+
+  const Config config_;
+  const tvm::ffi::Any cache_;
+  const int64_t num_ctas_;
+  const tvm::ffi::Shape tile_table_;
+  int64_t partial_rows_ = 0;
+  Tensor workspace_;
+  bool has_query_indptr_ = false, has_page_table_ = false;
+  IndexArray qo_indptr_, page_indptr_, page_indices_;
+  Planned self_, cross_, whole_;
+};
+
+}  // namespace tvm_infer::mlc
