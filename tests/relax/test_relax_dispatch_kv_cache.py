@@ -356,6 +356,52 @@ def test_renamed_calls_are_tvms_under_other_names():
     assert np.abs(logits[0]).max() > 0.1
 
 
+@I.ir_module
+class Decode:
+    """Two layers of attention between elementwise operators, of 4 sequences."""
+
+    @R.function
+    def decode(x: R.Tensor((4, 8, 16), "float16"), kv_cache: R.Any, w: R.Tensor((4, 4, 16), "float16")) -> R.Tensor(
+        (4, 4, 16), "float16"
+    ):
+        R.func_attr({"num_input": 2})
+        with R.dataflow():
+            qkv = R.add(x, x)
+            o = R.call_dps_packed(
+                "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
+                (kv_cache, R.prim_value(0), R.prim_value(0.25), qkv),
+                out_ty=R.Tensor((4, 4, 16), "float16"),
+            )
+            y = R.multiply(o, w)
+            qkv1 = R.concat((y, y), axis=1)
+            o1 = R.call_dps_packed(
+                "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
+                (kv_cache, R.prim_value(1), R.prim_value(0.25), qkv1),
+                out_ty=R.Tensor((4, 4, 16), "float16"),
+            )
+            out = R.multiply(o1, w)
+            R.output(out)
+        return out
+
+
+def captured_attentions(mod):
+    """(functions that RewriteCUDAGraph captures, attention calls in them)."""
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
+    names = ("RewriteDataflowReshape", "ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite")
+    passes = [relax.transform.LegalizeOps(), *(getattr(relax.transform, name)() for name in names)]
+    passes += [relax.transform.StaticPlanBlockMemory(), relax.transform.RewriteCUDAGraph()]
+    with target, tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        after = tvm.transform.Sequential(passes)(mod)
+    texts = [f.script() for v, f in after.functions_items() if "capture" in str(v.name_hint)]
+    return len(texts), sum(text.count("attention_with_fused_qkv") for text in texts)
+
+
+def test_tvms_graph_pass_captures_the_renamed_calls():
+    """One region with all attention inside; before the pass every call stands outside."""
+    assert captured_attentions(Decode)[1] == 0
+    assert captured_attentions(DispatchKVCacheCreation({"kind": "cuda", "arch": "sm_90"})(Decode)) == (1, 2)
+
+
 def test_the_names_are_those_that_the_runtime_registers():
     from tvm_infer.relax import dispatch_kv_cache
 

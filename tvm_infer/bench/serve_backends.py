@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _ffi, blas
+from .. import _ffi, blas, cublas
 from ..errors import ArgumentError
 from .peers import Skipped
 from .serve_breakdown import CUDA_METHOD, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
@@ -214,7 +214,9 @@ def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str
     if device == "cpu":
         blas.ensure_blas()
         target = pipeline.host_target()
-    else:  # "sm_90", not "sm_90a": TVM's schedules take "90a" for no architecture at all
+    else:
+        cublas.ensure_cublas()
+        # "sm_90", not "sm_90a": TVM's schedules take "90a" for no architecture at all
         target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
     with target:
         exported = export_llama(

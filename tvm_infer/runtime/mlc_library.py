@@ -13,7 +13,7 @@ from typing import Any
 from .. import _ffi, cache_dir, env
 from ..errors import AbiError, ArgumentError, MissingDependencyError
 from ..jit import cxx, headers
-from . import mlc_rope
+from . import mlc_names, mlc_rope
 
 # What of TVM's headers decides the layout of the class; their folder is the wheel's root.
 _TVM_HEADERS = (
@@ -117,6 +117,7 @@ def load() -> Any:
     _check_calls(module, tvm)
     tvm_ffi.register_global_func("tvm_infer.mlc_rope_tables", mlc_rope.rope_tables, override=True)
     module["tvm_infer_mlc_register"]()
+    mlc_names.register_call_names()
     return module
 
 
