@@ -155,7 +155,7 @@ def breakdown(
         return {"skipped": "no sample decoded a second token"}
     sizes = backend.sizes
     batch = typical["batch"]
-    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size) - serve_breakdown.RUNS
+    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size - serve_breakdown.RUNS)
     if keys < 1:
         return {"skipped": f"the cache has no room for {batch} sequences that share nothing"}
     seqs = range(first_seq, first_seq + batch)
