@@ -71,10 +71,20 @@ class Executable:
                 f"{', '.join(list(weights)[:4])}, …"
             )
         self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
+        self._check_weight_types()
         self._weights_on: dict[str, list[Any]] = {}
         self._sessions: dict[int, Session] = {}  # by the address of the cache's object
         if self.manifest.device_kind == "cpu":
             _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
+
+    def _check_weight_types(self) -> None:
+        """Once, here: a captured step does not look at its weights again."""
+        for name, kind, weight in zip(self.manifest.weights, self.manifest.weight_types, self._weights, strict=True):
+            have = f"{weight.dtype} {[int(n) for n in weight.shape]}"
+            if have != kind:
+                raise ModelError(
+                    f"weight {name!r} is {have}; the model was compiled for {kind}: convert it, or give this model's own weights"
+                )
 
     def twin(self) -> Executable:
         """The same model with settings and caches of its own; code and weights are shared."""
