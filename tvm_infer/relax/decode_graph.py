@@ -167,7 +167,11 @@ def without_weight_checks(mod: tvm.IRModule, function: str, weights: Collection[
     params = {param for param in func.params if str(param.name) in weights}
 
     def is_check(value: Any) -> bool:
-        name = str(value.op.global_symbol) if isinstance(value, relax.Call) and isinstance(value.op, relax.ExternFunc) else ""
+        name = (
+            str(value.op.global_symbol)
+            if isinstance(value, relax.Call) and isinstance(value.op, relax.ExternFunc)
+            else ""
+        )
         return name in _CHECKS and value.args[0] in params
 
     blocks = [relax.BindingBlock([b for b in block.bindings if not is_check(b.value)]) for block in func.body.blocks]

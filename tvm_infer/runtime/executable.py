@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import _ffi
 from ..errors import ArgumentError, ModelError
-from . import library, weights_file
+from . import library, ranges, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .manifest import Manifest
@@ -299,7 +299,9 @@ class Executable:
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
-        with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
+        rows_of = {"num_rows": shape.num_rows, "token_ids": flat, "logit_rows": shape.logit_rows}
+        name = "decode" if shape.is_decode else "main"
+        with ranges.mark(name, shape.num_rows), cache.forward(ids, lengths, **rows_of):
             return session.run(cache, shape)
 
     @staticmethod
