@@ -299,9 +299,8 @@ class Executable:
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
-        rows_of = {"num_rows": shape.num_rows, "token_ids": flat, "logit_rows": shape.logit_rows}
-        name = "decode" if shape.is_decode else "main"
-        with ranges.mark(name, shape.num_rows), cache.forward(ids, lengths, **rows_of):
+        step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
+        with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             return session.run(cache, shape)
 
     @staticmethod
