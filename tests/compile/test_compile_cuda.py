@@ -81,7 +81,7 @@ def test_head_dims_without_a_kernel_are_refused(llama16):
 
 
 def test_float32_models_are_refused_before_anything_is_compiled():
-    with pytest.raises(errors.ExecutorError, match="float32.*bfloat16"):
+    with pytest.raises(errors.ExecutorError, match=r"float32.*bfloat16"):
         tvm_infer.compile(tiny_llama(), target="cuda", max_tokens=64)
 
 

@@ -1,4 +1,4 @@
-"""Compiles the models that test_gpu_model.py runs, on a machine with TVM's compiler and nvcc; a GPU machine then needs TVM's runtime alone.
+"""Compiles the models that test_gpu_model.py runs, where TVM's compiler and nvcc are; a GPU machine then needs TVM's runtime alone.
 
   python tests/gpu/prepare_models.py DIR      writes DIR/smollm2 (code, not weights: those come from the GGUF file)
 

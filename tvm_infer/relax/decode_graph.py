@@ -8,6 +8,7 @@ number of rows, and its results are written to parameters instead of being alloc
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from .sampled_rows import LOGIT_INDICES
 DECODE, DECODE_LOGITS, DECODE_TOKENS = "decode", "decode_logits", "decode_tokens"
 _CAPTURED = "cuda_graph_capture"  # what RewriteCUDAGraph calls the functions it makes
 _RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
+_CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 _BOOKKEEPING = (
     "vm.builtin",
     "relax.memory",
@@ -156,6 +158,29 @@ def _allocation(var: Any, definitions: dict[Any, Any]) -> Any:
             var = value.args[0]
         else:
             raise InternalError(f"output {var} is made by {value}, not by a kernel that writes into memory of its own")
+
+
+def without_weight_checks(mod: tvm.IRModule, function: str, weights: Collection[str]) -> tvm.IRModule:
+    """After VMShapeLower: without its checks of these parameters at every call (two calls each: 30 us for 272 weights, on the path of
+    every token). Their types and shapes are the executable's to check, once, when it is given them."""
+    func = mod[function]
+    params = {param for param in func.params if str(param.name) in weights}
+
+    def is_check(value: Any) -> bool:
+        name = (
+            str(value.op.global_symbol)
+            if isinstance(value, relax.Call) and isinstance(value.op, relax.ExternFunc)
+            else ""
+        )
+        return name in _CHECKS and value.args[0] in params
+
+    blocks = [relax.BindingBlock([b for b in block.bindings if not is_check(b.value)]) for block in func.body.blocks]
+    body = relax.SeqExpr(blocks, func.body.body)
+    updated = mod.clone()
+    updated.update_func(
+        mod.get_global_var(function), relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
+    )
+    return updated
 
 
 @dataclass

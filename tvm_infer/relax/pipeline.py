@@ -206,7 +206,15 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
         mod = tvm.transform.Sequential(finalize[:split])(mod)
         why_not = "its number of tokens changes from step to step"
         reports.capture = decode_graph.report_capture(mod, {function: why_not, DECODE: ""})
-        rest = tvm.transform.Sequential(finalize[split:])
+        lowers_shapes = names.index("VMShapeLower") + 1
+        kept = {"input_ids", "position_ids", decode_graph.DECODE_LOGITS, decode_graph.DECODE_TOKENS}
+        weights = {str(param.name) for param in mod[DECODE].params} - kept
+
+        @tvm.transform.module_pass(opt_level=0, name="WithoutWeightChecks")
+        def without_checks(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
+            return decode_graph.without_weight_checks(mod, DECODE, weights)
+
+        rest = tvm.transform.Sequential([*finalize[split:lowers_shapes], without_checks, *finalize[lowers_shapes:]])
         executable = tvm.compile(mod, target=target, relax_pipeline=rest)
     return Lowered(executable, str(logits.ty.dtype), DECODE, len(shape_of(logits)))
 
@@ -234,14 +242,15 @@ def _host_cpu() -> str:
     return str(tvm.target.codegen.llvm_get_system_cpu())
 
 
-def entry_signature(mod: tvm.IRModule, function: str) -> tuple[list[tuple[str, str]], list[str], int]:
-    """(inputs as (name, dtype), names of the weights, vocabulary size) of a prepared function; the cache stands between them."""
+def entry_signature(mod: tvm.IRModule, function: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
+    """(inputs as (name, dtype), weights as (name, "dtype [shape]"), vocabulary size) of a prepared function; the cache stands between
+    inputs and weights."""
     func = mod[function]
     kv = next((i for i, p in enumerate(func.params) if isinstance(p.ty, relax.AnyType)), None)
     if kv is None:  # no attention was rewritten
         kv = len(func.params)
     inputs = [(str(p.name), str(p.ty.dtype)) for p in func.params[:kv]]
-    weights = [str(p.name) for p in func.params[kv + 1 :]]
+    weights = [(str(p.name), f"{p.ty.dtype} {[int(n) for n in p.ty.shape.values]}") for p in func.params[kv + 1 :]]
     ret = func.ret_ty
     logits = ret.fields[0] if isinstance(ret, relax.TupleType) else ret
     return inputs, weights, int(logits.shape.values[-1])

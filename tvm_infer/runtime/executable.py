@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import _ffi
 from ..errors import ArgumentError, ModelError
-from . import library, weights_file
+from . import library, ranges, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .manifest import Manifest
@@ -71,10 +71,20 @@ class Executable:
                 f"{', '.join(list(weights)[:4])}, …"
             )
         self._weights = [as_weight(weights[name], name) for name in self.manifest.weights]
+        self._check_weight_types()
         self._weights_on: dict[str, list[Any]] = {}
         self._sessions: dict[int, Session] = {}  # by the address of the cache's object
         if self.manifest.device_kind == "cpu":
             _ = self._module  # fails now if it must. On CUDA a GPU is needed to run, not to compile and export
+
+    def _check_weight_types(self) -> None:
+        """Once, here: a captured step does not look at its weights again."""
+        for name, kind, weight in zip(self.manifest.weights, self.manifest.weight_types, self._weights, strict=True):
+            have = f"{weight.dtype} {[int(n) for n in weight.shape]}"
+            if have != kind:
+                raise ModelError(
+                    f"weight {name!r} is {have}; the model was compiled for {kind}: convert it, or give this model's own weights"
+                )
 
     def twin(self) -> Executable:
         """The same model with settings and caches of its own; code and weights are shared."""
@@ -289,7 +299,8 @@ class Executable:
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
         ids = [seq_id for seq_id, _ in batch]
-        with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
+        step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
+        with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             return session.run(cache, shape)
 
     @staticmethod

@@ -21,6 +21,7 @@ class Manifest:
     """Sizes and names that running a compiled model takes.
 
     inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
+    weight_types : "dtype [shape]" of each weight.
     layers : the attention of every layer. max_tokens : tokens of one step, at most.
     decode_function : of CUDA targets, the function that is captured whole; "" where there is none. decode_rows : its rows, at most.
     rope : how the cache rotates q and k of fused calls (inv_freq, interleaved, magnitude), of models that leave it to the cache.
@@ -32,6 +33,7 @@ class Manifest:
     function: str
     inputs: tuple[tuple[str, str], ...]
     weights: tuple[str, ...]
+    weight_types: tuple[str, ...]
     layers: tuple[AttentionSpec, ...]
     vocab_size: int
     max_tokens: int
@@ -74,6 +76,7 @@ class Manifest:
             )
         fields["inputs"] = tuple((name, dtype) for name, dtype in fields["inputs"])
         fields["weights"] = tuple(fields["weights"])
+        fields["weight_types"] = tuple(fields["weight_types"])
         fields["buckets"] = tuple(fields["buckets"])
         fields["layers"] = tuple(AttentionSpec(**spec) for spec in fields["layers"])
         return cls(**fields)

@@ -15,6 +15,7 @@ import numpy as np
 import tvm_ffi
 
 from .. import _array, _ffi
+from . import ranges
 from .kv_cache import PagedKVCache
 
 if TYPE_CHECKING:
@@ -62,12 +63,17 @@ class DeviceStepResult(StepResult):
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """float32 [rows asked for, vocab_size], copied."""
-        logits = _array.copy_to_host(self._logits)
+        with ranges.mark("logits"):
+            logits = _array.copy_to_host(self._logits)
         return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
         """int64 [rows asked for]: the token with the largest logit, found on the device."""
+        with ranges.mark("tokens"):
+            return self._fetch_tokens()
+
+    def _fetch_tokens(self) -> np.ndarray:
         tokens = self._tokens
         if isinstance(tokens, np.ndarray):  # memory that the device writes to
             _ffi.func("wait_for_stream")(self._device)
