@@ -1,7 +1,7 @@
 """Matrix products of PyTorch programs in torch's own types.
 
 TVM's importer gives every product the type float32, whatever its operands: a bfloat16 model then runs in float32 from its first layer
-on. In torch a product has the type of its operands (and is summed in float32); these converters say so.
+on. In torch a product has the type of its operands; these converters say so. (How it is summed: wide_sums.py.)
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ def _addmm(node: Any, importer: Any) -> Any:
     ):
         if factor != 0:
             terms.append(term() if factor == 1 else emit(relax.op.multiply(term(), relax.const(factor, dtype))))
+    if len(terms) == 2:
+        return emit(relax.op.add(*terms))
+    shape = [lhs.ty.shape.values[0], rhs.ty.shape.values[1]]
     if not terms:
-        return emit(relax.op.zeros([*lhs.ty.shape.values[:1], *rhs.ty.shape.values[1:]], dtype))
-    return terms[0] if len(terms) == 1 else emit(relax.op.add(*terms))
+        return emit(relax.op.zeros(shape, dtype))
+    # the bias alone may be a row: the result is a matrix all the same
+    return emit(relax.op.broadcast_to(terms[0], shape)) if node.kwargs.get("alpha", 1) == 0 else terms[0]
 
 
 # aten operator -> converter (node, importer) -> relax.Var, for from_exported_program's custom_convert_map
