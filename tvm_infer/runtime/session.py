@@ -6,8 +6,9 @@ virtual machine of its own: graphs and activations are its, the weights are ever
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import tvm_ffi
 
 from .. import _array, _ffi
+from ..errors import CacheStateError
 from . import ranges
 from .kv_cache import PagedKVCache
 
@@ -54,24 +56,41 @@ class StepResult:
 
 
 class DeviceStepResult(StepResult):
-    """Logits of a step on a device, which the host waits for when it asks: on the stream of the step, before the cache's next step."""
+    """Logits of a step on a device, which the host waits for when it asks, on the stream that the step was launched on.
 
-    def __init__(self, logits: Any, tokens: Any, wanted: np.ndarray | slice, device: Any) -> None:
+    is_current : says whether the buffers still hold this step's results. CacheStateError where they do not and are asked for.
+    """
+
+    def __init__(
+        self, logits: Any, tokens: Any, wanted: np.ndarray | slice, device: Any, is_current: Callable[[], bool]
+    ) -> None:
         super().__init__(logits, wanted)
-        self._tokens, self._device = tokens, device
+        self._tokens, self._device, self._is_current = tokens, device, is_current
+        self._stream = tvm_ffi.get_raw_stream(device)
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """float32 [rows asked for, vocab_size], copied."""
-        with ranges.mark("logits"):
+        with self._reading("logits"):
             logits = _array.copy_to_host(self._logits)
         return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
         """int64 [rows asked for]: the token with the largest logit, found on the device."""
-        with ranges.mark("tokens"):
+        with self._reading("tokens"):
             return self._fetch_tokens()
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        if not self._is_current():
+            raise CacheStateError(
+                f"the {what} of a decode step were asked for after the cache's next step, which wrote its own over them: read .logits "
+                "or .greedy of a result before the next step of the same cache"
+            )
+        # the caller's stream may be another one by now, and would not wait for the step
+        with ranges.mark(what), tvm_ffi.use_raw_stream(self._device, self._stream):
+            yield
 
     def _fetch_tokens(self) -> np.ndarray:
         tokens = self._tokens
@@ -100,6 +119,9 @@ class Session:
     def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
         """How a step of these new tokens is begun. rows : as Executable.step has them."""
         wanted = logit_rows(lengths, rows)
+        if wanted.size > 1 and rows is not None and (np.diff(wanted) <= 0).any():  # each is computed once, in order
+            computed, picked = np.unique(wanted, return_inverse=True)
+            return StepShape(sum(lengths), computed, picked)
         # operators are compiled for one row at least
         computed = wanted if wanted.size else np.zeros(1, np.int64)
         return StepShape(sum(lengths), computed, slice(0, wanted.size))
@@ -138,10 +160,14 @@ class CudaSession(Session):
         super().__init__(vm, manifest, cache, weights)
         self._vm, self._use_graphs = vm, use_graphs
         self._device = tvm_ffi.device(cache.device)
-        limit = min(manifest.decode_rows, cache.max_tokens, cache.max_batch)
+        # both functions run decode steps (graphs on or off), so a bucket is no larger than either was compiled for
+        limit = min(manifest.decode_rows, manifest.max_tokens, cache.max_tokens, cache.max_batch)
         self.buckets = (*(b for b in manifest.buckets if b < limit), limit)
-        self._buffers = functools.cache(lambda: self._make_buffers(cache))
+        # NOTE: nothing here may hold `cache`, whose end is what ends the session, nor the session itself: device memory would stay
+        # until Python looks for cycles.
+        self._buffers: tuple[Any, Any, np.ndarray] | None = None
         self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
+        self._latest = [0]  # number of the step that the buffers are of
 
     def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
         """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
@@ -156,28 +182,32 @@ class CudaSession(Session):
 
     def run(self, cache: PagedKVCache, shape: StepShape) -> StepResult:
         """The model on the step under way; returns before the device is done."""
-        if not shape.is_decode:
-            return DeviceStepResult(*self._run_main(cache, shape), shape.wanted, self._device)
+        if not shape.is_decode:  # results of their own, in memory that nothing else is given while they live
+            return DeviceStepResult(*self._run_main(cache, shape), shape.wanted, self._device, lambda: True)
         graph = self._graphs.get(shape.num_rows)
         if graph is None:
             graph = self._graphs[shape.num_rows] = self._bind(cache, shape.num_rows)
         launch, logits, tokens = graph
+        latest = self._latest
+        latest[0] = number = latest[0] + 1
         launch()
-        return DeviceStepResult(logits, tokens, shape.wanted, self._device)
+        return DeviceStepResult(logits, tokens, shape.wanted, self._device, lambda: latest[0] == number)
 
-    def _make_buffers(self, cache: PagedKVCache) -> tuple[Any, Any, np.ndarray]:
+    def _make_buffers(self, device: str) -> tuple[Any, Any, np.ndarray]:
         """Logits and tokens of the largest bucket, which smaller ones use the beginning of, and the tokens as the host sees them."""
         import tvm
 
         rows, m = self.buckets[-1], self._manifest
         tokens, on_host = _ffi.func("host_visible")((rows,), "int64", self._device)
-        logits = tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, tvm.device(cache.device))
+        logits = tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, tvm.device(device))
         return logits, tvm.runtime.from_dlpack(tokens), np.from_dlpack(on_host)
 
     def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
         """The captured function with its arguments, which stay the same: what changes lies in the buffers."""
         m = self._manifest
-        logits, tokens, on_host = self._buffers()
+        if self._buffers is None:
+            self._buffers = self._make_buffers(cache.device)
+        logits, tokens, on_host = self._buffers
         logits = logits._create_view((1,) * (m.logits_rank - 2) + (rows, m.vocab_size))
         tokens = tokens._create_view((1, rows))
         ids, positions, _ = cache.step_inputs(rows)

@@ -1,0 +1,201 @@
+"""How steps of a cache on a device are chosen: graph or not, how many rows, which results, for how long they can be read."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda_session import make_cache, make_session, manifest
+
+from tvm_infer import errors
+from tvm_infer.runtime.executable import Executable
+from tvm_infer.runtime.session import Session
+
+
+def run(session, cache, batch, rows=None):
+    """A step as Executable.forward has it."""
+    lengths = [len(new) for _, new in batch]
+    flat = np.array([token for _, new in batch for token in new], np.int64)
+    shape = session.shape(lengths, None if rows is None else np.asarray(rows, np.int64))
+    ids = [seq for seq, _ in batch]
+    with cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows):
+        return session.run(cache, shape)
+
+
+def with_sequences(cache, count):
+    for seq in range(count):
+        cache.add_sequence(seq)
+    return cache
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "buckets"),
+    [
+        ({}, {}, (1, 2, 4, 8)),
+        ({"max_batch": 5}, {}, (1, 2, 4, 5)),  # no graph is wider than the cache's steps
+        ({"max_batch": 1}, {}, (1,)),
+        ({"max_batch": 100}, {}, (1, 2, 4, 8)),
+        ({"max_tokens": 3}, {}, (1, 2, 3)),
+        ({}, {"buckets": (8,)}, (8,)),
+        ({"max_batch": 5}, {"buckets": (8,)}, (5,)),
+        # TVM planned the memory of `main` for 3 rows, and with graphs off it is `main` that runs decode steps
+        ({}, {"max_tokens": 3}, (1, 2, 3)),
+    ],
+)
+def test_buckets_end_where_the_cache_and_the_model_do(monkeypatch, sizes, changes, buckets):
+    session, _, _ = make_session(monkeypatch, make_cache(**sizes), **changes)
+    assert session.buckets == buckets
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+@pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
+def test_steps_of_one_token_each_are_padded_to_a_bucket(monkeypatch, count, bucket, use_graphs):
+    session, _, _ = make_session(monkeypatch, make_cache(), use_graphs=use_graphs)
+    shape = session.shape([1] * count, None)
+    assert (shape.num_rows, shape.is_decode, shape.wanted) == (bucket, use_graphs, slice(0, count))
+    assert (shape.logit_rows is None) == use_graphs
+    if not use_graphs:
+        assert shape.logit_rows.tolist() == list(range(bucket))
+
+
+@pytest.mark.parametrize("lengths", [[1] * 9, [1, 2], [1, 0, 1], [0], [5]])
+def test_other_steps_have_as_many_rows_as_tokens(monkeypatch, lengths):
+    session, _, _ = make_session(monkeypatch, make_cache(max_batch=16))
+    shape = session.shape(lengths, None)
+    assert not shape.is_decode and shape.num_rows == sum(lengths)
+    ends = [int(e) - 1 for e, length in zip(np.cumsum(lengths), lengths, strict=True) if length]
+    assert shape.logit_rows.tolist() == (ends or [0])
+
+
+# Steps
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+@pytest.mark.parametrize("rows", [None, [], [2], [2, 0], [1, 1, 2, 1, 0], [2, 2, 2, 2, 2]], ids=str)
+def test_rows_of_a_decode_step(monkeypatch, rows, use_graphs):
+    cache = with_sequences(make_cache(), 3)
+    session, vm, _ = make_session(monkeypatch, cache, use_graphs=use_graphs)
+    run(session, cache, [(0, [1, 2, 3]), (1, [4]), (2, [5, 6])])
+    result = run(session, cache, [(2, [30]), (0, [10]), (1, [20])], rows)
+    wanted = range(3) if rows is None else rows
+    tokens, positions = np.array([30, 10, 20]), np.array([2, 3, 1])
+    assert result.logits.shape == (len(wanted), 7) and result.logits.dtype == np.float32
+    assert result.logits[:, 0].tolist() == tokens[list(wanted)].tolist()
+    assert result.logits[:, 1].tolist() == positions[list(wanted)].tolist()
+    assert result.greedy.tolist() == (tokens[list(wanted)] + 1).tolist()
+    assert vm.launches == ["main", "decode_of_4_rows" if use_graphs else "main"]
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 3], [4] * 9, [4, 3, 2, 1, 0], [0, 1, 4]], ids=str)
+def test_rows_of_other_steps_may_repeat(monkeypatch, rows):
+    """Each row is computed once, though it is asked for more often than the step has rows."""
+    cache = with_sequences(make_cache(), 2)
+    session, _, _ = make_session(monkeypatch, cache)
+    shape = session.shape([3, 2], np.array(rows))
+    assert shape.logit_rows.size <= 5
+    result = run(session, cache, [(0, [5, 6, 7]), (1, [8, 9])], rows)
+    assert result.logits[:, 0].tolist() == [5 + row for row in rows]
+    assert result.greedy.tolist() == [6 + row for row in rows]
+
+
+def test_padding_is_token_0_at_position_0(monkeypatch):
+    cache = with_sequences(make_cache(), 3)
+    session, vm, _ = make_session(monkeypatch, cache)
+    for token in (3, 4):
+        run(session, cache, [(0, [token]), (1, [token]), (2, [token])])
+    ids, positions, *_ = vm.saved["decode_of_4_rows"]
+    assert np.from_dlpack(ids).tolist() == [[4, 4, 4, 0]] and np.from_dlpack(positions).tolist() == [[1, 1, 1, 0]]
+
+
+def test_a_graph_is_bound_once_and_buckets_share_their_buffers(monkeypatch):
+    cache = with_sequences(make_cache(), 8)
+    session, vm, _ = make_session(monkeypatch, cache)
+    for count in (1, 8, 3, 1, 8, 4):
+        run(session, cache, [(seq, [seq + 1]) for seq in range(count)])
+    assert sorted(vm.saved) == ["decode_of_1_rows", "decode_of_4_rows", "decode_of_8_rows"]
+    assert vm.launches == [f"decode_of_{rows}_rows" for rows in (1, 8, 4, 1, 8, 4)]
+    for which, shape in ((-2, (1, 4, 7)), (-1, (1, 4))):
+        addresses = {np.from_dlpack(arguments[which]).ctypes.data for arguments in vm.saved.values()}
+        assert len(addresses) == 1 and vm.saved["decode_of_4_rows"][which].shape == shape
+
+
+# Results
+
+
+def test_a_result_is_refused_once_the_next_step_has_overwritten_it(monkeypatch):
+    cache = with_sequences(make_cache(), 2)
+    session, _, _ = make_session(monkeypatch, cache)
+    first = run(session, cache, [(0, [1]), (1, [2])])
+    read = first.greedy
+    second = run(session, cache, [(0, [3]), (1, [4])])
+    assert first.greedy is read and read.tolist() == [2, 3]  # what was asked for in time is the caller's
+    with pytest.raises(errors.CacheStateError, match=r"logits of a decode step.*before the next step"):
+        _ = first.logits
+    # a step that runs kernel by kernel has results of its own, and leaves the buffers alone
+    third = run(session, cache, [(0, [5, 6])])
+    assert second.logits[:, 0].tolist() == [3, 4] and third.greedy.tolist() == [7]
+    fourth = run(session, cache, [(0, [7]), (1, [8])])
+    assert third.logits[:, 0].tolist() == [6] and fourth.greedy.tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("lengths", [1, 2])
+def test_results_are_waited_for_on_the_stream_of_the_step(monkeypatch, lengths):
+    cache = with_sequences(make_cache(), 1)
+    session, _, waited = make_session(monkeypatch, cache)
+    with tvm_ffi.use_raw_stream(tvm_ffi.device("cpu"), 77):
+        result = run(session, cache, [(0, [1] * lengths)])
+    _ = result.greedy, result.logits
+    assert waited == [77, 77] and tvm_ffi.get_raw_stream(tvm_ffi.device("cpu")) == 0
+
+
+# Lifetime
+
+
+def test_nothing_of_a_session_keeps_its_cache(monkeypatch):
+    """An executable's sessions end with their caches, at once: pages and graphs are device memory."""
+    cache = with_sequences(make_cache(), 2)
+    session, vm, _ = make_session(monkeypatch, cache)
+    result = run(session, cache, [(0, [1]), (1, [2])])
+    gone, session_gone = weakref.ref(cache), weakref.ref(session)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+        del session, result
+        assert session_gone() is None
+    finally:
+        gc.enable()
+    assert vm.saved
+
+
+def test_an_executables_session_goes_with_the_cache():
+    executable = object.__new__(Executable)
+    executable.manifest = manifest()
+    executable._sessions, executable._weights, executable._number = {}, [], 1
+    executable._host_vm = {"main": print}
+    executable.bind = lambda cache: cache.bind(1)
+    addresses = set()
+    for _ in range(3):  # the address of a cache that is gone may come again
+        cache = make_cache()
+        addresses.add(cache.address)
+        session = executable._session(cache)
+        assert type(session) is Session and executable._session(cache) is session
+        assert list(executable._sessions) == [cache.address]
+        del cache
+        assert not executable._sessions
+        del session
+    cache = make_cache()
+    session = executable._session(cache)
+    executable.release(cache)
+    assert not executable._sessions
+    assert executable._session(cache) is not session
