@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import weakref
@@ -23,6 +24,7 @@ from .runtime.manifest import Manifest
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MAX_BATCH = 64
 Progress = Callable[[str, float], None]  # (step, fraction done)
+_KEYED = ("compiler.py", "spec.py", "rope.py", "runtime/manifest.py", "runtime/library.py")  # beside relax/ and models/
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,30 @@ def compile(
         _build(source, options, folder, progress)
 
     key = cache_dir.digest_of(source.key, repr(options), *_versions())[:32]
+    owner = None
     if not cache:
-        holder = tempfile.TemporaryDirectory(prefix="tvm_infer-")
-        folder, known = pathlib.Path(holder.name), False
+        owner = _TemporaryFolder()
+        folder, known = owner.path, False
         make(folder)
     else:
         known = cache_dir.find("compiled", key) is not None
         folder = cache_dir.published_folder("compiled", key, make)
-    executable = Executable(
-        folder, source.weights, tokenizer=source.tokenizer, max_position=source.max_position, from_cache=known
+    return Executable(
+        folder,
+        source.weights,
+        tokenizer=source.tokenizer,
+        max_position=source.max_position,
+        from_cache=known,
+        owner=owner,
     )
-    if not cache:
-        weakref.finalize(executable, holder.cleanup)
-    return executable
+
+
+class _TemporaryFolder:
+    """A folder that goes with the last reference to this."""
+
+    def __init__(self) -> None:
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="tvm_infer-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _target_text(target: Any) -> str:
@@ -179,12 +192,12 @@ def _versions() -> list[str]:
             return f"{package} absent"
 
     ours = pathlib.Path(__file__).parent
-    passes = [cache_dir.digest_of_file(path) for path in sorted((ours / "relax").glob("*.py"))]
+    # passes, what they read models with, and the form of what is kept: a manifest of another form would be refused at every start
+    sources = [path for pattern in ("relax/*.py", "models/*.py", *_KEYED) for path in sorted(ours.glob(pattern))]
     return [
         f"tvm_infer {__version__} abi {_ffi.func('abi_version')()}",
         cache_dir.digest_of_file(_ffi.LIBRARY_DIR / "libtvm_infer.so"),
-        cache_dir.digest_of_file(__file__),
-        *passes,
+        *(cache_dir.digest_of_file(path) for path in sources),
         *(version(package) for package in ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")),
     ]
 
@@ -297,6 +310,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
     specs = reports.attention.specs()
     _check_entry(options.function, inputs, specs)
     if decode_rows:
+        _check_cuda_inputs(options.function, inputs)
         _check_cuda_layers(specs)
     progress("compiling kernels", 0.6)
     with _cuda_compiler() if decode_rows else contextlib.nullcontext():
@@ -324,6 +338,16 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         rope=rope,
     ).save(folder)
     progress("compiling kernels", 1.0)
+
+
+def _check_cuda_inputs(function: str, inputs: Sequence[tuple[str, str]]) -> None:
+    """A captured step reads them where the cache puts them: nothing stands between that could convert."""
+    others = [f"{name} {dtype}" for name, dtype in inputs if dtype != "int64"]
+    if others:
+        raise errors.ModelError(
+            f"function {function!r} takes {', '.join(others)}; inputs of a model for CUDA are int64, as the cache writes them: declare "
+            "them so, and cast in the function (R.astype) where it computes with another type"
+        )
 
 
 def _check_cuda_layers(specs: Sequence[Any]) -> None:

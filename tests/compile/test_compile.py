@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import threading
 import time
 
@@ -15,7 +16,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 import tvm_infer
-from tvm_infer import cache_dir, errors
+from tvm_infer import cache_dir, compiler, errors
 from tvm_infer.relax import RewritePagedAttention, from_torch
 from tvm_infer.relax.dispatch_matmul import DispatchMatmul
 from tvm_infer.relax.sampled_rows import SampledRows
@@ -205,6 +206,18 @@ def test_leftovers_of_a_dead_process_are_removed(cache_folder):
 
 def test_digests_separate_parts():
     assert cache_dir.digest_of("ab", "c") != cache_dir.digest_of("a", "bc")
+
+
+def test_everything_that_makes_compiled_code_is_in_its_key(monkeypatch):
+    """A manifest of another form, kept under the same key, would be refused at every start."""
+    keyed = {}
+    real = cache_dir.digest_of_file
+    monkeypatch.setattr(compiler.cache_dir, "digest_of_file", lambda path: keyed.setdefault(str(path), real(path)))
+    compiler._versions()
+    package = pathlib.Path(compiler.__file__).parent
+    names = {str(pathlib.Path(path).relative_to(package)) for path in keyed}
+    assert {"compiler.py", "spec.py", "rope.py", "runtime/manifest.py", "runtime/library.py"} <= names
+    assert {"relax/pipeline.py", "relax/decode_graph.py", "models/llama.py", "lib/libtvm_infer.so"} <= names
 
 
 # DispatchMatmul, SampledRows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llamas import hf_greedy, hf_logits, prompts_of, tiny_llama
@@ -11,6 +12,7 @@ from llamas import hf_greedy, hf_logits, prompts_of, tiny_llama
 import tvm_infer
 from tvm_infer import errors
 from tvm_infer.runtime import Sampler
+from tvm_infer.runtime.executable import as_weight
 from tvm_infer.runtime.sampling import nucleus
 
 TOLERANCE = 2e-5  # of logits around 10
@@ -294,3 +296,28 @@ def test_sampling_follows_the_distribution():
     assert (np.abs(counts - expected * 10_000) <= 5 * np.sqrt(10_000 * expected * (1 - expected))).all()
     cold = Sampler(temperature=0.01)
     assert all(cold.choose(logits, rng) == 0 for _ in range(100))
+
+
+def test_rows_may_be_asked_for_more_often_than_there_are(llama, executable):
+    cache = executable.new_cache(num_pages=8)
+    cache.add_sequence(0)
+    assert_close(executable.step(cache, [(0, [3, 1])], rows=[1, 0, 1, 1, 0]), hf_logits(llama, [3, 1])[[1, 0, 1, 1, 0]])
+
+
+def test_a_twin_outlives_what_was_not_kept(llama):
+    """Code that is not kept lies in a folder that goes with the last of those who run it."""
+    original = tvm_infer.compile(tiny_llama(layers=1), max_tokens=64, cache=False)
+    twin, folder = original.twin(), original.folder
+    del original
+    assert folder.is_dir() and twin.generate([[1, 2]], max_new_tokens=2)[0].finish_reason == "length"
+    del twin
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_at_any_address(dtype):
+    """A view into a file's memory begins where the file says; TVM's kernels assume 64 bytes."""
+    memory = torch.arange(65, dtype=torch.float32).to(dtype)
+    taken = torch.from_dlpack(as_weight(memory[1:], "w"))
+    assert taken.dtype == dtype and taken.data_ptr() % 64 == 0 and torch.equal(taken, memory[1:])
+    assert torch.from_dlpack(as_weight(memory, "w")).data_ptr() == memory.data_ptr()

@@ -53,6 +53,7 @@ class Executable:
         tokenizer: Tokenizer | None = None,
         max_position: int | None = None,
         from_cache: bool = False,
+        owner: Any = None,
     ) -> None:
         _ffi.library()
         self._compiled = library.read(folder)
@@ -62,6 +63,7 @@ class Executable:
         self.tokenizer = tokenizer
         self.max_position = max_position
         self.use_graphs = True
+        self._owner = owner  # of the folder: it stays while this executable or a twin does
         self._library_path = self._compiled.library
         self._number = next(_numbers)
         missing = [name for name in self.manifest.weights if name not in weights]
@@ -287,7 +289,7 @@ class Executable:
         """:meth:`step` that leaves its result on the device until it is asked for: `.logits`, or `.greedy`, the most likely tokens.
 
         On CUDA a step of one token each is a graph launch, if max_batch of :func:`tvm_infer.compile` allows so many, and this returns
-        before the device is done. The result is good until the next step of the same cache.
+        before the device is done. The result can be asked for until the next step of the same cache, and raises CacheStateError then.
         """
         session = self._session(cache)
         lengths = [len(new) for _, new in batch]
@@ -397,6 +399,7 @@ def as_weight(x: Any, name: str) -> Any:
         raise ArgumentError(
             f"weight {name!r} is a {type(x).__name__}; it must be a torch tensor, a numpy array or a TVM tensor"
         )
-    if pointer % _ALIGNMENT or (isinstance(x, np.ndarray) and not x.flags.writeable):
-        return tvm.runtime.tensor(x if isinstance(x, np.ndarray) else x.numpy())
-    return tvm.runtime.from_dlpack(x)
+    if isinstance(x, np.ndarray):
+        return tvm.runtime.tensor(x) if pointer % _ALIGNMENT or not x.flags.writeable else tvm.runtime.from_dlpack(x)
+    # NOTE: not by way of numpy, which knows no bfloat16 and no device; torch aligns what it allocates
+    return tvm.runtime.from_dlpack(x.clone() if pointer % _ALIGNMENT else x)
