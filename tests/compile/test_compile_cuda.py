@@ -56,6 +56,17 @@ def test_decode_takes_every_row_and_returns_tokens(prepared):
     assert logits.shape.values[1].same_as(n) and tokens.shape.values[1].same_as(n) and str(tokens.dtype) == "int64"
 
 
+def checks_of(executable):
+    """Checks of tensors at each call of the two functions, counted in the virtual machine's code."""
+    found, function = {"main": 0, "decode": 0}, ""
+    for line in executable.as_text().splitlines():
+        if not line.startswith(" "):
+            function = line.strip("@:")
+        elif function in found:
+            found[function] += "vm.builtin.check_tensor_info" in line
+    return found
+
+
 @pytest.mark.needs_nvcc
 def test_a_decode_step_is_one_graph(prepared):
     """All kernels and calls of the step, the logits' product and the search for the largest among them, in one region."""
@@ -72,6 +83,8 @@ def test_a_decode_step_is_one_graph(prepared):
     text = str(reports)
     assert "main: not captured" in text and "its number of tokens changes" in text and "decode: 1 graph(s) hold" in text
     assert (lowered.decode_function, lowered.logits_dtype) == ("decode", "bfloat16")
+    # a step checks its inputs; the weights, 20 here, were checked when the executable was given them
+    assert checks_of(lowered.executable) == {"main": 3, "decode": 4}
 
 
 def test_head_dims_without_a_kernel_are_refused(llama16):
@@ -104,3 +117,12 @@ def test_a_function_called_decode_is_in_the_way(imported16):
     mod["decode"] = mod["main"].with_attr("global_symbol", "decode")
     with pytest.raises(errors.ModelError, match="'decode' already"):
         pipeline.prepare(mod, max_tokens=64, decode_rows=8, target_kind="cuda")
+
+
+def test_inputs_of_another_type_are_refused():
+    """A captured step reads int64 where the cache puts it; on the host inputs are converted."""
+    from tvm_infer.compiler import _check_cuda_inputs
+
+    _check_cuda_inputs("main", [("input_ids", "int64"), ("position_ids", "int64")])
+    with pytest.raises(errors.ModelError, match=r"takes input_ids int32; inputs of a model for CUDA are int64"):
+        _check_cuda_inputs("main", [("input_ids", "int32"), ("position_ids", "int64")])

@@ -8,7 +8,6 @@ number of rows, and its results are written to parameters instead of being alloc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +16,14 @@ from tvm import relax
 
 from tvm_infer.errors import InternalError, ModelError
 
-from .nodes import bindings_of, op_name, shape_of, used_vars
+from .nodes import bindings_of, known_shape, op_name, same, shape_of, used_vars
 from .sampled_rows import LOGIT_INDICES
 
 DECODE, DECODE_LOGITS, DECODE_TOKENS = "decode", "decode_logits", "decode_tokens"
 _CAPTURED = "cuda_graph_capture"  # what RewriteCUDAGraph calls the functions it makes
-_RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
-_CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 _BOOKKEEPING = (
-    "vm.builtin",
+    "vm.builtin.cuda_graph",
+    "vm.builtin.copy",
     "relax.memory",
     "relax.builtin",
     "relax.vm",
@@ -38,8 +36,16 @@ def logits_of(func: Any) -> Any:
     """The variable that a function returns as its logits: its result, or the first of a tuple."""
     definitions = {binding.var: binding.value for binding in bindings_of(func)}
     result = func.body.body
+    while isinstance(definitions.get(result), tvm.ir.Var):
+        result = definitions[result]
     value = definitions.get(result, result)
-    return value.fields[0] if isinstance(value, relax.Tuple) else result
+    if isinstance(value, relax.Tuple):
+        return value.fields[0]
+    if not isinstance(result.ty, relax.TensorType):
+        raise ModelError(
+            f"the function returns {result.ty}; it must return its logits, or a tuple that is written out, logits first"
+        )
+    return result
 
 
 def with_greedy_tokens(func: Any) -> Any:
@@ -77,26 +83,35 @@ def _all_rows(func: Any) -> Any:
     position = next((i for i, param in enumerate(func.params) if str(param.name) == LOGIT_INDICES), None)
     if position is None:
         return func
-    func = func.bind_symbolic_vars({shape_of(func.params[position])[0]: num_rows_var(func)})
+    num_rows = num_rows_var(func)
+    func = func.bind_symbolic_vars({shape_of(func.params[position])[0]: num_rows})
     indices = func.params[position]
     blocks = []
     for block in func.body.blocks:
         bindings = []
         for binding in block.bindings:
             value = binding.value
-            if op_name(value) == "relax.take" and indices in used_vars(value.args[1]):
+            if isinstance(value, relax.Expr) and indices in used_vars(value):
+                if not _takes_rows(value, indices, num_rows):
+                    raise ModelError(
+                        f"{LOGIT_INDICES} is read by {op_name(value) or value}; a decode step takes every row, so it may only be "
+                        "read by R.take of rows, with the axis given"
+                    )
                 binding = relax.VarBinding(binding.var, value.args[0])
-            elif isinstance(value, relax.Expr) and indices in used_vars(value):
-                raise ModelError(
-                    f"{LOGIT_INDICES} is read by {op_name(value) or value}; a decode step takes every row, so it may only be read by "
-                    "R.take of rows"
-                )
             bindings.append(binding)
         is_dataflow = isinstance(block, relax.DataflowBlock)
         blocks.append(relax.DataflowBlock(bindings) if is_dataflow else relax.BindingBlock(bindings))
     params = [param for i, param in enumerate(func.params) if i != position]
     whole = relax.Function(params, relax.SeqExpr(blocks, func.body.body), func.ret_ty, func.is_pure, func.attrs)
     return whole.with_attr("num_input", int(func.attrs["num_input"]) - 1)
+
+
+def _takes_rows(value: Any, indices: Any, num_rows: Any) -> bool:
+    """Whether this is R.take along an axis of num_rows, which every row in order leaves as it is."""
+    if op_name(value) != "relax.take" or value.attrs.axis is None or not same(value.args[1], indices):
+        return False
+    shape = known_shape(value.args[0])
+    return shape is not None and same(shape[int(value.attrs.axis)], num_rows)
 
 
 def make_static(func: Any) -> Any:
@@ -160,29 +175,6 @@ def _allocation(var: Any, definitions: dict[Any, Any]) -> Any:
             raise InternalError(f"output {var} is made by {value}, not by a kernel that writes into memory of its own")
 
 
-def without_weight_checks(mod: tvm.IRModule, function: str, weights: Collection[str]) -> tvm.IRModule:
-    """After VMShapeLower: without its checks of these parameters at every call (two calls each: 30 us for 272 weights, on the path of
-    every token). Their types and shapes are the executable's to check, once, when it is given them."""
-    func = mod[function]
-    params = {param for param in func.params if str(param.name) in weights}
-
-    def is_check(value: Any) -> bool:
-        name = (
-            str(value.op.global_symbol)
-            if isinstance(value, relax.Call) and isinstance(value.op, relax.ExternFunc)
-            else ""
-        )
-        return name in _CHECKS and value.args[0] in params
-
-    blocks = [relax.BindingBlock([b for b in block.bindings if not is_check(b.value)]) for block in func.body.blocks]
-    body = relax.SeqExpr(blocks, func.body.body)
-    updated = mod.clone()
-    updated.update_func(
-        mod.get_global_var(function), relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
-    )
-    return updated
-
-
 @dataclass
 class CaptureReport:
     """What of each function runs inside a captured graph.
@@ -206,15 +198,20 @@ class CaptureReport:
                 f"{name}: {len(regions)} graph(s) hold {inside} of {inside + outside.total()} kernels and calls"
             )
             lines += [f"  {count:5d} x  {callee}" for region in regions for callee, count in region.most_common()]
-            lines += [
-                f"  {count:5d} x  {callee} outside: it reads a tensor that is not static"
-                for callee, count in outside.items()
-            ]
+            lines += [f"  {count:5d} x  {callee} outside: {_why_outside(callee)}" for callee, count in outside.items()]
         return "\n".join(lines)
 
     def is_whole(self, function: str) -> bool:
         """Whether a step of the function is one graph launch."""
         return len(self.regions.get(function, [])) == 1 and not self.outside[function].total()
+
+
+def _why_outside(callee: str) -> str:
+    return (
+        "TVM captures no builtin of its VM"
+        if callee.startswith("vm.builtin")
+        else "it reads a tensor that is not static"
+    )
 
 
 def report_capture(mod: tvm.IRModule, functions: dict[str, str]) -> CaptureReport:

@@ -19,6 +19,7 @@ from .nodes import op_name, shape_of, static_int
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
+from .wide_sums import sum_in_float32
 from .written import lift_cache, written_attentions, written_rope
 
 
@@ -66,7 +67,7 @@ def prepare(
     dispatch = DispatchMatmul("cuda" if target_kind == "cuda" else "cpu")
     mod = dispatch(mod)
     reports.matmul = dispatch.report
-    mod = _bound_tokens(_CheckedTakes(mod).apply(), function, max_tokens)
+    mod = _bound_tokens(_CheckedTakes(sum_in_float32(mod)).apply(), function, max_tokens)
     if has_decode:
         mod = _bound_tokens(mod, DECODE, decode_rows)
     return mod, reports
@@ -82,7 +83,7 @@ def _with_greedy_tokens(mod: tvm.IRModule, function: str) -> tvm.IRModule:
 def prepare_unpaged(mod: tvm.IRModule, bounds: Mapping[str, int], device: str = "cpu") -> tvm.IRModule:
     """The passes of :func:`prepare` that are not about attention, for a model that keeps another cache: matrix products to the BLAS,
     checked lookups. bounds : upper bounds of symbolic sizes by name, for every function; device : "cpu" or "cuda"."""
-    mod = _CheckedTakes(DispatchMatmul(device)(mod)).apply()
+    mod = _CheckedTakes(sum_in_float32(DispatchMatmul(device)(mod))).apply()
     updated = mod.clone()
     for var, func in mod.functions_items():
         if isinstance(func, relax.Function):
@@ -188,6 +189,7 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
     from tvm.relax.backend.cuda import pipeline as cuda
 
     # RewriteCUDAGraph looks at every function: one without num_input has inputs only, nothing static
+    num_input = int(mod[function].attrs["num_input"])
     mod = _updated(mod, function, mod[function].without_attr("num_input"))
     mod = _updated(mod, DECODE, decode_graph.make_static(mod[DECODE]))
     finalize = cuda.finalize_passes(target)
@@ -206,16 +208,10 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
         mod = tvm.transform.Sequential(finalize[:split])(mod)
         why_not = "its number of tokens changes from step to step"
         reports.capture = decode_graph.report_capture(mod, {function: why_not, DECODE: ""})
-        lowers_shapes = names.index("VMShapeLower") + 1
-        kept = {"input_ids", "position_ids", decode_graph.DECODE_LOGITS, decode_graph.DECODE_TOKENS}
-        weights = {str(param.name) for param in mod[DECODE].params} - kept
-
-        @tvm.transform.module_pass(opt_level=0, name="WithoutWeightChecks")
-        def without_checks(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
-            return decode_graph.without_weight_checks(mod, DECODE, weights)
-
-        rest = tvm.transform.Sequential([*finalize[split:lowers_shapes], without_checks, *finalize[lowers_shapes:]])
-        executable = tvm.compile(mod, target=target, relax_pipeline=rest)
+        # VMShapeLower checks inputs at every call, and of parameters behind num_input only those of symbolic shapes: 2 calls less for
+        # each weight. Their types and shapes are the executable's to check, once, when it is given them.
+        mod = _updated(mod, function, mod[function].with_attr("num_input", num_input))
+        executable = tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(finalize[split:]))
     return Lowered(executable, str(logits.ty.dtype), DECODE, len(shape_of(logits)))
 
 
