@@ -12,15 +12,26 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = sorted((REPO / "cuda_src" / "tvm_infer" / "kv").glob("*.cc"))
 
 
-def test_steady_state_allocates_nothing(tmp_path):
+def output_of(name, tmp_path):
+    """Build and run the program `name`.cc, linked with the core alone."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
-    program = tmp_path / "steady_state"
-    main = pathlib.Path(__file__).with_name("steady_state.cc")
+    program = tmp_path / name
+    main = pathlib.Path(__file__).with_name(f"{name}.cc")
     command = [compiler, "-std=c++20", "-O2", "-I", str(REPO / "cuda_src"), "-o", str(program)]
     subprocess.run([*command, str(main), *map(str, SOURCES)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
-    allocations, _, total = map(int, done.stdout.split())
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_steady_state_allocates_nothing(tmp_path):
+    allocations, _, total = map(int, output_of("steady_state", tmp_path).split())
     assert allocations == 0, f"{allocations} allocations in two rounds of 64 sequences and 500 steps"
     assert total > 0
+
+
+def test_the_block_of_a_step(tmp_path):
+    """Every array in its place, at limits from 1 to 2^33, and read back."""
+    assert output_of("step_layout", tmp_path) == "ok\n"
