@@ -214,17 +214,18 @@ def test_another_stream(executable):
 
 
 def test_two_threads_with_a_cache_each(executable):
-    """One after the other's capture: a thread captures its graphs while the other waits; then both step."""
-    texts, lock = {}, threading.Lock()
+    """Graphs are captured one after the other, before any thread goes on: a capture forbids the others the default stream."""
+    texts, lock, captured = {}, threading.Lock(), threading.Barrier(4)
 
     def work(which):
-        with lock:  # captures forbid the device's synchronous calls, of any thread
+        with lock:
             cache = executable.new_cache(num_pages=32)
             cache.add_sequence(0)
             text = [*PROMPTS[which]]
             for _ in range(2):
                 new = text if len(text) == len(PROMPTS[which]) else text[-1:]
                 text.append(int(executable.forward(cache, [(0, new)]).greedy[0]))
+        captured.wait(timeout=120)
         for _ in range(10):
             text.append(int(executable.forward(cache, [(0, text[-1:])]).greedy[0]))
         texts.setdefault(which, []).append(text)

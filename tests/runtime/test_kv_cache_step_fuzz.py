@@ -155,6 +155,8 @@ def test_page_tables_over_the_limit_are_refused_and_nothing_changes():
         cache.begin_step(range(64), [1] * 64)
     assert "fewer sequences" in str(caught.value) and "page_size" in str(caught.value)
     assert not cache.in_forward and np.array_equal(state(cache), before)
+    with pytest.raises(errors.CacheStateError, match="the last one failed"):
+        _ = cache.plan  # it stood where the refused step's was made
     # what it advises helps: two steps of fewer sequences
     for half in (range(32), range(32, 64)):
         cache.begin_step(half, [1] * 32, token_ids=np.arange(32))

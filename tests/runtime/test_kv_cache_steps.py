@@ -117,6 +117,7 @@ def test_forks_of_forks_share_pages_and_attend_alike(cache):
     [
         ({"num_rows": 2}, errors.ArgumentError, ["`num_rows` is 2", "3 tokens", "max_tokens = 40"]),
         ({"num_rows": 41}, errors.ArgumentError, ["`num_rows` is 41", "40"]),
+        ({"num_rows": -1, "logit_rows": np.array([0])}, errors.ArgumentError, ["`num_rows` is -1", "at least 0"]),
         ({"token_ids": np.arange(4)}, errors.ArgumentError, ["`token_ids`", "3"]),
         ({"token_ids": np.arange(3, dtype=np.int32)}, errors.DTypeError, ["`token_ids`", "int32"]),
         ({"token_ids": np.zeros((3, 1), np.int64)}, errors.ArgumentError, ["`token_ids`", "rank 2"]),

@@ -114,6 +114,7 @@ void KVCacheBeginStep(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t 
                       Optional<TensorView> logit_rows) {
   Guarded([&] {
     CheckSameLength(ids, append_lengths);
+    if (num_rows < 0) TVM_INFER_THROW(ArgumentError) << "argument `num_rows` is " << num_rows << "; it must be at least 0";
     const int64_t num_tokens = std::accumulate(append_lengths.begin(), append_lengths.end(), int64_t{0});
     kv::StepInputs inputs{num_rows, nullptr, nullptr, 0};
     if (token_ids.has_value()) {

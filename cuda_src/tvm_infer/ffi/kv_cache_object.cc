@@ -145,6 +145,7 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     next.capture_key = CaptureKey(params);
     char* block = DataPtr<char>(TensorView(memory_.host_step));
     const kv::StepLayout& layout = *memory_.layout;
+    step_.plan_bytes = 0;  // the last step's plan is written over now, also where this step fails
     next.plan_bytes = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(),
                                     layout.limits().plan_bytes, partial_rows_);
     const kv::StepRange range = kv::FillStep(layout, step, padded, next.plan_bytes, block);
@@ -224,7 +225,8 @@ tvm::ffi::Tensor PagedKVCacheObj::LogitRows(int64_t num_rows, int64_t num_logits
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
-  if (step_.plan_bytes == 0) TVM_INFER_THROW(CacheStateError) << "the cache has no plan yet; call begin_forward() first";
+  if (step_.plan_bytes == 0)
+    TVM_INFER_THROW(CacheStateError) << "the cache has no plan: no step was begun yet, or the last one failed; call begin_forward() first";
   const int64_t shape[] = {step_.plan_bytes / 4}, strides[] = {1};
   return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
       .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
