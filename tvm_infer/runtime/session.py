@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,9 +71,12 @@ class DeviceStepResult(StepResult):
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """float32 [rows asked for, vocab_size], copied."""
+        logits, vocab_size = self._logits, int(self._logits.shape[-1])
+        if isinstance(self._wanted, slice) and self._wanted.stop > 0:  # they come first: padding is not copied
+            logits = logits._create_view((self._wanted.stop, vocab_size))
         with self._reading("logits"):
-            logits = _array.copy_to_host(self._logits)
-        return logits.reshape(-1, logits.shape[-1])[self._wanted].astype(np.float32, copy=False)
+            on_host = _array.copy_to_host(logits)
+        return on_host.reshape(-1, vocab_size)[self._wanted].astype(np.float32, copy=False)
 
     @functools.cached_property
     def greedy(self) -> np.ndarray:
@@ -148,6 +151,13 @@ def _as_dtype(value: Any, dtype: str) -> Any:
     return tvm.runtime.tensor(np.from_dlpack(value).astype(dtype))
 
 
+def _padded(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """As many rows as the next power of two, or all: TVM's pool keeps a block for each number of logits that it has seen (0.5 GB of
+    blocks for 1 to 64 rows of 128,256 in bfloat16; 33 MB for powers of two), and a new one waits for the device."""
+    size = max(rows.size, min(1 << (rows.size - 1).bit_length(), num_rows))
+    return np.concatenate([rows, np.zeros(size - rows.size, np.int64)])
+
+
 class CudaSession(Session):
     """Steps on a CUDA device, on the caller's stream: decode steps are one graph each, other steps run kernel by kernel.
 
@@ -173,7 +183,9 @@ class CudaSession(Session):
         """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
         count = len(lengths)
         if not 0 < count <= self.buckets[-1] or any(length != 1 for length in lengths):
-            return super().shape(lengths, rows)
+            shape = super().shape(lengths, rows)
+            assert shape.logit_rows is not None
+            return replace(shape, logit_rows=_padded(shape.logit_rows, shape.num_rows))
         bucket = next(b for b in self.buckets if b >= count)
         wanted = slice(0, count) if rows is None else rows
         if self._use_graphs:
