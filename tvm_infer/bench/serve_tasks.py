@@ -152,7 +152,7 @@ def plain_step(
 ) -> dict[str, Any]:
     """{"seconds", "batch", "keys"} of a decode step of that size, or {"skipped": why not}."""
     return _of_step(
-        backend, typical, vocab_size, first_seq, seed, lambda step: {"seconds": serve_breakdown.plain_step(step)}
+        backend, typical, vocab_size, first_seq, seed, lambda step, _: {"seconds": serve_breakdown.plain_step(step)}
     )
 
 
@@ -160,9 +160,13 @@ def breakdown(backend: Any, plain: dict[str, Any], vocab_size: int, first_seq: i
     """Seconds of the parts of the step that :func:`plain_step` timed, or {"skipped": why not}. Nothing is timed after this."""
     if "skipped" in plain:
         return plain
-    return _of_step(
-        backend, plain, vocab_size, first_seq, seed, lambda step: asdict(backend.breakdown(step, plain["seconds"]))
-    )
+
+    def measure(step: Callable[[], object], seqs: Sequence[int]) -> dict[str, Any]:
+        found = asdict(backend.breakdown(step, plain["seconds"]))
+        alone = getattr(backend, "attention_alone", None)
+        return found | ({} if alone is None else {"attention_alone": alone(seqs)})
+
+    return _of_step(backend, plain, vocab_size, first_seq, seed, measure)
 
 
 def _of_step(
@@ -171,7 +175,7 @@ def _of_step(
     vocab_size: int,
     first_seq: int,
     seed: int,
-    measure: Callable[[Callable[[], object]], dict[str, Any]],
+    measure: Callable[[Callable[[], object], Sequence[int]], dict[str, Any]],
 ) -> dict[str, Any]:
     if typical is None:
         return {"skipped": "no sample decoded a second token"}
@@ -183,7 +187,7 @@ def _of_step(
     seqs = range(first_seq, first_seq + batch)
     try:
         tokens = serve_decode.fill(backend, seqs, keys, vocab_size, seed)
-        found = measure(lambda: backend.step([(s, [t]) for s, t in zip(seqs, tokens, strict=True)]))
+        found = measure(lambda: backend.step([(s, [t]) for s, t in zip(seqs, tokens, strict=True)]), seqs)
     except TvmInferError as error:
         return {"skipped": f"{type(error).__name__}: {error}"}
     finally:

@@ -44,7 +44,7 @@ def logits_of(func: Any) -> Any:
 
 
 def with_greedy_tokens(func: Any) -> Any:
-    """The function returning (logits, index of the largest logit of each row, int64 [1, num_rows]), whatever else it returned before."""
+    """The function returning (logits, int64 [1, num_rows]: where each row is largest), whatever else it returned before."""
     logits = logits_of(func)
     builder = relax.BlockBuilder()
     last = func.body.blocks[-1]
@@ -67,9 +67,9 @@ def with_greedy_tokens(func: Any) -> Any:
 def _argmax(logits: Any, emit: Callable[[Any, str], Any]) -> Any:
     """The first index of the largest of logits [1, n, vocab], [1, n].
 
-    A row is one thread block's work, which reads 128256 logits in 50 to 100 us. So the row is cut into parts of equal size, a block each:
-    where the largest of each part is, which part's is the largest (the first of equal ones), and that part's place. (Of NaN alone the
-    largest is at -1 for TVM: held at 0, so that nothing is read there.)
+    A row is one thread block's work, which reads 128256 logits in 50 to 100 us. So the row is cut into parts of equal size, a block
+    each: where the largest of each part is, which part's is the largest (the first of equal ones), and that part's place. (Of NaN
+    alone the largest is at -1 for TVM: held at 0, so that nothing is read there.)
     """
     _, num_rows, vocab = shape_of(logits)
     parts = next(p for p in range(_MAX_PARTS, 0, -1) if int(vocab) % p == 0)
