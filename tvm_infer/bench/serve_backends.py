@@ -117,8 +117,8 @@ class OurCache(ServedModel):
         return [int(token) for token in self.executable.forward(self.cache, batch).greedy]
 
     def attention_alone(self, seqs: Sequence[int]) -> float | None:
-        """Seconds of the attention kernels of all layers of a decode step, back to back in a graph of their own: what those inside a whole
-        step are held against. None on the CPU, where nothing is captured."""
+        """Seconds of the attention kernels of all layers of a decode step, back to back in a graph of their own: what those inside a
+        whole step are held against. None on the CPU, where nothing is captured."""
         if self.device == "cpu":
             return None
         import torch

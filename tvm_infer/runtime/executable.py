@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..models import Tokenizer
 
 DEFAULT_MAX_BATCH = 16
+_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 
@@ -142,15 +143,32 @@ class Executable:
         """Where the compiled code, its manifest and its report lie."""
         return self._library_path.parent
 
+    def _explain_kernels(self) -> str:
+        """What runs the attention, and in which pieces."""
+        m = self.manifest
+        spec = m.layers[0]
+        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
+        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
+        lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
+        if m.device_kind == "cuda":
+            element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
+            append = f"rope_append_{element}" if m.rope is not None else "append_b16"
+            lines += [
+                f"two launches a layer: {append}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
+                "kernel by kernel",
+            ]
+        return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
+
     def explain(self) -> str:
-        """What the passes did, and what the executable is."""
+        """What the passes did, what is captured and what not, and what the executable is."""
         m = self.manifest
         head = (
             f"{m.function}({', '.join(name for name, _ in m.inputs)}, kv_cache, {len(m.weights)} weights) for {m.target}\n"
             f"{len(m.layers)} layers, vocabulary {m.vocab_size}, at most {m.max_tokens} tokens a step"
             f"{', from the cache folder' if self.from_cache else ''}"
         )
-        return f"{head}\n\n{self.report}"
+        return f"{head}\n\n{self.report}\n\n{self._explain_kernels()}"
 
     def export_library(
         self,
