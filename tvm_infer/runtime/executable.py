@@ -124,10 +124,10 @@ class Executable:
 
     def _session(self, cache: PagedKVCache) -> Session:
         """What runs steps of this cache: on CUDA with a virtual machine of its own, since graphs keep the cache's addresses."""
-        self.bind(cache)
         key = cache.address
         session = self._sessions.get(key)
         if session is None:
+            self.bind(cache)
             weights = self._device_weights(cache.device)
             if cache.device == "cpu":
                 session = Session(self._host_vm, self.manifest, cache, weights)
@@ -308,15 +308,16 @@ class Executable:
         before the device is done. The result is good until the next step of the same cache.
         """
         session = self._session(cache)
-        lengths = [len(new) for _, new in batch]
-        flat = np.fromiter(itertools.chain.from_iterable(new for _, new in batch), np.int64, sum(lengths))
+        ids = [seq_id for seq_id, _ in batch]
+        new_tokens = [new for _, new in batch]
+        lengths = [len(new) for new in new_tokens]
+        flat = np.fromiter(itertools.chain.from_iterable(new_tokens), np.int64, sum(lengths))
         self._check_tokens(flat)
         wanted = None if rows is None else self._checked_rows(rows, flat.size)
         if flat.size == 0:
-            with cache.forward([seq_id for seq_id, _ in batch], lengths):
+            with cache.forward(ids, lengths):
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
-        ids = [seq_id for seq_id, _ in batch]
         step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
         with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             return session.run(cache, shape)

@@ -97,7 +97,7 @@ class Session:
         self._manifest, self._weights = manifest, weights
         self._handle = cache.__tvm_ffi_object__()
 
-    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+    def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:
         """How a step of these new tokens is begun. rows : as Executable.step has them."""
         wanted = logit_rows(lengths, rows)
         # operators are compiled for one row at least
@@ -143,10 +143,10 @@ class CudaSession(Session):
         self._buffers = functools.cache(lambda: self._make_buffers(cache))
         self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
 
-    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+    def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:
         """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
         count = len(lengths)
-        if not 0 < count <= self.buckets[-1] or any(length != 1 for length in lengths):
+        if not 0 < count <= self.buckets[-1] or lengths.count(1) != count:
             return super().shape(lengths, rows)
         bucket = next(b for b in self.buckets if b >= count)
         wanted = slice(0, count) if rows is None else rows
