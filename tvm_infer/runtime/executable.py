@@ -274,7 +274,7 @@ class Executable:
         if kind == "cuda" and cache.max_batch > m.decode_rows:
             raise ArgumentError(
                 f"argument `cache` takes {cache.max_batch} sequences a step (max_batch), the model was compiled for graphs of up to "
-                f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile the model with max_batch={cache.max_batch}"
+                f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile with max_batch={cache.max_batch}"
             )
         cache.bind(self._number)
 
