@@ -80,7 +80,7 @@ def compile(
     function : of the IRModule.
     max_tokens : tokens of one step, at most; longer prompts go in chunks.
     on_unmatched, assume_full : as `relax.RewritePagedAttention` has them.
-    max_batch : CUDA: sequences of a decode step that runs as one captured graph; larger steps run kernel by kernel.
+    max_batch : CUDA: sequences of a decode step that runs as one captured graph; caches of larger steps are refused.
     buckets : CUDA: numbers of sequences that graphs are captured for, a step takes the next larger one; default 1, 2, 4, … max_batch.
     dtype : for a GGUF file: "float32", or "bfloat16", "float16" to round its weights to; default float32 on CPU, bfloat16 on CUDA,
         whose kernels compute in 16-bit types. Other models have the type that they come in.

@@ -119,9 +119,9 @@ class Broken:
     def step(self, batch):
         return [0] * len(batch)
 
-    def breakdown(self, step):
+    def breakdown(self, step, plain):
         step()
-        return Breakdown(1.0, 2.0, 3.0, 4.0, "made up")
+        return Breakdown(1.0, 2.0, 3.0, plain, "made up")
 
 
 def test_a_backend_that_fails_leaves_the_others_their_rows(capsys, tmp_path):

@@ -77,9 +77,8 @@ def test_a_decode_step_is_one_graph(prepared):
         lowered = pipeline.lower(mod, tvm.target.Target(CUDA), reports)
     assert reports.capture.is_whole("decode"), str(reports.capture)
     (region,) = reports.capture.regions["decode"]
-    assert (
-        region["tvm_infer.attention_with_kv_cache"] == 2 and region["tvm_infer.matmul"] == 15 and region["argmax"] == 1
-    )
+    assert region["tvm_infer.attention_with_kv_cache"] == 2 and region["tvm_infer.matmul"] == 15
+    assert any("argmax" in kernel for kernel in region)
     text = str(reports)
     assert "main: not captured" in text and "its number of tokens changes" in text and "decode: 1 graph(s) hold" in text
     assert (lowered.decode_function, lowered.logits_dtype) == ("decode", "bfloat16")

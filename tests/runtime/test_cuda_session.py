@@ -44,7 +44,6 @@ def with_sequences(cache, count):
         ({}, {}, (1, 2, 4, 8)),
         ({"max_batch": 5}, {}, (1, 2, 4, 5)),  # no graph is wider than the cache's steps
         ({"max_batch": 1}, {}, (1,)),
-        ({"max_batch": 100}, {}, (1, 2, 4, 8)),
         ({"max_tokens": 3}, {}, (1, 2, 3)),
         ({}, {"buckets": (8,)}, (8,)),
         ({"max_batch": 5}, {"buckets": (8,)}, (5,)),

@@ -171,6 +171,11 @@ def run(
         _release(options.device)
         if json_path != "-":
             _write(results, json_path)
+    for name in track(described, "parts of a step", console=Console(stderr=True), transient=True):
+        _break_down(name, model, task, options, [row for row in rows if row["backend"] == name], make_backend)
+        _release(options.device)
+    if json_path != "-":
+        _write(results, json_path)
     console = Console(stderr=json_path == "-")
     console.width = max(console.width, 140)  # a table that wraps cannot be read
     serve_report.print_table(console, results)
@@ -208,6 +213,27 @@ def _measure(
         rows.append({"backend": name, "failed": f"{type(error).__name__}: {error}"})
         return []
     return [] if reference else chosen
+
+
+def _break_down(
+    name: str,
+    model: ServeModel,
+    task: Task,
+    options: Options,
+    rows: Sequence[dict[str, Any]],
+    make_backend: MakeBackend,
+) -> None:
+    """Add the parts of a step to the backend's rows, when all backends have been timed: a profiler slows what comes after it."""
+    timed = [row for row in rows if "plain_step" in row]
+    if not timed:
+        return
+    backend = make_backend(name, model, task.sizes, options.device)
+    first_seq = 0
+    for row in timed:
+        row["breakdown"] = serve_tasks.breakdown(
+            backend, row["plain_step"], model.config.vocab_size, first_seq, options.seed
+        )
+        first_seq += row["plain_step"].get("batch", 0)
 
 
 def _release(device: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from .. import _ffi, blas, cublas
 from ..errors import ArgumentError
 from .peers import Skipped
-from .serve_breakdown import CUDA_METHOD, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
+from .serve_breakdown import CUDA_METHOD, RUNS, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
 from .serve_loop import Batch, CacheSizes
 from .serve_models import ServeModel
 
@@ -72,11 +72,12 @@ class ServedModel:
         """How a step runs, in a line."""
         raise NotImplementedError
 
-    def breakdown(self, step: Callable[[], object]) -> Breakdown:
-        """Where the time of `step` goes; it is run a few times. Raises ExecutorError where kernels cannot be seen."""
+    def breakdown(self, step: Callable[[], object], plain: float) -> Breakdown:
+        """Where the time of `step` goes, which takes `plain` seconds; it is run a few times, and nothing is timed after it (see
+        serve_breakdown). Raises ExecutorError where kernels cannot be seen."""
         if self.device == "cpu":
-            return of_step(step, VmTimer(self.vm), VM_METHOD)
-        return of_step(step, cuda_kernels, CUDA_METHOD)
+            return of_step(step, VmTimer(self.vm), VM_METHOD, plain)
+        return of_step(step, cuda_kernels, CUDA_METHOD, plain)
 
 
 class OurCache(ServedModel):
@@ -115,6 +116,29 @@ class OurCache(ServedModel):
     def step(self, batch: Batch) -> list[int]:
         return [int(token) for token in self.executable.forward(self.cache, batch).greedy]
 
+    def attention_alone(self, seqs: Sequence[int]) -> float | None:
+        """Seconds of the attention kernels of all layers of a decode step, back to back in a graph of their own: what those inside a
+        whole step are held against. None on the CPU, where nothing is captured."""
+        if self.device == "cpu":
+            return None
+        import torch
+
+        c, cache = self.model.config, self.cache
+        dtype = getattr(torch, self.model.dtype)
+        rows = next(b for b in self.executable.manifest.buckets if b >= len(seqs))
+        qkv = torch.randn(rows, c.num_qo_heads + 2 * c.num_kv_heads, c.head_dim, device="cuda", dtype=dtype)
+        out = torch.empty(rows, c.num_qo_heads, c.head_dim, device="cuda", dtype=dtype)
+        cache.begin_step(seqs, [1] * len(seqs), num_rows=rows)
+        try:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for layer in range(c.num_layers):
+                    cache.attention_fused_qkv(layer, qkv, out=out)
+            return min(sum(t for _, t in cuda_kernels(graph.replay)) for _ in range(RUNS))
+        finally:
+            cache.cancel_forward()
+
     def describe(self) -> str:
         return "tvm_infer.compile, one call a step for prompts and decodes together"
 
@@ -132,7 +156,7 @@ class TvmCache(ServedModel):
         import tvm_ffi
 
         self.kernels = kernels
-        library = _compile_tvm(model, sizes, device, kernels)
+        library = _compiled_tvm(model, sizes, device, kernels)
         self._device = tvm.cpu() if device == "cpu" else tvm.cuda()
         self.vm = tvm.relax.VirtualMachine(library, self._device)
         self._functions = {name: self.vm[name] for name in ("embed", "batch_prefill", "batch_decode")}
@@ -200,6 +224,16 @@ def _require_flashinfer(device: str) -> None:
         raise Skipped("FlashInfer has kernels for CUDA only; use --device cuda")
     if importlib.util.find_spec("flashinfer") is None:
         raise Skipped("the package flashinfer-python is not installed: pip install flashinfer-python")
+
+
+_COMPILED: dict[tuple[str, ...], Any] = {}  # a backend is made twice: to be timed, and to be taken apart
+
+
+def _compiled_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str) -> Any:
+    key = (repr(model.config), model.dtype, repr(sizes), device, kernels)
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile_tvm(model, sizes, device, kernels)
+    return _COMPILED[key]
 
 
 def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str) -> Any:

@@ -68,6 +68,13 @@ def notes(results: dict[str, Any]) -> list[str]:
             lines.append(f"not measured: {row['backend']}: {row['skipped']}")
         if "skipped" in row.get("breakdown", {}):
             lines.append(f"no breakdown: {row['backend']}{where}: {row['breakdown']['skipped']}")
+        alone = row.get("breakdown", {}).get("attention_alone")
+        if alone:
+            inside = row["breakdown"]["attention"]
+            lines.append(
+                f"{row['backend']}{where}: attention takes {inside * 1e3:.3f} ms inside a step, {alone * 1e3:.3f} ms in a graph of its "
+                f"own ({inside / alone:.2f} x)"
+            )
         if row.get("same_tokens") is not None:
             same, of = row["same_tokens"], row["compared_tokens"]
             lines.append(

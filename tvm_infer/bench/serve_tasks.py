@@ -70,7 +70,7 @@ class Serving:
         run = Loop(backend, clock(), first_seq=first_seq).run(self.requests)
         figures = summarize(run)
         free = first_seq + sum(r.samples for r in self.requests)
-        figures["breakdown"] = breakdown(backend, figures["typical"], self.vocab_size, free, self.seed)
+        figures["plain_step"] = plain_step(backend, figures["typical"], self.vocab_size, free, self.seed)
         yield figures, [sample.tokens for record in run.records for sample in record.samples]
 
     def __str__(self) -> str:
@@ -109,8 +109,8 @@ class Decoding:
             )
             for seq in seqs:
                 backend.remove(seq)
-            typical = {"batch": batch, "keys": self.keys}
-            figures["breakdown"] = breakdown(backend, typical, self.vocab_size, seqs.stop, self.seed)
+            figures["typical"] = typical = {"batch": batch, "keys": self.keys}
+            figures["plain_step"] = plain_step(backend, typical, self.vocab_size, seqs.stop, self.seed)
             first_seq = seqs.stop + batch
             yield figures, tokens
 
@@ -147,10 +147,36 @@ def warm_up(backend: Backend, vocab_size: int) -> int:
     return first
 
 
-def breakdown(
+def plain_step(
     backend: Any, typical: dict[str, int] | None, vocab_size: int, first_seq: int, seed: int
 ) -> dict[str, Any]:
-    """Seconds of the parts of a decode step of that size, or {"skipped": why not}."""
+    """{"seconds", "batch", "keys"} of a decode step of that size, or {"skipped": why not}."""
+    return _of_step(
+        backend, typical, vocab_size, first_seq, seed, lambda step, _: {"seconds": serve_breakdown.plain_step(step)}
+    )
+
+
+def breakdown(backend: Any, plain: dict[str, Any], vocab_size: int, first_seq: int, seed: int) -> dict[str, Any]:
+    """Seconds of the parts of the step that :func:`plain_step` timed, or {"skipped": why not}. Nothing is timed after this."""
+    if "skipped" in plain:
+        return plain
+
+    def measure(step: Callable[[], object], seqs: Sequence[int]) -> dict[str, Any]:
+        found = asdict(backend.breakdown(step, plain["seconds"]))
+        alone = getattr(backend, "attention_alone", None)
+        return found | ({} if alone is None else {"attention_alone": alone(seqs)})
+
+    return _of_step(backend, plain, vocab_size, first_seq, seed, measure)
+
+
+def _of_step(
+    backend: Any,
+    typical: dict[str, Any] | None,
+    vocab_size: int,
+    first_seq: int,
+    seed: int,
+    measure: Callable[[Callable[[], object], Sequence[int]], dict[str, Any]],
+) -> dict[str, Any]:
     if typical is None:
         return {"skipped": "no sample decoded a second token"}
     sizes = backend.sizes
@@ -161,13 +187,13 @@ def breakdown(
     seqs = range(first_seq, first_seq + batch)
     try:
         tokens = serve_decode.fill(backend, seqs, keys, vocab_size, seed)
-        found = backend.breakdown(lambda: backend.step([(s, [t]) for s, t in zip(seqs, tokens, strict=True)]))
+        found = measure(lambda: backend.step([(s, [t]) for s, t in zip(seqs, tokens, strict=True)]), seqs)
     except TvmInferError as error:
         return {"skipped": f"{type(error).__name__}: {error}"}
     finally:
         for seq in seqs:
             backend.remove(seq)
-    return {"batch": batch, "keys": keys, **asdict(found)}
+    return {"batch": batch, "keys": keys, **found}
 
 
 def agreement(tokens: Tokens, reference: Tokens) -> dict[str, int]:

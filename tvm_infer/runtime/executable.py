@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..models import Tokenizer
 
 DEFAULT_MAX_BATCH = 16
+_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 
@@ -125,10 +126,10 @@ class Executable:
 
     def _session(self, cache: PagedKVCache) -> Session:
         """What runs steps of this cache: on CUDA with a virtual machine of its own, since graphs keep the cache's addresses."""
-        self.bind(cache)
         key = cache.address
         session = self._sessions.get(key)
         if session is None:
+            self.bind(cache)
             weights = self._device_weights(cache.device)
             if cache.device == "cpu":
                 session = Session(self._host_vm, self.manifest, cache, weights)
@@ -144,15 +145,32 @@ class Executable:
         """Where the compiled code, its manifest and its report lie."""
         return self._library_path.parent
 
+    def _explain_kernels(self) -> str:
+        """What runs the attention, and in which pieces."""
+        m = self.manifest
+        spec = m.layers[0]
+        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
+        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
+        lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
+        if m.device_kind == "cuda":
+            element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
+            append = f"rope_append_{element}" if m.rope is not None else "append_b16"
+            lines += [
+                f"two launches a layer: {append}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
+                "kernel by kernel",
+            ]
+        return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
+
     def explain(self) -> str:
-        """What the passes did, and what the executable is."""
+        """What the passes did, what is captured and what not, and what the executable is."""
         m = self.manifest
         head = (
             f"{m.function}({', '.join(name for name, _ in m.inputs)}, kv_cache, {len(m.weights)} weights) for {m.target}\n"
             f"{len(m.layers)} layers, vocabulary {m.vocab_size}, at most {m.max_tokens} tokens a step"
             f"{', from the cache folder' if self.from_cache else ''}"
         )
-        return f"{head}\n\n{self.report}"
+        return f"{head}\n\n{self.report}\n\n{self._explain_kernels()}"
 
     def export_library(
         self,
@@ -240,7 +258,8 @@ class Executable:
         return cache
 
     def bind(self, cache: PagedKVCache) -> None:
-        """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's."""
+        """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
+        or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
         have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
         need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
@@ -253,6 +272,11 @@ class Executable:
         if kind != m.device_kind:
             raise ArgumentError(
                 f"argument `cache` is on {cache.device}, the model was compiled for {m.device_kind}: make it with Executable.new_cache"
+            )
+        if kind == "cuda" and cache.max_batch > m.decode_rows:
+            raise ArgumentError(
+                f"argument `cache` takes {cache.max_batch} sequences a step (max_batch), the model was compiled for graphs of up to "
+                f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile with max_batch={cache.max_batch}"
             )
         cache.bind(self._number)
 
@@ -292,15 +316,16 @@ class Executable:
         before the device is done. The result can be asked for until the next step of the same cache, and raises CacheStateError then.
         """
         session = self._session(cache)
-        lengths = [len(new) for _, new in batch]
-        flat = np.fromiter(itertools.chain.from_iterable(new for _, new in batch), np.int64, sum(lengths))
+        ids = [seq_id for seq_id, _ in batch]
+        new_tokens = [new for _, new in batch]
+        lengths = [len(new) for new in new_tokens]
+        flat = np.fromiter(itertools.chain.from_iterable(new_tokens), np.int64, sum(lengths))
         self._check_tokens(flat)
         wanted = None if rows is None else self._checked_rows(rows, flat.size)
         if flat.size == 0:
-            with cache.forward([seq_id for seq_id, _ in batch], lengths):
+            with cache.forward(ids, lengths):
                 return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
         shape = session.shape(lengths, wanted)
-        ids = [seq_id for seq_id, _ in batch]
         step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
         with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             return session.run(cache, shape)

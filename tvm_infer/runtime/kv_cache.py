@@ -287,6 +287,17 @@ class PagedKVCache:
         As begin_forward, and ArgumentError, DTypeError : num_rows, token_ids or logit_rows.
         """
         ids, append_lengths = _integers(ids, "ids"), _integers(append_lengths, "append_lengths")
+        self._begin(ids, append_lengths, causal, num_rows, token_ids, logit_rows)
+
+    def _begin(
+        self,
+        ids: tuple[int, ...],
+        append_lengths: tuple[int, ...],
+        causal: bool,
+        num_rows: int | None,
+        token_ids: Any,
+        logit_rows: Any,
+    ) -> None:
         rows = sum(append_lengths) if num_rows is None else _integer(num_rows, "num_rows")
         self._call("begin_step", ids, append_lengths, int(causal), rows, token_ids, logit_rows)
 
@@ -322,9 +333,7 @@ class PagedKVCache:
     ) -> Iterator[Step]:
         """A step as a context: ended at the end, cancelled if the body raises. Arguments as :meth:`begin_step`."""
         ids, append_lengths = _integers(ids, "ids"), _integers(append_lengths, "append_lengths")
-        self.begin_step(
-            ids, append_lengths, causal=causal, num_rows=num_rows, token_ids=token_ids, logit_rows=logit_rows
-        )
+        self._begin(ids, append_lengths, causal, num_rows, token_ids, logit_rows)
         try:
             yield Step(self, ids, append_lengths, causal)
         except BaseException:

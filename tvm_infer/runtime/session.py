@@ -119,7 +119,7 @@ class Session:
         self._manifest, self._weights = manifest, weights
         self._handle = cache.__tvm_ffi_object__()
 
-    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+    def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:
         """How a step of these new tokens is begun. rows : as Executable.step has them."""
         wanted = logit_rows(lengths, rows)
         if wanted.size > 1 and rows is not None and (np.diff(wanted) <= 0).any():  # each is computed once, in order
@@ -179,10 +179,10 @@ class CudaSession(Session):
         self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
         self._latest = [0]  # number of the step that the buffers are of
 
-    def shape(self, lengths: Sequence[int], rows: np.ndarray | None) -> StepShape:
+    def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:
         """A step of one token each is padded to a bucket, graph or not: both run the same kernels on the same shapes."""
         count = len(lengths)
-        if not 0 < count <= self.buckets[-1] or any(length != 1 for length in lengths):
+        if not 0 < count <= self.buckets[-1] or lengths.count(1) != count:
             shape = super().shape(lengths, rows)
             assert shape.logit_rows is not None
             return replace(shape, logit_rows=_padded(shape.logit_rows, shape.num_rows))
