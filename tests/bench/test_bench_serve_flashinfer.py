@@ -126,6 +126,19 @@ def test_the_runtime_beside_the_compiler_is_linked(tmp_path, folder):
     assert serve_flashinfer.link_options(compiler)[1:] == [str(library), f"-Wl,-rpath,{library.parent}"]
 
 
+def test_the_compiler_may_be_a_link_into_a_toolkit_or_out_of_it(tmp_path):
+    for root, target in (("toolkit", "elsewhere"), ("elsewhere", "toolkit")):
+        folder = tmp_path / root
+        for name in ("toolkit/bin", "toolkit/lib64", "elsewhere/bin"):
+            (folder / name).mkdir(parents=True)
+        (folder / target / "bin" / "nvcc").write_text("")
+        (folder / root / "bin" / "nvcc").symlink_to(folder / target / "bin" / "nvcc")
+        library = folder / "toolkit" / "lib64" / "libcudart.so"
+        library.write_text("")
+        compiler = nvcc.Nvcc(str(folder / root / "bin" / "nvcc"), "a test", (13, 0), "")
+        assert str(library) in serve_flashinfer.link_options(compiler)
+
+
 _ARGUMENTS = {  # of TVM's calls, in attn_backend.h
     "batch_prefill_plan": 19,
     "batch_decode_plan": 15,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -86,13 +87,14 @@ def link_options(compiler: nvcc.Nvcc) -> list[str]:
 
     It is the one that TVM has loaded where both are of the same major release. Raises MissingDependencyError where there is none.
     """
-    root = pathlib.Path(compiler.path).resolve().parents[1]
-    for folder in (root / "lib64", root / "lib", root / "targets" / "x86_64-linux" / "lib"):
-        found = sorted(folder.glob("libcudart.so*"))
+    named = pathlib.Path(compiler.path).absolute()
+    roots = (named.parents[1], named.resolve().parents[1])  # the toolkit may be links, or only its nvcc
+    for root, name in itertools.product(roots, ("lib64", "lib", "targets/x86_64-linux/lib")):
+        found = sorted((root / name).glob("libcudart.so*"))
         if found:
             # options come before the objects, and a linker that takes libraries only as needed would leave it out there
-            return ["-Wl,--no-as-needed", str(found[0]), f"-Wl,-rpath,{folder}"]
+            return ["-Wl,--no-as-needed", str(found[0]), f"-Wl,-rpath,{found[0].parent}"]
     raise MissingDependencyError(
-        f"FlashInfer's kernels call the CUDA runtime, and nvcc {compiler} has no libcudart.so beside it in {root}/lib64 or {root}/lib: "
+        f"FlashInfer's kernels call the CUDA runtime, and nvcc {compiler} has no libcudart.so beside it in {roots[0]}/lib64 or lib: "
         "set CUDA_HOME to a whole toolkit, or pip install nvidia-cuda-runtime"
     )
