@@ -36,14 +36,15 @@ constexpr DLDataType kInt64{kDLInt, 64, 1};
 inline ffi::json::Value Field(const ffi::json::Object& object, const char* name) { return object.at(String(name)); }
 
 // Numbers on the host as a tensor that shares them: good for as long as the vector is.
-inline Tensor HostView(const std::vector<int64_t>& numbers) {
+template <typename T>
+inline Tensor HostView(const std::vector<T>& numbers, DLDataType dtype = kInt64) {
   struct Borrowed {
-    int64_t* data;
+    T* data;
     void AllocData(DLTensor* tensor) { tensor->data = data; }
     void FreeData(DLTensor*) {}
   };
   const int64_t shape[] = {static_cast<int64_t>(numbers.size())};
-  return Tensor::FromNDAlloc(Borrowed{const_cast<int64_t*>(numbers.data())}, ffi::ShapeView(shape, 1), kInt64, kHost);
+  return Tensor::FromNDAlloc(Borrowed{const_cast<T*>(numbers.data())}, ffi::ShapeView(shape, 1), dtype, kHost);
 }
 
 // Memory of a device, and copies to and from it: functions that TVM's runtime registers under these names.

@@ -44,9 +44,18 @@ Any MakeCache(const Model& model, const std::vector<int64_t>& lengths, int64_t p
   for (int64_t length : lengths) num_pages += (length + page_size - 1) / page_size;
   const int64_t max_batch = static_cast<int64_t>(lengths.size());
   const DLDataType dtype = ffi::StringToDLDataType(Field(layer, "dtype").cast<String>());
-  return model.Call("kv_cache_create", static_cast<int64_t>(layers.size()), Field(layer, "num_qo_heads").cast<int64_t>(),
-                    Field(layer, "num_kv_heads").cast<int64_t>(), Field(layer, "head_dim").cast<int64_t>(), dtype, page_size, num_pages,
-                    max_batch, max_tokens, /*num_ctas=*/int64_t{0}, /*num_threads=*/int64_t{0}, model.device());
+  const Any cache = model.Call("kv_cache_create", static_cast<int64_t>(layers.size()), Field(layer, "num_qo_heads").cast<int64_t>(),
+                               Field(layer, "num_kv_heads").cast<int64_t>(), Field(layer, "head_dim").cast<int64_t>(), dtype, page_size,
+                               num_pages, max_batch, max_tokens, /*num_ctas=*/int64_t{0}, /*num_threads=*/int64_t{0}, model.device());
+  // Some models leave the rotation of queries and keys to their cache.
+  if (const Any rotation = Field(model.about(), "rope"); rotation != nullptr) {
+    const auto rope = rotation.cast<ffi::json::Object>();
+    std::vector<float> inv_freq;
+    for (const Any& f : Field(rope, "inv_freq").cast<ffi::json::Array>()) inv_freq.push_back(static_cast<float>(f.cast<double>()));
+    model.Call("kv_cache_set_rope", cache, HostView(inv_freq, DLDataType{kDLFloat, 32, 1}),
+               static_cast<int64_t>(Field(rope, "interleaved").cast<bool>()), Field(rope, "magnitude").cast<double>());
+  }
+  return cache;
 }
 
 // The tokens of one step: those of sequence ids[0], lengths[0] of them, then those of ids[1], … rows: tokens whose successor is asked for.

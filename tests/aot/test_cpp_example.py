@@ -133,3 +133,23 @@ def test_smollm2(generate, tmp_path, tmp_path_factory, monkeypatch):
     ]
     expected = [g.tokens for g in executable.generate(prompts, max_new_tokens=20)]
     assert tokens_of(generate(tmp_path, prompts, "--max-new-tokens", 20)) == expected
+
+
+def test_a_model_that_leaves_the_rotation_to_its_cache(generate, tmp_path, tmp_path_factory, monkeypatch):
+    """Of the nn.Module frontend (docs/nn-module.md): the manifest says by which frequencies."""
+    import numpy as np
+
+    from tvm_infer.bench.serve_models import TINY
+    from tvm_infer.models.mlc_llama import export_llama
+
+    monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path_factory.mktemp("fused")))
+    exported = export_llama(TINY, functions=("main", "create_paged_kv_cache"))
+    rng = np.random.default_rng(0)
+    params = {
+        name: (np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+        for name, shape, _ in exported.weights
+    }
+    executable = tvm_infer.compile(exported.mod, params=params, max_tokens=32)
+    executable.save(tmp_path)
+    expected = [g.tokens for g in executable.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
+    assert tokens_of(generate(tmp_path, PROMPTS, "--max-new-tokens", NEW_TOKENS)) == expected

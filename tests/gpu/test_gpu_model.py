@@ -171,16 +171,21 @@ def test_caches_do_not_mix(executable):
     assert texts(True) == texts(False)
 
 
-def test_steps_larger_than_the_largest_graph_run(executable):
-    """17 sequences where 16 were compiled for: kernel by kernel, the same tokens as in two steps."""
-    cache = executable.new_cache(num_pages=256, max_batch=17)
-    for seq in range(17):
+def test_batches_larger_than_the_largest_graph_are_refused(executable):
+    with pytest.raises(errors.ArgumentError, match=r"17 sequences a step.*up to 16.*max_batch=17"):
+        executable.bind(executable.new_cache(num_pages=4, max_batch=17))
+
+
+def test_a_batch_gives_what_its_sequences_give_alone(executable):
+    """16 sequences together, and each by itself on a fork: other products of other shapes, so alike and not equal."""
+    cache = executable.new_cache(num_pages=256)
+    for seq in range(16):
         cache.add_sequence(seq)
         executable.forward(cache, [(seq, PROMPTS[seq % 8])])
-    for seq in range(17):
+    for seq in range(16):
         cache.fork_sequence(seq, 100 + seq)
-    together = executable.step(cache, [(seq, [900 + seq]) for seq in range(17)])
-    apart = [executable.step(cache, [(100 + seq, [900 + seq])])[0] for seq in range(17)]
+    together = executable.step(cache, [(seq, [900 + seq]) for seq in range(16)])
+    apart = [executable.step(cache, [(100 + seq, [900 + seq])])[0] for seq in range(16)]
     for a, b in zip(together, apart, strict=True):
         assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
 

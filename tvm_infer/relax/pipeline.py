@@ -174,13 +174,15 @@ def lower_cpu(mod: tvm.IRModule, target: Any) -> Any:
         return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
-def lower_unpaged(mod: tvm.IRModule, target: Any) -> Any:
-    """The same for a model of :func:`prepare_unpaged`, on either kind of target, without CUDA graphs."""
+def lower_unpaged(mod: tvm.IRModule, target: Any, *, use_cuda_graph: bool = False) -> Any:
+    """The same for a model of :func:`prepare_unpaged`, on either kind of target. use_cuda_graph : let TVM capture what it can (of
+    functions whose symbolic sizes the attribute relax.rewrite_cuda_graph.capture_symbolic_vars names)."""
     if str(target.kind.name) != "cuda":
         return lower_cpu(mod, target)
     from tvm.relax.backend.cuda import pipeline as cuda
 
-    with target, tvm.transform.PassContext(opt_level=3):
+    config = {"relax.backend.use_cuda_graph": use_cuda_graph}
+    with target, tvm.transform.PassContext(opt_level=3, config=config):
         return tvm.compile(mod, target=target, relax_pipeline=cuda.get_default_pipeline(target))
 
 

@@ -256,7 +256,8 @@ class Executable:
         return cache
 
     def bind(self, cache: PagedKVCache) -> None:
-        """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's."""
+        """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
+        or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
         have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
         need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
@@ -269,6 +270,11 @@ class Executable:
         if kind != m.device_kind:
             raise ArgumentError(
                 f"argument `cache` is on {cache.device}, the model was compiled for {m.device_kind}: make it with Executable.new_cache"
+            )
+        if kind == "cuda" and cache.max_batch > m.decode_rows:
+            raise ArgumentError(
+                f"argument `cache` takes {cache.max_batch} sequences a step (max_batch), the model was compiled for graphs of up to "
+                f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile with max_batch={cache.max_batch}"
             )
         cache.bind(self._number)
 
