@@ -342,6 +342,7 @@ def test_too_few_keys_for_the_steps():
         ("vm.builtin.attention_kv_cache_attention_with_fused_qkv", "attention"),
         ("batch_decode_paged_kv_kernel", "attention"),
         ("void flashinfer::BatchPrefillWithPagedKVCacheKernel<…>", "attention"),
+        ("void flashinfer::PersistentVariableLengthMergeStatesKernel<…>", "attention"),
         ("merge_state_inplace_kernel", "attention"),
         ("append_b16", "attention"),
         ("tvm_infer.matmul", "gemm"),

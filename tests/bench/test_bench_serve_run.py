@@ -184,12 +184,6 @@ def test_bad_input_is_refused_before_anything_runs(arguments, message):
     assert message in result.stderr
 
 
-def test_flashinfer_names_its_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Skipped, match="flashinfer-python is not installed"):
-        serve_backends._require_flashinfer("cuda")
-
-
 def test_models_have_the_sizes_of_their_names():
     assert serve_models.config_of("llama-3-8b").head_dim == 128
     shapes = serve_models.config_of("llama-3-8b").weight_shapes().values()

@@ -7,6 +7,8 @@ import stat
 
 import pytest
 
+from tvm_infer.jit import nvcc
+
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory) -> pathlib.Path:

@@ -6,7 +6,6 @@ All take the same weights and the same matrix products (`tvm_infer.matmul`); att
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ import numpy as np
 
 from .. import _ffi, blas, cublas
 from ..errors import ArgumentError
+from ..jit import nvcc
+from . import serve_flashinfer
 from .peers import Skipped
 from .serve_breakdown import CUDA_METHOD, RUNS, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
 from .serve_loop import Batch, CacheSizes
@@ -151,7 +152,7 @@ class TvmCache(ServedModel):
         if sizes.page_size != _TVM_PAGE_SIZE:
             raise Skipped(f"TVM's cache has pages of {_TVM_PAGE_SIZE} tokens, not {sizes.page_size}: see --page-size")
         if kernels == "flashinfer":
-            _require_flashinfer(device)
+            serve_flashinfer.require(device, model.config.head_dim)
         import tvm
         import tvm_ffi
 
@@ -215,15 +216,8 @@ class TvmCache(ServedModel):
         return self._call(batch, run)
 
     def describe(self) -> str:
-        kernels = "TIR" if self.kernels == "tir" else "FlashInfer"
+        kernels = "TIR" if self.kernels == "tir" else f"FlashInfer {serve_flashinfer.installed_version()}'s"
         return f"TVM's builtin paged KV cache with {kernels} kernels; a call for decodes, another for prompts"
-
-
-def _require_flashinfer(device: str) -> None:
-    if device != "cuda":
-        raise Skipped("FlashInfer has kernels for CUDA only; use --device cuda")
-    if importlib.util.find_spec("flashinfer") is None:
-        raise Skipped("the package flashinfer-python is not installed: pip install flashinfer-python")
 
 
 _COMPILED: dict[tuple[str, ...], Any] = {}  # a backend is made twice: to be timed, and to be taken apart
@@ -252,23 +246,26 @@ def _compile_tvm(model: ServeModel, sizes: CacheSizes, device: str, kernels: str
         cublas.ensure_cublas()
         # "sm_90", not "sm_90a": TVM's schedules take "90a" for no architecture at all
         target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
-    with target:
-        exported = export_llama(
-            model.config,
-            dtype=model.dtype,
-            cache=kernels,  # type: ignore[arg-type]
-            target=target,
-            functions=("embed", "batch_prefill", "batch_decode", "create_paged_kv_cache"),
-        )
-    bounds = {"seq_len": sizes.max_tokens, "num_logits": sizes.max_batch, "batch_size": sizes.max_batch}
-    mod = pipeline.prepare_unpaged(exported.mod, bounds, device)
-    if exported.extern_mods:
-        mod = mod.with_attr("external_mods", list(exported.extern_mods))
-    with contextlib.nullcontext() if device == "cpu" else _cuda_compiler():
+    compiler = contextlib.nullcontext() if device == "cpu" else _cuda_compiler()
+    building = serve_flashinfer.building() if kernels == "flashinfer" else contextlib.nullcontext()
+    with compiler:
+        with target, building:
+            exported = export_llama(
+                model.config,
+                dtype=model.dtype,
+                cache=kernels,  # type: ignore[arg-type]
+                target=target,
+                functions=("embed", "batch_prefill", "batch_decode", "create_paged_kv_cache"),
+            )
+        bounds = {"seq_len": sizes.max_tokens, "num_logits": sizes.max_batch, "batch_size": sizes.max_batch}
+        mod = pipeline.prepare_unpaged(exported.mod, bounds, device)
+        if exported.extern_mods:
+            mod = mod.with_attr("external_mods", list(exported.extern_mods))
         executable = pipeline.lower_unpaged(mod, target)
+    options = serve_flashinfer.link_options(nvcc.find()) if kernels == "flashinfer" else []
     with tempfile.TemporaryDirectory(prefix="tvm_infer-") as folder:
         path = pathlib.Path(folder) / "model.so"
-        executable.export_library(str(path))
+        executable.export_library(str(path), options=options)
         return tvm.runtime.load_module(str(path))
 
 

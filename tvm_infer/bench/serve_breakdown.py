@@ -24,6 +24,7 @@ _ATTENTION = (
     "batchdecode",
     "batchprefill",
     "merge_state",
+    "mergestate",
     "kv_cache",
     "append",
     "rope",
