@@ -36,10 +36,11 @@ class StepModel:
             return errors.ArgumentError
         if len(ids) > MAX_BATCH or count > MAX_TOKENS:
             return errors.ArgumentError
-        if any(seq not in self.lengths for seq in ids):
-            return errors.UnknownSequenceError
-        if len(set(ids)) != len(ids):
-            return errors.ArgumentError
+        for i, seq in enumerate(ids):  # in their order: the first that is wrong names the error
+            if seq not in self.lengths:
+                return errors.UnknownSequenceError
+            if seq in ids[:i]:
+                return errors.ArgumentError
         grown = {**self.lengths, **{seq: self.lengths[seq] + n for seq, n in zip(ids, appended, strict=True)}}
         if sum(-(-length // PAGE_SIZE) for length in grown.values()) > NUM_PAGES:
             return errors.OutOfPagesError
