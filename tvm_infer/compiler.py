@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -112,7 +113,8 @@ def compile(
     def make(folder: pathlib.Path) -> None:
         _build(source, options, folder, progress)
 
-    key = cache_dir.digest_of(source.key, repr(options), *_versions())[:32]
+    stored = _stored_kernels() if is_cuda else ""
+    key = cache_dir.digest_of(source.key, repr(options), stored, *_versions())[:32]
     owner = None
     if not cache:
         owner = _TemporaryFolder()
@@ -180,6 +182,16 @@ def _checked_buckets(max_batch: int, buckets: Sequence[int] | None) -> tuple[int
             f"buckets is {list(buckets)}; it must hold numbers from 1 to max_batch = {max_batch}, the largest of them {max_batch}"
         )
     return ascending
+
+
+def _stored_kernels() -> str:
+    """TVM stores its CUDA kernels as binaries where the driver's library loads, and as source elsewhere: what was kept on a machine without
+    a driver is not what one with a driver should find."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "source"
+    return "binaries"
 
 
 def _versions() -> list[str]:
