@@ -185,8 +185,8 @@ def _checked_buckets(max_batch: int, buckets: Sequence[int] | None) -> tuple[int
 
 
 def _stored_kernels() -> str:
-    """TVM stores its CUDA kernels as binaries where the driver's library loads, and as source elsewhere: what was kept on a machine without
-    a driver is not what one with a driver should find."""
+    """TVM stores its CUDA kernels as binaries where the driver's library loads, and as source elsewhere: what was kept on a machine
+    without a driver is not what one with a driver should find."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
