@@ -1,7 +1,7 @@
 """FuseRMSNorm: a root-mean-square norm that is written out in primitives becomes one operator, `R.nn.rms_norm`.
 
-torch.export writes Llama's norm as seven operators. TVM's fusion makes two kernels of them (it does not fuse past a reduction), which read
-x twice and keep its square in between: a decode step of 30 layers launches 122 kernels for 61 norms.
+torch.export writes Llama's norm as seven operators. TVM's fusion makes two kernels of them (it does not fuse past a reduction), both of
+which read x: a decode step of 30 layers launches 122 kernels for 61 norms.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import numpy as np
 import tvm
 from tvm import ir, relax
 
-from .nodes import bindings_of, dtype_class, dtype_of, is_widening, known_shape, op_name, same, shape_of, static_int
+from .nodes import bindings_of, dtype_of, is_widening, known_shape, op_name, same, shape_of, static_int
 from .printer import format_expr
 from .report import Location, Reason
 
 _MEAN, _ADD, _MULTIPLY, _DIVIDE = "relax.mean", "relax.add", "relax.multiply", "relax.divide"
 _SQRT, _RSQRT, _POWER, _SQUARE, _CAST = "relax.sqrt", "relax.rsqrt", "relax.power", "relax.square", "relax.astype"
+_TYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
 class FusedNorm:
-    """One norm over the last axis of x [.., width]. location : of its result; weight : name of the tensor [width]; dtype : of x, weight and
-    result."""
+    """One norm over the last axis of x [.., width].
+
+    location : of its result; dtype : of x, weight and result; weight : name of the tensor [width].
+    """
 
     location: Location
     width: str
@@ -56,10 +59,10 @@ class NormReport:
 class FuseRMSNorm:
     """Replace `x * rsqrt(mean(x^2, -1) + epsilon) * weight` by `R.nn.rms_norm(x, weight, axes=[-1], epsilon=epsilon)`.
 
-    x [.., width] and weight [width] of one floating type, or of float32 after a cast. The square may be a power, a product or R.square, the
-    root rsqrt, 1 / sqrt or a division by sqrt; factors in either order; the arithmetic float32, with casts of x before it and of the result
-    before or after the weight. A match is proven: the mean is over the last axis alone, epsilon a positive constant, what is scaled
-    is what was squared, and nothing else reads what lies between. Every other mean of a square stays as it is, with the reason in the report.
+    x [.., width] and weight [width] have one floating type, or float32 after a cast. The square may be a power, a product or R.square,
+    the root rsqrt, 1 / sqrt or a division by sqrt, the factors in either order. The arithmetic is float32, with casts before it and
+    before or after the weight. A match is proven: the mean is over the last axis alone, epsilon a positive constant, what is scaled is
+    what was squared, and nothing else reads what lies between. Any other mean of a square stays, with the reason in the report.
 
     Rounding: R.nn.rms_norm computes in float32 and rounds once, at the end. Hugging Face's norm rounds a 16-bit result before it
     multiplies with the weight and again after it, so results differ from it in the last bit and are nearer to the exact value.
@@ -210,7 +213,9 @@ def _check_mean(values: _Values, mean: Any) -> Any:
     if axes is None or [int(axis) % len(shape) for axis in axes] != [last]:
         over = "all axes" if axes is None else f"axes {[int(axis) for axis in axes]}"
         raise _LeftError(
-            _describe(wide), f"its mean is over {over}; a norm's is over the last ({last}) alone", "normalise the last axis"
+            _describe(wide),
+            f"its mean is over {over}; a norm's is over the last ({last}) alone",
+            "normalise the last axis",
         )
     if not value.attrs.keepdims:
         raise _LeftError(_describe(wide), "its mean drops the axis", "pass keepdims=True")
@@ -226,7 +231,9 @@ def _epsilon(values: _Values, mean: Any, shifted: Any) -> float:
     value = values.definition(shifted)
     if op_name(value) != _ADD:
         raise _LeftError(
-            _describe(shifted), f"{_operator(value)} follows the mean of squares; a norm adds epsilon", "add a positive epsilon"
+            _describe(shifted),
+            f"{_operator(value)} follows the mean of squares; a norm adds epsilon",
+            "add a positive epsilon",
         )
     constant = value.args[1] if same(value.args[0], mean) else value.args[0]
     epsilon = _number(constant)
@@ -235,7 +242,9 @@ def _epsilon(values: _Values, mean: Any, shifted: Any) -> float:
             _describe(constant), "epsilon is not a constant scalar", "make epsilon a number of the model, not an input"
         )
     if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise _LeftError(f"epsilon {epsilon}", f"epsilon is {epsilon}; it must be positive and finite", "pass a positive epsilon")
+        raise _LeftError(
+            f"epsilon {epsilon}", f"epsilon is {epsilon}; it must be positive and finite", "pass a positive epsilon"
+        )
     return epsilon
 
 
@@ -253,12 +262,16 @@ def _scaled(values: _Values, shifted: Any, wide: Any) -> Any:
             name, root = _RSQRT, inverse
     if name != _RSQRT:
         raise _LeftError(
-            _describe(root), f"{_operator(values.definition(root))} follows the mean of squares; a norm divides by its root", "use rsqrt"
+            _describe(root),
+            f"{_operator(values.definition(root))} follows the mean of squares; a norm divides by its root",
+            "use rsqrt",
         )
     scaled = values.only_reader(root)
     value = values.definition(scaled)
     if op_name(value) != _MULTIPLY:
-        raise _LeftError(_describe(scaled), f"{_operator(value)} follows the root; a norm multiplies by it", "multiply x by it")
+        raise _LeftError(
+            _describe(scaled), f"{_operator(value)} follows the root; a norm multiplies by it", "multiply x by it"
+        )
     _check_same_input(values, value.args[0] if same(value.args[1], root) else value.args[1], wide)
     return scaled
 
@@ -274,8 +287,12 @@ def _check_same_input(values: _Values, x: Any, wide: Any) -> None:
 
 def _floating_cast(values: _Values, x: Any) -> Any:
     cast = values.only_reader(x)
-    if dtype_class(dtype_of(cast)) != "float":
-        raise _LeftError(_describe(cast), f"the norm is cast to {dtype_of(cast)} before its weight", "cast after the weight")
+    if dtype_of(cast) not in _TYPES:
+        raise _LeftError(
+            _describe(cast),
+            f"it is cast to {dtype_of(cast)} before its weight, and that rounding would be lost",
+            "cast after the weight",
+        )
     return cast
 
 
@@ -294,7 +311,9 @@ def _weighted(values: _Values, wide: Any, scaled: Any, epsilon: float) -> _Norm:
     shape = known_shape(weight)
     if shape is None or len(shape) != 1 or not _equal(shape[0], width):
         raise _LeftError(
-            _describe(weight), f"the weight must be a vector [{format_expr(width)}]", "store one weight for each element of the last axis"
+            _describe(weight),
+            f"the weight must be a vector [{format_expr(width)}]",
+            "store one weight for each element of the last axis",
         )
     datas, weights = (wide, values.before_widening(wide)), (weight, values.before_widening(weight))
     for last in _results(values, result):

@@ -1,7 +1,7 @@
 """A CUDA schedule for nn.rms_norm: one block of threads a row, which is read once, 16 bytes a load, and stays in registers.
 
-TVM's own schedule reads a row twice, one element a load, with 1024 threads whatever its width. A decode step's rows are few and short, so
-a norm's time is that of its chain of dependent loads and barriers, and this one has the fewest.
+TVM's own schedule reads a row twice, one element a load, with 1024 threads whatever its width. A decode step's rows are few and short:
+a norm takes as long as its chain of dependent loads and barriers, so this one has few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ LOAD_BYTES = 16
 MAX_THREADS = 1024
 MAX_LOADS = 8  # of a thread
 _WARP = 32
-_NORM_BLOCK, _ROOT_BLOCK = "T_rms_norm", "rsqrt"  # what TVM's legalisation of nn.rms_norm calls the blocks that scale and by what
+_NORM_BLOCK, _ROOT_BLOCK = (
+    "T_rms_norm",
+    "rsqrt",
+)  # what TVM's legalisation of nn.rms_norm calls the blocks that scale and by what
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class RowThreads:
 class RowNorm(dlight.base.ScheduleRule):
     """A rule for `tvm.s_tir.dlight.ApplyDefaultSchedule`.
 
-    Schedules for CUDA what TVM makes of nn.rms_norm over the last axis, of any number of rows and with elementwise operators fused behind
-    it, where RowThreads divides the width. Any other function it leaves to the next rule.
+    Schedules for CUDA what TVM makes of nn.rms_norm over the last axis: of any number of rows, with elementwise operators fused
+    behind it or not, where RowThreads divides the width. Any other function it leaves to the next rule.
     """
 
     def apply(self, func: Any, target: Any, _: bool) -> Any | None:
         """The schedule, or None."""
-        if str(target.kind.name) != "cuda" or "root" not in func.script():
+        if str(target.kind.name) != "cuda":
             return None
         sch = s_tir.Schedule(func)
         norm = _Norm.find(sch)
@@ -111,8 +114,8 @@ def _schedule(sch: Any, norm: _Norm) -> None:
     sch.reverse_compute_at(part, _share_out(sch, x, share))
     sch.set_scope(part, 0, "local")
 
-    # the sum over the threads, which all of them get. NOTE: not in local scope: TVM would then compute the root in place, in the word of
-    # shared memory that all threads read the sum from
+    # the sum over the threads, which all of them get
+    # NOTE: not in local scope: TVM would compute the root in place, in the word of shared memory that all threads read the sum from
     sch.reverse_compute_at(total, row)
     sch.bind(sch.get_loops(total)[-1], "threadIdx.x")
     sch.set_scope(total, 0, "shared")
