@@ -208,6 +208,7 @@ LEFT = {
     ),
     "two axes": (with_(mean=lambda v: op.mean(v, axis=[1, 2], keepdims=True)), X, W, "its mean is over axes [1, 2]"),
     "all axes": (with_(mean=lambda v: op.mean(v, keepdims=True)), X, W, "its mean is over all axes"),
+    "vector": (with_(), ((48,), FP32), W, "it is a vector"),
     "dropped axis": (
         with_(mean=lambda v: op.mean(v, axis=[-1])),
         ((48, 48), FP32),

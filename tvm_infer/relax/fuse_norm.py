@@ -208,6 +208,10 @@ def _check_mean(values: _Values, mean: Any) -> Any:
     shape = known_shape(wide)
     if shape is None:
         raise _LeftError(_name(wide), "the shape of what is normalised is not known", "give it one with R.match_cast")
+    if len(shape) == 1:
+        raise _LeftError(
+            _describe(wide), "it is a vector, of which TVM cannot lower nn.rms_norm", "give it a row dimension"
+        )
     axes = value.attrs.axis
     last = len(shape) - 1
     if axes is None or [int(axis) % len(shape) for axis in axes] != [last]:

@@ -88,6 +88,9 @@ class _Norm:
             if block not in (total, root, scaled):
                 sch.compute_inline(block)
         inputs, axes = sch.get(total).reads, _reduced(sch, total)
+        rows = [static_int(var.dom.extent) for var in sch.get(total).iter_vars if not var.same_as(axes[0])]
+        if None in [extent for extent in rows if extent != 1][1:]:
+            return None  # TVM could not prove that the product of the extents is the number of blocks
         if len(inputs) != 1 or len(axes) != 1 or not inputs[0].region[-1].min.same_as(axes[0].var):
             return None
         width = static_int(axes[0].dom.extent)
@@ -127,13 +130,14 @@ def _schedule(sch: Any, norm: _Norm) -> None:
     for index, read in enumerate(sch.get(scaled).reads):
         if [static_int(extent) for extent in read.source.shape] == [width]:
             weight = sch.cache_read(scaled, index, "local")
-            sch.compute_at(weight, row, index=1)  # ahead of the sum: its loads overlap with those of x
+            sch.compute_at(weight, row, index=0)  # its loads are under way before those of x are waited for
             _share_out(sch, weight, share)
     thread, _ = sch.split(sch.get_loops(scaled)[-1], [share.threads, share.loads * share.lanes])
     sch.bind(thread, "threadIdx.x")
     sch.compute_at(norm.root, thread)  # once a thread, not once an element
     sch.reverse_compute_at(stored, thread)
-    _, lanes = sch.split(sch.get_loops(stored)[-1], [share.loads, share.lanes])
+    out_bytes = DataType(sch.get(stored).writes[0].source.dtype).itemsize
+    _, lanes = sch.split(sch.get_loops(stored)[-1], [None, min(share.lanes, LOAD_BYTES // out_bytes)])
     sch.vectorize(lanes)
 
 
