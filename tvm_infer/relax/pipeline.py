@@ -195,7 +195,7 @@ def lower_unpaged(mod: tvm.IRModule, target: Any) -> Any:
 
     passes = [
         *cuda.library_dispatch_passes(target),
-        *_legalize_for_cuda(target),
+        *legalize_for_cuda(target),
         *cuda.dataflow_lower_passes(target),
         *cuda.finalize_passes(target),
     ]
@@ -203,7 +203,7 @@ def lower_unpaged(mod: tvm.IRModule, target: Any) -> Any:
         return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
-def _legalize_for_cuda(target: Any) -> list[Any]:
+def legalize_for_cuda(target: Any) -> list[Any]:
     """TVM's operators as scheduled kernels, norms by our schedule."""
     from tvm.relax.backend.cuda import pipeline as cuda
 
@@ -225,7 +225,7 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
     with target, tvm.transform.PassContext(opt_level=3, config=config):
         lowered = [
             *cuda.library_dispatch_passes(target),
-            *_legalize_for_cuda(target),
+            *legalize_for_cuda(target),
             *cuda.dataflow_lower_passes(target),
         ]
         mod = tvm.transform.Sequential(lowered)(mod)
