@@ -334,6 +334,31 @@ def test_a_reader_in_a_branch_counts():
     assert "squares lies inside the norm" in fuse.report.left[0].why
 
 
+def test_what_a_block_keeps_to_itself_stays_there():
+    """The 16-bit sum is local to the first block, so a norm behind it cannot read it; its float32 copy is not."""
+
+    @I.ir_module
+    class Blocks:
+        @R.function
+        def main(x: R.Tensor((4, 48), "bfloat16"), w: R.Tensor((48,), "bfloat16")):
+            with R.dataflow():
+                total = R.add(x, x)
+                wide = R.astype(total, "float32")
+                R.output(wide)
+            squares = R.multiply(wide, wide)
+            mean = R.mean(squares, axis=[-1], keepdims=True)
+            shifted = R.add(mean, R.const(0.125, "float32"))
+            root = R.rsqrt(shifted)
+            scaled = R.multiply(wide, root)
+            rounded = R.astype(scaled, "bfloat16")
+            y = R.multiply(rounded, w)
+            return y
+
+    fuse = FuseRMSNorm()
+    tvm.ir.assert_structural_equal(fuse(Blocks), Blocks)
+    assert "different types" in fuse.report.left[0].why
+
+
 def test_other_means_are_not_mentioned():
     """A mean of anything but a square is no norm, and a module without one is left alone."""
     mod = build(lambda emit, x, w, _: emit(op.mean(x, axis=[-1], keepdims=True)))

@@ -183,11 +183,12 @@ class _Values:
         return value.args[0] if name == _MULTIPLY and same(*value.args) else None
 
     def before_widening(self, x: Any) -> Any:
-        """The tensor that x holds in a wider type, or x."""
+        """The tensor that x holds in a wider type, or x. Never one that is local to a block which x has left."""
         value = self.definition(x)
-        if op_name(value) == _CAST and is_widening(dtype_of(value.args[0]), dtype_of(x)):
-            return value.args[0]
-        return x
+        if op_name(value) != _CAST or not is_widening(dtype_of(value.args[0]), dtype_of(x)):
+            return x
+        source = value.args[0]
+        return x if isinstance(source, relax.DataflowVar) and not isinstance(x, relax.DataflowVar) else source
 
 
 def _match(values: _Values, mean: Any) -> _Norm:
@@ -319,15 +320,15 @@ def _weighted(values: _Values, wide: Any, scaled: Any, epsilon: float) -> _Norm:
             f"the weight must be a vector [{format_expr(width)}]",
             "store one weight for each element of the last axis",
         )
-    datas, weights = (wide, values.before_widening(wide)), (weight, values.before_widening(weight))
+    inputs, weights = (wide, values.before_widening(wide)), (weight, values.before_widening(weight))
     for last in _results(values, result):
         dtype = dtype_of(last)
-        data = next((x for x in datas if dtype_of(x) == dtype), None)
-        gain = next((w for w in weights if dtype_of(w) == dtype), None)
-        if data is not None and gain is not None:
-            return _Norm(last, data, gain, epsilon)
+        data = next((x for x in inputs if dtype_of(x) == dtype), None)
+        scale = next((w for w in weights if dtype_of(w) == dtype), None)
+        if data is not None and scale is not None:
+            return _Norm(last, data, scale, epsilon)
     raise _LeftError(
-        f"{_describe(datas[1])}, {_describe(weights[1])}, {_describe(result)}",
+        f"{_describe(inputs[1])}, {_describe(weights[1])}, {_describe(result)}",
         "input, weight and result have different types; nn.rms_norm has one",
         "cast the weight to the type of the input",
     )
