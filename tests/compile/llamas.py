@@ -7,17 +7,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama(*, num_qo_heads=6, num_kv_heads=2, tied=True, layers=2, seed=0, vocab_size=131):
-    """head_dim 16, hidden 48: not heads * head_dim, so that a mix-up of the two shows."""
+def tiny_llama(
+    *, num_qo_heads=6, num_kv_heads=2, tied=True, layers=2, seed=0, vocab_size=131, head_dim=16, hidden_size=48
+):
+    """Hidden is not heads * head_dim, so that a mix-up of the two shows."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=48,
+        hidden_size=hidden_size,
         intermediate_size=80,
         num_hidden_layers=layers,
         num_attention_heads=num_qo_heads,
         num_key_value_heads=num_kv_heads,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
     )

@@ -86,6 +86,22 @@ def test_a_decode_step_is_one_graph(prepared):
     assert checks_of(lowered.executable) == {"main": 3, "decode": 4}
 
 
+@pytest.mark.needs_nvcc
+def test_a_norm_is_one_kernel():
+    """Two a layer and the last one; written out, each is a sum of squares and what is made of it."""
+    from tvm_infer.compiler import _cuda_compiler
+
+    mod = export_hf(rounded(tiny_llama(head_dim=64, hidden_size=192))).mod
+    prepared, reports = pipeline.prepare(mod, max_tokens=64, decode_rows=8, target_kind="cuda")
+    with _cuda_compiler():
+        pipeline.lower(prepared, tvm.target.Target(CUDA), reports)
+    (region,) = reports.capture.regions["decode"]
+    assert region["rms_norm"] == 2 * 2 + 1
+    assert not [name for name in region if "power" in name or "rsqrt" in name or "mean" in name]
+    norms = "Norms\n10 RMSNorm(s) to nn.rms_norm, 0 left as written\n    10 x  [.., 192] bfloat16, epsilon 1e-06"
+    assert norms in str(reports)
+
+
 def test_head_dims_without_a_kernel_are_refused(llama16):
     with pytest.raises(errors.ExecutorError, match="head_dim 16") as caught:
         tvm_infer.compile(llama16, target="cuda", max_tokens=64)

@@ -1,6 +1,7 @@
 """From a model in Relax to one whose attention reads a paged KV cache."""
 
 from .dispatch_kv_cache import CacheReport, DispatchKVCacheCreation
+from .fuse_norm import FuseRMSNorm, NormReport
 from .kv_cache import PagedKVCache
 from .report import Location, Match, NotAttention, Reason, RewriteReport
 from .rewrite import RewritePagedAttention
@@ -10,9 +11,11 @@ from .written import lift_cache
 __all__ = [
     "CacheReport",
     "DispatchKVCacheCreation",
+    "FuseRMSNorm",
     "ImportedModel",
     "Location",
     "Match",
+    "NormReport",
     "NotAttention",
     "PagedKVCache",
     "Reason",

@@ -9,13 +9,16 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
+from tvm.s_tir import dlight
 
 from tvm_infer.errors import ModelError
 
 from . import decode_graph, extern_calls
 from .decode_graph import DECODE, CaptureReport
 from .dispatch_matmul import DispatchMatmul, MatmulReport
+from .fuse_norm import FuseRMSNorm, NormReport
 from .nodes import op_name, shape_of, static_int
+from .norm_schedule import RowNorm
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
@@ -29,11 +32,17 @@ class PassReports:
 
     attention: RewriteReport = field(default_factory=RewriteReport)
     sampled_rows: str = ""
+    norm: NormReport = field(default_factory=NormReport)
     matmul: MatmulReport = field(default_factory=MatmulReport)
     capture: CaptureReport | None = None  # of CUDA targets
 
     def __str__(self) -> str:
-        parts = [f"Attention\n{self.attention}", f"Logits\n  {self.sampled_rows}", f"Matrix products\n{self.matmul}"]
+        parts = [
+            f"Attention\n{self.attention}",
+            f"Logits\n  {self.sampled_rows}",
+            f"Norms\n{self.norm}",
+            f"Matrix products\n{self.matmul}",
+        ]
         if self.capture is not None:
             parts.append(f"CUDA graphs\n{self.capture}")
         return "\n\n".join(parts)
@@ -49,7 +58,7 @@ def prepare(
     assume_full: Sequence[str] = (),
     target_kind: str = "llvm",
 ) -> tuple[tvm.IRModule, PassReports]:
-    """Our passes in their order: paged attention, logits of sampled rows only, matrix products to the BLAS.
+    """Our passes in their order: paged attention, logits of sampled rows only, norms as one operator, matrix products to the BLAS.
 
     max_tokens : upper bound of a step's tokens, by which TVM plans memory ahead. decode_rows : above 0, on CUDA, the module gets a
     function `decode` for steps of up to so many rows, in which every row samples. Raises ModelError, MatchError.
@@ -64,6 +73,9 @@ def prepare(
     reports.sampled_rows = rows.report
     if has_decode:
         mod = _with_greedy_tokens(mod, function)
+    norms = FuseRMSNorm()
+    mod = norms(mod)
+    reports.norm = norms.report
     dispatch = DispatchMatmul("cuda" if target_kind == "cuda" else "cpu")
     mod = dispatch(mod)
     reports.matmul = dispatch.report
@@ -81,9 +93,10 @@ def _with_greedy_tokens(mod: tvm.IRModule, function: str) -> tvm.IRModule:
 
 
 def prepare_unpaged(mod: tvm.IRModule, bounds: Mapping[str, int], device: str = "cpu") -> tvm.IRModule:
-    """The passes of :func:`prepare` that are not about attention, for a model that keeps another cache: matrix products to the BLAS,
-    checked lookups. bounds : upper bounds of symbolic sizes by name, for every function; device : "cpu" or "cuda"."""
-    mod = _CheckedTakes(sum_in_float32(DispatchMatmul(device)(mod))).apply()
+    """The passes of :func:`prepare` that are not about attention, for a model that keeps another cache: norms as one operator,
+    matrix products to the BLAS, checked lookups. bounds : upper bounds of symbolic sizes by name, for every function; device : "cpu" or
+    "cuda"."""
+    mod = _CheckedTakes(sum_in_float32(DispatchMatmul(device)(FuseRMSNorm()(mod)))).apply()
     updated = mod.clone()
     for var, func in mod.functions_items():
         if isinstance(func, relax.Function):
@@ -182,9 +195,24 @@ def lower_unpaged(mod: tvm.IRModule, target: Any, *, use_cuda_graph: bool = Fals
         return lower_cpu(mod, target)
     from tvm.relax.backend.cuda import pipeline as cuda
 
+    passes = [
+        *cuda.library_dispatch_passes(target),
+        *legalize_for_cuda(target),
+        *cuda.dataflow_lower_passes(target),
+        *cuda.finalize_passes(target),
+    ]
     config = {"relax.backend.use_cuda_graph": use_cuda_graph}
     with target, tvm.transform.PassContext(opt_level=3, config=config):
-        return tvm.compile(mod, target=target, relax_pipeline=cuda.get_default_pipeline(target))
+        return tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def legalize_for_cuda(target: Any) -> list[Any]:
+    """TVM's operators as scheduled kernels, norms by our schedule."""
+    from tvm.relax.backend.cuda import pipeline as cuda
+
+    passes = cuda.legalize_passes(target)
+    schedules = [str(step.info.name) for step in passes].index("ApplyDefaultSchedule")
+    return [*passes[:schedules], dlight.ApplyDefaultSchedule(RowNorm()), *passes[schedules:]]
 
 
 def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Lowered:
@@ -201,7 +229,7 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
     with target, tvm.transform.PassContext(opt_level=3, config=config):
         lowered = [
             *cuda.library_dispatch_passes(target),
-            *cuda.legalize_passes(target),
+            *legalize_for_cuda(target),
             *cuda.dataflow_lower_passes(target),
         ]
         mod = tvm.transform.Sequential(lowered)(mod)
