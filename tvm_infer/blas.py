@@ -98,13 +98,13 @@ def matmul_add(a: Any, b: Any, *, transpose_b: bool = False, c: Any, out: Any = 
     ----------
     a, b : as in :func:`matmul`.
     c : [..., m, n], of out's type; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
-    out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `c`. It may be c itself (c is then replaced by the
-        sum, with the same bits as into memory of its own), or shares no element with it.
+    out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `c`. It may be c itself (c is then replaced by
+        the sum, with the bits that another `out` would get), or shares no element with it.
 
     Raises
     ------
-    As :func:`matmul`. ArgumentError also: c of another number of rows or columns (a bias is not broadcast), c that overlaps out in part.
-    DTypeError also: c of another type than out.
+    As :func:`matmul`. ArgumentError also: c of another number of rows or columns (a bias is not broadcast), c that overlaps out in
+    part. DTypeError also: c of another type than out.
     """
     out = _prepared(a, b, transpose_b, out, like=c)
     _ffi.func("matmul_add")(

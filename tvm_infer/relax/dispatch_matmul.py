@@ -85,8 +85,8 @@ class GemvRule:
 class Dispatched:
     """One product that goes to the library: [m, k] x [k, n], where m may be symbolic and leading dimensions count as rows.
 
-    weight : name of the right-hand matrix; transpose_b : it is stored [n, k] and used as it is; folded : what followed it and is now part
-    of its call, "add" of a matrix (tvm_infer.matmul_add) or "cast" to float32.
+    weight : name of the right-hand matrix; transpose_b : it is stored [n, k] and used as it is; folded : what followed it and is now
+    part of its call, "add" of a matrix (tvm_infer.matmul_add) or "cast" to float32.
     """
 
     location: Location
@@ -161,15 +161,16 @@ class DispatchMatmul:
     is, with the reason in the report.
 
     Of a dispatched product whose only reader is `R.add(product, x)` or `R.add(x, product)`, x of its shape and dtype, product and sum
-    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, the call writes float32.
-    Reshapes between the two that keep the columns are passed over. Both leave a rounding out: the product is not rounded to the model's
-    dtype before it is added, or made float32. A bias, which has another shape, stays an addition, which TVM fuses with what follows.
+    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, the call writes
+    float32. Reshapes between the two that keep the columns are passed over. Both leave out a rounding, that of the product to the
+    model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with what follows.
 
     Parameters
     ----------
     target_kind : "cpu" or "cuda": which library multiplies (LIBRARIES).
     gemv_max_rows : products of a fixed number of rows up to this stay with TVM (GemvRule).
     enabled : False leaves the module as it is, and the report says so of every product.
+    fold : False leaves additions and casts to kernels of their own.
 
     Attributes
     ----------
@@ -180,12 +181,15 @@ class DispatchMatmul:
     ArgumentError : another target_kind, a negative gemv_max_rows.
     """
 
-    def __init__(self, target_kind: str = "cpu", *, gemv_max_rows: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, target_kind: str = "cpu", *, gemv_max_rows: int = 0, enabled: bool = True, fold: bool = True
+    ) -> None:
         if target_kind not in LIBRARIES:
             raise ArgumentError(f"argument `target_kind` is {target_kind!r}; it must be one of {', '.join(LIBRARIES)}")
         if gemv_max_rows < 0:
             raise ArgumentError(f"argument `gemv_max_rows` is {gemv_max_rows}; it must be at least 0 (0: dispatch all)")
-        self.library, self.gemv, self.enabled = LIBRARIES[target_kind], GemvRule(gemv_max_rows), enabled
+        self.library, self.gemv = LIBRARIES[target_kind], GemvRule(gemv_max_rows)
+        self.enabled, self.fold = enabled, fold
         self.report = MatmulReport()
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
@@ -199,7 +203,7 @@ class DispatchMatmul:
 
     def _rewrite(self, name: str, func: Any) -> Any:
         products = self._products(name, func)
-        folds = find_folds(func, products, casts=self.library.widens)
+        folds = find_folds(func, products, casts=self.library.widens) if self.fold else {}
         by_product = {fold.product: fold for fold in folds.values()}
         self.report.dispatched += [product.described(by_product.get(var)) for var, product in products.items()]
         gone = {var for fold in folds.values() for var in fold.passed}
