@@ -207,7 +207,14 @@ def is_float32(b, x, w, c):
     return b.emit(relax.op.astype(product(b, x, w, out_dtype="float32"), "float32"))
 
 
+def computed_on(b, x, w, c):
+    """A gate in float32: TVM computes the cast within the activation's kernel."""
+    y = b.emit(relax.op.astype(product(b, x, w), "float32"))
+    return b.emit(relax.op.astype(b.emit(relax.op.multiply(y, b.emit(relax.op.sigmoid(y)))), "bfloat16"))
+
+
 KEPT = [
+    (computed_on, {}),
     (read_twice, {}),
     (added_to_itself, {}),
     (reshaped_and_read, {}),
@@ -262,6 +269,19 @@ def test_float32_sums_of_16_bit_operands():
     )
     dispatch = DispatchMatmul("cuda")
     assert dispatch(mod).script().count("matmul_add") == 1 and dispatch.report.dispatched[0].folded == "add"
+
+
+def test_casts_that_are_returned_among_others():
+    """As a decode function returns logits, in their rows, and the index of the largest."""
+
+    def follow(b, x, w, c):
+        logits = b.emit(relax.op.astype(product(b, x, w), "float32"))
+        tokens = b.emit(relax.op.argmax(logits, axis=-1))
+        return b.emit(relax.Tuple([b.emit(relax.op.reshape(logits, (1, *c.ty.shape.values))), tokens]))
+
+    dispatch = DispatchMatmul("cuda")
+    assert "astype" not in dispatch(built(follow)).script()
+    assert [item.folded for item in dispatch.report.dispatched] == ["cast"]
 
 
 def test_the_cpu_does_not_cast():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tvm import relax, sym
 
-from .nodes import dtype_of, known_shape, op_name, shape_of, used_vars
+from .nodes import bindings_of, dtype_of, known_shape, op_name, shape_of, used_vars
 
 _ADD, _CAST, _RESHAPE = "relax.add", "relax.astype", "relax.reshape"
 Kind = Literal["add", "cast"]
@@ -38,9 +38,13 @@ def find_folds(func: relax.Function, products: Collection[Any], *, casts: bool) 
 
     A product and its reader stand in one dataflow block: nothing between them has effects, so the product may as well be computed where
     its reader stands. Of a sum of two products one takes in the other.
+
+    NOTE: only casts whose result is returned (logits), which are kernels of their own. Others (a gate's, before its sigmoid) TVM computes
+    within the kernel that follows, and a product that writes float32 would write, and that kernel read, twice the bytes.
     """
     reads = _Reads()
     reads.visit_expr(func)
+    cast_vars = _returned(func) if casts else set()
     folds: dict[Any, Fold] = {}
     for block in func.body.blocks:
         if not isinstance(block, relax.DataflowBlock):
@@ -51,7 +55,7 @@ def find_folds(func: relax.Function, products: Collection[Any], *, casts: bool) 
             reader = readers.get(passed[-1])
             if reads.counts[passed[-1]] != 1 or reader is None or reader.var in folds:
                 continue
-            fold = _fold(reader.value, passed, casts)
+            fold = _fold(reader, passed, cast_vars)
             if fold is not None:
                 folds[reader.var] = fold
     return folds
@@ -88,11 +92,25 @@ def _has_columns_of(value: Any, product: Any) -> bool:
     return shape is not None and len(shape) >= 2 and _equal(shape[-1:], shape_of(product)[-1:])
 
 
-def _fold(value: Any, passed: Sequence[Any], casts: bool) -> Fold | None:
-    """How the operator that reads passed[-1] becomes part of the product passed[0], or None."""
-    product, last = passed[0], passed[-1]
+def _returned(func: relax.Function) -> set[Any]:
+    """The variables whose elements a function returns, seen through tuples and reshapes."""
+    definitions = {binding.var: binding.value for binding in bindings_of(func)}
+    found: set[Any] = set()
+    pending = used_vars(func.body.body)
+    while pending:
+        var = pending.pop()
+        found.add(var)
+        value: Any = definitions.get(var)
+        if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem) or op_name(value) == _RESHAPE:
+            pending += used_vars(value)
+    return found
+
+
+def _fold(reader: Any, passed: Sequence[Any], cast_vars: Collection[Any]) -> Fold | None:
+    """How the binding that reads passed[-1] becomes part of the product passed[0], or None. cast_vars : casts that may."""
+    product, last, value = passed[0], passed[-1], reader.value
     kind = op_name(value)
-    if kind == _CAST and casts and dtype_of(value) == "float32" != dtype_of(product):
+    if kind == _CAST and reader.var in cast_vars and dtype_of(value) == "float32" != dtype_of(product):
         return Fold("cast", product, tuple(passed))
     if kind != _ADD:
         return None
