@@ -161,9 +161,10 @@ class DispatchMatmul:
     is, with the reason in the report.
 
     Of a dispatched product whose only reader is `R.add(product, x)` or `R.add(x, product)`, x of its shape and dtype, product and sum
-    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, and the
-    function returns that (logits), the call writes float32. Reshapes between the two that keep the columns are passed over. Both leave out a rounding, that of the product to the
-    model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with what follows.
+    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, and the function
+    returns that (logits), the call writes float32. Reshapes between the two that keep the columns are passed over. Both leave out a
+    rounding, that of the product to the model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with what
+    follows.
 
     Parameters
     ----------

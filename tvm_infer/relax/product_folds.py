@@ -39,8 +39,8 @@ def find_folds(func: relax.Function, products: Collection[Any], *, casts: bool) 
     A product and its reader stand in one dataflow block: nothing between them has effects, so the product may as well be computed where
     its reader stands. Of a sum of two products one takes in the other.
 
-    NOTE: only casts whose result is returned (logits), which are kernels of their own. Others (a gate's, before its sigmoid) TVM computes
-    within the kernel that follows, and a product that writes float32 would write, and that kernel read, twice the bytes.
+    NOTE: only casts whose result is returned (logits), which are kernels of their own. Others (a gate's, before its sigmoid) TVM
+    computes within the kernel that follows; of a product in float32 that kernel would read, and the product write, twice the bytes.
     """
     reads = _Reads()
     reads.visit_expr(func)
