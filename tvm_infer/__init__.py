@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import jit as jit
-    from .blas import matmul, set_blas
+    from .blas import matmul, matmul_add, set_blas
     from .compiler import compile as compile
     from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
@@ -39,6 +39,7 @@ __all__ = [
     "jit",
     "load",
     "matmul",
+    "matmul_add",
     "merge",
     "plan",
     "plan_status",
@@ -62,6 +63,7 @@ _LAZY = {
     "cuda_tile_table": "planning",
     "load": "runtime",
     "matmul": "blas",
+    "matmul_add": "blas",
     "merge": "ops",
     "plan": "planning",
     "plan_status": "planning",

@@ -1,4 +1,4 @@
-"""`tvm_infer.matmul`, and the packaged BLAS behind it on the CPU, found and opened once (on CUDA: cublas.py)."""
+"""`tvm_infer.matmul` and `matmul_add`, and the packaged BLAS behind it on the CPU, found and opened once (on CUDA: cublas.py)."""
 
 from __future__ import annotations
 
@@ -82,15 +82,49 @@ def matmul(a: Any, b: Any, *, transpose_b: bool = False, out: Any = None) -> Any
     16-bit floats: cast first). MissingDependencyError : no BLAS is installed (extra `blas`), no cuBLASLt (extra `cuda`).
     WorkspaceError : captured before a first product, or too many streams. DeviceError : cuBLAS or the driver refused, by name.
     """
-    if _device.cuda_index(a) is None:
-        ensure_blas()
-    if out is None:
-        if len(a.shape) < 2 or len(b.shape) != 2:
-            raise errors.ArgumentError(
-                f"arguments `a`, `b` have shapes {list(a.shape)}, {list(b.shape)}; they must be [..., m, k] and of rank 2"
-            )
-        out = _array.empty_like(a, (*a.shape[:-1], b.shape[0 if transpose_b else 1]))
+    out = _prepared(a, b, transpose_b, out, like=a)
     _ffi.func("matmul")(
         _array.as_tensor(a, "a"), _array.as_tensor(b, "b"), int(transpose_b), _array.as_tensor(out, "out", output=True)
     )
     return out
+
+
+def matmul_add(a: Any, b: Any, *, transpose_b: bool = False, c: Any, out: Any = None) -> Any:
+    """out = a @ b + c, or a @ b.T + c: `matmul` with c as one summand more, added in float32 before the one rounding to out's type.
+
+    One kernel on CUDA, where a product and a sum are two and round twice.
+
+    Parameters
+    ----------
+    a, b : as in :func:`matmul`.
+    c : [..., m, n], of out's type; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
+    out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `c`. It may be c itself (c is then replaced by
+        the sum, with the bits that another `out` would get), or shares no element with it.
+
+    Raises
+    ------
+    As :func:`matmul`. ArgumentError also: c of another number of rows or columns (a bias is not broadcast), c that overlaps out in
+    part. DTypeError also: c of another type than out.
+    """
+    out = _prepared(a, b, transpose_b, out, like=c)
+    _ffi.func("matmul_add")(
+        _array.as_tensor(a, "a"),
+        _array.as_tensor(b, "b"),
+        int(transpose_b),
+        _array.as_tensor(c, "c"),
+        _array.as_tensor(out, "out", output=True),
+    )
+    return out
+
+
+def _prepared(a: Any, b: Any, transpose_b: bool, out: Any, *, like: Any) -> Any:
+    """`out`, or a new one of the kind, type and device of `like`; on the CPU with a BLAS open."""
+    if _device.cuda_index(a) is None:
+        ensure_blas()
+    if out is not None:
+        return out
+    if len(a.shape) < 2 or len(b.shape) != 2:
+        raise errors.ArgumentError(
+            f"arguments `a`, `b` have shapes {list(a.shape)}, {list(b.shape)}; they must be [..., m, k] and of rank 2"
+        )
+    return _array.empty_like(like, (*a.shape[:-1], b.shape[0 if transpose_b else 1]))

@@ -1,4 +1,4 @@
-"""The cuBLASLt behind `tvm_infer.matmul` on CUDA devices: found, and opened once.
+"""The cuBLASLt behind `tvm_infer.matmul` and `matmul_add` on CUDA devices: found, and opened once.
 
 NVIDIA's library comes with torch, with a CUDA toolkit, or as a package of its own: nvidia-cublas (CUDA 13), nvidia-cublas-cu12.
 Programs without Python name it by TVM_INFER_CUBLASLT or leave it to the dynamic loader.

@@ -105,7 +105,7 @@ import tvm_ffi
 from tvm_infer import _ffi
 _ffi.library()
 calls = []
-for name in ("attention_with_kv_cache", "matmul"):
+for name in ("attention_with_kv_cache", "matmul", "matmul_add"):
     tvm_ffi.register_global_func(f"tvm_infer.{name}", lambda *args, name=name: calls.append(name), override=True)
 print(generate(sys.argv[1], sys.argv[2]))
 print(calls)
@@ -125,7 +125,7 @@ def test_a_library_calls_its_own_functions(saved, executable, tokens, run_python
     folder = executable._library_path.parent
     out = run_python(OVERRIDE, saved / "model.so", saved / "model.safetensors", folder).splitlines()
     assert out[:2] == [str(tokens), "[]"]
-    assert out[2] == "['attention_with_kv_cache', 'matmul']"
+    assert out[2] == "['attention_with_kv_cache', 'matmul', 'matmul_add']"
 
 
 def test_two_libraries_and_tvm_infer_in_one_process(saved, executable, tokens, tmp_path):
@@ -168,6 +168,26 @@ def test_without_its_blas_it_takes_the_package_s(executable, saved, tokens, tmp_
     assert str(embedded()).startswith("/proc/self/fd/")
 
 
+@pytest.mark.parametrize(
+    "functions", [["matmul"], ["attention_with_kv_cache", "matmul_add"], ["attention_with_kv_cache"]]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_whichever_product_a_model_has_it_gets_a_library(functions, device, monkeypatch):
+    given = []
+
+    class Module:
+        def get_function(self, name, _):
+            return (lambda path, *_: given.append(path)) if "_set_" in name else lambda: ""
+
+    monkeypatch.setattr(library, "ensure_cuda_runtime", lambda: None)
+    monkeypatch.setattr(library.cublas, "need", lambda: library.cublas.Library("cublas.so", "a test"))
+    monkeypatch.setattr(library.blas, "packaged_blas", lambda: "blas.so")
+    model = library.CompiledModel({"target": json.dumps({"kind": device})}, "", None, {"functions": functions})
+    library.ensure_blas(model, Module())
+    needed = "cublas.so" if device == "cuda" else "blas.so"
+    assert given == ([] if functions == ["attention_with_kv_cache"] else [needed])
+
+
 def test_a_loaded_model_is_exported_by_copying(saved, tmp_path):
     loaded = tvm_infer.load(saved)
     loaded.save(tmp_path)
@@ -180,7 +200,7 @@ def test_a_loaded_model_is_exported_by_copying(saved, tmp_path):
 def test_the_manifest(saved, executable):
     about = library.read(saved / "model.so").about
     assert about["format"] == 1 and about["tvm_infer"] == tvm_infer.__version__ and about["device"] == "cpu"
-    assert about["functions"] == ["attention_with_kv_cache", "matmul"]
+    assert about["functions"] == ["attention_with_kv_cache", "matmul", "matmul_add"]
     assert about["kernels"] == about["archs"] == []
     assert [w["name"] for w in about["weights"]] == list(executable.manifest.weights)
     assert about["weights"][0]["shape"] == list(executable._weights[0].shape)
@@ -330,7 +350,7 @@ def test_a_fused_projection_needs_the_kernel_that_rotates():
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
     assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
     assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
-    assert library.kernel_names(layers, ["matmul"], (16,)) == ()
+    assert library.kernel_names(layers, ["matmul", "matmul_add"], (16,)) == ()
 
 
 def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):

@@ -346,6 +346,7 @@ def test_too_few_keys_for_the_steps():
         ("merge_state_inplace_kernel", "attention"),
         ("append_b16", "attention"),
         ("tvm_infer.matmul", "gemm"),
+        ("tvm_infer.matmul_add", "gemm"),
         ("nvjet_tst_128x64_64x8_2x1_v_bz_TNT", "gemm"),
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop…>", "gemm"),
         ("fused_rms_norm_kernel", "other"),

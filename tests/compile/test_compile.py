@@ -61,7 +61,8 @@ def test_report_names_what_was_done(executable, tmp_path):
     text = executable.explain()
     assert "2 attention(s) rewritten, 0 refused" in text
     assert "15 matmul(s) to tvm_infer.matmul, 0 left to TVM" in text
-    assert "2 x  [num_tokens, 80] x [48, 80]^T" in text
+    assert "4 of them with the addition that followed (tvm_infer.matmul_add)" in text
+    assert "2 x  [num_tokens, 80] x [48, 80]^T + [num_tokens, 48]" in text
     executable.export_library(tmp_path / "model.so")
     assert (tmp_path / "model.so").stat().st_size > 0
 

@@ -61,6 +61,7 @@ def test_compiled_on_our_cache_it_gives_transformers_tokens(untied, answers, rot
     assert "PagedKVCache" in executable.explain()
     # of every layer: qkv, o, gate/up, down; and the head
     assert f"{4 * config.num_layers + 1} matmul(s) to tvm_infer.matmul, 0 left" in executable.explain()
+    assert f"{2 * config.num_layers} of them with the addition that followed" in executable.explain()  # o, down
 
 
 def test_tied_embeddings_need_no_head():

@@ -19,6 +19,7 @@ static_assert(ours::kComputeMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINO
 static_assert(ours::kMaxSharedOptin == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
 static_assert(ours::kMaxDynamicShared == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 static_assert(ours::kProgrammaticSerialization == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+static_assert(ours::kMemoryTypeDevice == CU_MEMORYTYPE_DEVICE);
 static_assert(ours::kTensorMapFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
 static_assert(ours::kTensorMapBFloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
 static_assert(ours::kTensorMapInterleaveNone == CU_TENSOR_MAP_INTERLEAVE_NONE);
@@ -44,6 +45,15 @@ static_assert(offsetof(ours::LaunchConfig, shared_bytes) == offsetof(CUlaunchCon
 static_assert(offsetof(ours::LaunchConfig, stream) == offsetof(CUlaunchConfig, hStream));
 static_assert(offsetof(ours::LaunchConfig, attributes) == offsetof(CUlaunchConfig, attrs));
 static_assert(offsetof(ours::LaunchConfig, num_attributes) == offsetof(CUlaunchConfig, numAttrs));
+static_assert(sizeof(ours::Memcpy2D) == sizeof(CUDA_MEMCPY2D));
+static_assert(offsetof(ours::Memcpy2D, from.memory_type) == offsetof(CUDA_MEMCPY2D, srcMemoryType));
+static_assert(offsetof(ours::Memcpy2D, from.device) == offsetof(CUDA_MEMCPY2D, srcDevice));
+static_assert(offsetof(ours::Memcpy2D, from.pitch) == offsetof(CUDA_MEMCPY2D, srcPitch));
+static_assert(offsetof(ours::Memcpy2D, to.memory_type) == offsetof(CUDA_MEMCPY2D, dstMemoryType));
+static_assert(offsetof(ours::Memcpy2D, to.device) == offsetof(CUDA_MEMCPY2D, dstDevice));
+static_assert(offsetof(ours::Memcpy2D, to.pitch) == offsetof(CUDA_MEMCPY2D, dstPitch));
+static_assert(offsetof(ours::Memcpy2D, width_bytes) == offsetof(CUDA_MEMCPY2D, WidthInBytes));
+static_assert(offsetof(ours::Memcpy2D, height) == offsetof(CUDA_MEMCPY2D, Height));
 static_assert(sizeof(ours::DevicePointer) == sizeof(CUdeviceptr) && sizeof(CUdevice) == sizeof(int));
 
 // The exported name behind each of cuda.h's macros, and as many parameters as ours.
@@ -54,4 +64,5 @@ constexpr bool SameArity(int (*)(A...), CUresult (*)(B...)) {
 #define HOLD(name, parameters) static_assert(SameArity(static_cast<int(*) parameters>(nullptr), static_cast<decltype(&::name)>(nullptr)));
 using ours::DevicePointer;
 using ours::LaunchConfig;
+using ours::Memcpy2D;
 TVM_INFER_DRIVER_FUNCTIONS(HOLD)

@@ -151,15 +151,19 @@ FAKE int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void*
   const auto& x = *static_cast<Desc*>(desc);
   const auto &la = *static_cast<Layout*>(a_layout), &lb = *static_cast<Layout*>(b_layout), &ld = *static_cast<Layout*>(d_layout);
   const uint64_t k = x.transpose_a ? la.rows : la.cols, rows = x.transpose_a ? la.cols : la.rows;
-  if (handle != &log_text || c != d || c_layout != d_layout || algo->data[0] != 42) return 7;
-  if (*static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0) return 7;
+  const auto& lc = *static_cast<Layout*>(c_layout);
+  const float scale = *static_cast<const float*>(beta);
+  if (handle != &log_text || algo->data[0] != 42 || *static_cast<const float*>(alpha) != 1) return 7;
+  if (c == d && c_layout != d_layout) return 7;  // in place: one layout
+  if (scale != 1 && (scale != 0 || c != d)) return 7;
+  if (lc.type != ld.type || lc.rows != ld.rows || lc.cols != ld.cols) return 7;
   if (lb.rows != k || ld.rows != rows || ld.cols != lb.cols || la.type != lb.type) return 7;
-  const int status = Called("cublasLtMatmul", "workspace=" + Numbers(reinterpret_cast<uintptr_t>(workspace), workspace_bytes) +
-                                                  " stream=" + Numbers(reinterpret_cast<uintptr_t>(stream)));
+  const int status = Called("cublasLtMatmul", "workspace=" + Numbers(reinterpret_cast<uintptr_t>(workspace), workspace_bytes) + " stream=" +
+                                                  Numbers(reinterpret_cast<uintptr_t>(stream)) + " beta=" + Numbers(int(scale)));
   if (status != 0) return status;
   for (uint64_t j = 0; j < ld.cols; ++j) {
     for (uint64_t i = 0; i < ld.rows; ++i) {
-      double sum = 0;
+      double sum = scale == 0 ? 0 : Load(c, lc.type, i + int64_t(j) * lc.leading_dim);
       for (uint64_t p = 0; p < k; ++p) {
         const int64_t at = x.transpose_a ? p + int64_t(i) * la.leading_dim : i + int64_t(p) * la.leading_dim;
         sum += Load(a, la.type, at) * Load(b, lb.type, p + int64_t(j) * lb.leading_dim);

@@ -17,6 +17,7 @@ using tvm_infer::cuda::DevicePointer;
 using tvm_infer::cuda::KernelInfo;
 using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
+using tvm_infer::cuda::Memcpy2D;
 using tvm_infer::cuda::RopeAppendParams;
 
 #if !defined(FAKE_CUDA_OLD)  // else a driver that lacks functions
@@ -182,6 +183,17 @@ FAKE int cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {  // as a driver r
 FAKE int cuMemsetD2D8Async(DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream) {
   for (size_t row = 0; row < height; ++row) std::memset(reinterpret_cast<char*>(pointer) + row * pitch, value, width);
   return Called("cuMemsetD2D8Async", std::to_string(reinterpret_cast<uintptr_t>(stream)));
+}
+FAKE int cuMemcpy2DAsync_v2(const Memcpy2D* copy, void* stream) {
+  for (const Memcpy2D::Side& side : {copy->from, copy->to}) {
+    if (side.memory_type != tvm_infer::cuda::kMemoryTypeDevice || side.x_bytes != 0 || side.y != 0) return 1;
+    if (copy->width_bytes > side.pitch) return 1;
+  }
+  for (size_t row = 0; row < copy->height; ++row) {
+    std::memcpy(reinterpret_cast<char*>(copy->to.device) + row * copy->to.pitch,
+                reinterpret_cast<const char*>(copy->from.device) + row * copy->from.pitch, copy->width_bytes);
+  }
+  return Called("cuMemcpy2DAsync", std::to_string(reinterpret_cast<uintptr_t>(stream)));
 }
 FAKE int cuMemFree_v2(DevicePointer pointer) { return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree"); }
 FAKE int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) { return *free_bytes = 1000, *total_bytes = 2000, 0; }

@@ -52,7 +52,7 @@ class _Exporter:
 
 def tensor(shape, dtype="bfloat16", *, device=(CUDA, 0), strides=None, offset=0, data=None):
     """A tensor of zeros (or `data`) in host memory, 64-byte aligned, that says it is on `device`. offset: bytes; strides: elements."""
-    code, bits = _CODES[dtype]
+    bits = _CODES[dtype][1]
     dense = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
     strides = dense if strides is None else strides
     span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 0) + 1
@@ -65,15 +65,25 @@ def tensor(shape, dtype="bfloat16", *, device=(CUDA, 0), strides=None, offset=0,
     if data is not None:
         raw = np.ascontiguousarray(data).view(np.uint8).ravel()
         memory[start + offset : start + offset + raw.size] = raw
+    _kept.append(memory)
+    return _exported(memory.ctypes.data + start, shape, dtype, device, strides, offset)
+
+
+def _exported(address, shape, dtype, device, strides, offset):
     dims = (ctypes.c_int64 * len(shape))(*shape)
     steps = (ctypes.c_int64 * len(shape))(*strides)
-    address = memory.ctypes.data + start
-    managed = _DLManagedTensor(_DLTensor(address, *device, len(shape), code, bits, 1, dims, steps, offset), None, None)
-    _kept.append((managed, memory, dims, steps))
+    managed = _DLManagedTensor(
+        _DLTensor(address, *device, len(shape), *_CODES[dtype], 1, dims, steps, offset), None, None
+    )
     result = tvm_ffi.from_dlpack(_Exporter(managed))
     addresses[id(result)] = address + offset
-    _kept.append(result)
+    _kept.extend((managed, dims, steps, result))
     return result
+
+
+def alias(of, shape, dtype="bfloat16", *, strides, offset, device=(CUDA, 0)):
+    """Another tensor in the memory of `of`, beginning `offset` bytes behind its first element."""
+    return _exported(addresses[id(of)], shape, dtype, device, strides, offset)
 
 
 addresses: dict[int, int] = {}  # of a tensor's first element, by id

@@ -64,7 +64,7 @@ def test_products_arguments_and_errors(fake):
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "with_fake_cublas.py")]
     result = python(arguments, fake, TVM_INFER_CUBLASLT=str(fake / "libcublasLt.so.13"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count(".") > 150 and "skipped" not in result.stdout
+    assert result.stdout.count(".") > 250 and "skipped" not in result.stdout
 
 
 def headers_of_cublas() -> list[pathlib.Path]:

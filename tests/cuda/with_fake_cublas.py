@@ -17,7 +17,7 @@ import tvm_infer
 from tvm_infer import _ffi, errors
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from fake_tensors import CPU, CUDA, ROCM, Driver, addresses, tensor
+from fake_tensors import CPU, CUDA, ROCM, Driver, addresses, alias, tensor
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
@@ -102,6 +102,22 @@ def multiply(m=3, k=4, n=5, *, dtype="bfloat16", out_dtype=None, transpose_b=Tru
     return made
 
 
+def multiply_add(m=3, k=4, n=5, *, dtype="bfloat16", out_dtype=None, transpose_b=True, stream=0, **changes):
+    """The same with c; returns its tensors, in the order of the call. c="out": in place."""
+    made = {
+        "a": tensor((m, k), dtype),
+        "b": tensor((n, k) if transpose_b else (k, n), dtype),
+        "transpose_b": int(transpose_b),
+        "c": tensor((m, n), out_dtype or dtype),
+        "out": tensor((m, n), out_dtype or dtype),
+        **changes,
+    }
+    made["c"] = made["out"] if isinstance(made["c"], str) else made["c"]
+    with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda:0"), stream):
+        _ffi.func("matmul_add")(*made.values())
+    return made
+
+
 @pytest.mark.parametrize("pads", [(0, 0, 0), (3, 1, 2), (8, 8, 8)])
 @pytest.mark.parametrize("transpose_b", [True, False])
 @pytest.mark.parametrize(("dtype", "out_dtype"), [(d, o) for d in TYPES for o in {d, "float32"}])
@@ -116,6 +132,81 @@ def test_layouts(cublas, m, k, n, dtype, out_dtype, transpose_b, pads):
     got = read(out, out_dtype, m, n + pads[2])
     np.testing.assert_array_equal(got[:, :n], (a @ b).astype(NUMPY[out_dtype]).astype(np.float64))
     assert np.isnan(got[:, n:]).all()
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (3, 3), (0, 5), (8, 1)])
+@pytest.mark.parametrize("transpose_b", [True, False])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(d, o) for d in TYPES for o in {d, "float32"}])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 5), (4, 1, 3), (6, 16, 8)])
+def test_layouts_of_an_addend(cublas, m, k, n, dtype, out_dtype, transpose_b, pads):
+    """Out of place, with any two row strides, and in place. The fake refuses two layouts for one matrix."""
+    a, b, c = integers(1, m, k), integers(2, k, n), integers(3, m, n) * 100
+    addend = matrix(c, out_dtype, pads[0], offset=8)
+    out = matrix(np.full((m, n), np.nan), out_dtype, pads[1], offset=4)
+    first, second = matrix(a, dtype), matrix(b.T if transpose_b else b, dtype)
+    expected = (a @ b + c).astype(np.float32).astype(NUMPY[out_dtype]).astype(np.float64)  # one rounding
+    for to, pad in ((out, pads[1]), (addend, pads[0])):
+        _ffi.func("matmul_add")(first, second, int(transpose_b), addend, to)
+        got = read(to, out_dtype, m, n + pad)
+        np.testing.assert_array_equal(got[:, :n], expected)
+        assert np.isnan(got[:, n:]).all()
+    assert [call["beta"] for call in cublas.calls("cublasLtMatmul")] == [[1], [1]]
+
+
+def test_the_sum_is_rounded_once(cublas):
+    """257 + 1: bfloat16 has 256 and 258. A product that is rounded first is 256, and 257 is 256 once more."""
+    out = tensor((1, 1))
+    a, b = np.array([[1.0, 0.5]]), np.array([[256.0], [2.0]])
+    _ffi.func("matmul_add")(matrix(a), matrix(b), 0, matrix(np.array([[1.0]])), out)
+    assert read(out, "bfloat16", 1, 1)[0, 0] == 258
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_what_the_heuristic_is_asked_with_an_addend(cublas, dtype):
+    t, size = TYPES[dtype], np.dtype(NUMPY[dtype]).itemsize
+    c = matrix(integers(1, 3, 50), dtype, 6, offset=size)
+    multiply_add(3, 40, 50, dtype=dtype, c=c)
+    multiply_add(3, 40, 50, dtype=dtype, c="out", out=c)
+    apart, in_place = cublas.queries()
+    assert (apart["c"], apart["d"]) == ([t, 50, 3, 56], [t, 50, 3, 50]) and apart["alignment"] == [16, 16, size, 16]
+    assert in_place["c"] == in_place["d"] == [t, 50, 3, 56] and in_place["alignment"] == [16, 16, size, size]
+
+
+def test_an_addend_makes_another_problem(cublas):
+    """Where it lies, in place among it, does not: the same kernel gives the same bits."""
+    for _ in range(2):
+        multiply(29, 48, 16)
+        multiply_add(29, 48, 16)
+        multiply_add(29, 48, 16, c="out")
+        multiply_add(29, 48, 16, c=tensor((29, 16), offset=32))
+        multiply_add(29, 48, 16, c=matrix(integers(1, 29, 16), pad=8))
+        multiply_add(29, 48, 16, c=tensor((29, 16), offset=4))
+    assert len(cublas.queries()) == 4
+    assert [call["beta"][0] for call in cublas.calls("cublasLtMatmul")] == [0, 1, 1, 1, 1, 1] * 2
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_no_summands_give_the_addend(cublas, driver, out_dtype):
+    c, out = integers(1, 3, 5), matrix(np.full((3, 5), np.nan), out_dtype, 2)
+    multiply_add(3, 0, 5, out=out, c=matrix(c, out_dtype, 1), stream=64)
+    got = read(out, out_dtype, 3, 7)
+    assert (got[:, :5] == c).all() and np.isnan(got[:, 5:]).all()
+    multiply_add(3, 0, 5, out=out, c="out", stream=64)
+    assert (read(out, out_dtype, 3, 7)[:, :5] == c).all()
+    assert driver.calls("cuMemcpy2DAsync") == ["64"] and driver.calls("cuMemsetD2D8Async") == []
+    assert cublas.calls("cublasLtMatmul") == []
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0), (0, 0, 0), (0, 0, 5)])
+def test_nothing_to_add_to(cublas, driver, shape):
+    multiply_add(*shape)
+    assert cublas.calls("cublasLtMatmul") == [] and driver.calls("cuMemcpy2DAsync") == []
+
+
+def test_a_failed_copy_has_a_name(cublas, driver):
+    driver.fail("cuMemcpy2DAsync", 1)
+    with pytest.raises(errors.DeviceError, match="cuMemcpy2DAsync"):
+        multiply_add(3, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", list(TYPES))
@@ -374,6 +465,45 @@ def test_bad_arguments_are_refused_before_any_call(cublas, kind, words, changes)
     with pytest.raises(kind, match=words):
         multiply(**changes())
     assert cublas.queries() == [] and cublas.calls("cublasLtMatmul") == []
+
+
+def sharing(shift, stride):
+    """c begins `shift` elements behind out, whose rows are 8 elements apart, in the same memory; its own are `stride` apart."""
+    out = tensor((3, 5), strides=(8, 1))
+    return {"c": alias(out, (3, 5), "bfloat16", strides=(stride, 1), offset=2 * shift), "out": out}
+
+
+ADDENDS = [
+    (errors.ArgumentError, r"`c` is on cpu, `a` on cuda:0", lambda: {"c": tensor((3, 5), device=(CPU, 0))}),
+    (errors.ArgumentError, r"`c` is on cuda:1, `a` on cuda:0", lambda: {"c": tensor((3, 5), device=(CUDA, 1))}),
+    (errors.DTypeError, r"`c` has dtype float32; it must be bfloat16", lambda: {"c": tensor((3, 5), "float32")}),
+    (
+        errors.DTypeError,
+        r"`c` has dtype bfloat16; it must be float32",
+        lambda: {"out": tensor((3, 5), "float32"), "c": tensor((3, 5))},
+    ),
+    (errors.ArgumentError, r"`c` has shape \[3, 6\]; dimension 1 must be 5", lambda: {"c": tensor((3, 6))}),
+    (errors.ArgumentError, r"`c`.*has 1 rows; `out`.*not broadcast", lambda: {"c": tensor((1, 5))}),
+    (errors.ArgumentError, r"`c` has rank 1", lambda: {"c": tensor((5,))}),
+    (errors.ArgumentError, r"`c` has stride 3 in its last", lambda: {"c": tensor((3, 5), strides=(1, 3))}),
+    (errors.ArgumentError, r"`c`.*rows must not overlap", lambda: {"c": tensor((3, 5), strides=(0, 1))}),
+    (errors.ArgumentError, r"`c`, shape \[3, 5\], row stride 8, overlaps `out`, row stride 8", lambda: sharing(1, 8)),
+    (errors.ArgumentError, r"`c`.*overlaps `out`.*Copy c first", lambda: sharing(8, 8)),
+    (errors.ArgumentError, r"`c`.*row stride 9, overlaps `out`, row stride 8", lambda: sharing(0, 9)),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "changes"), ADDENDS, ids=[row[1] for row in ADDENDS])
+def test_bad_addends_are_refused_before_any_call(cublas, kind, words, changes):
+    with pytest.raises(kind, match=words):
+        multiply_add(**changes())
+    assert cublas.queries() == [] and cublas.calls("cublasLtMatmul") == []
+
+
+def test_python_adds(cublas):
+    a, b, c = matrix(integers(1, 3, 4)), matrix(integers(2, 5, 4)), matrix(integers(3, 3, 5))
+    assert tvm_infer.matmul_add(a, b, transpose_b=True, c=c, out=c) is c
+    assert (read(c, "bfloat16", 3, 5) == integers(1, 3, 4) @ integers(2, 5, 4).T + integers(3, 3, 5)).all()
 
 
 def test_python_takes_and_makes_outputs(cublas):

@@ -1,4 +1,7 @@
-"""tvm_infer.matmul: against float64, strided and misaligned rows, graphs, streams, errors. CUDA runs on cuBLASLt, the CPU on a BLAS."""
+"""tvm_infer.matmul and matmul_add: against float64, strided and misaligned rows, graphs, streams, errors.
+
+CUDA runs on cuBLASLt, the CPU on a BLAS.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +84,91 @@ def check(m, k, n, dtype, device, *, out_dtype=None, transpose_b=True, pads=(0, 
     assert tvm_infer.matmul(a, b, transpose_b=transpose_b, out=out) is out
     assert_close(out, a, b, transpose_b)
     assert int((~torch.isnan(whole)).sum()) == m * n  # nothing around it was written
+
+
+def sum_error(out, a, b, c) -> float:
+    """‖out - ref‖ / ‖ref‖ of a @ b + c."""
+    reference = a.double() @ b.double() + c.double()
+    return float((out.double() - reference).norm()) / (float(reference.norm()) or 1.0)
+
+
+def check_sum(m, k, n, dtype, device, *, out_dtype=None, transpose_b=True, pads=(0, 0, 0, 0), offsets=(0, 0, 0, 0)):
+    """Out of place and in place; the addend is of the product's size, so that losing it or adding it twice shows."""
+    out_dtype = out_dtype or dtype
+    a = matrix(m, k, dtype, device, seed=1, pad=pads[0], offset=offsets[0])
+    b = matrix(*((n, k) if transpose_b else (k, n)), dtype=dtype, device=device, seed=2, pad=pads[1], offset=offsets[1])
+    c = matrix(m, n, out_dtype, device, seed=3, pad=pads[2], offset=offsets[2]).mul_(k**0.5)
+    kept = c.clone()
+    out, whole = poisoned(m, n, out_dtype, device, pad=pads[3], offset=offsets[3])
+    assert tvm_infer.matmul_add(a, b, transpose_b=transpose_b, c=c, out=out) is out
+    assert same_bits(c, kept) and int((~torch.isnan(whole)).sum()) == m * n
+    right = b.T if transpose_b else b
+    exact = (a.double() @ right.double() + c.double()).to(out_dtype)
+    rounding = sum_error(exact, a, right, c) + 2**-24 * a.shape[1] ** 0.5
+    torchs = by_torch(a, right, out_dtype) + c  # rounds twice
+    assert bool(torch.isfinite(out).all())
+    assert sum_error(out, a, right, c) <= 2 * max(sum_error(torchs, a, right, c), rounding)
+    if dtype != torch.float32 and out_dtype == dtype and k > 1:  # rounded once: closer than torch's two
+        assert sum_error(out, a, right, c) <= 1.05 * sum_error(exact, a, right, c) + 2**-24 * k**0.5
+    tvm_infer.matmul_add(a, b, transpose_b=transpose_b, c=c, out=c)
+    assert sum_error(c, a, right, kept) <= 2 * max(sum_error(torchs, a, right, kept), rounding)
+    if pads[2:] == (0, 0) and offsets[2:] == (0, 0):  # one problem, one algorithm
+        assert same_bits(c, out)
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("transpose_b", [True, False], ids=["nk", "kn"])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_sums_in_float32(m, k, n, transpose_b, device):
+    check_sum(m, k, n, torch.float32, device, transpose_b=transpose_b)
+
+
+@pytest.mark.parametrize("transpose_b", [True, False], ids=["nk", "kn"])
+@pytest.mark.parametrize("out_dtype", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_sums_in_sixteen_bits(m, k, n, dtype, out_dtype, transpose_b, cuda):
+    out = torch.float32 if out_dtype == "fp32" else None
+    check_sum(m, k, n, DTYPES[dtype], cuda, out_dtype=out, transpose_b=transpose_b)
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 300])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (14336, 4096)])
+def test_sums_of_llama(m, k, n, cuda):
+    check_sum(m, k, n, torch.bfloat16, cuda)
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("pads", [(0, 0, 1, 0), (0, 0, 0, 5), (0, 3, 5, 5), (8, 16, 8, 8)])
+@pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (1, 2, 3, 1), (0, 0, 1, 0), (8, 8, 8, 8)])
+def test_strided_and_offset_addends(pads, offsets, device):
+    for dtype in DTYPES.values() if device == "cuda" else [torch.float32]:
+        check_sum(19, 136, 72, dtype, device, pads=pads, offsets=offsets)
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 4, 5), (3, 0, 5), (3, 4, 0)])
+def test_sums_of_nothing(m, k, n, device):
+    out, whole = poisoned(m, n, torch.float32, device, pad=3)
+    a, b = (torch.ones(shape, device=device) for shape in ((m, k), (k, n)))
+    c = matrix(m, n, torch.float32, device, seed=1, pad=2)
+    tvm_infer.matmul_add(a, b, c=c, out=out)
+    assert torch.equal(out, c) and int((~torch.isnan(whole)).sum()) == m * n
+    tvm_infer.matmul_add(a, b, c=c, out=c)
+    assert torch.equal(out, c)
+
+
+@pytest.mark.subset
+def test_addends_beside_and_over_the_output(device):
+    """Two halves of a buffer's columns are apart; views that share elements are refused."""
+    buffer = torch.zeros((4, 16), device=device)
+    buffer[:, 8:] = torch.arange(32.0, device=device).reshape(4, 8)
+    a, b = torch.ones((4, 3), device=device), torch.ones((8, 3), device=device)
+    tvm_infer.matmul_add(a, b, transpose_b=True, c=buffer[:, 8:], out=buffer[:, :8])
+    assert torch.equal(buffer[:, :8], buffer[:, 8:] + 3)
+    for c in (buffer[:, 4:12], buffer[:, 1:9]):
+        with pytest.raises(errors.ArgumentError, match=r"`c`.*overlaps `out`"):
+            tvm_infer.matmul_add(a, b, transpose_b=True, c=c, out=buffer[:, :8])
 
 
 @pytest.mark.subset
@@ -175,6 +263,30 @@ def test_a_graph_replays_with_new_inputs(cuda):
             o.fill_(torch.nan)
         graph.replay()
         assert all(same_bits(x, y) for x, y in zip(outs, want, strict=True))
+
+
+def test_sums_under_a_graph(cuda):
+    """A layer's two residual additions, out of place and in place: the bits of the same calls outside a graph."""
+    pairs = [
+        (matrix(4, k, torch.bfloat16, cuda, seed=k), matrix(4096, k, torch.bfloat16, cuda, seed=k + 1))
+        for k in (4096, 14336)
+    ]
+    residual = matrix(4, 4096, torch.bfloat16, cuda, seed=3)
+    out = torch.empty_like(residual)
+
+    def step():
+        tvm_infer.matmul_add(*pairs[0], transpose_b=True, c=residual, out=out)
+        tvm_infer.matmul_add(*pairs[1], transpose_b=True, c=out, out=out)
+
+    step()
+    expected, graph = out.clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert same_bits(out, expected)
 
 
 def test_a_problem_met_first_in_a_capture(cuda):
@@ -335,6 +447,25 @@ ERRORS = [
     ("a columns", errors.ArgumentError, r"`a` has stride 6 in its last", lambda a, b, o: (a.T.contiguous().T, b, o)),
     ("rows overlap", errors.ArgumentError, r"rows must not overlap", lambda a, b, o: (a[:1].expand(6, 40), b, o)),
 ]
+
+
+ADDENDS = [
+    (errors.ArgumentError, r"`c` is on cpu, `a` on cuda", lambda c: c.cpu()),
+    (errors.DTypeError, r"`c` has dtype float32; it must be bfloat16", lambda c: c.float()),
+    (errors.ArgumentError, r"`c` has shape .*must be 50", lambda c: c[:, 1:]),
+    (errors.ArgumentError, r"`c`.*has 1 rows.*not broadcast", lambda c: c[:1]),
+    (errors.ArgumentError, r"`c`.*rows must not overlap", lambda c: c[:1].expand(6, 50)),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "change"), ADDENDS, ids=[r[1] for r in ADDENDS])
+def test_bad_addends(kind, words, change, cuda):
+    a, b = matrix(6, 40, torch.bfloat16, cuda, seed=1), matrix(50, 40, torch.bfloat16, cuda, seed=2)
+    c, out = (torch.full((6, 50), torch.nan, dtype=torch.bfloat16, device=cuda) for _ in range(2))
+    with pytest.raises(kind, match=words):
+        tvm_infer.matmul_add(a, b, transpose_b=True, c=change(c), out=out)
+    torch.cuda.synchronize()
+    assert bool(torch.isnan(out).all())
 
 
 @pytest.mark.parametrize(("kind", "words", "change"), [r[1:] for r in ERRORS], ids=[r[0] for r in ERRORS])

@@ -13,35 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import CORES, f32, operands, reference
 
 import tvm_infer
 from tvm_infer import _ffi, errors
-
-# Both ways small products are cut: AVX-512 small-matrix kernels, and row after row where there are none.
-CORES = ["SkylakeX", "Haswell"]
-
-
-def reference(a, b, transpose_b):
-    return a.astype(np.float64) @ (b.T if transpose_b else b).astype(np.float64)
 
 
 def error(out, a, b, transpose_b):
     """Largest error in units of fp32 rounding of the sum of |products|."""
     scale = np.abs(a).astype(np.float64) @ np.abs(b.T if transpose_b else b).astype(np.float64)
     return float((np.abs(out - reference(a, b, transpose_b)) / np.maximum(scale, 1e-30)).max(initial=0.0)) * 2**23
-
-
-def operands(rng, m, k, n, transpose_b, pad=0):
-    """a, b, out with row strides `pad` longer than their rows; the padding and out hold NaN."""
-
-    def matrix(rows, cols):
-        whole = np.full((rows, cols + pad), np.nan, np.float32)
-        return whole[:, :cols]
-
-    a, b, out = matrix(m, k), matrix(n, k) if transpose_b else matrix(k, n), matrix(m, n)
-    a[:] = rng.standard_normal(a.shape)
-    b[:] = rng.standard_normal(b.shape)
-    return a, b, out
 
 
 @given(
@@ -116,10 +97,6 @@ def test_empty(m, k, n):
     out = np.full((m, n), np.nan, np.float32)
     tvm_infer.matmul(np.ones((m, k), np.float32), np.ones((k, n), np.float32), out=out)
     assert (out == 0).all()
-
-
-def f32(*shape):
-    return np.zeros(shape, np.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DispatchMatmul: matrix products with a matrix on the right go to the packed function `tvm_infer.matmul`.
+"""DispatchMatmul: matrix products with a matrix on the right go to the packed functions `tvm_infer.matmul` and `matmul_add`.
 
 TVM's own CPU matmuls are 30 to 150 times slower than a BLAS here, and a transposed weight would be transposed again at every step. On
 CUDA the library is NVIDIA's cuBLASLt: TVM's generated products of many rows reach a fraction of it.
@@ -6,9 +6,10 @@ CUDA the library is NVIDIA's cuBLASLt: TVM's generated products of many rows rea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import tvm
 from tvm import relax
@@ -17,6 +18,7 @@ from ..errors import ArgumentError
 from . import extern_calls
 from .nodes import bindings_of, dtype_of, known_shape, op_name, shape_of, static_int
 from .printer import format_expr
+from .product_folds import Fold, find_folds
 from .report import Location, Reason
 
 _MATMUL, _PERMUTE = "relax.matmul", "relax.permute_dims"
@@ -81,9 +83,10 @@ class GemvRule:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """One product that goes to tvm_infer.matmul: [m, k] x [k, n], where m may be symbolic and leading dimensions count as rows.
+    """One product that goes to the library: [m, k] x [k, n], where m may be symbolic and leading dimensions count as rows.
 
-    weight : name of the right-hand matrix; transpose_b : it is stored [n, k] and used as it is.
+    weight : name of the right-hand matrix; transpose_b : it is stored [n, k] and used as it is; folded : what followed it and is now
+    part of its call, "add" of a matrix (tvm_infer.matmul_add) or "cast" to float32.
     """
 
     location: Location
@@ -92,6 +95,37 @@ class Dispatched:
     n: str
     weight: str
     transpose_b: bool
+    folded: Literal["", "add", "cast"] = ""
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product as it is dispatched. b : as it is stored."""
+
+    location: Location
+    a: Any
+    b: Any
+    transpose_b: bool
+    out_ty: Any
+
+    def call(self, fold: Fold | None = None, out_ty: Any = None) -> Any:
+        """The packed call; with a fold, for its reader of type out_ty."""
+        out_ty = out_ty or self.out_ty
+        if fold is not None and fold.kind == "add":
+            return extern_calls.matmul_add(self.a, self.b, fold.addend, transpose_b=self.transpose_b, out_ty=out_ty)
+        return extern_calls.matmul(self.a, self.b, transpose_b=self.transpose_b, out_ty=out_ty)
+
+    def described(self, fold: Fold | None) -> Dispatched:
+        *rows, k = shape_of(self.a)
+        return Dispatched(
+            self.location,
+            " * ".join(format_expr(dim) for dim in rows if format_expr(dim) != "1") or "1",
+            format_expr(k),
+            format_expr(shape_of(self.b)[0 if self.transpose_b else 1]),
+            _name(self.b),
+            self.transpose_b,
+            "" if fold is None else fold.kind,
+        )
 
 
 @dataclass
@@ -105,13 +139,16 @@ class MatmulReport:
     def __str__(self) -> str:
         by = f" ({self.library})" if self.library and self.dispatched else ""
         lines = [f"{len(self.dispatched)} matmul(s) to tvm_infer.matmul, {len(self.left)} left to TVM{by}"]
-        shapes: dict[tuple[str, str, str, bool], int] = {}
-        for item in self.dispatched:
-            key = (item.m, item.k, item.n, item.transpose_b)
-            shapes[key] = shapes.get(key, 0) + 1
-        for (m, k, n, transpose_b), count in shapes.items():
+        folded = Counter(item.folded for item in self.dispatched)
+        if folded["add"]:
+            lines.append(f"{folded['add']} of them with the addition that followed (tvm_infer.matmul_add)")
+        if folded["cast"]:
+            lines.append(f"{folded['cast']} of them with the cast to float32 that followed")
+        ends = {"": "", "add": " + [{m}, {n}]", "cast": " to float32"}
+        shapes = Counter((d.m, d.k, d.n, d.transpose_b, d.folded) for d in self.dispatched)
+        for (m, k, n, transpose_b, kind), count in shapes.items():
             weight = f"[{n}, {k}]^T" if transpose_b else f"[{k}, {n}]"
-            lines.append(f"  {count:4d} x  [{m}, {k}] x {weight}")
+            lines.append(f"  {count:4d} x  [{m}, {k}] x {weight}{ends[kind].format(m=m, n=n)}")
         lines += [f"left to TVM: {reason}" for reason in self.left]
         return "\n".join(lines)
 
@@ -120,14 +157,21 @@ class DispatchMatmul:
     """Send `R.matmul(a [..., m, k], b [k, n])` to `tvm_infer.matmul`: float32 on the CPU; float16, bfloat16 and float32 on CUDA.
 
     `b = R.permute_dims(w)` of a matrix w [n, k] (what a linear layer exports to) is folded into the call: w is read as it is stored,
-    and the permute goes if nothing else uses it. A bias stays an addition of its own, which TVM fuses with what follows. What is not
-    dispatched (another dtype, a batched right-hand side, vectors) stays as it is, with the reason in the report.
+    and the permute goes if nothing else uses it. What is not dispatched (another dtype, a batched right-hand side, vectors) stays as it
+    is, with the reason in the report.
+
+    Of a dispatched product whose only reader is `R.add(product, x)` or `R.add(x, product)`, x of its shape and dtype, product and sum
+    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, and the function
+    returns that (logits), the call writes float32. Reshapes between the two that keep the columns are passed over. Both leave out a
+    rounding, that of the product to the model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with what
+    follows.
 
     Parameters
     ----------
     target_kind : "cpu" or "cuda": which library multiplies (LIBRARIES).
     gemv_max_rows : products of a fixed number of rows up to this stay with TVM (GemvRule).
     enabled : False leaves the module as it is, and the report says so of every product.
+    fold : False leaves additions and casts to kernels of their own.
 
     Attributes
     ----------
@@ -138,12 +182,15 @@ class DispatchMatmul:
     ArgumentError : another target_kind, a negative gemv_max_rows.
     """
 
-    def __init__(self, target_kind: str = "cpu", *, gemv_max_rows: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, target_kind: str = "cpu", *, gemv_max_rows: int = 0, enabled: bool = True, fold: bool = True
+    ) -> None:
         if target_kind not in LIBRARIES:
             raise ArgumentError(f"argument `target_kind` is {target_kind!r}; it must be one of {', '.join(LIBRARIES)}")
         if gemv_max_rows < 0:
             raise ArgumentError(f"argument `gemv_max_rows` is {gemv_max_rows}; it must be at least 0 (0: dispatch all)")
-        self.library, self.gemv, self.enabled = LIBRARIES[target_kind], GemvRule(gemv_max_rows), enabled
+        self.library, self.gemv = LIBRARIES[target_kind], GemvRule(gemv_max_rows)
+        self.enabled, self.fold = enabled, fold
         self.report = MatmulReport()
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
@@ -156,44 +203,46 @@ class DispatchMatmul:
         return relax.transform.DeadCodeElimination()(updated) if self.enabled else mod
 
     def _rewrite(self, name: str, func: Any) -> Any:
-        definitions = {binding.var: binding.value for binding in bindings_of(func)}
+        products = self._products(name, func)
+        folds = find_folds(func, products, casts=self.library.widens) if self.fold else {}
+        by_product = {fold.product: fold for fold in folds.values()}
+        self.report.dispatched += [product.described(by_product.get(var)) for var, product in products.items()]
+        gone = {var for fold in folds.values() for var in fold.passed}
         builder = relax.BlockBuilder()
         blocks = []
         for block in func.body.blocks:
             bindings = []
             for binding in block.bindings:
-                if op_name(binding.value) == _MATMUL:
-                    location = Location(name, str(binding.var.name), _MATMUL)
-                    call = self._dispatch(location, binding.value, definitions)
-                    if call is not None:
-                        binding = relax.VarBinding(binding.var, builder.normalize(call))
-                bindings.append(binding)
+                var, call = binding.var, None
+                if var in gone:
+                    continue
+                if var in folds:
+                    call = products[folds[var].product].call(folds[var], binding.value.ty)
+                elif var in products:
+                    call = products[var].call()
+                bindings.append(binding if call is None else relax.VarBinding(var, builder.normalize(call)))
             is_dataflow = isinstance(block, relax.DataflowBlock)
             blocks.append(relax.DataflowBlock(bindings) if is_dataflow else relax.BindingBlock(bindings))
         body = relax.SeqExpr(blocks, func.body.body)
         return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
 
-    def _dispatch(self, location: Location, value: Any, definitions: Mapping[Any, Any]) -> Any | None:
-        """The packed call for a product, or None with the reason in the report."""
-        a, b = value.args
-        problem = self._problem(a, b, value)
-        if problem is not None:
-            why, fix = problem
-            self.report.left.append(Reason(location, f"{_describe(a)} x {_describe(b)}", why, fix))
-            return None
-        stored = _transposed(b, definitions)
-        *rows, k = shape_of(a)
-        self.report.dispatched.append(
-            Dispatched(
-                location,
-                " * ".join(format_expr(dim) for dim in rows if format_expr(dim) != "1") or "1",
-                format_expr(k),
-                format_expr(shape_of(b)[1]),
-                _name(b if stored is None else stored),
-                stored is not None,
-            )
-        )
-        return extern_calls.matmul(a, b if stored is None else stored, transpose_b=stored is not None, out_ty=value.ty)
+    def _products(self, name: str, func: Any) -> dict[Any, _Product]:
+        """The products that are dispatched, by variable; the reasons for the others go to the report."""
+        definitions = {binding.var: binding.value for binding in bindings_of(func)}
+        products = {}
+        for var, value in definitions.items():
+            if op_name(value) != _MATMUL:
+                continue
+            location = Location(name, str(var.name), _MATMUL)
+            a, b = value.args
+            problem = self._problem(a, b, value)
+            if problem is not None:
+                why, fix = problem
+                self.report.left.append(Reason(location, f"{_describe(a)} x {_describe(b)}", why, fix))
+                continue
+            stored = _transposed(b, definitions)
+            products[var] = _Product(location, a, b if stored is None else stored, stored is not None, value.ty)
+        return products
 
     def _problem(self, a: Any, b: Any, value: Any) -> tuple[str, str] | None:
         """Why a product stays with TVM and what would change that, or None."""

@@ -18,6 +18,7 @@ ATTENTION_WITH_KV_CACHE_FUSED_QKV = "tvm_infer.attention_with_kv_cache_fused_qkv
 KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
 KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
 MATMUL = "tvm_infer.matmul"
+MATMUL_ADD = "tvm_infer.matmul_add"
 # Calls on the cache that TVM's own builtins take too; the names do not start with vm.builtin, so that RewriteCUDAGraph captures them
 MLC_PREFIX = "tvm_infer.mlc_"
 MLC_KV_CACHE_CREATE = "tvm_infer.mlc_kv_cache_create"
@@ -153,3 +154,13 @@ def matmul(a: Any, b: Any, *, transpose_b: bool, out_ty: Any) -> Any:
     from tvm import relax
 
     return relax.call_dps_packed(MATMUL, relax.Tuple([a, b, relax.prim_value(int(transpose_b))]), out_ty=out_ty)
+
+
+def matmul_add(a: Any, b: Any, c: Any, *, transpose_b: bool, out_ty: Any) -> Any:
+    """out = a @ b + c (or a @ b.T + c), a and b as for `matmul`; c : [..., m, n] of out's dtype, its leading dimensions count as rows.
+
+    C++: ffi/matmul.cc, arguments (a, b, transpose_b, c, out).
+    """
+    from tvm import relax
+
+    return relax.call_dps_packed(MATMUL_ADD, relax.Tuple([a, b, relax.prim_value(int(transpose_b)), c]), out_ty=out_ty)

@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import linker
 FORMAT = 1  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
 FUNCTIONS = "functions.json"
+_PRODUCTS = frozenset({"matmul", "matmul_add"})  # functions that need a BLAS, or cuBLASLt
 _CUDA_LOADER = "ffi.Module.load_from_bytes.cuda"
 DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
 
@@ -105,12 +106,16 @@ def ensure_blas(model: CompiledModel, module: Any) -> None:
         ensure_cuda_runtime()
         if about is None:
             cublas.ensure_cublas()
-        elif "matmul" in about["functions"] and not module.get_function("tvm_infer_cublas_path", True)():
+        elif _multiplies(about["functions"]) and not module.get_function("tvm_infer_cublas_path", True)():
             module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
     elif about is None:
         blas.ensure_blas()
-    elif "matmul" in about["functions"] and not module.get_function("tvm_infer_blas_path", True)():
+    elif _multiplies(about["functions"]) and not module.get_function("tvm_infer_blas_path", True)():
         module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
+
+
+def _multiplies(functions: Iterable[str]) -> bool:
+    return not _PRODUCTS.isdisjoint(functions)
 
 
 def _manifest_function(path: pathlib.Path) -> Any:
@@ -164,7 +169,7 @@ def export(
         "model": model.manifest,
         "report": model.report,
     }
-    wants_blas = include_blas and device == "cpu" and "matmul" in functions
+    wants_blas = include_blas and device == "cpu" and _multiplies(functions)
     contents = linker.Contents(
         manifest=json.dumps(about),
         cubins=_cubins(kernels, archs),

@@ -72,6 +72,15 @@ Split SplitLarge(const MatmulArgs& x, int num_threads) {
   return best;
 }
 
+// Puts rows x cols of c, or zeros where there is none, into out. Where c is out itself they lie there already.
+void Start(const MatmulArgs& x, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  if (x.c == x.out) return;
+  for (int64_t i = row; i < row + rows; ++i) {
+    float* to = x.out + i * x.ldo + col;
+    x.c != nullptr ? std::copy_n(x.c + i * x.ldc + col, cols, to) : std::fill_n(to, cols, 0.0f);
+  }
+}
+
 struct Job {
   const MatmulArgs* args;
   const Blas* blas;
@@ -87,14 +96,15 @@ void RunUnit(void* context, int64_t unit, ThreadScratch*) {
   const float* a = x.a + row * x.lda;
   const float* b = x.b + (x.transpose_b ? col * x.ldb : col);
   float* out = x.out + row * x.ldo + col;
+  const float beta = x.c != nullptr ? 1.0f : 0.0f;
   if (job.split.method == Method::kSgemm) {
-    job.blas->sgemm(kRowMajor, kNoTrans, x.transpose_b ? kTrans : kNoTrans, rows, cols, x.k, 1.0f, a, x.lda, b, x.ldb, 0.0f, out, x.ldo);
+    if (x.c != nullptr) Start(x, row, col, rows, cols);
+    job.blas->sgemm(kRowMajor, kNoTrans, x.transpose_b ? kTrans : kNoTrans, rows, cols, x.k, 1.0f, a, x.lda, b, x.ldb, beta, out, x.ldo);
     return;
   }
+  Start(x, row, col, rows, cols);  // gemv scales y by beta: what it held must not matter, NaN included
   for (int64_t i = 0; i < rows; ++i) {
-    float* y = out + i * x.ldo;
-    std::fill(y, y + cols, 0.0f);  // gemv scales y by beta: what it held must not matter, NaN included
-    job.blas->sgemv(kRowMajor, kNoTrans, cols, x.k, 1.0f, b, x.ldb, a + i * x.lda, 1, 0.0f, y, 1);
+    job.blas->sgemv(kRowMajor, kNoTrans, cols, x.k, 1.0f, b, x.ldb, a + i * x.lda, 1, beta, out + i * x.ldo, 1);
   }
 }
 
@@ -103,10 +113,7 @@ void RunUnit(void* context, int64_t unit, ThreadScratch*) {
 void Matmul(const MatmulArgs& args, int num_threads) {
   const Blas& blas = GetBlas();
   if (args.m == 0 || args.n == 0) return;
-  if (args.k == 0) {
-    for (int64_t i = 0; i < args.m; ++i) std::fill_n(args.out + i * args.ldo, args.n, 0.0f);
-    return;
-  }
+  if (args.k == 0) return Start(args, 0, 0, args.m, args.n);
   if (num_threads <= 0) num_threads = DefaultNumThreads();
   num_threads = std::min(num_threads, kMaxCallers);
   if (args.m * args.n * args.k < kSerialWork) num_threads = 1;

@@ -1,4 +1,4 @@
-// out = a @ b or a @ b.T in fp32, on a packaged BLAS, cut into pieces that this process's own thread pool runs.
+// out = a @ b or a @ b.T, plus c where there is one, in fp32, on a packaged BLAS, cut into pieces that this process's own thread pool runs.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@ struct MatmulArgs {
   bool transpose_b;
   float* out;  // [m, n], row stride ldo >= n; what it held is not read
   int64_t ldo;
+  const float* c = nullptr;  // [m, n], row stride ldc >= n: added; out itself (then ldc is ldo) or apart from it. Null: nothing is
+  int64_t ldc = 0;
 };
 
 // num_threads <= 0: DefaultNumThreads(). Throws Error("MissingDependencyError") if no BLAS is set.

@@ -27,6 +27,19 @@ struct LaunchConfig {
   unsigned int num_attributes;
 };
 
+// CUDA_MEMCPY2D: `height` rows of `width_bytes`, `pitch` bytes apart; of each side the pointer that its memory type names counts.
+struct Memcpy2D {
+  struct Side {
+    size_t x_bytes, y;
+    unsigned int memory_type;
+    void* host;
+    DevicePointer device;
+    void* array;
+    size_t pitch;
+  } from, to;
+  size_t width_bytes, height;
+};
+
 // Values of cuda.h's enumerations (tests/cuda/driver_constants.cc holds them, and the structs above, against cuda.h).
 inline constexpr int kSuccess = 0;                    // CUDA_SUCCESS
 inline constexpr int kErrorOutOfMemory = 2;           // CUDA_ERROR_OUT_OF_MEMORY
@@ -40,6 +53,7 @@ inline constexpr int kComputeMinor = 76;              // CU_DEVICE_ATTRIBUTE_COM
 inline constexpr int kMaxSharedOptin = 97;            // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 inline constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 inline constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+inline constexpr unsigned kMemoryTypeDevice = 2;      // CU_MEMORYTYPE_DEVICE
 inline constexpr int kTensorMapFloat16 = 6;           // CU_TENSOR_MAP_DATA_TYPE_FLOAT16
 inline constexpr int kTensorMapBFloat16 = 9;          // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 inline constexpr int kTensorMapInterleaveNone = 0;    // CU_TENSOR_MAP_INTERLEAVE_NONE
@@ -80,6 +94,7 @@ inline constexpr int kCaptureModeRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_
   V(cuMemFree_v2, (DevicePointer data))                                                                                                   \
   V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \
   V(cuMemsetD2D8Async, (DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream))             \
+  V(cuMemcpy2DAsync_v2, (const Memcpy2D* copy, void* stream))                                                                             \
   V(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned int flags))                                                                   \
   V(cuMemFreeHost, (void* pointer))                                                                                                       \
   V(cuEventCreate, (void** event, unsigned int flags))                                                                                    \

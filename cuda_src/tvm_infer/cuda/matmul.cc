@@ -25,7 +25,7 @@ constexpr size_t kMaxProblems = 16384;
 
 // Everything that the choice of an algorithm may depend on.
 struct Problem {
-  std::array<int64_t, 7> words;
+  std::array<int64_t, 8> words;
   bool operator==(const Problem& other) const { return words == other.words; }
 };
 
@@ -50,7 +50,7 @@ int64_t ProblemTag(const MatmulArgs& x) {
   tag = tag * 2 + (x.allow_tf32 ? 1 : 0);
   tag = tag * 4 + static_cast<int64_t>(x.dtype);
   tag = tag * 4 + static_cast<int64_t>(x.out_dtype);
-  for (const void* pointer : {x.a, x.b, static_cast<const void*>(x.out)}) tag = tag * 32 + AlignmentOf(pointer);
+  for (const void* pointer : {x.a, x.b, x.c, static_cast<const void*>(x.out)}) tag = tag * 32 + AlignmentOf(pointer);  // null: 0
   return tag;
 }
 
@@ -70,6 +70,7 @@ std::string Describe(const MatmulArgs& x) {
   os << "[" << x.m << ", " << x.k << "] (row stride " << x.lda << ") x [" << (x.transpose_b ? x.n : x.k) << ", "
      << (x.transpose_b ? x.k : x.n) << "]" << (x.transpose_b ? "^T" : "") << " (row stride " << x.ldb << ") in " << Suffix(x.dtype)
      << " to " << Suffix(x.out_dtype) << " (row stride " << x.ldo << ")";
+  if (x.c != nullptr) os << " plus c (row stride " << x.ldc << ")";
   return os.str();
 }
 
@@ -89,7 +90,9 @@ struct Descriptor {
 // with row stride lda is the column-major [k, m] with leading dimension lda, and so for out; b stands first.
 struct Prepared {
   Descriptor desc, first, second, result;
+  Descriptor addend;  // of c where its row stride is not out's: in place cuBLASLt wants one layout for both
   LtAlgo algo;
+  void* addend_layout() const { return addend.handle != nullptr ? addend.handle : result.handle; }
 };
 
 void MakeLayout(const CublasLt& cublas, Descriptor* layout, DTypeTag dtype, int64_t row_length, int64_t rows, int64_t stride) {
@@ -111,7 +114,7 @@ void MakePreference(const CublasLt& cublas, Descriptor* preference, const Matmul
   set(kLtPrefReductionMask, kLtReduceCompute);
   set(kLtPrefAlignmentA, AlignmentOf(x.b));
   set(kLtPrefAlignmentB, AlignmentOf(x.a));
-  set(kLtPrefAlignmentC, AlignmentOf(x.out));
+  set(kLtPrefAlignmentC, AlignmentOf(x.c != nullptr ? x.c : x.out));
   set(kLtPrefAlignmentD, AlignmentOf(x.out));
 }
 
@@ -128,13 +131,15 @@ std::shared_ptr<const Prepared> Prepare(const CublasLt& cublas, void* handle, co
   MakeLayout(cublas, &prepared->first, x.dtype, x.transpose_b ? x.k : x.n, x.transpose_b ? x.n : x.k, x.ldb);
   MakeLayout(cublas, &prepared->second, x.dtype, x.k, x.m, x.lda);
   MakeLayout(cublas, &prepared->result, x.out_dtype, x.n, x.m, x.ldo);
+  if (x.c != nullptr && x.ldc != x.ldo) MakeLayout(cublas, &prepared->addend, x.out_dtype, x.n, x.m, x.ldc);
   Descriptor preference;
   MakePreference(cublas, &preference, x);
 
   LtHeuristicResult best{};
   int count = 0;
-  int status = cublas.cublasLtMatmulAlgoGetHeuristic(handle, prepared->desc.handle, prepared->first.handle, prepared->second.handle,
-                                                     prepared->result.handle, prepared->result.handle, preference.handle, 1, &best, &count);
+  int status =
+      cublas.cublasLtMatmulAlgoGetHeuristic(handle, prepared->desc.handle, prepared->first.handle, prepared->second.handle,
+                                            prepared->addend_layout(), prepared->result.handle, preference.handle, 1, &best, &count);
   if (status == kLtSuccess) status = count > 0 ? best.status : kLtNotSupported;
   if (status != kLtSuccess) CheckCublas(cublas, status, "cublasLtMatmulAlgoGetHeuristic for " + Describe(x));
   prepared->algo = best.algo;
@@ -152,7 +157,7 @@ class LtDevice {
 
   // The stream has its workspace. So where it is captured, another product made the handle before.
   Found Find(const CublasLt& cublas, const MatmulArgs& x) {
-    const Problem problem{{x.m, x.n, x.k, x.lda, x.ldb, x.ldo, ProblemTag(x)}};
+    const Problem problem{{x.m, x.n, x.k, x.lda, x.ldb, x.ldo, x.ldc, ProblemTag(x)}};
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = problems_.find(problem); found != problems_.end()) return {handle_, found->second, false};
     const RelaxedCaptureMode relaxed;
@@ -176,17 +181,26 @@ LtDevice& LtDeviceOf(int32_t device_id) {
   return (*devices)[device_id];
 }
 
-void SetZero(const MatmulArgs& x, void* stream) {
+// A product of no summands: c, or zeros.
+void SetToAddend(const MatmulArgs& x, void* stream) {
   const size_t bytes = x.out_dtype == DTypeTag::kFloat32 ? 4 : 2;
-  CheckDriver(Driver().cuMemsetD2D8Async(reinterpret_cast<DevicePointer>(x.out), x.ldo * bytes, 0, x.n * bytes, x.m, stream),
-              "cuMemsetD2D8Async");
+  const auto out = reinterpret_cast<DevicePointer>(x.out);
+  if (x.c == nullptr) {
+    CheckDriver(Driver().cuMemsetD2D8Async(out, x.ldo * bytes, 0, x.n * bytes, x.m, stream), "cuMemsetD2D8Async");
+  } else if (x.c != x.out) {
+    const auto side = [&](DevicePointer data, int64_t stride) {
+      return Memcpy2D::Side{.memory_type = kMemoryTypeDevice, .device = data, .pitch = stride * bytes};
+    };
+    const Memcpy2D copy{side(reinterpret_cast<DevicePointer>(x.c), x.ldc), side(out, x.ldo), x.n * bytes, static_cast<size_t>(x.m)};
+    CheckDriver(Driver().cuMemcpy2DAsync_v2(&copy, stream), "cuMemcpy2DAsync");
+  }
 }
 
 }  // namespace
 
 void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args) {
   if (args.m == 0 || args.n == 0) return;
-  if (args.k == 0) return SetZero(args, stream);
+  if (args.k == 0) return SetToAddend(args, stream);
   const CublasLt& cublas = Cublas();
   void* workspace = MatmulWorkspace(device_id, stream);
   const LtDevice::Found found = LtDeviceOf(device_id).Find(cublas, args);
@@ -194,9 +208,11 @@ void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args) {
   std::optional<RelaxedCaptureMode> relaxed;  // a problem's first launch may load its kernel
   if (found.is_new) relaxed.emplace();
   constexpr float kOne = 1.0f, kZero = 0.0f;  // the scale type is fp32, read from the host during the call
-  const int status = cublas.cublasLtMatmul(found.handle, prepared.desc.handle, &kOne, args.b, prepared.first.handle, args.a,
-                                           prepared.second.handle, &kZero, args.out, prepared.result.handle, args.out,
-                                           prepared.result.handle, &prepared.algo, workspace, kMatmulWorkspaceBytes, stream);
+  const bool adds = args.c != nullptr;
+  const int status =
+      cublas.cublasLtMatmul(found.handle, prepared.desc.handle, &kOne, args.b, prepared.first.handle, args.a, prepared.second.handle,
+                            adds ? &kOne : &kZero, adds ? args.c : args.out, prepared.addend_layout(), args.out, prepared.result.handle,
+                            &prepared.algo, workspace, kMatmulWorkspaceBytes, stream);
   if (status != kLtSuccess) CheckCublas(cublas, status, "cublasLtMatmul of " + Describe(args));
 }
 

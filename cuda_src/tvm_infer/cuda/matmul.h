@@ -1,4 +1,4 @@
-// out = a @ b or a @ b.T on a CUDA device: cuBLASLt, with one algorithm for each problem, found once.
+// out = a @ b or a @ b.T, plus c where there is one, on a CUDA device: cuBLASLt, with one algorithm for each problem, found once.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace tvm_infer::cuda {
 
-// Row-major matrices of the device; strides in elements. Sums are fp32, also where k is split over CTAs.
+// Row-major matrices of the device; strides in elements. Sums are fp32, also where k is split over CTAs, and are
+// rounded to out_dtype once, with c added.
 struct MatmulArgs {
   int64_t m, n, k;
   DTypeTag dtype;      // of a and b
@@ -20,11 +21,14 @@ struct MatmulArgs {
   void* out;  // [m, n], row stride ldo >= n; what it held is not read
   int64_t ldo;
   bool allow_tf32;  // for fp32: products of inputs rounded to 10 bits of mantissa
+  // [m, n] of out_dtype, row stride ldc >= n: added. It is out itself (then ldc is ldo) or shares no element with it. Null: nothing is.
+  const void* c = nullptr;
+  int64_t ldc = 0;
 };
 
 // Launches on the stream; the device's context is current. A problem's first call asks cuBLASLt's heuristic, later ones look it up.
 // The result depends on the arguments' values, shapes, strides and on whether each begins on a 16-byte boundary, not on addresses, the
-// stream or earlier calls. May be captured for a graph (matmul_workspace.h says when). Thread safe.
+// stream, earlier calls, or on whether c is out. May be captured for a graph (matmul_workspace.h says when). Thread safe.
 // Throws Error("MissingDependencyError") without a cuBLASLt, Error("WorkspaceError"), Error("DeviceError") with cuBLAS's status.
 void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 
 #include "tvm_infer/cpu/blas.h"
@@ -60,7 +61,7 @@ void CheckSize(const TensorView& tensor, const char* name, int axis_from_end, in
 
 Product CheckProduct(const TensorView& a, const TensorView& b, bool transpose_b, const TensorView& out) {
   const char* b_dims = transpose_b ? "[n, k]" : "[k, n]";
-  Product product{AsMatrix(a, "a", "[..., m, k]"), {}, {}, transpose_b};
+  Product product{AsMatrix(a, "a", "[..., m, k]"), {}, {}, transpose_b, {}};
   CheckRank(b, "b", 2, b_dims);
   product.b = AsMatrix(b, "b", b_dims);
   product.out = AsMatrix(out, "out", "[..., m, n]");
@@ -73,6 +74,35 @@ Product CheckProduct(const TensorView& a, const TensorView& b, bool transpose_b,
   return product;
 }
 
+// Whether c and out have elements in common, both of `rows` x `cols`. Where row strides differ, whether their ranges of memory meet.
+bool Overlaps(const TensorView& c, const Matrix& at, const TensorView& out, const Matrix& to) {
+  const int64_t bytes = out.dtype().bits / 8, width = to.cols * bytes;
+  const auto c_begin = reinterpret_cast<intptr_t>(DataPtr<const void>(c)), begin = reinterpret_cast<intptr_t>(DataPtr<const void>(out));
+  const auto extent = [&](const Matrix& x) { return (x.rows - 1) * x.row_stride * bytes + width; };
+  if (c_begin >= begin + extent(to) || begin >= c_begin + extent(at)) return false;
+  if (at.row_stride != to.row_stride) return true;
+  const int64_t pitch = to.row_stride * bytes, shift = std::abs(c_begin - begin) % pitch;  // of columns
+  return shift < width || pitch - shift < width;
+}
+
+Addend CheckAddend(const TensorView& c, const TensorView& out, const Matrix& to) {
+  CheckDType(c, "c", out.dtype(), "c is added in `out`'s dtype; cast it");
+  const Matrix matrix = AsMatrix(c, "c", "[..., m, n]");
+  CheckSize(c, "c", 1, to.cols, "n, the last dimension of `out`");
+  if (matrix.rows != to.rows) {
+    TVM_INFER_THROW(ArgumentError) << "argument `c`, shape " << ShapeString(c) << ", has " << matrix.rows << " rows; `out`, shape "
+                                   << ShapeString(out) << ", has " << to.rows << ". A bias of one row is not broadcast: add it afterwards";
+  }
+  if (to.rows == 0 || to.cols == 0) return {};
+  const bool in_place = DataPtr<const void>(c) == DataPtr<const void>(out) && matrix.row_stride == to.row_stride;
+  if (!in_place && Overlaps(c, matrix, out, to)) {
+    TVM_INFER_THROW(ArgumentError)
+        << "argument `c`, shape " << ShapeString(c) << ", row stride " << matrix.row_stride << ", overlaps `out`, row stride "
+        << to.row_stride << ", in part; c must be out itself (the same first element and row stride) or apart from it. Copy c first";
+  }
+  return {DataPtr<const void>(c), matrix.row_stride};
+}
+
 void CheckHostTypes(const TensorView& a, const TensorView& b, const TensorView& out) {
   const char* names[] = {"a", "b", "out"};
   const TensorView* tensors[] = {&a, &b, &out};
@@ -82,23 +112,41 @@ void CheckHostTypes(const TensorView& a, const TensorView& b, const TensorView& 
 }
 
 void OnHost(const Product& x, const TensorView& a, const TensorView& b, const TensorView& out) {
-  const cpu::MatmulArgs args{
-      x.a.rows,      x.out.cols,          x.a.cols,        DataPtr<const float>(a), x.a.row_stride, DataPtr<const float>(b), x.b.row_stride,
-      x.transpose_b, DataPtr<float>(out), x.out.row_stride};
+  const cpu::MatmulArgs args{x.a.rows,
+                             x.out.cols,
+                             x.a.cols,
+                             DataPtr<const float>(a),
+                             x.a.row_stride,
+                             DataPtr<const float>(b),
+                             x.b.row_stride,
+                             x.transpose_b,
+                             DataPtr<float>(out),
+                             x.out.row_stride,
+                             static_cast<const float*>(x.c.data),
+                             x.c.row_stride};
   cpu::Matmul(args, 0);
+}
+
+// c: null where nothing is added.
+void Multiply(const TensorView& a, const TensorView& b, bool transpose_b, const TensorView* c, const TensorView& out) {
+  const Place place = PlaceOf(a, "a");
+  CheckPlace(b, "b", place);
+  if (c != nullptr) CheckPlace(*c, "c", place);
+  CheckPlace(out, "out", place);
+  place.is_cuda() ? on_cuda::CheckMatmulTypes(a, b, out) : CheckHostTypes(a, b, out);
+  Product product = CheckProduct(a, b, transpose_b, out);
+  if (c != nullptr) product.c = CheckAddend(*c, out, product.out);
+  place.is_cuda() ? on_cuda::Matmul(place, product, a, b, out) : OnHost(product, a, b, out);
 }
 
 }  // namespace
 
 void Matmul(TensorView a, TensorView b, int64_t transpose_b, TensorView out) {
-  Guarded([&] {
-    const Place place = PlaceOf(a, "a");
-    CheckPlace(b, "b", place);
-    CheckPlace(out, "out", place);
-    place.is_cuda() ? on_cuda::CheckMatmulTypes(a, b, out) : CheckHostTypes(a, b, out);
-    const Product product = CheckProduct(a, b, transpose_b != 0, out);
-    place.is_cuda() ? on_cuda::Matmul(place, product, a, b, out) : OnHost(product, a, b, out);
-  });
+  Guarded([&] { Multiply(a, b, transpose_b != 0, nullptr, out); });
+}
+
+void MatmulAdd(TensorView a, TensorView b, int64_t transpose_b, TensorView c, TensorView out) {
+  Guarded([&] { Multiply(a, b, transpose_b != 0, &c, out); });
 }
 
 tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix) {

@@ -75,7 +75,9 @@ void Matmul(const Place& place, const Product& x, const TensorView& a, const Ten
                               x.transpose_b,
                               DataPtr<void>(out),
                               x.out.row_stride,
-                              Tf32Flag().load(std::memory_order_relaxed)};
+                              Tf32Flag().load(std::memory_order_relaxed),
+                              x.c.data,
+                              x.c.row_stride};
   cuda::LaunchMatmul(scope.device_id(), scope.stream(), args);
 }
 

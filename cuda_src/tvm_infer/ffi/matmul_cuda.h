@@ -35,9 +35,16 @@ struct Matrix {
   int64_t rows, cols, row_stride;
 };
 
+// A matrix of out's shape and dtype that is added. data: null where there is none.
+struct Addend {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+};
+
 struct Product {
   Matrix a, b, out;
   bool transpose_b;
+  Addend c;
 };
 
 namespace on_cuda {
