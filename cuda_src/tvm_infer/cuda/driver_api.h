@@ -30,12 +30,12 @@ struct LaunchConfig {
 // CUDA_MEMCPY2D: `height` rows of `width_bytes`, `pitch` bytes apart; of each side the pointer that its memory type names counts.
 struct Memcpy2D {
   struct Side {
-    size_t x_bytes, y;
-    unsigned int memory_type;
-    void* host;
-    DevicePointer device;
-    void* array;
-    size_t pitch;
+    size_t x_bytes = 0, y = 0;
+    unsigned int memory_type = 0;
+    void* host = nullptr;
+    DevicePointer device = 0;
+    void* array = nullptr;
+    size_t pitch = 0;
   } from, to;
   size_t width_bytes, height;
 };
