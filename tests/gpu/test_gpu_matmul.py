@@ -112,8 +112,6 @@ def check_sum(m, k, n, dtype, device, *, out_dtype=None, transpose_b=True, pads=
         assert sum_error(out, a, right, c) <= 1.05 * sum_error(exact, a, right, c) + 2**-24 * k**0.5
     tvm_infer.matmul_add(a, b, transpose_b=transpose_b, c=c, out=c)
     assert sum_error(c, a, right, kept) <= 2 * max(sum_error(torchs, a, right, kept), rounding)
-    if pads[2:] == (0, 0) and offsets[2:] == (0, 0):  # one problem, one algorithm
-        assert same_bits(c, out)
 
 
 @pytest.mark.subset

@@ -141,7 +141,7 @@ class Expected:
         R.func_attr({"num_input": 1})
         with R.dataflow():
             positions = R.call_pure_packed(
-                "tvm_infer.mlc_get_query_positions", kv_cache, ty_args=R.Tensor((n,), "int32")
+                "vm.builtin.attention_kv_cache_get_query_positions", kv_cache, ty_args=R.Tensor((n,), "int32")
             )
             o = R.call_dps_packed(
                 "tvm_infer.mlc_attention_with_fused_qkv",
@@ -167,7 +167,6 @@ def test_mlc_creation_and_calls():
     report = check(Generic, Expected).report
     assert len(report.creations) == 1 and report.lifted == ["decode"] and not report.refused
     assert [name for _, name in report.renamed] == [
-        "tvm_infer.mlc_get_query_positions",
         "tvm_infer.mlc_attention_with_fused_qkv",
     ]
     assert "1 layers, 4/2 heads of 16, float16, rope theta 10000" in str(report)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from tvm_infer.errors import InternalError, ModelError
@@ -157,7 +158,7 @@ class OutputBuffers:
     """Give a function that returns (logits, tokens) two parameters more, into which it writes them.
 
     Comes when tensors are allocated explicitly (after CallTIRRewrite). The new parameters `decode_logits` and `decode_tokens` have the
-    shapes that the results were computed in: [n, vocab] or [1, n, vocab], and [1, n].
+    shapes of the results ([1, n, vocab] or [n, vocab], and [1, n]), whatever shapes their kernels compute them in.
     """
 
     def __init__(self, function: str = DECODE) -> None:
@@ -170,25 +171,31 @@ class OutputBuffers:
         outputs = definitions[func.body.body].fields
         allocated = [_allocation(var, definitions) for var in outputs]
         names = (DECODE_LOGITS, DECODE_TOKENS)
-        params = {var: relax.Var(name, var.ty) for var, name in zip(allocated, names, strict=True)}
+        params = [relax.Var(name, var.ty) for var, name in zip(outputs, names, strict=True)]
+        builder = relax.BlockBuilder()
+        memory = {
+            var: param
+            if tvm_ffi.structural_equal(var.ty, param.ty)
+            else builder.normalize(relax.op.reshape(param, list(shape_of(var))))
+            for var, param in zip(allocated, params, strict=True)
+        }
         blocks = []
         for block in func.body.blocks:
             bindings = [
-                relax.VarBinding(b.var, params[b.var]) if isinstance(b, relax.VarBinding) and b.var in params else b
+                relax.VarBinding(b.var, memory[b.var]) if isinstance(b, relax.VarBinding) and b.var in memory else b
                 for b in block.bindings
             ]
             blocks.append(relax.BindingBlock(bindings))
         # NOTE: a view that is made within the captured region and read outside of it (by a builtin, which is never captured). TVM's VM
         # writes what a region returns to a register, and fails where the region's result is read by nothing.
-        builder = relax.BlockBuilder()
-        view = builder.normalize(relax.op.reshape(params[allocated[1]], [num_rows_var(func)]))
+        view = builder.normalize(relax.op.reshape(params[1], [num_rows_var(func)]))
         inside, result = relax.Var("decode_tokens_view", view.ty), relax.Var("decode_done", view.ty)
         outside = builder.normalize(
             relax.Call(relax.ExternFunc("vm.builtin.copy"), [inside], attrs=None, ty_args=[view.ty])
         )
         blocks.append(relax.BindingBlock([relax.VarBinding(inside, view), relax.VarBinding(result, outside)]))
         body = relax.SeqExpr(blocks, result)
-        static = relax.Function([*func.params, *params.values()], body, result.ty, False, func.attrs)
+        static = relax.Function([*func.params, *params], body, result.ty, False, func.attrs)
         updated = mod.clone()
         updated.update_func(mod.get_global_var(self.function), static)
         return relax.transform.CanonicalizeBindings()(updated)

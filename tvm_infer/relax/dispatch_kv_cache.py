@@ -27,15 +27,9 @@ _CALLS = "vm.builtin.attention_kv_cache_"
 _KINDS = {0: "mha", 1: "mla", 2: "linear", 3: "mha_sliding"}  # tvm.relax.frontend.nn.llm.kv_cache.AttnKind
 # Where the call has the kernel that splits and rotates q, k and v; after it come those that copy a page, show pages, compact
 _SPLIT_ROTARY = -4
-_RENAMED = frozenset(
-    (
-        "attention_with_fused_qkv",
-        "self_attention",
-        "cross_attention",
-        "merge_attn_output_inplace",
-        "get_query_positions",
-    )
-)
+_RENAMED = frozenset(("attention_with_fused_qkv",))
+# They make their plans or positions within the step, which a replayed graph would not: under TVM's names they stay out of graphs.
+_KEPT = frozenset(("self_attention", "cross_attention", "merge_attn_output_inplace", "get_query_positions"))
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,9 @@ class DispatchKVCacheCreation:
 
     Creations (MLC's `mlc.create_paged_kv_cache_generic`; TVM's `vm.builtin.paged_attention_kv_cache_create`, which `TIRPagedKVCache`
     and `FlashInferPagedKVCache` emit) become `tvm_infer.mlc_kv_cache_create`: an object that TVM's `vm.builtin.kv_state_*` take as
-    they take their own. Calls of `vm.builtin.attention_kv_cache_*` get names of ours, because RewriteCUDAGraph leaves out every call
-    whose name starts with `vm.builtin`; and the cache parameter moves behind the inputs (attribute `num_input` one less), so that it
+    they take their own. Calls of `vm.builtin.attention_kv_cache_attention_with_fused_qkv` get a name of ours, because RewriteCUDAGraph
+    leaves out every call whose name starts with `vm.builtin` (attention in parts and query positions keep theirs: they may not be
+    captured); and the cache parameter moves behind the inputs (attribute `num_input` one less), so that it
     counts as fixed. TVM's kernels, which nothing calls any more, are removed. Load `tvm_infer.runtime.mlc_library` before the module
     runs.
 
@@ -207,6 +202,8 @@ class DispatchKVCacheCreation:
         return extern_calls.mlc_kv_cache_create(arguments, like)
 
     def _renamed(self, location: Location, value: Any, call: str) -> Any | None:
+        if call in _KEPT:
+            return None
         if call not in _RENAMED:
             why = "our cache has no such operation"
             fix = "keep TVM's cache for this model"

@@ -365,10 +365,10 @@ class Executable:
         n: int = 1,
         stop_tokens: Sequence[int] = (),
         on_token: OnToken | None = None,
-        max_batch: int = 16,
+        max_batch: int | None = None,
         page_size: int = 16,
     ) -> list[Generation]:
-        """Continue prompts, as many at a time as `max_batch` allows; others join as they finish.
+        """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
         Parameters
         ----------
@@ -383,6 +383,8 @@ class Executable:
         """
         token_lists = [self._encode(prompt) for prompt in prompts]
         needs = [Engine.pages_needed(len(t), max_new_tokens, n, page_size) for t in token_lists]
+        if max_batch is None:
+            max_batch = self.manifest.decode_rows or DEFAULT_MAX_BATCH
         together = max(1, max_batch // max(n, 1))
         cache = self.new_cache(
             num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)

@@ -5,13 +5,7 @@ from __future__ import annotations
 import tvm_ffi
 
 # of vm.builtin.attention_kv_cache_<name>; relax.DispatchKVCacheCreation emits tvm_infer.mlc_<name>
-CALLS = (
-    "attention_with_fused_qkv",
-    "self_attention",
-    "cross_attention",
-    "merge_attn_output_inplace",
-    "get_query_positions",
-)
+CALLS = ("attention_with_fused_qkv",)
 
 
 def register_call_names() -> None:

@@ -68,4 +68,12 @@ void WaitForStream(DLDevice device) {
   });
 }
 
+bool StreamIsCapturing(DLDevice device) {
+  return Guarded([&] {
+    CheckCuda(device, "device");
+    const CudaScope scope(device);
+    return cuda::IsCapturing(scope.stream());
+  });
+}
+
 }  // namespace tvm_infer::ffi_api

@@ -11,7 +11,8 @@
 #define TVM_INFER_HOST_RESULTS_FUNCTIONS(V) \
   V(host_visible, HostVisible)              \
   V(copy_to_host, CopyTensorToHost)         \
-  V(wait_for_stream, WaitForStream)
+  V(wait_for_stream, WaitForStream)         \
+  V(stream_is_capturing, StreamIsCapturing)
 
 namespace tvm_infer::ffi_api {
 
@@ -25,5 +26,8 @@ void CopyTensorToHost(tvm::ffi::TensorView source, tvm::ffi::TensorView target);
 
 // Waits for the current stream of a CUDA device.
 void WaitForStream(DLDevice device);
+
+// Whether the work on the current stream of a CUDA device is being recorded for a graph.
+bool StreamIsCapturing(DLDevice device);
 
 }  // namespace tvm_infer::ffi_api

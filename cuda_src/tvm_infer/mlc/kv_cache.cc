@@ -25,7 +25,11 @@ tvm::ffi::Any CreateCache(const Config& c) {
 }  // namespace
 
 MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
-    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_) {}
+    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_) {
+  if (rope_.is_active() && rope_.is_fixed()) {
+    Library().kv_cache_set_rope(cache_, rope_.host_inv_freq(), rope_.interleaved(), rope_.magnitude());
+  }
+}
 
 bool MLCPagedKVCacheObj::InForward() const { return Library().kv_cache_in_forward(cache_).cast<bool>(); }
 
@@ -109,6 +113,11 @@ void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data
       v(qkv_data, step.num_tokens, h_q + h_kv, h_kv), o(o_data, step.num_tokens, 0, h_q);
   if (!rope_.is_active()) {
     Library().attention_with_kv_cache(cache_, layer_id, TensorView(q), TensorView(k), TensorView(v), sm_scale, int64_t{1}, TensorView(o));
+    return;
+  }
+  if (rope_.is_fixed()) {
+    const TokensView qkv(qkv_data, step.num_tokens, 0, h_q + 2 * h_kv);
+    Library().attention_with_kv_cache_fused_qkv(cache_, layer_id, TensorView(qkv), sm_scale, int64_t{1}, TensorView(o));
     return;
   }
   CheckLayer("layer_id", layer_id);

@@ -4,35 +4,38 @@
 
 #include <tvm/ffi/function.h>
 
-#define TVM_INFER_MLC_CALLS(V) \
-  V(attention_with_kv_cache)   \
-  V(cpu_info)                  \
-  V(cpu_tile_table)            \
-  V(cuda_tile_table)           \
-  V(kv_cache_add)              \
-  V(kv_cache_begin_forward)    \
-  V(kv_cache_clear)            \
-  V(kv_cache_config)           \
-  V(kv_cache_create)           \
-  V(kv_cache_debug_state)      \
-  V(kv_cache_end_forward)      \
-  V(kv_cache_fork)             \
-  V(kv_cache_in_forward)       \
-  V(kv_cache_num_free_pages)   \
-  V(kv_cache_page_table)       \
-  V(kv_cache_pages)            \
-  V(kv_cache_pop)              \
-  V(kv_cache_remove)           \
-  V(kv_cache_seq_len)          \
-  V(kv_cache_sequences)        \
-  V(merge)                     \
-  V(paged_attention)           \
-  V(plan)                      \
-  V(plan_capacity)             \
-  V(plan_upload)               \
-  V(cuda_info)                 \
-  V(ragged_attention)          \
-  V(rope_append_paged)         \
+#define TVM_INFER_MLC_CALLS(V)         \
+  V(attention_with_kv_cache)           \
+  V(attention_with_kv_cache_fused_qkv) \
+  V(kv_cache_set_rope)                 \
+  V(stream_is_capturing)               \
+  V(cpu_info)                          \
+  V(cpu_tile_table)                    \
+  V(cuda_tile_table)                   \
+  V(kv_cache_add)                      \
+  V(kv_cache_begin_forward)            \
+  V(kv_cache_clear)                    \
+  V(kv_cache_config)                   \
+  V(kv_cache_create)                   \
+  V(kv_cache_debug_state)              \
+  V(kv_cache_end_forward)              \
+  V(kv_cache_fork)                     \
+  V(kv_cache_in_forward)               \
+  V(kv_cache_num_free_pages)           \
+  V(kv_cache_page_table)               \
+  V(kv_cache_pages)                    \
+  V(kv_cache_pop)                      \
+  V(kv_cache_remove)                   \
+  V(kv_cache_seq_len)                  \
+  V(kv_cache_sequences)                \
+  V(merge)                             \
+  V(paged_attention)                   \
+  V(plan)                              \
+  V(plan_capacity)                     \
+  V(plan_upload)                       \
+  V(cuda_info)                         \
+  V(ragged_attention)                  \
+  V(rope_append_paged)                 \
   V(scale_lse)
 
 namespace tvm_infer::mlc {

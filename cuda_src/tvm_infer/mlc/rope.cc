@@ -40,6 +40,7 @@ Rope::Rope(const RopeArgs& args, const Config& config) {
   const auto made = (*tables)(args.rotary_dim, args.theta, args.scale, args.scaling,
                               ext_factors == nullptr ? tvm::ffi::Any(nullptr) : tvm::ffi::Any(*ext_factors))
                         .cast<tvm::ffi::Array<tvm::ffi::Any>>();
+  host_ = made[0].cast<Tensor>();
   short_ = OnDevice(made[0], config.device);
   long_ = OnDevice(made[1], config.device);
   long_above_ = made[2].cast<int64_t>();

@@ -27,6 +27,10 @@ class Rope {
   bool is_active() const { return is_active_; }
   int64_t interleaved() const { return interleaved_; }
   double magnitude() const { return magnitude_; }
+  // One table serves every step. Of two (longrope) the step's number of tokens chooses, so a captured step may not keep either.
+  bool is_fixed() const { return long_above_ == kNever; }
+  // The table of a fixed rotation, on the host.
+  const Tensor& host_inv_freq() const { return host_; }
   // float32 [rotary_dim / 2] on the cache's device, radians a token. Long factors hold for steps of many tokens, as in TVM.
   const Tensor& inv_freq(int64_t num_tokens) const { return num_tokens > long_above_ ? long_ : short_; }
 
@@ -34,8 +38,9 @@ class Rope {
   bool is_active_ = false;
   int64_t interleaved_ = 0;
   double magnitude_ = 1;
+  static constexpr int64_t kNever = int64_t{1} << 62;  // tvm_infer/runtime/mlc_rope.py
   int64_t long_above_ = 0;
-  Tensor short_, long_;
+  Tensor host_, short_, long_;
 };
 
 }  // namespace tvm_infer::mlc

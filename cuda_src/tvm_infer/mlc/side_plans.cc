@@ -1,5 +1,7 @@
 #include "tvm_infer/mlc/side_plans.h"
 
+#include <tvm/ffi/error.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -59,6 +61,13 @@ void SidePlans::Allocate() {
 }
 
 void SidePlans::Prepare(const Step& step, bool needs_page_table) {
+  // A replay would find the plan of the step that was captured: begin_forward does not know these plans.
+  if (config_.is_cuda() && Library().stream_is_capturing(config_.device).cast<bool>()) {
+    TVM_FFI_THROW(CacheStateError)
+        << "attention in parts, and rotations that the number of tokens chooses (longrope), cannot be captured for a "
+           "CUDA graph: their plans are made within the step. Call them by TVM's own names (vm.builtin.*), which TVM "
+           "leaves out of its graphs, or build the model without relax.backend.use_cuda_graph";
+  }
   Allocate();
   if (!has_query_indptr_) {
     qo_indptr_.host().assign(1, 0);
