@@ -91,6 +91,17 @@ def nvcc() -> str:
     return str(found)
 
 
+def cxx() -> str:
+    """The C++ compiler for what depends on the installed TVM (our cache under its KV cache builtins), or what to install."""
+    from .errors import TvmInferError
+    from .jit import cxx as finder
+
+    try:
+        return str(finder.find())
+    except TvmInferError as error:
+        return f"not usable: {error}"
+
+
 def cublas() -> str:
     """Version and path of the cuBLASLt that products on CUDA run on and what led to it, or what to install."""
     from . import cublas as finder
@@ -184,6 +195,7 @@ def report() -> dict[str, object]:
         "nvcc": nvcc(),
         "kernels": cached_kernels(),
         "cuBLASLt": cublas(),
+        "C++ compiler": cxx(),
         "cache folder": f"{cache} ({'exists' if cache.exists() else 'not made yet'})",
         "executors": [vars(e) for e in executors()],
         "settings": {s.name: s.value for s in env.SETTINGS},

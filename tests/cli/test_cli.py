@@ -41,6 +41,13 @@ def test_doctor_says_why_an_executor_is_not_usable(monkeypatch):
     assert set(data["settings"]) == {s.name for s in env.SETTINGS}
 
 
+def test_doctor_says_what_compiler_there_is(monkeypatch):
+    assert ", by " in doctor.report()["C++ compiler"]
+    monkeypatch.setenv("TVM_INFER_CXX", "/no/such/c++")
+    described = doctor.report()["C++ compiler"]
+    assert described.startswith("not usable") and "/no/such/c++" in described
+
+
 def test_doctor_prints_tables():
     output = invoke("doctor").output
     for word in ("apache-tvm-ffi", "nvcc", "cuBLASLt", "cache folder", "executors", "TVM_INFER_NUM_THREADS"):
