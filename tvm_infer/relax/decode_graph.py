@@ -75,7 +75,7 @@ def with_greedy_tokens(func: Any) -> Any:
 def _argmax(logits: Any, emit: Callable[[Any, str], Any]) -> Any:
     """The first index of the largest of logits [1, n, vocab] or [n, vocab]: [1, n].
 
-    A row is one thread block's work, which reads 128256 logits in 50 to 100 us. So the row is cut into parts of equal size, a block
+    TVM gives a row to one thread block, too little for 128256 logits. So the row is cut into parts of equal size, a block
     each: where the largest of each part is, which part's is the largest (the first of equal ones), and that part's place. (Of NaN
     alone the largest is at -1 for TVM: held at 0, so that nothing is read there.)
     """
