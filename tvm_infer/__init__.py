@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import jit as jit
-    from .blas import matmul, matmul_add, set_blas
+    from .blas import linear, matmul, matmul_add, set_blas
     from .compiler import compile as compile
     from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
@@ -37,6 +37,7 @@ __all__ = [
     "cuda_tile_table",
     "errors",
     "jit",
+    "linear",
     "load",
     "matmul",
     "matmul_add",
@@ -61,6 +62,7 @@ _LAZY = {
     "compile": "compiler",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
+    "linear": "blas",
     "load": "runtime",
     "matmul": "blas",
     "matmul_add": "blas",

@@ -1,4 +1,4 @@
-"""`tvm_infer.matmul` and `matmul_add`, and the packaged BLAS behind it on the CPU, found and opened once (on CUDA: cublas.py)."""
+"""`tvm_infer.matmul`, `matmul_add`, `linear`, and the packaged BLAS behind them on the CPU, opened once (on CUDA: cublas.py)."""
 
 from __future__ import annotations
 
@@ -64,11 +64,17 @@ def ensure_blas() -> None:
 
 
 def matmul(a: Any, b: Any, *, transpose_b: bool = False, out: Any = None) -> Any:
-    """out = a @ b, or a @ b.T, with float32 sums: on the CPU by a BLAS, on a CUDA device by cuBLASLt on the current stream.
+    """out = a @ b, or a @ b.T, with float32 sums: on the CPU by a BLAS, on a CUDA device on the current stream.
 
     On the CPU all are float32. On CUDA a and b are both float16, bfloat16 or float32 (as such, unless TVM_INFER_MATMUL_TF32 is 1), out
-    is of that type or float32. A CUDA device keeps 32 MiB of workspace for each stream that products run on, at most 16; a captured
-    product uses that of the stream of the thread's last product outside captures, so replay its graph in order with that stream.
+    is of that type or float32.
+
+    On a Hopper GPU a kernel of our own computes 1 to 8 rows of 16-bit floats with `transpose_b`, where k is a multiple of 8, rows of a
+    and b begin on 16-byte boundaries, a fits shared memory (m * k up to 79232), and n is at least 512 or k at most 8192. A row's
+    result does not depend on the number of rows then. All else runs on cuBLASLt; with TVM_INFER_MATMUL_GEMV=0 everything does.
+
+    A CUDA device keeps 32 MiB of workspace for each stream that products run on cuBLASLt on, at most 16; a captured product uses that
+    of the stream of the thread's last such product outside captures, so replay its graph in order with that stream.
 
     Parameters
     ----------
@@ -80,7 +86,8 @@ def matmul(a: Any, b: Any, *, transpose_b: bool = False, out: Any = None) -> Any
     ------
     ArgumentError : shapes that do not fit, strided last dimension, tensors on several devices. DTypeError : other types (on the CPU
     16-bit floats: cast first). MissingDependencyError : no BLAS is installed (extra `blas`), no cuBLASLt (extra `cuda`).
-    WorkspaceError : captured before a first product, or too many streams. DeviceError : cuBLAS or the driver refused, by name.
+    On cuBLASLt WorkspaceError : captured before a first product, or too many streams. On our kernel ExecutorError, CompileError : it is
+    not there and cannot be compiled. DeviceError : cuBLAS or the driver refused, by name; our kernel was not loaded before a capture.
     """
     out = _prepared(a, b, transpose_b, out, like=a)
     _ffi.func("matmul")(
@@ -99,7 +106,8 @@ def matmul_add(a: Any, b: Any, *, transpose_b: bool = False, c: Any, out: Any = 
     a, b : as in :func:`matmul`.
     c : [..., m, n], of out's type; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
     out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `c`. It may be c itself (c is then replaced by
-        the sum, with the bits that another `out` would get), or shares no element with it.
+        the sum), or shares no element with it. In place cuBLASLt takes other kernels, some of which round the product before they
+        add.
 
     Raises
     ------
@@ -114,6 +122,37 @@ def matmul_add(a: Any, b: Any, *, transpose_b: bool = False, c: Any, out: Any = 
         _array.as_tensor(c, "c"),
         _array.as_tensor(out, "out", output=True),
     )
+    return out
+
+
+def linear(x: Any, weight: Any, *, c: Any = None, out: Any = None) -> Any:
+    """out = x @ weight.T, plus c where there is one: `matmul` and `matmul_add` with `transpose_b`, for a weight that is constant.
+
+    Constant is a promise: no work that is on the device, or is enqueued before this call, writes `weight` while the call may run. The
+    kernel for few rows (see :func:`matmul`) then reads it while the kernels ahead on the stream still run (programmatic dependent
+    launch). If one of these does write it, directly ahead or further back, the product may be of the old values, of the new ones or of
+    some of each, and nothing says so. A weight that was written is constant again once its writer is done and the host has waited for
+    that; until then use :func:`matmul`. x, c and out need no promise: they are read and written in the order of the stream. On the CPU
+    and on cuBLASLt it is :func:`matmul`, or :func:`matmul_add`.
+
+    Parameters
+    ----------
+    x : [..., m, k], rank >= 2; leading dimensions count as rows. Any row stride; the last dimension is contiguous.
+    weight : [n, k], of x's type (the layout of a torch Linear weight).
+    c : [..., m, n], of out's type, added in float32 before the one rounding; None: nothing is added.
+    out : [..., m, n], overwritten; allocated if None, of the kind, type and device of `c`, or of `x`. It may be c itself, or shares no
+        element with it.
+
+    Raises
+    ------
+    As :func:`matmul`, and with c as :func:`matmul_add`; messages call x `a` and weight `b`.
+    """
+    out = _prepared(x, weight, True, out, like=x if c is None else c)
+    operands = [_array.as_tensor(x, "a"), _array.as_tensor(weight, "b")]
+    if c is not None:
+        operands.append(_array.as_tensor(c, "c"))
+    name = "linear" if c is None else "linear_add"
+    _ffi.func(name)(*operands, _array.as_tensor(out, "out", output=True))
     return out
 
 

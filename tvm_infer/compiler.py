@@ -37,6 +37,7 @@ class _Options:
     assume_full: tuple[str, ...]
     buckets: tuple[int, ...]  # of CUDA targets
     dtype: str  # "": the model's own
+    programmatic_launch: bool  # of CUDA targets
 
 
 @dataclass
@@ -62,6 +63,7 @@ def compile(
     max_batch: int = DEFAULT_MAX_BATCH,
     buckets: Sequence[int] | None = None,
     dtype: str | None = None,
+    programmatic_launch: bool = True,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Executable:
@@ -85,6 +87,8 @@ def compile(
     buckets : CUDA: numbers of sequences that graphs are captured for, a step takes the next larger one; default 1, 2, 4, … max_batch.
     dtype : for a GGUF file: "float32", or "bfloat16", "float16" to round its weights to; default float32 on CPU, bfloat16 on CUDA,
         whose kernels compute in 16-bit types. Other models have the type that they come in.
+    programmatic_launch : CUDA: TVM's kernels start before the kernels ahead of them have ended, and wait there; False to see what that
+        gains, or with a tool that does not follow it. Results have the same bits.
     cache : keep the compiled code, and use what is kept.
     progress : called as (step, fraction done).
 
@@ -108,7 +112,16 @@ def compile(
         )
     source = _source(model, params, function, dtype)
     graph_rows = _checked_buckets(max_batch, buckets) if is_cuda else ()
-    options = _Options(target_text, function, max_tokens, on_unmatched, tuple(assume_full), graph_rows, dtype or "")
+    options = _Options(
+        target_text,
+        function,
+        max_tokens,
+        on_unmatched,
+        tuple(assume_full),
+        graph_rows,
+        dtype or "",
+        is_cuda and programmatic_launch,
+    )
 
     def make(folder: pathlib.Path) -> None:
         _build(source, options, folder, progress)
@@ -326,7 +339,9 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         _check_cuda_layers(specs)
     progress("compiling kernels", 0.6)
     with _cuda_compiler() if decode_rows else contextlib.nullcontext():
-        lowered = pipeline.lower(mod, target, reports, options.function)
+        lowered = pipeline.lower(
+            mod, target, reports, options.function, programmatic_launch=options.programmatic_launch
+        )
         objects = folder / library.OBJECTS  # kept: Executable.export_library links them anew
         objects.mkdir()
         lowered.executable.export_library(str(folder / library.LIBRARY), workspace_dir=str(objects))

@@ -47,6 +47,9 @@ SETTINGS = (
     Setting(
         "TVM_INFER_MATMUL_TF32", "0", "1: float32 products on CUDA may round their inputs to TF32 (10 bits of mantissa)"
     ),
+    Setting(
+        "TVM_INFER_MATMUL_GEMV", "1", "0: products of a few rows on CUDA go to cuBLASLt too, not to our own kernel"
+    ),
     Setting("TVM_INFER_NVTX", "0", "1: steps are named ranges in NVIDIA's profilers (needs the package nvtx)"),
     Setting("TVM_INFER_PROGRESS", "1", "0: no line on standard error while a kernel is compiled"),
     Setting("TVM_INFER_LINEINFO", "0", "1: kernels carry line numbers for profilers (and paths of their headers)"),

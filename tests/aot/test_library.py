@@ -342,7 +342,8 @@ def export_cuda(model, path, **arguments):
     library.export(model, path, weights=(), max_position=None, **{**defaults, **arguments})
 
 
-KERNELS = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
+ATTENTION = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
+KERNELS = [*ATTENTION, "gemv_bf16", "gemv_fp16"]
 
 
 def test_a_fused_projection_needs_the_kernel_that_rotates():
@@ -351,7 +352,16 @@ def test_a_fused_projection_needs_the_kernel_that_rotates():
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
     assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
     assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
-    assert library.kernel_names(layers, ["matmul", "matmul_add"], (16,)) == ()
+
+
+def test_products_of_any_kind_need_the_kernels_of_few_rows():
+    gemv = ("gemv_bf16", "gemv_fp16")
+    for functions in (["matmul"], ["matmul_add"], ["linear"], ["linear_add"], ["matmul_add", "linear"]):
+        assert library.kernel_names([], functions, (16,)) == gemv
+    assert library.kernel_names([], ["embedding", "matmul_of_another"], (16,)) == ()
+    layers = [AttentionSpec(8, 2, 64, "bfloat16")]
+    attention = ("append_b16", "copy_pages", "attention_bf16_h64_p16")
+    assert library.kernel_names(layers, ["attention_with_kv_cache", "linear"], (16,)) == (*attention, *gemv)
 
 
 def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):

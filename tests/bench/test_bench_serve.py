@@ -41,8 +41,9 @@ class ScriptedBackend:
     """A token is a hash of the sequence's tokens so far; a step takes `base` seconds and `per_token` for each token.
     Keeps count of pages, and refuses what a real cache would."""
 
-    def __init__(self, sizes, clock=None, base=1.0, per_token=0.0):
+    def __init__(self, sizes, clock=None, base=1.0, per_token=0.0, runs_ahead=False):
         self.sizes, self.clock, self.base, self.per_token = sizes, clock, base, per_token
+        self.runs_ahead, self.expected, self.went_on = runs_ahead, None, 0
         self.texts, self.batches, self.forks = {}, [], 0
 
     def add(self, seq):
@@ -55,6 +56,7 @@ class ScriptedBackend:
         self.forks += 1
 
     def remove(self, seq):
+        assert self.expected is None
         del self.texts[seq]
 
     @staticmethod
@@ -64,7 +66,15 @@ class ScriptedBackend:
             value = (value * 31 + token + 1) % 1000003
         return value % 251
 
-    def step(self, batch):
+    def step(self, batch, *, goes_on=False):
+        found = self._step(batch)
+        self.expected = [(seq, [token]) for (seq, _), token in zip(batch, found, strict=True)] if goes_on else None
+        self.went_on += goes_on
+        return found
+
+    def _step(self, batch):
+        # what was said to go on does, and nothing is removed, forked or begun in between
+        assert self.expected is None or [(seq, list(tokens)) for seq, tokens in batch] == self.expected
         assert batch and len({seq for seq, _ in batch}) == len(batch) <= self.sizes.max_batch
         assert all(len(tokens) >= 1 for _, tokens in batch)
         total = sum(len(tokens) for _, tokens in batch)
@@ -191,14 +201,15 @@ def test_unknown_workloads_and_samples_are_refused():
 
 @pytest.mark.parametrize("sizes", [CacheSizes(8, 64, 64, 4), CacheSizes(3, 5, 12, 4), CacheSizes(2, 16, 12, 1)])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_every_request_gets_the_tokens_of_running_alone(sizes, samples):
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_every_request_gets_the_tokens_of_running_alone(sizes, samples, runs_ahead):
     top = 10 if sizes.page_size > 1 else 5
     requests = [
         Request(r.arrival, r.prompt, r.max_new_tokens, samples if i % 2 else 1)
         for i, r in enumerate(workload("uniform", f"1..{top}", "1..3", None).requests(25, 0.8, 50, 1))
     ]
     clock = ScriptedClock()
-    backend = ScriptedBackend(sizes, clock, base=0.5)
+    backend = ScriptedBackend(sizes, clock, base=0.5, runs_ahead=runs_ahead)
     run = Loop(backend, clock, first_seq=100).run(requests)
     for record, request in zip(run.records, requests, strict=True):
         assert record.request is request
@@ -230,6 +241,19 @@ def test_prompts_go_in_chunks_beside_decodes():
     assert [(s.decoding, s.prompt_tokens) for s in run.steps] == [(0, 4), (1, 3), (1, 3), (1, 1), (1, 0), (1, 0)]
     assert run.steps[1].keys == 3 + 5
     assert run.records[1].samples[0].times == [4.0]
+
+
+def test_what_arrives_while_a_step_is_under_way_begins_a_step_later():
+    requests = [Request(0.0, (1, 2), 6), Request(1.5, (3,), 1)]
+    steps = {}
+    for runs_ahead in (False, True):
+        clock = ScriptedClock()
+        backend = ScriptedBackend(CacheSizes(4, 16, 16, 4), clock, runs_ahead=runs_ahead)
+        run = Loop(backend, clock).run(requests)
+        steps[runs_ahead] = [(s.decoding, s.prompt_tokens) for s in run.steps]
+    # the prompt; a decode, at whose end the second has arrived
+    assert steps[False] == [(0, 2), (1, 0), (1, 1), (1, 0), (1, 0), (1, 0)]
+    assert steps[True] == [(0, 2), (1, 0), (1, 0), (1, 1), (1, 0), (1, 0)]
 
 
 def test_requests_wait_for_pages_in_their_order():
@@ -366,11 +390,21 @@ def test_the_host_has_what_kernels_leave():
     assert found.host == pytest.approx(0.0055) and found.step == pytest.approx(0.0095)
 
 
-def test_a_plain_step_is_the_fastest_of_a_few():
+def test_kernels_that_overlap_are_charged_from_the_end_of_those_ahead():
+    spans = [("c", 5.0, 9.0), ("a", 0.0, 4.0), ("b", 1.0, 6.0), ("inside", 6.5, 8.0), ("later", 10.0, 10.5)]
+    found = serve_breakdown.exclusive(spans)
+    assert found == [("a", 4.0), ("b", 2.0), ("c", 3.0), ("inside", 0.0), ("later", 0.5)]
+    assert sum(time for _, time in found) == 9.5  # the gap between 9 and 10 is nobody's
+
+
+def test_a_plain_step_is_the_median_of_a_few():
     import time
 
-    waits = iter([0.02, 0.01, 0.03])
-    assert 0.01 <= serve_breakdown.plain_step(lambda: time.sleep(next(waits))) < 0.02
+    half = serve_breakdown.PLAIN_RUNS // 2
+    waits = iter([*[0.001] * half, *[0.02] * (half + 1)])
+    asked = []
+    assert serve_breakdown.plain_step(lambda goes_on: (asked.append(goes_on), time.sleep(next(waits)))) >= 0.02
+    assert asked == [True] * (serve_breakdown.PLAIN_RUNS - 1) + [False]
 
 
 def test_breakdown_removes_its_sequences_even_when_it_fails():

@@ -82,7 +82,7 @@ def test_a_decode_step_is_one_graph(prepared):
     (region,) = reports.capture.regions["decode"]
     assert region["tvm_infer.attention_with_kv_cache"] == 2
     # of each layer o and down add the residual, q, k, v, gate and up do not; nor does the head
-    assert region["tvm_infer.matmul_add"] == 2 * 2 and region["tvm_infer.matmul"] == 2 * 5 + 1
+    assert region["tvm_infer.linear_add"] == 2 * 2 and region["tvm_infer.linear"] == 2 * 5 + 1
     assert "8 of them with the addition that followed" in str(reports.matmul)  # of main and decode
     assert any("argmax" in kernel for kernel in region) and "add" not in region
     text = str(reports)
@@ -124,9 +124,9 @@ def test_no_addition_and_no_cast_is_left_of_a_decode_step():
     assert region == {
         "take": 1,
         "rms_norm": 2 * 2 + 1,
-        "tvm_infer.matmul": 2 * 2 + 1,  # qkv, gate and up; the head, which writes float32
+        "tvm_infer.linear": 2 * 2 + 1,  # qkv, gate and up; the head, which writes float32
         "tvm_infer.attention_with_kv_cache_fused_qkv": 2,
-        "tvm_infer.matmul_add": 2 * 2,  # o, down
+        "tvm_infer.linear_add": 2 * 2,  # o, down
         "fused_split_silu_multiply": 2,
         "argmax": 1,
     }

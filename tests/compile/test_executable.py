@@ -12,7 +12,7 @@ from llamas import hf_greedy, hf_logits, prompts_of, tiny_llama
 import tvm_infer
 from tvm_infer import errors
 from tvm_infer.runtime import Sampler
-from tvm_infer.runtime.executable import as_weight
+from tvm_infer.runtime.executable import Executable, as_weight
 from tvm_infer.runtime.sampling import nucleus
 
 TOLERANCE = 2e-5  # of logits around 10
@@ -143,6 +143,88 @@ def test_cancel_frees_pages(executable):
     assert a.finish_reason == "cancelled" and len(a.tokens) == 1
     assert b.finish_reason == "length" and len(b.tokens) == 6
     assert cache.num_free_pages == 20
+
+
+class Ahead(Executable):
+    """An executable that says it runs ahead: the engine then asks for a step before it looks at the tokens ahead of it."""
+
+    runs_ahead = True
+    followed = 0
+
+    def decode_next(self, cache, previous):
+        self.followed += 1
+        return super().decode_next(cache, previous)
+
+
+def running_ahead(executable):
+    ahead = executable.twin()
+    ahead.__class__ = Ahead
+    return ahead
+
+
+def test_an_engine_that_runs_ahead_takes_the_same_tokens(llama, executable):
+    """Texts of several lengths, one that a stop token ends, one that is cancelled, some that arrive later."""
+    prompts, lengths = prompts_of(7, seed=21), [5, 12, 1, 9, 20, 3, 7]
+    expected = [hf_greedy(llama, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    stop = expected[4][6]
+    expected[4] = expected[4][: expected[4].index(stop) + 1]
+    ahead = running_ahead(executable)
+    cache = ahead.new_cache(num_pages=60, page_size=4, max_batch=4, max_tokens=16)
+    engine = ahead.engine(cache)
+    seen = []
+
+    def submit(i):
+        return engine.submit(
+            prompts[i],
+            max_new_tokens=lengths[i],
+            stop_tokens=[stop] if i == 4 else (),
+            on_token=lambda g, token: seen.append((g.request, token)),
+        )[0]
+
+    generations = [submit(i) for i in range(5)]
+    (cancelled,) = engine.submit(prompts[0], max_new_tokens=30)
+    while len(cancelled.tokens) < 2:
+        assert engine.step()
+    engine.cancel(cancelled)
+    generations += [submit(5), submit(6)]
+    engine.run()
+    assert [g.tokens for g in generations] == expected
+    assert [g.finish_reason for g in generations] == ["length"] * 4 + ["stop"] + ["length"] * 2
+    assert cancelled.finish_reason == "cancelled" and len(cancelled.tokens) == 2
+    assert sorted(seen) == sorted((g.request, token) for g in generations for token in g.tokens)
+    assert cache.num_free_pages == cache.num_pages and len(cache) == 0 and ahead.followed > 5
+
+
+def test_an_engine_runs_ahead_only_where_tokens_are_sure_to_follow(executable):
+    ahead = running_ahead(executable)
+    engine = ahead.engine(ahead.new_cache(num_pages=40, max_batch=2))
+    engine.submit([1, 2], max_new_tokens=2)  # one decode step, its last
+    engine.run()
+    assert ahead.followed == 0
+    engine.submit([1, 2], max_new_tokens=6, sampler=Sampler(temperature=1.0, seed=1))  # chosen on the host
+    engine.run()
+    assert ahead.followed == 0
+    engine.submit([1, 2], max_new_tokens=6)
+    engine.run()
+    assert ahead.followed == 4
+
+
+def test_decode_next_is_forward_with_the_greedy_tokens(llama, executable):
+    cache = executable.new_cache(num_pages=20)
+    prompts = prompts_of(2, seed=8)
+    for seq in range(2):
+        cache.add_sequence(seq)
+    result = executable.forward(cache, list(enumerate(prompts)))
+    tokens = [result.greedy]
+    for _ in range(3):
+        result = executable.decode_next(cache, result)
+        tokens.append(result.greedy)
+    assert np.array(tokens).T.tolist() == [hf_greedy(llama, p, 4) for p in prompts]
+    assert result.sequences == (0, 1) and not executable.runs_ahead
+    with pytest.raises(errors.ArgumentError, match=r"made with `rows`.*make it without"):
+        executable.decode_next(cache, executable.forward(cache, [(0, [1, 2])], rows=[0]))
+    empty = executable.decode_next(cache, executable.forward(cache, []))
+    assert empty.logits.shape[0] == 0
 
 
 def test_a_callback_that_raises_leaves_the_engine_whole(llama, executable):

@@ -9,7 +9,7 @@ import tvm_ffi
 from llamas import hf_greedy, prompts_of, tiny_llama
 
 import tvm_infer
-from tvm_infer import errors
+from tvm_infer import blas, errors
 from tvm_infer.models import LlamaConfig
 from tvm_infer.models.mlc_llama import LLAMA_3_8B, SMOLLM2_135M, LlamaForCausalLM, export_llama, fuse_weights
 from tvm_infer.relax import pipeline
@@ -87,6 +87,7 @@ class Machine:
     def __init__(self, model, cache):
         config, weights = ours_of(model)
         target = pipeline.host_target()
+        blas.ensure_blas()
         exported = export_llama(config, cache=cache, target=target)
         executable = pipeline.lower_cpu(pipeline.prepare_unpaged(exported.mod, {"seq_len": 64}), target)
         self.vm = tvm.relax.VirtualMachine(executable, tvm.cpu())

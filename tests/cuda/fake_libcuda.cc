@@ -14,6 +14,7 @@
 
 using tvm_infer::cuda::AttentionParams;
 using tvm_infer::cuda::DevicePointer;
+using tvm_infer::cuda::GemvParams;
 using tvm_infer::cuda::KernelInfo;
 using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
@@ -36,7 +37,7 @@ int capture_mode = 0;             // global
 void* current = nullptr;
 int contexts[3];
 unsigned char attention_params[sizeof(AttentionParams)], attention_maps[sizeof(KvTensorMaps)];
-unsigned char rope_append_params[sizeof(RopeAppendParams)];
+unsigned char rope_append_params[sizeof(RopeAppendParams)], gemv_params[sizeof(GemvParams)];
 
 int Called(const char* name, const std::string& text = "") {
   log_text += std::string(name) + (text.empty() ? "" : " ") + text + "\n";
@@ -80,6 +81,7 @@ FAKE int fake_current_device() {
 }
 FAKE const void* fake_params() { return attention_params; }
 FAKE const void* fake_rope_append_params() { return rope_append_params; }
+FAKE const void* fake_gemv_params() { return gemv_params; }
 FAKE const void* fake_maps() { return attention_maps; }
 
 FAKE int cuInit(unsigned) {
@@ -144,6 +146,7 @@ FAKE int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** params, 
     std::memcpy(attention_maps, params[1], sizeof(attention_maps));
   }
   if (loaded->name.rfind("rope_append", 0) == 0) std::memcpy(rope_append_params, params[0], sizeof(rope_append_params));
+  if (loaded->name.rfind("gemv", 0) == 0) std::memcpy(gemv_params, params[0], sizeof(gemv_params));
   return Called("cuLaunchKernelEx", loaded->name + " grid=" + Numbers({c->grid[0], c->grid[1], c->grid[2]}) + " block=" +
                                         Numbers({c->block[0], c->block[1], c->block[2]}) + " shared=" + std::to_string(c->shared_bytes) +
                                         " stream=" + std::to_string(reinterpret_cast<uintptr_t>(c->stream)) +
@@ -174,6 +177,10 @@ FAKE int cuMemcpyHtoDAsync_v2(DevicePointer device, const void* host, size_t byt
   std::memcpy(reinterpret_cast<void*>(device), host, bytes);
   return Called("cuMemcpyHtoDAsync", std::to_string(bytes));
 }
+FAKE int cuMemcpyDtoHAsync_v2(void* host, DevicePointer device, size_t bytes, void*) {
+  std::memcpy(host, reinterpret_cast<const void*>(device), bytes);
+  return Called("cuMemcpyDtoHAsync", std::to_string(bytes));
+}
 FAKE int cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {  // as a driver refuses it while any stream is captured in the mode "global"
   if (capturing && capture_mode != tvm_infer::cuda::kCaptureModeRelaxed) return Called("cuMemAlloc", "refused"), 900;
   const int code = Called("cuMemAlloc", std::to_string(bytes));
@@ -203,10 +210,10 @@ FAKE int cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags) {
 }
 FAKE int cuMemFreeHost(void* pointer) { return std::free(pointer), 0; }
 FAKE int cuEventCreate(void** event, unsigned flags) { return *event = &capturing, Called("cuEventCreate", std::to_string(flags)); }
-FAKE int cuEventDestroy_v2(void*) { return 0; }
+FAKE int cuEventDestroy_v2(void*) { return Called("cuEventDestroy"); }
 FAKE int cuEventRecord(void*, void*) { return Called("cuEventRecord"); }
 FAKE int cuEventQuery(void*) { return 0; }
-FAKE int cuEventSynchronize(void*) { return 0; }
+FAKE int cuEventSynchronize(void*) { return Called("cuEventSynchronize"); }
 FAKE int cuStreamIsCapturing(void* stream, int* status) {
   *status = capturing && (captured_stream == nullptr || captured_stream == stream);
   return 0;

@@ -101,8 +101,8 @@ class Driver:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._library.fake_log.restype = ctypes.c_char_p
-        for function in (self._library.fake_params, self._library.fake_rope_append_params, self._library.fake_maps):
-            function.restype = ctypes.c_void_p
+        for name in ("params", "rope_append_params", "gemv_params", "maps"):
+            getattr(self._library, f"fake_{name}").restype = ctypes.c_void_p
 
     def calls(self, name: str) -> list[str]:
         """Arguments of the calls of a function since clear(), one string each."""
@@ -125,6 +125,11 @@ class Driver:
     def rope_append_params(self, structure: type) -> Any:
         """The parameter of the last launch of a rope_append."""
         address = self._library.fake_rope_append_params()
+        return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
+
+    def gemv_params(self, structure: type) -> Any:
+        """The parameter of the last launch of a gemv."""
+        address = self._library.fake_gemv_params()
         return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
 
     def clear(self) -> None:

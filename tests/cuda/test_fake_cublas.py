@@ -67,6 +67,33 @@ def test_products_arguments_and_errors(fake):
     assert result.stdout.count(".") > 250 and "skipped" not in result.stdout
 
 
+def test_products_of_a_few_rows(fake):
+    """tests/cuda/with_fake_gemv.py, in such a process."""
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "with_fake_gemv.py")]
+    result = python(arguments, fake, TVM_INFER_CUBLASLT=str(fake / "libcublasLt.so.13"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(".") > 80 and "skipped" not in result.stdout
+
+
+FEW_ROWS = """
+import sys
+sys.path.insert(0, {here!r})
+from fake_tensors import Driver, tensor
+from with_fake_gemv import _ffi
+before = len(Driver().launches())
+_ffi.func("matmul")(tensor((4, 64)), tensor((256, 64)), 1, tensor((4, 256)))
+print(len(Driver().launches()) - before, _ffi.func("set_matmul_gemv")(True))
+"""
+
+
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), ("", True), (None, True)])
+def test_the_setting_sends_products_of_a_few_rows_to_cublaslt(fake, value, on):
+    environment = {"TVM_INFER_CUBLASLT": str(fake / "libcublasLt.so.13")}
+    environment |= {} if value is None else {"TVM_INFER_MATMUL_GEMV": value}
+    result = python(["-c", FEW_ROWS.format(here=str(HERE))], fake, **environment)
+    assert result.stdout.split() == [str(int(on)), str(on)], result.stderr
+
+
 def headers_of_cublas() -> list[pathlib.Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = [pathlib.Path(f) / "cu13" / "include" for f in (spec.submodule_search_locations or () if spec else ())]
@@ -172,4 +199,5 @@ def test_doctor_tells(fake):
     code = "from tvm_infer import doctor; print(doctor.cublas())"
     out = python(["-c", code], fake, TVM_INFER_CUBLASLT=str(path)).stdout
     assert out.strip() == f"13.1.0 ({path}, by TVM_INFER_CUBLASLT)"
-    assert {"TVM_INFER_CUBLASLT", "TVM_INFER_MATMUL_TF32"} <= {s.name for s in env.SETTINGS}
+    settings = {"TVM_INFER_CUBLASLT", "TVM_INFER_MATMUL_TF32", "TVM_INFER_MATMUL_GEMV"}
+    assert settings <= {s.name for s in env.SETTINGS}

@@ -60,9 +60,12 @@ def driver():
 
 @pytest.fixture
 def cublas(driver):
+    """With products of a few rows on it, too (what runs those else: with_fake_gemv.py)."""
     made = Cublas()
     made.library.fake_cublas_clear()
-    return made
+    former = _ffi.func("set_matmul_gemv")(False)
+    yield made
+    _ffi.func("set_matmul_gemv")(former)
 
 
 def matrix(values, dtype="bfloat16", pad=0, **kwargs):

@@ -17,7 +17,7 @@ from tvm_infer import _ffi, errors
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
-ABI, THREADS, SHARED = 4, 384, 230000
+ABI, THREADS, SHARED = 5, 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
 
@@ -869,3 +869,52 @@ def test_cache_takes_tensors_of_its_device_only(driver):
     cache.add_sequence(0)
     with cache.forward([0], [1]) as step, pytest.raises(errors.ArgumentError, match="cuda:0"):
         step.attention(0, *(rows(1, heads, (CUDA, 0)) for heads in (HQ, HKV, HKV)), out=rows(1, HQ))
+
+
+# Results on their way to the host
+
+
+def test_copies_between_page_locked_and_device_memory_do_not_wait(driver):
+    host, device = tensor((3,), "int32", device=(CPU, 0), data=np.array([4, 5, 6], np.int32)), tensor((1, 3), "int32")
+    back = tensor((3,), "int32", device=(CPU, 0), data=np.zeros(3, np.int32))
+    _ffi.func("copy_on_stream")(host, device)
+    _ffi.func("copy_on_stream")(device, back)
+    assert driver.calls("cuMemcpyHtoDAsync") == driver.calls("cuMemcpyDtoHAsync") == ["12"]
+    assert (ctypes.c_int32 * 3).from_address(addresses[id(back)])[:] == [4, 5, 6]
+    assert not driver.calls("cuStreamSynchronize") and not driver.calls("cuEventSynchronize")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: (tensor((2,), "int32"), tensor((2,), "int32")), errors.ExecutorError, "`target`.*cuda"),
+        (
+            lambda: (tensor((2,), "int32", device=(CPU, 0)), tensor((2,), "int32", device=(CPU, 0))),
+            errors.ArgumentError,
+            "`target`.*must be on a cuda device",
+        ),
+        (lambda: (tensor((2,), "int32"), tensor((3,), "int32", device=(CPU, 0))), errors.ArgumentError, "as many"),
+        (lambda: (tensor((2,), "int32"), tensor((2,), "float32", device=(CPU, 0))), errors.DTypeError, "`target`"),
+    ],
+)
+def test_copies_that_are_refused(driver, make, kind, words):
+    with pytest.raises(kind, match=words):
+        _ffi.func("copy_on_stream")(*make())
+    assert not driver.calls("cuMemcpyHtoDAsync") and not driver.calls("cuMemcpyDtoHAsync")
+
+
+def test_an_event_is_recorded_and_waited_for(driver):
+    record, wait = _ffi.func("new_event")(tvm_ffi.device("cuda:0"))
+    record()
+    wait()
+    names = ("cuEventCreate", "cuEventRecord", "cuEventSynchronize")
+    assert [len(driver.calls(name)) for name in names] == [1, 1, 1] and not driver.calls("cuEventDestroy")
+    driver.fail("cuEventSynchronize", 700)
+    with pytest.raises(errors.DeviceError, match="cuEventSynchronize"):
+        wait()
+    del record
+    assert not driver.calls("cuEventDestroy")  # each of the two keeps it
+    del wait
+    assert len(driver.calls("cuEventDestroy")) == 1
+    with pytest.raises(errors.ArgumentError, match=r"`device` is on cpu.*cuda device"):
+        _ffi.func("new_event")(tvm_ffi.device("cpu"))

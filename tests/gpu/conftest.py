@@ -96,6 +96,8 @@ def compile_kernels(items) -> None:
         names |= {f"rope_append_{dtype}" for dtype in ("bf16", "fp16")}
     if "merge_states" in families:
         names |= {f"merge_states_{dtype}" for dtype in ("bf16", "fp16", "fp32")}
+    if families & {"gemv", "matmul", "compiled_model"}:
+        names |= {f"gemv_{dtype}" for dtype in ("bf16", "fp16")}
     # test_gpu_append has head_dims without an attention kernel
     names = {n for n in names if not n.startswith("attention") or "_h64_" in n or "_h128_" in n}
     arch = _device.cuda_info(torch.cuda.current_device()).arch

@@ -49,7 +49,8 @@ FAMILIES = {
     "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
     "kv_cache": Family("copy_pages.cuh", ("copy_pages", "memory", "staging"), ("test_gpu_kv_cache.py",)),
     "compiled_model": Family(None, (), ("test_gpu_model.py", "prepare_models.py")),
-    "matmul": Family(None, ("matmul", "cublas"), ("test_gpu_matmul.py",)),
+    "matmul": Family(None, ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),
+    "gemv": Family("gemv.cuh", ("gemv",), ("test_gpu_gemv.py", "gpu_products.py")),
 }
 COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
 LAUNCHER_FOLDERS = ("cuda", "ffi")  # where the walk from the ffi's CUDA files stays
@@ -81,18 +82,24 @@ def kernel_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
 
 
 def launcher_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
-    """What brings a call to the kernel: from the ffi's CUDA files on, what they include of cuda/ and ffi/, less other families'."""
+    """What brings a call to the kernel: from the ffi's CUDA files on, what they include of cuda/ and ffi/, less other families'.
+
+    The family's own launchers also where only another family's include them (matmul.cc launches gemv).
+    """
     source = root / "cuda_src"
     ours = source / "tvm_infer"
     words = sorted((word for f in FAMILIES.values() for word in f.words), key=len, reverse=True)
 
+    def word_of(path: pathlib.Path) -> str | None:
+        return next((word for word in words if word in path.stem), None)
+
     def follow(path: pathlib.Path) -> bool:
         folder = path.relative_to(ours).parts[0]
-        word = next((word for word in words if word in path.stem), None)
-        own = folder != "cuda" or word is None or word in family.words  # ffi files serve all families
+        own = folder != "cuda" or word_of(path) in (None, *family.words)  # ffi files serve all families
         return folder in LAUNCHER_FOLDERS and own
 
     begin = [p for p in (ours / "ffi").glob("*.cc") if "cuda" in p.stem]
+    begin += [p for p in (ours / "cuda").glob("*.cc") if word_of(p) in family.words]
     return walk(source, begin, follow)
 
 

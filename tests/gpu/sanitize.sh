@@ -12,7 +12,8 @@ command -v "$SANITIZER" >/dev/null || { echo "sanitize: $SANITIZER is not on PAT
 [ $# -gt 0 ] || set -- memcheck synccheck racecheck
 mkdir -p "$LOGS"
 # our kernels alone: torch's, which make the inputs and the reference, run at full speed
-kernels=(--kernel-name kns=attention_ --kernel-name kns=append_b16 --kernel-name kns=rope_append_ --kernel-name kns=merge_states_)
+kernels=(--kernel-name kns=attention_ --kernel-name kns=append_b16 --kernel-name kns=rope_append_ --kernel-name kns=merge_states_
+  --kernel-name kns=gemv_)
 status=0
 for tool in "$@"; do
   case "$tool" in

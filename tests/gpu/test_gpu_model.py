@@ -46,19 +46,24 @@ def language_model(cuda):
     return load_gguf(gguf_path()).astype("bfloat16")
 
 
-@pytest.fixture(scope="module")
-def executable(language_model):
+def compiled(language_model, *, programmatic_launch=True):
     pytest.importorskip("tvm", reason="a compiled model needs TVM's runtime")
     prepared = os.environ.get("TVM_INFER_TEST_MODELS")
     if not prepared:
         from prepare_models import compile_smollm2
 
-        return compile_smollm2()
+        return compile_smollm2(programmatic_launch=programmatic_launch)
     from tvm_infer.runtime.executable import Executable
 
     weights = dict(language_model.weights)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied
-    return Executable(pathlib.Path(prepared) / "smollm2", weights, max_position=language_model.config.max_position)
+    folder = pathlib.Path(prepared) / ("smollm2" if programmatic_launch else "smollm2_plain_launches")
+    return Executable(folder, weights, max_position=language_model.config.max_position)
+
+
+@pytest.fixture(scope="module")
+def executable(language_model):
+    return compiled(language_model)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +156,79 @@ def test_graphs_give_the_same_bits(executable, eager, count):
     for (tokens_a, logits_a), (tokens_b, logits_b) in zip(*answers, strict=True):
         assert np.array_equal(tokens_a, tokens_b) and np.array_equal(logits_a, logits_b)
         assert np.isfinite(logits_a).all() and np.array_equal(logits_a.argmax(-1), tokens_a)
+
+
+def test_kernels_that_start_early_give_the_same_bits(executable, language_model):
+    """Programmatic dependent launch of TVM's kernels: prefill, then 40 decode steps, beside the model without it."""
+    answers = []
+    for one in (executable, compiled(language_model, programmatic_launch=False)):
+        cache = one.new_cache(num_pages=256)
+        kept = []
+        for seq in range(5):
+            cache.add_sequence(seq)
+            kept.append(one.forward(cache, [(seq, PROMPTS[seq] * 3)]).logits)
+        for i in range(40):
+            count = 5 if i % 3 else 2
+            kept.append(one.forward(cache, [(seq, [500 + 7 * seq + i]) for seq in range(count)]).logits)
+        answers.append(kept)
+    assert all(np.array_equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 16])
+def test_steps_that_follow_unread_tokens_give_the_same(executable, count):
+    """30 decode steps, each launched before the tokens of the one ahead are read, beside 30 that wait for them."""
+    texts, logits = [], []
+    for runs_ahead in (True, False):
+        cache = executable.new_cache(num_pages=256)
+        for seq in range(count):
+            cache.add_sequence(seq)
+            executable.forward(cache, [(seq, PROMPTS[seq % 8])])
+        result = executable.forward(cache, [(seq, [400 + 11 * seq]) for seq in range(count)])
+        text = []
+        for _ in range(30):
+            if runs_ahead:
+                following = executable.decode_next(cache, result)
+                text.append(result.greedy.tolist())
+            else:
+                text.append(result.greedy.tolist())
+                following = executable.forward(cache, [(seq, [token]) for seq, token in enumerate(text[-1])])
+            result = following
+        texts.append(text)
+        logits.append(result.logits)
+    assert texts[0] == texts[1] and np.array_equal(*logits)
+    with pytest.raises(errors.ArgumentError, match="rows"):
+        executable.decode_next(cache, executable.forward(cache, [(0, [5, 6])], rows=[1]))
+
+
+def test_engines_that_run_ahead_take_the_same_tokens(executable, eager):
+    """Beside an engine that launches nothing early. Several lengths: as these are known, both make the same batches."""
+    texts = []
+    for one in (executable, eager):
+        assert one.runs_ahead == (one is executable)
+        cache = one.new_cache(num_pages=256, max_batch=5)
+        engine = one.engine(cache)
+        generations = [engine.submit(p, max_new_tokens=7 + 5 * i)[0] for i, p in enumerate(PROMPTS[:5])]
+        engine.run()
+        assert cache.num_used_pages == 0
+        texts.append([g.tokens for g in generations])
+    assert texts[0] == texts[1]
+
+
+def test_a_text_that_ends_while_the_next_step_is_under_way(executable):
+    """A stop token, and one that joins then: its token in the step ahead is dropped, its pages are another's."""
+    texts = []
+    for stop in ((), None):
+        cache = executable.new_cache(num_pages=3)
+        engine = executable.engine(cache)
+        (first,) = engine.submit(
+            PROMPTS[0], max_new_tokens=30, stop_tokens=(texts[0][0][12],) if stop is None else stop
+        )
+        (second,) = engine.submit(PROMPTS[0], max_new_tokens=30)  # has to wait for the first one's pages
+        engine.run()
+        assert cache.num_used_pages == 0
+        texts.append((first.tokens, second.tokens))
+    (whole, after), (stopped, after_stop) = texts
+    assert stopped == whole[: whole.index(whole[12]) + 1] and after == after_stop == whole
 
 
 def test_caches_do_not_mix(executable):

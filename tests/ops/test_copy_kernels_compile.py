@@ -1,4 +1,4 @@
-"""The append, rope and merge kernels compile for sm_90a, fast, without spills, and say what they are."""
+"""The append, rope, merge and gemv kernels compile for sm_90a, fast, without spills, and say what they are."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ KERNELS = {
     "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
     "rope_append_bf16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);", 128),
     "rope_append_fp16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_fp16, Fp16);", 128),
+    # one CTA of 288 threads, but a thread's registers are counted in eights: 65536 / 288 is 227
+    "gemv_bf16": ("gemv", "TVM_INFER_GEMV(gemv_bf16, Bf16);", 224),
+    "gemv_fp16": ("gemv", "TVM_INFER_GEMV(gemv_fp16, Fp16);", 224),
     "merge_states_bf16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_bf16, Bf16);", 40),
     "merge_states_fp16": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp16, Fp16);", 40),
     "merge_states_fp32": ("merge_states", "TVM_INFER_MERGE_STATES(merge_states_fp32, Fp32);", 40),

@@ -1,6 +1,8 @@
-"""DispatchMatmul for CUDA: which products go to cuBLASLt, which stay with TVM and why, as before / expected modules."""
+"""DispatchMatmul for CUDA: which products are called how, which stay with TVM and why, as before / expected modules."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import tvm
@@ -72,6 +74,112 @@ def test_before_and_after():
     tvm.ir.assert_structural_equal(dispatch(Products), Expected)
     assert dispatch.report.left == []
     assert "4 matmul(s) to tvm_infer.matmul, 0 left to TVM (cuBLASLt)" in str(dispatch.report)
+
+
+@I.ir_module
+class Weights:
+    """Three inputs, then weights. A product with a weight, its sum, one in float32; with an input; with what is computed; as [k, n]."""
+
+    @R.function
+    def main(
+        x: R.Tensor((1, "n", 8), "bfloat16"),
+        table: R.Tensor((5, 8), "bfloat16"),
+        residual: R.Tensor((1, "n", 5), "bfloat16"),
+        w: R.Tensor((5, 8), "bfloat16"),
+        v: R.Tensor((8, 5), "bfloat16"),
+    ):
+        R.func_attr({"num_input": 3})
+        with R.dataflow():
+            wt = R.permute_dims(w)
+            y = R.matmul(x, wt)
+            product = R.matmul(x, wt)
+            summed = R.add(residual, product)
+            wide = R.matmul(x, wt, out_dtype="float32")
+            looked_up = R.matmul(x, R.permute_dims(table))
+            scaled = R.add(w, w)
+            computed = R.matmul(x, R.permute_dims(scaled))
+            plain = R.matmul(x, v)
+            out = (y, summed, wide, looked_up, computed, plain)
+            R.output(out)
+        return out
+
+
+@I.ir_module
+class WeightsExpected:
+    @R.function
+    def main(
+        x: R.Tensor((1, "n", 8), "bfloat16"),
+        table: R.Tensor((5, 8), "bfloat16"),
+        residual: R.Tensor((1, "n", 5), "bfloat16"),
+        w: R.Tensor((5, 8), "bfloat16"),
+        v: R.Tensor((8, 5), "bfloat16"),
+    ):
+        R.func_attr({"num_input": 3})
+        n = T.int64()
+        with R.dataflow():
+            y = R.call_dps_packed("tvm_infer.linear", (x, w), out_ty=R.Tensor((1, n, 5), "bfloat16"))
+            summed = R.call_dps_packed("tvm_infer.linear_add", (x, w, residual), out_ty=R.Tensor((1, n, 5), "bfloat16"))
+            wide = R.call_dps_packed("tvm_infer.linear", (x, w), out_ty=R.Tensor((1, n, 5), "float32"))
+            looked_up = R.call_dps_packed(
+                "tvm_infer.matmul", (x, table, R.prim_value(1)), out_ty=R.Tensor((1, n, 5), "bfloat16")
+            )
+            scaled = R.add(w, w)
+            computed = R.call_dps_packed(
+                "tvm_infer.matmul", (x, scaled, R.prim_value(1)), out_ty=R.Tensor((1, n, 5), "bfloat16")
+            )
+            plain = R.call_dps_packed(
+                "tvm_infer.matmul", (x, v, R.prim_value(0)), out_ty=R.Tensor((1, n, 5), "bfloat16")
+            )
+            out = (y, summed, wide, looked_up, computed, plain)
+            R.output(out)
+        return out
+
+
+def packed_calls(mod):
+    """The packed functions that `main` calls, in order, without their prefix."""
+    return re.findall(r'call_dps_packed\("tvm_infer\.(\w+)"', mod["main"].script())
+
+
+def test_a_product_with_a_weight_is_a_linear():
+    """What is in the function behind num_input inputs is the same at every call: it may be read early. Nothing else may."""
+    dispatch = DispatchMatmul("cuda")
+    tvm.ir.assert_structural_equal(dispatch(Weights), WeightsExpected)
+    assert dispatch.report.left == [] and [d.folded for d in dispatch.report.dispatched] == ["", "add", "", "", "", ""]
+
+
+def test_without_num_input_nothing_is_known_to_be_a_weight():
+    mod = Weights.clone()
+    mod.update_func(mod.get_global_var("main"), mod["main"].without_attr("num_input"))
+    assert packed_calls(DispatchMatmul("cuda")(mod)) == ["matmul", "matmul_add", *["matmul"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("num_input", "expected"),
+    [
+        (0, ["linear", "linear_add", "linear", "linear", "matmul", "matmul"]),  # all is static, the table too
+        (2, ["linear", "linear_add", "linear", "matmul", "matmul", "matmul"]),
+        (4, ["matmul", "matmul_add", "matmul", "matmul", "matmul", "matmul"]),
+    ],
+)
+def test_num_input_says_where_weights_begin(num_input, expected):
+    mod = Weights.clone()
+    mod.update_func(mod.get_global_var("main"), mod["main"].with_attr("num_input", num_input))
+    assert packed_calls(DispatchMatmul("cuda")(mod)) == expected
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(("target", "name"), [("cuda", "linear"), ("cpu", "matmul")])
+def test_the_cpu_has_no_use_for_constant_weights(target, name, fold):
+    """In float32, which both take."""
+    builder = tvm.relax.BlockBuilder()
+    shapes = {"x": (3, 8), "c": (3, 5), "w": (5, 8)}
+    x, c, w = (tvm.relax.Var(name, tvm.relax.TensorType(shape, FP32)) for name, shape in shapes.items())
+    with builder.function("main", [x, c, w], attrs={"num_input": 2}):
+        with builder.dataflow():
+            product = builder.emit(tvm.relax.op.matmul(x, builder.emit(tvm.relax.op.permute_dims(w))))
+            y = builder.emit_output(builder.emit(tvm.relax.op.add(product, c)))
+        builder.emit_func_output(y)
+    assert packed_calls(DispatchMatmul(target, fold=fold)(builder.finalize())) == [f"{name}_add" if fold else name]
 
 
 def test_the_cpu_takes_float32_alone():

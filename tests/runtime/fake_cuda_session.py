@@ -80,6 +80,7 @@ def _write(ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
 def make_session(monkeypatch: Any, cache: PagedKVCache, *, use_graphs: bool = True, **changes: Any) -> Any:
     """(session, its virtual machine, streams that were waited for)."""
     waited: list[int] = []
+    recorded: list[int] = []
     device = tvm_ffi.device("cpu")
 
     def func(name: str) -> Any:
@@ -90,6 +91,12 @@ def make_session(monkeypatch: Any, cache: PagedKVCache, *, use_graphs: bool = Tr
                 return tensor, tensor
 
             return host_visible
+        if name == "copy_on_stream":
+            return lambda source, target: np.copyto(
+                np.from_dlpack(target), np.from_dlpack(source).reshape(target.shape)
+            )
+        if name == "new_event":
+            return lambda d: (lambda: recorded.append(tvm_ffi.get_raw_stream(d)), lambda: waited.append(recorded[-1]))
         if name == "wait_for_stream":
             return lambda d: waited.append(tvm_ffi.get_raw_stream(d))
         return _ffi.func(name)

@@ -181,6 +181,96 @@ def test_results_are_waited_for_on_the_stream_of_the_step(monkeypatch, lengths):
     assert waited == [77, 77] and tvm_ffi.get_raw_stream(tvm_ffi.device("cpu")) == 0
 
 
+# Steps that follow before the tokens ahead of them are read
+
+
+def decode(session, cache, tokens):
+    """A decode step of sequences 0, 1, … as Executable.forward has it."""
+    result = run(session, cache, [(seq, [token]) for seq, token in enumerate(tokens)])
+    result.sequences = tuple(range(len(tokens)))
+    return result
+
+
+def follow(session, cache, previous):
+    assert session.follows(previous)
+    result = session.follow(cache, previous)
+    result.sequences = previous.sequences
+    return result
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_step_goes_on_with_tokens_that_the_host_has_not_seen(monkeypatch, count):
+    cache = with_sequences(make_cache(), count)
+    session, vm, waited = make_session(monkeypatch, cache)
+    results = [decode(session, cache, range(10, 10 + count))]
+    tokens = []
+    for _ in range(5):
+        results.append(follow(session, cache, results[-1]))
+        assert not waited
+        tokens.append(results[-2].greedy.tolist())
+        assert waited.pop() == 0
+    tokens.append(results[-1].greedy.tolist())
+    assert tokens == [[11 + seq + step for seq in range(count)] for step in range(6)]
+    assert results[-1].logits[:, 0].tolist() == tokens[-2] and results[-1].logits[:, 1].tolist() == [5] * count
+    assert cache.seq_len(0) == 6
+    ids = np.from_dlpack(vm.saved[f"decode_of_{session.bucket(count)}_rows"][0])
+    assert ids[0, count:].tolist() == [0] * (session.bucket(count) - count)  # padding
+
+
+def test_tokens_stay_until_two_more_steps_were_made(monkeypatch):
+    cache = with_sequences(make_cache(), 2)
+    session, _, _ = make_session(monkeypatch, cache)
+    first = decode(session, cache, [1, 2])
+    second = follow(session, cache, first)
+    with pytest.raises(errors.CacheStateError, match=r"logits of a decode step"):
+        _ = first.logits
+    third = follow(session, cache, second)
+    assert first.greedy.tolist() == [2, 3]
+    follow(session, cache, third)  # takes the slot of the first
+    assert first.greedy.tolist() == [2, 3] and second.greedy.tolist() == [3, 4]
+    late = decode(session, cache, [1, 2])
+    for _ in range(3):
+        step = late if _ == 0 else step
+        step = follow(session, cache, step)
+    with pytest.raises(errors.CacheStateError, match=r"tokens of a decode step.*decode_next"):
+        _ = late.greedy
+
+
+def test_tokens_that_were_read_are_not_kept_again(monkeypatch):
+    cache = with_sequences(make_cache(), 1)
+    session, _, _ = make_session(monkeypatch, cache)
+    first = decode(session, cache, [1])
+    read = first.greedy
+    follow(session, cache, first)
+    assert first.greedy is read and first._kept is None
+
+
+def test_what_cannot_be_followed(monkeypatch):
+    cache = with_sequences(make_cache(), 2)
+    session, _, _ = make_session(monkeypatch, cache)
+    prefill = run(session, cache, [(0, [1, 2]), (1, [3])])
+    assert not session.follows(prefill)  # not captured: its tokens lie elsewhere
+    first = decode(session, cache, [1, 2])
+    with tvm_ffi.use_raw_stream(tvm_ffi.device("cpu"), 77):  # which does not wait for the other
+        assert not session.follows(first)
+    assert session.follows(first)
+    decode(session, cache, [1, 2])
+    assert not session.follows(first)
+    plain, _, _ = make_session(monkeypatch, cache, use_graphs=False)
+    assert not plain.follows(decode(plain, cache, [1, 2]))
+
+
+def test_a_step_that_cannot_begin_leaves_the_one_ahead_readable(monkeypatch):
+    cache = with_sequences(make_cache(num_pages=1), 1)
+    session, _, _ = make_session(monkeypatch, cache)
+    result = decode(session, cache, [1])
+    for _ in range(3):
+        result = follow(session, cache, result)
+    with pytest.raises(errors.OutOfPagesError):
+        session.follow(cache, result)
+    assert result.greedy.tolist() == [5] and cache.seq_len(0) == 4
+
+
 # Lifetime
 
 

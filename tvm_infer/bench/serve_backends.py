@@ -16,13 +16,15 @@ import numpy as np
 from .. import _ffi, blas, cublas
 from ..errors import ArgumentError
 from ..jit import nvcc
+from ..runtime.session import CudaSession, StepResult
 from . import serve_flashinfer
 from .peers import Skipped
-from .serve_breakdown import CUDA_METHOD, RUNS, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
+from .serve_breakdown import CUDA_METHOD, PLAIN_RUNS, RUNS, VM_METHOD, Breakdown, VmTimer, cuda_kernels, of_step
 from .serve_loop import Batch, CacheSizes
 from .serve_models import ServeModel
 
 _TVM_PAGE_SIZE = 16  # in its kernels, whatever the cache is created with
+_GRAPH_LAUNCHES = 5  # back to back, of which the mean counts
 BACKENDS = ("tvm_infer", "tvm-tir", "flashinfer")
 
 
@@ -49,6 +51,8 @@ def make(name: str, model: ServeModel, sizes: CacheSizes, device: str) -> Served
 class ServedModel:
     """What all backends share: `step`, of which subclasses write `_logits`, and the breakdown of a step."""
 
+    runs_ahead = False
+
     def __init__(self, model: ServeModel, sizes: CacheSizes, device: str) -> None:
         self.model, self.sizes, self.device = model, sizes, device
         self.vm: Any = None
@@ -65,8 +69,11 @@ class ServedModel:
         """Its pages go back."""
         raise NotImplementedError
 
-    def step(self, batch: Batch) -> list[int]:
-        """Run new tokens; the greedy next token of each sequence, in the order of the batch."""
+    def step(self, batch: Batch, *, goes_on: bool = False) -> list[int]:
+        """Run new tokens; the greedy next token of each sequence, in the order of the batch.
+
+        goes_on : the next step will be of the same sequences with these tokens; a backend that can may begin it already.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -104,6 +111,8 @@ class OurCache(ServedModel):
             max_tokens=sizes.max_tokens,
         )
         self.vm = self.executable._host_vm if device == "cpu" else None
+        self.runs_ahead = self.executable.runs_ahead
+        self._ahead: StepResult | None = None  # of the next step, under way
 
     def add(self, seq: int) -> None:
         self.cache.add_sequence(seq)
@@ -114,8 +123,41 @@ class OurCache(ServedModel):
     def remove(self, seq: int) -> None:
         self.cache.remove_sequence(seq)
 
-    def step(self, batch: Batch) -> list[int]:
-        return [int(token) for token in self.executable.forward(self.cache, batch).greedy]
+    def step(self, batch: Batch, *, goes_on: bool = False) -> list[int]:
+        result, self._ahead = self._ahead or self.executable.forward(self.cache, batch), None
+        if goes_on and self.runs_ahead:
+            self._ahead = self.executable.decode_next(self.cache, result)
+        return [int(token) for token in result.greedy]
+
+    def graph_alone(self, seqs: Sequence[int]) -> float | None:
+        """Seconds of the graph of a decode step, launched again and again without the host in between: what a whole step is held
+        against. None on the CPU, where nothing is captured."""
+        if self.device == "cpu":
+            return None
+        import torch
+
+        count, session = len(seqs), self._session()
+        launch = session.decode_graph(self.cache, count)
+        self.cache.begin_step(seqs, [1] * count, num_rows=session.bucket(count), token_ids=np.zeros(count, np.int64))
+        try:
+            times = []
+            for _ in range(PLAIN_RUNS):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                launch()  # the GPU is busy when the first event is recorded
+                begin.record()
+                for _ in range(_GRAPH_LAUNCHES):
+                    launch()
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) * 1e-3 / _GRAPH_LAUNCHES)
+            return min(times)
+        finally:
+            self.cache.cancel_forward()
+
+    def _session(self) -> CudaSession:
+        session = self.executable._session(self.cache)
+        assert isinstance(session, CudaSession)
+        return session
 
     def attention_alone(self, seqs: Sequence[int]) -> float | None:
         """Seconds of the attention kernels of all layers of a decode step, back to back in a graph of their own: what those inside a
@@ -126,7 +168,7 @@ class OurCache(ServedModel):
 
         c, cache = self.model.config, self.cache
         dtype = getattr(torch, self.model.dtype)
-        rows = next(b for b in self.executable.manifest.buckets if b >= len(seqs))
+        rows = self._session().bucket(len(seqs))
         qkv = torch.randn(rows, c.num_qo_heads + 2 * c.num_kv_heads, c.head_dim, device="cuda", dtype=dtype)
         out = torch.empty(rows, c.num_qo_heads, c.head_dim, device="cuda", dtype=dtype)
         cache.begin_step(seqs, [1] * len(seqs), num_rows=rows)
@@ -141,7 +183,8 @@ class OurCache(ServedModel):
             cache.cancel_forward()
 
     def describe(self) -> str:
-        return "tvm_infer.compile, one call a step for prompts and decodes together"
+        ahead = "; a decode step is launched before the tokens ahead of it are read" if self.runs_ahead else ""
+        return f"tvm_infer.compile, one call a step for prompts and decodes together{ahead}"
 
 
 class TvmCache(ServedModel):
@@ -180,7 +223,7 @@ class TvmCache(ServedModel):
     def remove(self, seq: int) -> None:
         self._state["remove_sequence"](self.cache, seq)
 
-    def step(self, batch: Batch) -> list[int]:
+    def step(self, batch: Batch, *, goes_on: bool = False) -> list[int]:
         decodes = [i for i, (_, tokens) in enumerate(batch) if len(tokens) == 1]
         prompts = [i for i, (_, tokens) in enumerate(batch) if len(tokens) != 1]
         found: dict[int, int] = {}

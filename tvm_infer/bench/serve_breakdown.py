@@ -3,10 +3,15 @@
 A kernel belongs to a part by its name. Kernels are timed on a step that is run for the purpose, after everything else was timed: once
 CUPTI watches a process, its launches are slower to the end (a graph of 350 kernels by 0.3 ms). The host's part is what a plain step,
 timed before that, takes beyond the kernels.
+
+A kernel may start before the one ahead has ended and wait for it there (programmatic dependent launch), so that durations would count
+the same time twice: a kernel is charged from the end of those ahead of it, if that is later than its own start.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +20,8 @@ from typing import Any
 from ..errors import ExecutorError
 
 PARTS = ("attention", "gemm", "other")
-RUNS = 3  # of the step: others' work on the machine only adds, so the fastest count
+RUNS = 3  # of the step under CUPTI: others' work on the machine only adds, so the fastest count
+PLAIN_RUNS = 9  # of the step alone; odd, so that the median is one of them
 # Of ours, TVM's TIR cache and FlashInfer: attention with its append, rotation, plan and merge kernels as far as they are kernels apart
 _ATTENTION = (
     "attention",
@@ -29,7 +35,7 @@ _ATTENTION = (
     "append",
     "rope",
 )
-_GEMM = ("matmul", "gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")
+_GEMM = ("matmul", "linear", "gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk")
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,14 @@ def sums(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
     return found
 
 
-def plain_step(step: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs of `step`."""
+def plain_step(step: Callable[[bool], object]) -> float:
+    """Seconds of a step, the median of a few. step : called with whether it goes on (serve_loop.Backend.step)."""
     plain = []
-    for _ in range(RUNS):
+    for number in range(PLAIN_RUNS):
         start = time.perf_counter()
-        step()
+        step(number + 1 < PLAIN_RUNS)
         plain.append(time.perf_counter() - start)
-    return min(plain)
+    return statistics.median(plain)
 
 
 def of_step(
@@ -117,11 +123,24 @@ class VmTimer:
         return self._calls
 
 
-CUDA_METHOD = "kernels of a step by CUPTI (torch.profiler), inside graphs too; host: a plain step less these"
+def exclusive(spans: Iterable[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """(kernel, time) of (kernel, start, end): of each what passes between the end of all that started before it and its own end."""
+    found, done = [], -math.inf
+    for name, start, end in sorted(spans, key=lambda span: span[1:]):
+        found.append((name, max(0.0, end - max(start, done))))
+        done = max(done, end)
+    return found
+
+
+CUDA_METHOD = (
+    "kernels of a step by CUPTI (torch.profiler), inside graphs too, each from the end of the one ahead; host: what a plain step "
+    "takes beyond these"
+)
 
 
 def cuda_kernels(step: Callable[[], object]) -> list[tuple[str, float]]:
-    """(kernel, seconds) of everything that `step` runs on the GPU, whoever launches it. ExecutorError where CUPTI reports nothing."""
+    """(kernel, seconds) of everything that `step` runs on the GPU, whoever launches it, as :func:`exclusive` has them. ExecutorError
+    where CUPTI reports nothing."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -131,4 +150,4 @@ def cuda_kernels(step: Callable[[], object]) -> list[tuple[str, float]]:
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     if not events:
         raise ExecutorError("torch.profiler saw no kernels: CUPTI is not available to this process")
-    return [(event.name, event.device_time_total * 1e-6) for event in events]
+    return exclusive((event.name, event.time_range.start * 1e-6, event.time_range.end * 1e-6) for event in events)

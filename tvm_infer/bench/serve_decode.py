@@ -64,7 +64,8 @@ def measure(
     times, tokens = [], [[token] for token in following]
     for number in range(warm_up + steps):
         begin = clock.now()
-        following = backend.step([(seq, [token]) for seq, token in zip(seqs, following, strict=True)])
+        batch = [(seq, [token]) for seq, token in zip(seqs, following, strict=True)]
+        following = backend.step(batch, goes_on=number + 1 < warm_up + steps)
         if number >= warm_up:
             times.append(clock.now() - begin)
         for text, token in zip(tokens, following, strict=True):

@@ -33,6 +33,7 @@ class Backend(Protocol):
     """A model with its cache. Sequences are numbers that the caller chooses."""
 
     sizes: CacheSizes
+    runs_ahead: bool  # it makes use of `goes_on`
 
     def add(self, seq: int) -> None:
         """An empty sequence."""
@@ -43,8 +44,11 @@ class Backend(Protocol):
     def remove(self, seq: int) -> None:
         """Its pages go back, where no other sequence needs them."""
 
-    def step(self, batch: Batch) -> list[int]:
-        """Run new tokens, at least one for each sequence named; returns the greedy next token of each. Returns when it has them."""
+    def step(self, batch: Batch, *, goes_on: bool = False) -> list[int]:
+        """Run new tokens, at least one for each sequence named; returns the greedy next token of each. Returns when it has them.
+
+        goes_on : the next step will be of the same sequences, each with its token of this one: it may be under way on return.
+        """
 
 
 class Clock:
@@ -130,6 +134,7 @@ class Loop:
         self._steps: list[StepRecord] = []
         self._reserved = 0
         self._next_seq = first_seq
+        self._goes_on = False  # the backend was told that the next step is the last one's with its tokens
 
     def run(self, requests: Sequence[Request]) -> ServeRun:
         """Serve all requests, in the order of their arrivals. ArgumentError for one that can never be served."""
@@ -140,9 +145,10 @@ class Loop:
         while waiting or self._running:
             if not self._running:
                 self.clock.wait_until(waiting[0].request.arrival)
-            self._admit(waiting)
+            if not self._goes_on:
+                self._admit(waiting)
             if self._running:
-                self._step()
+                self._step(waiting)
         return ServeRun(records, self._steps)
 
     def _check(self, number: int, request: Request) -> None:
@@ -160,27 +166,41 @@ class Loop:
                 f"request {number} needs {pages} pages of {sizes.page_size} tokens; the cache has {sizes.num_pages}: raise --num-pages"
             )
 
+    def _can_admit(self, waiting: deque[Record]) -> bool:
+        """Whether the first of those that wait is there, and there is room for it."""
+        if not waiting or waiting[0].request.arrival > self.clock.now():
+            return False
+        request = waiting[0].request
+        sequences = sum(len(r.seqs) for r in self._running) + request.samples
+        limit = min(self.sizes.max_batch, self.sizes.max_tokens)
+        return (
+            sequences <= limit and self._reserved + pages_needed(request, self.sizes.page_size) <= self.sizes.num_pages
+        )
+
     def _admit(self, waiting: deque[Record]) -> None:
-        while waiting and waiting[0].request.arrival <= self.clock.now():
+        while self._can_admit(waiting):
             request = waiting[0].request
             pages = pages_needed(request, self.sizes.page_size)
-            sequences = sum(len(r.seqs) for r in self._running) + request.samples
-            limit = min(self.sizes.max_batch, self.sizes.max_tokens)
-            if sequences > limit or self._reserved + pages > self.sizes.num_pages:
-                return
             seqs = list(range(self._next_seq, self._next_seq + request.samples))
             self._next_seq += request.samples
             self._reserved += pages
             self.backend.add(seqs[0])
             self._running.append(_Running(waiting.popleft(), seqs, pages))
 
-    def _step(self) -> None:
+    def _step(self, waiting: deque[Record]) -> None:
         start = self.clock.now()
         decoding = [(r, i) for r in self._running for i in r.active()]
         batch: list[tuple[int, Sequence[int]]] = [(r.seqs[i], r.record.samples[i].tokens[-1:]) for r, i in decoding]
         chunks = self._chunks(self.sizes.max_tokens - len(batch))
         batch += [(r.seqs[0], r.prompt[r.prefilled : r.prefilled + size]) for r, size in chunks]
-        tokens = self.backend.step(batch)
+        # what arrives from now on begins a step later, as in runtime.Engine
+        self._goes_on = (
+            self.backend.runs_ahead
+            and not chunks
+            and not self._can_admit(waiting)
+            and all(self._needs_two(r, i) for r, i in decoding)
+        )
+        tokens = self.backend.step(batch, goes_on=self._goes_on)
         taken = [(r, i, token) for (r, i), token in zip(decoding, tokens, strict=False)]
         keys = sum(len(r.prompt) + len(r.record.samples[i].tokens) for r, i in decoding)
         for (r, size), token in zip(chunks, tokens[len(decoding) :], strict=True):
@@ -197,6 +217,11 @@ class Loop:
         for r in [r for r in self._running if r.prefilled == len(r.prompt) and not r.active()]:
             self._running.remove(r)
             self._reserved -= r.pages
+
+    @staticmethod
+    def _needs_two(r: _Running, index: int) -> bool:
+        """Whether the step's token is not the sample's last."""
+        return len(r.record.samples[index].tokens) + 1 < r.record.request.max_new_tokens
 
     def _take(self, r: _Running, index: int, token: int, now: float) -> None:
         sample = r.record.samples[index]

@@ -75,6 +75,13 @@ def notes(results: dict[str, Any]) -> list[str]:
                 f"{row['backend']}{where}: attention takes {inside * 1e3:.3f} ms inside a step, {alone * 1e3:.3f} ms in a graph of its "
                 f"own ({inside / alone:.2f} x)"
             )
+        plain = row.get("plain_step", {})
+        if plain.get("graph_seconds"):
+            beyond = plain["seconds"] - plain["graph_seconds"]
+            lines.append(
+                f"{row['backend']}{where}: a step takes {plain['seconds'] * 1e3:.3f} ms, its graph alone "
+                f"{plain['graph_seconds'] * 1e3:.3f} ms: {beyond * 1e6:.0f} us for the host"
+            )
         if row.get("same_tokens") is not None:
             same, of = row["same_tokens"], row["compared_tokens"]
             lines.append(

@@ -150,10 +150,15 @@ def warm_up(backend: Backend, vocab_size: int) -> int:
 def plain_step(
     backend: Any, typical: dict[str, int] | None, vocab_size: int, first_seq: int, seed: int
 ) -> dict[str, Any]:
-    """{"seconds", "batch", "keys"} of a decode step of that size, or {"skipped": why not}."""
-    return _of_step(
-        backend, typical, vocab_size, first_seq, seed, lambda step, _: {"seconds": serve_breakdown.plain_step(step)}
-    )
+    """{"seconds", "batch", "keys"} of a decode step of that size, "graph_seconds" of its graph alone where the backend has one, or
+    {"skipped": why not}."""
+
+    def measure(step: Callable[[bool], object], seqs: Sequence[int]) -> dict[str, Any]:
+        found = {"seconds": serve_breakdown.plain_step(step)}
+        alone = getattr(backend, "graph_alone", None)
+        return found | ({} if alone is None else {"graph_seconds": alone(seqs)})
+
+    return _of_step(backend, typical, vocab_size, first_seq, seed, measure)
 
 
 def breakdown(backend: Any, plain: dict[str, Any], vocab_size: int, first_seq: int, seed: int) -> dict[str, Any]:
@@ -161,8 +166,8 @@ def breakdown(backend: Any, plain: dict[str, Any], vocab_size: int, first_seq: i
     if "skipped" in plain:
         return plain
 
-    def measure(step: Callable[[], object], seqs: Sequence[int]) -> dict[str, Any]:
-        found = asdict(backend.breakdown(step, plain["seconds"]))
+    def measure(step: Callable[[bool], object], seqs: Sequence[int]) -> dict[str, Any]:
+        found = asdict(backend.breakdown(lambda: step(False), plain["seconds"]))
         alone = getattr(backend, "attention_alone", None)
         return found | ({} if alone is None else {"attention_alone": alone(seqs)})
 
@@ -175,19 +180,20 @@ def _of_step(
     vocab_size: int,
     first_seq: int,
     seed: int,
-    measure: Callable[[Callable[[], object], Sequence[int]], dict[str, Any]],
+    measure: Callable[[Callable[[bool], object], Sequence[int]], dict[str, Any]],
 ) -> dict[str, Any]:
     if typical is None:
         return {"skipped": "no sample decoded a second token"}
     sizes = backend.sizes
     batch = typical["batch"]
-    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size - serve_breakdown.RUNS)
+    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size - serve_breakdown.PLAIN_RUNS)
     if keys < 1:
         return {"skipped": f"the cache has no room for {batch} sequences that share nothing"}
     seqs = range(first_seq, first_seq + batch)
     try:
         tokens = serve_decode.fill(backend, seqs, keys, vocab_size, seed)
-        found = measure(lambda: backend.step([(s, [t]) for s, t in zip(seqs, tokens, strict=True)]), seqs)
+        decodes = [(s, [t]) for s, t in zip(seqs, tokens, strict=True)]
+        found = measure(lambda goes_on: backend.step(decodes, goes_on=goes_on), seqs)
     except TvmInferError as error:
         return {"skipped": f"{type(error).__name__}: {error}"}
     finally:

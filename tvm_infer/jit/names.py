@@ -73,6 +73,14 @@ FAMILIES = (
         arguments="{type}",
         axes={"element": ATTENTION_ELEMENTS},
     ),
+    Family(
+        key="gemv",
+        template="gemv_{element}",
+        header="gemv.cuh",
+        macro="GEMV",
+        arguments="{type}",
+        axes={"element": ATTENTION_ELEMENTS},
+    ),
     Family("read ceiling", "read_ceiling", "read_ceiling.cuh", "READ_CEILING", "", {}),
     Family("scale lse", "scale_lse", "scale_lse.cuh", "SCALE_LSE", "", {}),
 )

@@ -1,7 +1,8 @@
-"""DispatchMatmul: matrix products with a matrix on the right go to the packed functions `tvm_infer.matmul` and `matmul_add`.
+"""DispatchMatmul: matrix products with a matrix on the right go to the packed functions `tvm_infer.matmul` and `linear`.
 
 TVM's own CPU matmuls are 30 to 150 times slower than a BLAS here, and a transposed weight would be transposed again at every step. On
-CUDA the library is NVIDIA's cuBLASLt: TVM's generated products of many rows reach a fraction of it.
+CUDA the library is NVIDIA's cuBLASLt, and a kernel of our own for up to 8 rows: TVM's generated products of many rows reach a fraction
+of it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ _MATMUL, _PERMUTE = "relax.matmul", "relax.permute_dims"
 
 @dataclass(frozen=True)
 class Library:
-    """What multiplies on a target. dtypes : of both operands, one of them; the result has the same, or float32 where `widens`."""
+    """What multiplies on a target. dtypes : of both operands, one of them; the result has the same, or float32 where `widens`.
+
+    reads_ahead : whether it matters to say that a matrix is constant (tvm_infer.linear).
+    """
 
     name: str
     dtypes: tuple[str, ...]
     widens: bool
+    reads_ahead: bool
 
     def problem(self, a: Any, b: Any, value: Any) -> tuple[str, str] | None:
         """Why it does not take these data types and what would change that, or None."""
@@ -51,8 +56,8 @@ class Library:
 
 
 LIBRARIES = {
-    "cpu": Library("a BLAS", ("float32",), widens=False),
-    "cuda": Library("cuBLASLt", ("float16", "bfloat16", "float32"), widens=True),
+    "cpu": Library("a BLAS", ("float32",), widens=False, reads_ahead=False),
+    "cuda": Library("cuBLASLt", ("float16", "bfloat16", "float32"), widens=True, reads_ahead=True),
 }
 
 
@@ -83,10 +88,11 @@ class GemvRule:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """One product that goes to the library: [m, k] x [k, n], where m may be symbolic and leading dimensions count as rows.
+    """One product that goes to a packed function: [m, k] x [k, n], where m may be symbolic and leading dimensions count as rows.
 
     weight : name of the right-hand matrix; transpose_b : it is stored [n, k] and used as it is; folded : what followed it and is now
-    part of its call, "add" of a matrix (tvm_infer.matmul_add) or "cast" to float32.
+    part of its call, "add" of a matrix (tvm_infer.matmul_add) or "cast" to float32; is_linear : the matrix is a weight, and the call is
+    tvm_infer.linear or linear_add.
     """
 
     location: Location
@@ -96,23 +102,30 @@ class Dispatched:
     weight: str
     transpose_b: bool
     folded: Literal["", "add", "cast"] = ""
+    is_linear: bool = False
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product as it is dispatched. b : as it is stored."""
+    """A product as it is dispatched. b : as it is stored. is_linear : b is a constant [n, k]."""
 
     location: Location
     a: Any
     b: Any
     transpose_b: bool
+    is_linear: bool
     out_ty: Any
 
     def call(self, fold: Fold | None = None, out_ty: Any = None) -> Any:
         """The packed call; with a fold, for its reader of type out_ty."""
         out_ty = out_ty or self.out_ty
-        if fold is not None and fold.kind == "add":
-            return extern_calls.matmul_add(self.a, self.b, fold.addend, transpose_b=self.transpose_b, out_ty=out_ty)
+        addend = fold.addend if fold is not None and fold.kind == "add" else None
+        if self.is_linear:
+            if addend is not None:
+                return extern_calls.linear_add(self.a, self.b, addend, out_ty=out_ty)
+            return extern_calls.linear(self.a, self.b, out_ty=out_ty)
+        if addend is not None:
+            return extern_calls.matmul_add(self.a, self.b, addend, transpose_b=self.transpose_b, out_ty=out_ty)
         return extern_calls.matmul(self.a, self.b, transpose_b=self.transpose_b, out_ty=out_ty)
 
     def described(self, fold: Fold | None) -> Dispatched:
@@ -125,6 +138,7 @@ class _Product:
             _name(self.b),
             self.transpose_b,
             "" if fold is None else fold.kind,
+            self.is_linear,
         )
 
 
@@ -139,6 +153,9 @@ class MatmulReport:
     def __str__(self) -> str:
         by = f" ({self.library})" if self.library and self.dispatched else ""
         lines = [f"{len(self.dispatched)} matmul(s) to tvm_infer.matmul, {len(self.left)} left to TVM{by}"]
+        linear = sum(item.is_linear for item in self.dispatched)
+        if linear:
+            lines.append(f"{linear} of them by a weight, which may be read early (tvm_infer.linear)")
         folded = Counter(item.folded for item in self.dispatched)
         if folded["add"]:
             lines.append(f"{folded['add']} of them with the addition that followed (tvm_infer.matmul_add)")
@@ -160,11 +177,14 @@ class DispatchMatmul:
     and the permute goes if nothing else uses it. What is not dispatched (another dtype, a batched right-hand side, vectors) stays as it
     is, with the reason in the report.
 
+    On CUDA, where w is a weight (a parameter behind the function's `num_input`), the call is `tvm_infer.linear`, which may read w
+    before the kernels ahead of it are done: weights must not change while the model runs.
+
     Of a dispatched product whose only reader is `R.add(product, x)` or `R.add(x, product)`, x of its shape and dtype, product and sum
-    become one call of `tvm_infer.matmul_add`; where the only reader is `R.astype(product, "float32")`, on CUDA, and the function
-    returns that (logits), the call writes float32. Reshapes between the two that keep the columns are passed over. Both leave out a
-    rounding, that of the product to the model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with what
-    follows.
+    become one call of `tvm_infer.matmul_add` (`linear_add`); where the only reader is `R.astype(product, "float32")`, on CUDA, and the
+    function returns that (logits), the call writes float32. Reshapes between the two that keep the columns are passed over. Both leave
+    out a rounding, that of the product to the model's dtype. A bias, which has another shape, stays an addition, which TVM fuses with
+    what follows.
 
     Parameters
     ----------
@@ -229,6 +249,7 @@ class DispatchMatmul:
     def _products(self, name: str, func: Any) -> dict[Any, _Product]:
         """The products that are dispatched, by variable; the reasons for the others go to the report."""
         definitions = {binding.var: binding.value for binding in bindings_of(func)}
+        constants = _weights(func)
         products = {}
         for var, value in definitions.items():
             if op_name(value) != _MATMUL:
@@ -241,7 +262,9 @@ class DispatchMatmul:
                 self.report.left.append(Reason(location, f"{_describe(a)} x {_describe(b)}", why, fix))
                 continue
             stored = _transposed(b, definitions)
-            products[var] = _Product(location, a, b if stored is None else stored, stored is not None, value.ty)
+            b, transposed = (b, False) if stored is None else (stored, True)
+            is_linear = self.library.reads_ahead and transposed and b in constants
+            products[var] = _Product(location, a, b, transposed, is_linear, value.ty)
         return products
 
     def _problem(self, a: Any, b: Any, value: Any) -> tuple[str, str] | None:
@@ -273,6 +296,12 @@ def _transposed(b: Any, definitions: Mapping[Any, Any]) -> Any | None:
         return None
     axes = value.attrs.axes
     return value.args[0] if axes is None or [int(axis) % 2 for axis in axes] == [1, 0] else None
+
+
+def _weights(func: Any) -> Mapping[Any, Any]:
+    """The parameters that are the same at every call: those behind the `num_input` first ones."""
+    num_input = (func.attrs or {}).get("num_input")
+    return {} if num_input is None else dict.fromkeys(func.params[int(num_input) :])
 
 
 def _name(x: Any) -> str:

@@ -19,6 +19,8 @@ KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
 KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
 MATMUL = "tvm_infer.matmul"
 MATMUL_ADD = "tvm_infer.matmul_add"
+LINEAR = "tvm_infer.linear"
+LINEAR_ADD = "tvm_infer.linear_add"
 # Calls on the cache that TVM's own builtins take too; the names do not start with vm.builtin, so that RewriteCUDAGraph captures them
 MLC_PREFIX = "tvm_infer.mlc_"
 MLC_KV_CACHE_CREATE = "tvm_infer.mlc_kv_cache_create"
@@ -164,3 +166,20 @@ def matmul_add(a: Any, b: Any, c: Any, *, transpose_b: bool, out_ty: Any) -> Any
     from tvm import relax
 
     return relax.call_dps_packed(MATMUL_ADD, relax.Tuple([a, b, relax.prim_value(int(transpose_b)), c]), out_ty=out_ty)
+
+
+def linear(x: Any, weight: Any, *, out_ty: Any) -> Any:
+    """out = x @ weight.T, x : [..., m, k]; weight : [n, k], constant: on CUDA it may be read before the work ahead is done.
+
+    C++: ffi/matmul.cc, arguments (x, weight, out).
+    """
+    from tvm import relax
+
+    return relax.call_dps_packed(LINEAR, relax.Tuple([x, weight]), out_ty=out_ty)
+
+
+def linear_add(x: Any, weight: Any, c: Any, *, out_ty: Any) -> Any:
+    """out = x @ weight.T + c, as `linear`; c : [..., m, n] of out's dtype. C++: ffi/matmul.cc, arguments (x, weight, c, out)."""
+    from tvm import relax
+
+    return relax.call_dps_packed(LINEAR_ADD, relax.Tuple([x, weight, c]), out_ty=out_ty)

@@ -19,6 +19,7 @@ from .dispatch_matmul import DispatchMatmul, MatmulReport
 from .fuse_norm import FuseRMSNorm, NormReport
 from .nodes import op_name, shape_of, static_int
 from .norm_schedule import RowNorm
+from .programmatic_launch import TIR_PIPELINE
 from .report import RewriteReport
 from .rewrite import RewritePagedAttention
 from .sampled_rows import SampledRows
@@ -165,10 +166,13 @@ class Lowered:
     logits_rank: int = 2
 
 
-def lower(mod: tvm.IRModule, target: Any, reports: PassReports, function: str = "main") -> Lowered:
-    """TVM's pipeline for the target (legalise, fuse, plan memory, code). Adds to `reports` what is captured."""
+def lower(
+    mod: tvm.IRModule, target: Any, reports: PassReports, function: str = "main", *, programmatic_launch: bool = True
+) -> Lowered:
+    """TVM's pipeline for the target (legalise, fuse, plan memory, code). Adds to `reports` what is captured. programmatic_launch : of
+    CUDA kernels (ProgrammaticLaunch)."""
     if str(target.kind.name) == "cuda":
-        return _lower_cuda(mod, target, reports, function)
+        return _lower_cuda(mod, target, reports, function, TIR_PIPELINE if programmatic_launch else "default")
     return Lowered(lower_cpu(mod, target))
 
 
@@ -215,7 +219,7 @@ def legalize_for_cuda(target: Any) -> list[Any]:
     return [*passes[:schedules], dlight.ApplyDefaultSchedule(RowNorm()), *passes[schedules:]]
 
 
-def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str) -> Lowered:
+def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: str, tir_pipeline: str) -> Lowered:
     from tvm.relax.backend.cuda import pipeline as cuda
 
     # RewriteCUDAGraph looks at every function: one without num_input has inputs only, nothing static
@@ -241,7 +245,9 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
         # VMShapeLower checks inputs at every call, and of parameters behind num_input only those of symbolic shapes: 2 calls less for
         # each weight. Their types and shapes are the executable's to check, once, when it is given them.
         mod = _updated(mod, function, mod[function].with_attr("num_input", num_input))
-        executable = tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential(finalize[split:]))
+        executable = tvm.compile(
+            mod, target=target, relax_pipeline=tvm.transform.Sequential(finalize[split:]), tir_pipeline=tir_pipeline
+        )
     return Lowered(executable, str(logits.ty.dtype), DECODE, len(shape_of(logits)))
 
 

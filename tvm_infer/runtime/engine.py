@@ -53,6 +53,17 @@ class EngineStats:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass(frozen=True)
+class _Decodes:
+    """A step of decodes. samples : (request, number of the sample), a row each."""
+
+    result: StepResult
+    samples: Sequence[tuple[_Request, int]]
+
+    def any_active(self) -> bool:
+        return any(not request.samples[i].finish_reason for request, i in self.samples)
+
+
 @dataclass(eq=False)
 class _Request:
     prompt: np.ndarray
@@ -76,6 +87,10 @@ class Engine:
 
     A request is admitted, first come first served, when the cache has pages for its longest possible text and room for its samples,
     so that a step never runs out of pages. A long prompt is prefilled in chunks beside the others' decoding.
+
+    Where the executable can (`Executable.runs_ahead`) and all running samples decode greedily, with tokens to come after the next, a
+    step is launched before the tokens of the one ahead of it are read. It is then under way when a sample turns out to have ended,
+    whose token in it is dropped, and when a request arrives, which begins a step later.
     """
 
     def __init__(self, executable: Executable, cache: PagedKVCache) -> None:
@@ -96,6 +111,7 @@ class Engine:
         # every running sample decodes one token in every step
         self._max_sequences = min(cache.max_batch, self._max_step_tokens)
         self._events: list[tuple[_Request, Generation, int]] = []
+        self._ahead: _Decodes | None = None  # launched, its tokens not read
 
     @staticmethod
     def pages_needed(prompt_length: int, max_new_tokens: int, n: int, page_size: int) -> int:
@@ -194,18 +210,34 @@ class Engine:
 
         Callbacks come last, when the engine is ready for its next step: what they raise passes through, and they may submit or cancel.
         """
-        self._admit()
-        decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.any_active():
+            self._finish_decodes(ahead, time.perf_counter())
+        else:  # all that a launched step computed may have ended by the step before it
+            self._admit()
+            decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
+            chunks = self._prefill_chunks(self._max_step_tokens - len(decoding))
+            if not decoding and not chunks:
+                return False
+            self._run_step(decoding, chunks)
+        self._retire()
+        events, self._events = self._events, []
+        for request, generation, token in events:
+            assert request.on_token is not None
+            request.on_token(generation, token)
+        return bool(self._running or self._waiting)
+
+    def _run_step(self, decoding: Sequence[tuple[_Request, int]], chunks: Sequence[tuple[_Request, int]]) -> None:
         batch: list[tuple[int, Sequence[int]]] = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
-        chunks = self._prefill_chunks(self._max_step_tokens - len(batch))
         batch += [(r.seq_ids[0], r.prompt[r.prefilled : r.prefilled + size].tolist()) for r, size in chunks]
-        if not batch:
-            return False
+        started = time.perf_counter()
+        if not chunks:
+            self._finish_decodes(_Decodes(self.executable.forward(self.cache, batch), decoding), started)
+            return
         ends = np.cumsum([len(tokens) for _, tokens in batch]) - 1
         finishing = [r.prefilled + size == len(r.prompt) for r, size in chunks]
         rows = [*ends[: len(decoding)], *(e for e, done in zip(ends[len(decoding) :], finishing, strict=True) if done)]
-        started = time.perf_counter()
-        result = self.executable.forward(self.cache, batch, rows=None if not chunks else [int(row) for row in rows])
+        result = self.executable.forward(self.cache, batch, rows=[int(row) for row in rows])
         if rows:
             # the device works until its answer is read; the time of prefill and decode steps is told apart by it
             _ = result.greedy if self._is_greedy() else result.logits
@@ -218,39 +250,49 @@ class Engine:
             if done:
                 self._begin_samples(request, result, row_index)
                 row_index += 1
-        self._count(len(decoding), sum(size for _, size in chunks), seconds, started)
-        self._retire()
-        events, self._events = self._events, []
-        for request, generation, token in events:
-            assert request.on_token is not None
-            request.on_token(generation, token)
-        return bool(self._running or self._waiting)
+        self.stats.prefill_tokens += sum(size for _, size in chunks)
+        self.stats.prefill_seconds += seconds
+
+    def _finish_decodes(self, step: _Decodes, started: float) -> None:
+        """Take the tokens of a launched step, the next one launched before they are waited for if it may be."""
+        if self._may_run_ahead(step.samples):
+            self._ahead = _Decodes(self.executable.decode_next(self.cache, step.result), step.samples)
+        taken = 0
+        for row, (request, sample) in enumerate(step.samples):
+            if not request.samples[sample].finish_reason:  # of a step ahead: ended or cancelled meanwhile
+                self._take(request, sample, step.result, row)
+                taken += 1
+        self.stats.decode_steps += 1
+        self.stats.decode_tokens += taken
+        self.stats.decode_seconds += time.perf_counter() - started  # sampling included
+
+    def _may_run_ahead(self, samples: Sequence[tuple[_Request, int]]) -> bool:
+        """Whether the step behind one of these samples is another of the same, as far as can be known before their tokens are."""
+        if not self.executable.runs_ahead or self._can_admit() or any(r.is_prefilling for r in self._running):
+            return False
+        return all(
+            not r.samples[i].finish_reason and r.sampler.is_greedy and len(r.samples[i].tokens) + 1 < r.max_new_tokens
+            for r, i in samples
+        )
 
     def _is_greedy(self) -> bool:
         return all(request.sampler.is_greedy for request in self._running)
-
-    def _count(self, decoded: int, prefilled: int, seconds: float, started: float) -> None:
-        stats = self.stats
-        if prefilled:
-            stats.prefill_tokens += prefilled
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_steps += 1
-            stats.decode_tokens += decoded
-            stats.decode_seconds += time.perf_counter() - started  # sampling included
 
     @staticmethod
     def _active(request: _Request) -> list[int]:
         return [i for i, sample in enumerate(request.samples) if not sample.finish_reason]
 
+    def _can_admit(self) -> bool:
+        """Whether there is room for the first of those that wait."""
+        if not self._waiting:
+            return False
+        request = self._waiting[0]
+        sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
+        return sequences <= self._max_sequences and self._reserved_pages + request.pages <= self.cache.num_pages
+
     def _admit(self) -> None:
-        while self._waiting:
-            request = self._waiting[0]
-            sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
-            fits = self._reserved_pages + request.pages <= self.cache.num_pages
-            if sequences > self._max_sequences or not fits:
-                return
-            self._waiting.popleft()
+        while self._can_admit():
+            request = self._waiting.popleft()
             self._reserved_pages += request.pages
             request.seq_ids = [self._next_seq_id + i for i in range(len(request.samples))]
             self._next_seq_id += len(request.samples)

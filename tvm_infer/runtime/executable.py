@@ -324,11 +324,48 @@ class Executable:
         wanted = None if rows is None else self._checked_rows(rows, flat.size)
         if flat.size == 0:
             with cache.forward(ids, lengths):
-                return StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
+                result = StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
+            result.sequences = ()
+            return result
         shape = session.shape(lengths, wanted)
         step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
         with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
-            return session.run(cache, shape)
+            result = session.run(cache, shape)
+        if rows is None:
+            result.sequences = tuple(seq for seq, length in zip(ids, lengths, strict=True) if length)
+        return result
+
+    def decode_next(self, cache: PagedKVCache, previous: StepResult) -> StepResult:
+        """The decode step behind `previous`: each of its sequences goes on with its most likely token.
+
+        The same as :meth:`forward` with `previous.greedy`, but on CUDA, where `previous` was a captured decode step, it is launched
+        before the host knows these tokens: the device need not wait for the host between the two. `previous.greedy` can still be
+        asked for then, until two more steps were made; its logits cannot.
+
+        Parameters
+        ----------
+        previous : of the latest step of `cache`, made without `rows`.
+
+        Raises
+        ------
+        ArgumentError : `previous` was made with `rows`. CacheStateError : another step came after it. As :meth:`forward` otherwise.
+        """
+        if previous.sequences is None:
+            raise ArgumentError(
+                "argument `previous` is of a step that was made with `rows`, which do not say whose tokens they are: make it without"
+            )
+        session = self._session(cache)
+        if not (isinstance(session, CudaSession) and session.follows(previous)):
+            tokens = previous.greedy.tolist()
+            return self.forward(cache, [(seq, [token]) for seq, token in zip(previous.sequences, tokens, strict=True)])
+        result = session.follow(cache, previous)
+        result.sequences = previous.sequences
+        return result
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether :meth:`decode_next` launches steps before the tokens ahead of them are known: CUDA, with graphs."""
+        return self.manifest.device_kind == "cuda" and self.use_graphs
 
     @staticmethod
     def _checked_rows(rows: Sequence[int], num_tokens: int) -> np.ndarray:

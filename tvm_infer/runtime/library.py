@@ -20,7 +20,8 @@ from . import linker
 FORMAT = 1  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
 FUNCTIONS = "functions.json"
-_PRODUCTS = frozenset({"matmul", "matmul_add"})  # functions that need a BLAS, or cuBLASLt
+# functions that need a BLAS, or cuBLASLt
+_PRODUCTS = frozenset({"matmul", "matmul_add", "linear", "linear_add"})
 _CUDA_LOADER = "ffi.Module.load_from_bytes.cuda"
 DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
 
@@ -209,6 +210,8 @@ def kernel_names(
         for spec in layers:
             for page_size in page_sizes:
                 names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None
+    if _multiplies(functions):
+        names |= {"gemv_bf16": None, "gemv_fp16": None}  # which types the products have, the calls do not say
     return tuple(parse(name).name for name in names)
 
 

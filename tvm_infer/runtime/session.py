@@ -38,10 +38,14 @@ class StepShape:
 
 
 class StepResult:
-    """Logits of a step on the host."""
+    """Logits of a step on the host.
+
+    sequences : whose tokens they follow, an id for each row; None where rows were asked for by number.
+    """
 
     def __init__(self, logits: Any, wanted: np.ndarray | slice) -> None:
         self._logits, self._wanted = logits, wanted
+        self.sequences: tuple[int, ...] | None = None
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
@@ -59,7 +63,10 @@ class DeviceStepResult(StepResult):
     """Logits of a step on a device, which the host waits for when it asks, on the stream that the step was launched on.
 
     is_current : says whether the buffers still hold this step's results. CacheStateError where they do not and are asked for.
+    is_decode : whether it is of a captured step, whose buffers the next one uses too.
     """
+
+    is_decode = False
 
     def __init__(
         self, logits: Any, tokens: Any, wanted: np.ndarray | slice, device: Any, is_current: Callable[[], bool]
@@ -67,6 +74,7 @@ class DeviceStepResult(StepResult):
         super().__init__(logits, wanted)
         self._tokens, self._device, self._is_current = tokens, device, is_current
         self._stream = tvm_ffi.get_raw_stream(device)
+        self._kept: Callable[[], np.ndarray] | None = None
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
@@ -81,16 +89,25 @@ class DeviceStepResult(StepResult):
     @functools.cached_property
     def greedy(self) -> np.ndarray:
         """int64 [rows asked for]: the token with the largest logit, found on the device."""
+        if self._kept is not None:
+            with ranges.mark("tokens"):
+                return self._kept()[self._wanted].copy()
         with self._reading("tokens"):
             return self._fetch_tokens()
+
+    def keep_tokens(self, slot: TokenSlot, tokens: Any) -> None:
+        """Let `slot` have the tokens, which lie in `tokens`, before the next step writes its own there."""
+        if "greedy" not in self.__dict__:
+            self._kept = slot.hold(tokens)
+
+    def is_followed_on_this_stream(self) -> bool:
+        """Whether the next step may read the tokens on the device: they are there still, and the caller's stream orders the two."""
+        return self._is_current() and self._stream == tvm_ffi.get_raw_stream(self._device)
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
         if not self._is_current():
-            raise CacheStateError(
-                f"the {what} of a decode step were asked for after the cache's next step, which wrote its own over them: read .logits "
-                "or .greedy of a result before the next step of the same cache"
-            )
+            raise CacheStateError(_TOO_LATE.format(what=what))
         # the caller's stream may be another one by now, and would not wait for the step
         with ranges.mark(what), tvm_ffi.use_raw_stream(self._device, self._stream):
             yield
@@ -101,6 +118,38 @@ class DeviceStepResult(StepResult):
             _ffi.func("wait_for_stream")(self._device)
             return tokens[self._wanted].copy()
         return _array.copy_to_host(tokens).reshape(-1)[self._wanted]
+
+
+_TOO_LATE = (
+    "the {what} of a decode step were asked for after the cache's next step, which wrote its own over them: read .logits or .greedy of "
+    "a result before the next step of the same cache (.greedy of one that Executable.decode_next followed, before the step after that)"
+)
+
+
+class TokenSlot:
+    """Page-locked memory where the tokens of a step stay while the steps behind it write theirs."""
+
+    def __init__(self, rows: int, device: Any) -> None:
+        import tvm
+
+        _, on_host = _ffi.func("host_visible")((rows,), "int64", device)
+        self._tensor, self._on_host = tvm.runtime.from_dlpack(on_host), np.from_dlpack(on_host)
+        self._record, self._wait = _ffi.func("new_event")(device)
+        self._holds = 0  # how often it was given tokens
+
+    def hold(self, tokens: Any) -> Callable[[], np.ndarray]:
+        """Copy int64 [n] tokens of the device in the order of the stream; what waits for them and returns a view [rows]."""
+        _ffi.func("copy_on_stream")(tokens, self._tensor._create_view((int(tokens.shape[0]),)))
+        self._record()
+        self._holds = number = self._holds + 1
+
+        def read() -> np.ndarray:
+            if self._holds != number:
+                raise CacheStateError(_TOO_LATE.format(what="tokens"))
+            self._wait()
+            return self._on_host
+
+        return read
 
 
 def logit_rows(lengths: Sequence[int], rows: np.ndarray | None) -> np.ndarray:
@@ -158,6 +207,9 @@ def _padded(rows: np.ndarray, num_rows: int) -> np.ndarray:
     return np.concatenate([rows, np.zeros(size - rows.size, np.int64)])
 
 
+_KEPT_STEPS = 2  # followed steps whose tokens can still be read: the one that runs, and the one ahead of it
+
+
 class CudaSession(Session):
     """Steps on a CUDA device, on the caller's stream: decode steps are one graph each, other steps run kernel by kernel.
 
@@ -175,8 +227,9 @@ class CudaSession(Session):
         self.buckets = (*(b for b in manifest.buckets if b < limit), limit)
         # NOTE: nothing here may hold `cache`, whose end is what ends the session, nor the session itself: device memory would stay
         # until Python looks for cycles.
-        self._buffers: tuple[Any, Any, np.ndarray] | None = None
+        self._buffers: tuple[Any, Any, Any] | None = None  # logits, tokens, tokens as the host sees them
         self._graphs: dict[int, tuple[Callable[[], Any], Any, Any]] = {}  # rows -> launch, logits, tokens
+        self._slots: list[TokenSlot] = []  # of followed steps, in turn
         self._latest = [0]  # number of the step that the buffers are of
 
     def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:
@@ -186,7 +239,7 @@ class CudaSession(Session):
             shape = super().shape(lengths, rows)
             assert shape.logit_rows is not None
             return replace(shape, logit_rows=_padded(shape.logit_rows, shape.num_rows))
-        bucket = next(b for b in self.buckets if b >= count)
+        bucket = self.bucket(count)
         wanted = slice(0, count) if rows is None else rows
         if self._use_graphs:
             return StepShape(bucket, None, wanted, is_decode=True)
@@ -196,30 +249,68 @@ class CudaSession(Session):
         """The model on the step under way; returns before the device is done."""
         if not shape.is_decode:  # results of their own, in memory that nothing else is given while they live
             return DeviceStepResult(*self._run_main(cache, shape), shape.wanted, self._device, lambda: True)
-        graph = self._graphs.get(shape.num_rows)
-        if graph is None:
-            graph = self._graphs[shape.num_rows] = self._bind(cache, shape.num_rows)
-        launch, logits, tokens = graph
+        launch, logits, tokens = self._graph(cache, shape.num_rows)
         latest = self._latest
         latest[0] = number = latest[0] + 1
         launch()
-        return DeviceStepResult(logits, tokens, shape.wanted, self._device, lambda: latest[0] == number)
+        result = DeviceStepResult(logits, tokens, shape.wanted, self._device, lambda: latest[0] == number)
+        result.is_decode = True
+        return result
 
-    def _make_buffers(self, device: str) -> tuple[Any, Any, np.ndarray]:
+    def follows(self, previous: StepResult) -> bool:
+        """Whether `previous` is the latest step, a captured one, and its tokens are in this stream's order."""
+        if not (self._use_graphs and isinstance(previous, DeviceStepResult) and previous.is_decode):
+            return False
+        return previous.is_followed_on_this_stream()
+
+    def follow(self, cache: PagedKVCache, previous: StepResult) -> StepResult:
+        """A decode step whose tokens are those that `previous` found, read where it wrote them. `previous` : one that `follows`."""
+        assert isinstance(previous, DeviceStepResult) and previous.sequences is not None and self._buffers is not None
+        count = len(previous.sequences)
+        if not self._slots:
+            self._slots = [TokenSlot(self.buckets[-1], self._device) for _ in range(_KEPT_STEPS)]
+        shape = self.shape([1] * count, None)
+        with (
+            ranges.mark("decode", shape.num_rows),
+            cache.forward(previous.sequences, [1] * count, num_rows=shape.num_rows),
+        ):
+            ids, _, _ = cache.step_inputs(shape.num_rows)
+            # from host memory, where the graph writes them, to the step's inputs, and from there to host memory that stays as it is
+            ids = ids._create_view((count,))
+            _ffi.func("copy_on_stream")(self._buffers[2]._create_view((count,)), ids)
+            previous.keep_tokens(self._slots[self._latest[0] % _KEPT_STEPS], ids)
+            return self.run(cache, shape)
+
+    def _graph(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
+        graph = self._graphs.get(rows)
+        if graph is None:
+            graph = self._graphs[rows] = self._bind(cache, rows)
+        return graph
+
+    def decode_graph(self, cache: PagedKVCache, count: int) -> Callable[[], Any]:
+        """What launches the step under way, of `count` sequences with a new token each, begun with the rows of their bucket. Launched
+        again it computes the same: keys and values go to the same places."""
+        return self._graph(cache, self.bucket(count))[0]
+
+    def bucket(self, count: int) -> int:
+        """The rows that a decode step of `count` sequences is padded to."""
+        return next(b for b in self.buckets if b >= count)
+
+    def _make_buffers(self, device: str) -> tuple[Any, Any, Any]:
         """Logits and tokens of the largest bucket, which smaller ones use the beginning of, and the tokens as the host sees them."""
         import tvm
 
         rows, m = self.buckets[-1], self._manifest
         tokens, on_host = _ffi.func("host_visible")((rows,), "int64", self._device)
         logits = tvm.runtime.empty((rows, m.vocab_size), m.logits_dtype, tvm.device(device))
-        return logits, tvm.runtime.from_dlpack(tokens), np.from_dlpack(on_host)
+        return logits, tvm.runtime.from_dlpack(tokens), tvm.runtime.from_dlpack(on_host)
 
     def _bind(self, cache: PagedKVCache, rows: int) -> tuple[Callable[[], Any], Any, Any]:
         """The captured function with its arguments, which stay the same: what changes lies in the buffers."""
         m = self._manifest
         if self._buffers is None:
             self._buffers = self._make_buffers(cache.device)
-        logits, tokens, on_host = self._buffers
+        logits, tokens, host_tokens = self._buffers
         logits = logits._create_view((1,) * (m.logits_rank - 2) + (rows, m.vocab_size))
         tokens = tokens._create_view((1, rows))
         ids, positions, _ = cache.step_inputs(rows)
@@ -228,4 +319,4 @@ class CudaSession(Session):
         name = f"decode_of_{rows}_rows"
         arguments = (*inputs, self._handle, *self._weights, logits, tokens)
         self._vm.save_function(m.decode_function, name, *arguments, include_return=False)
-        return self._vm[name], logits, on_host
+        return self._vm[name], logits, np.from_dlpack(host_tokens)

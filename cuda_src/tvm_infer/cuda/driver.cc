@@ -61,8 +61,10 @@ const Device& GetDevice(int32_t device_id) {
   return *device;
 }
 
+bool HasKernels(const Device& device) { return device.arch == "sm_90a"; }
+
 void CheckArchitecture(const Device& device) {
-  if (device.arch == "sm_90a") return;
+  if (HasKernels(device)) return;
   TVM_INFER_THROW(ExecutorError) << "cuda device " << device.id << " (" << device.name << ") has architecture " << device.arch
                                  << ", for which there are no kernels. Executors: cuda on sm_90a (H100, H200, GH200), cpu for host "
                                     "tensors. Move the tensors to the host, or use such a device";

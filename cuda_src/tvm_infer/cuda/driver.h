@@ -25,7 +25,10 @@ struct Device {
 // Throws Error("ExecutorError") where there is no libcuda or no such device. About 1 ns after the first call for a device.
 const Device& GetDevice(int32_t device_id);
 
-// Throws Error("ExecutorError") naming the executors that there are, where the device's architecture has no kernels.
+// Whether kernels of ours run on the device's architecture.
+bool HasKernels(const Device& device);
+
+// Throws Error("ExecutorError") naming the executors that there are, where none do.
 void CheckArchitecture(const Device& device);
 
 // Makes the device's primary context current, if it is not, until the end of the scope.

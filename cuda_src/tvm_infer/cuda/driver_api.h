@@ -90,6 +90,7 @@ inline constexpr int kCaptureModeRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_
                              const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int promotion, int fill)) \
   V(cuMemcpyDtoH_v2, (void* host, DevicePointer device, size_t bytes))                                                                    \
   V(cuMemcpyHtoDAsync_v2, (DevicePointer device, const void* host, size_t bytes, void* stream))                                           \
+  V(cuMemcpyDtoHAsync_v2, (void* host, DevicePointer device, size_t bytes, void* stream))                                                 \
   V(cuMemAlloc_v2, (DevicePointer * data, size_t bytes))                                                                                  \
   V(cuMemFree_v2, (DevicePointer data))                                                                                                   \
   V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \

@@ -11,6 +11,7 @@
 
 #include "tvm_infer/cuda/cublas_api.h"
 #include "tvm_infer/cuda/driver.h"
+#include "tvm_infer/cuda/gemv.h"
 #include "tvm_infer/cuda/matmul_workspace.h"
 #include "tvm_infer/error.h"
 
@@ -201,6 +202,7 @@ void SetToAddend(const MatmulArgs& x, void* stream) {
 void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args) {
   if (args.m == 0 || args.n == 0) return;
   if (args.k == 0) return SetToAddend(args, stream);
+  if (args.allow_gemv && IsGemv(args) && HasKernels(GetDevice(device_id))) return LaunchGemv(device_id, stream, args);
   const CublasLt& cublas = Cublas();
   void* workspace = MatmulWorkspace(device_id, stream);
   const LtDevice::Found found = LtDeviceOf(device_id).Find(cublas, args);

@@ -1,4 +1,5 @@
-// out = a @ b or a @ b.T, plus c where there is one, on a CUDA device: cuBLASLt, with one algorithm for each problem, found once.
+// out = a @ b or a @ b.T, plus c where there is one, on a CUDA device: our own kernel for a few rows (cuda/gemv.h), else cuBLASLt with one
+// algorithm for each problem, found once.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +25,15 @@ struct MatmulArgs {
   // [m, n] of out_dtype, row stride ldc >= n: added. It is out itself (then ldc is ldo) or shares no element with it. Null: nothing is.
   const void* c = nullptr;
   int64_t ldc = 0;
+  bool allow_gemv = true;      // false: cuBLASLt, whatever the number of rows
+  bool b_is_constant = false;  // no work on the device that is under way, or will be before this has run, writes b
 };
 
 // Launches on the stream; the device's context is current. A problem's first call asks cuBLASLt's heuristic, later ones look it up.
 // The result depends on the arguments' values, shapes, strides and on whether each begins on a 16-byte boundary, not on addresses, the
-// stream, earlier calls, or on whether c is out. May be captured for a graph (matmul_workspace.h says when). Thread safe.
-// Throws Error("MissingDependencyError") without a cuBLASLt, Error("WorkspaceError"), Error("DeviceError") with cuBLAS's status.
+// stream or earlier calls. Where c is out cuBLASLt takes other kernels, some of which round the product before they add. May be captured
+// for a graph (matmul_workspace.h says when). Thread safe. Throws Error("MissingDependencyError") without a cuBLASLt,
+// Error("WorkspaceError"), Error("DeviceError") with cuBLAS's status.
 void LaunchMatmul(int32_t device_id, void* stream, const MatmulArgs& args);
 
 }  // namespace tvm_infer::cuda

@@ -46,4 +46,29 @@ void FreeDevice(int32_t device_id, void* data) noexcept {
   }
 }
 
+void CopyToDevice(void* device, const void* pinned, size_t bytes, void* stream) {
+  CheckDriver(Driver().cuMemcpyHtoDAsync_v2(reinterpret_cast<DevicePointer>(device), pinned, bytes, stream), "cuMemcpyHtoDAsync");
+}
+
+void CopyToPinned(void* pinned, const void* device, size_t bytes, void* stream) {
+  CheckDriver(Driver().cuMemcpyDtoHAsync_v2(pinned, reinterpret_cast<DevicePointer>(device), bytes, stream), "cuMemcpyDtoHAsync");
+}
+
+Event::Event(int32_t device_id) : device_id_(device_id) {
+  const DeviceGuard guard(device_id);
+  CheckDriver(Driver().cuEventCreate(&event_, kEventDisableTiming), "cuEventCreate");
+}
+
+Event::~Event() {
+  try {
+    const DeviceGuard guard(device_id_);
+    Driver().cuEventDestroy_v2(event_);
+  } catch (...) {  // as FreeDevice
+  }
+}
+
+void Event::Record(void* stream) { CheckDriver(Driver().cuEventRecord(event_, stream), "cuEventRecord"); }
+
+void Event::Wait() { CheckDriver(Driver().cuEventSynchronize(event_), "cuEventSynchronize"); }
+
 }  // namespace tvm_infer::cuda

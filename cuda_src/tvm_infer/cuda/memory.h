@@ -1,6 +1,7 @@
-// Device memory of the driver's own, for what lives as long as a cache.
+// Device memory of the driver's own, for what lives as long as a cache, copies from and to page-locked memory, and marks in streams.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tvm_infer::cuda {
@@ -15,5 +16,25 @@ void FreePinned(int32_t device_id, void* data) noexcept;
 
 // Waits for work that may use it. Does nothing once the driver is shutting down.
 void FreeDevice(int32_t device_id, void* data) noexcept;
+
+// Between page-locked memory and the device's, in the order of the stream; they return at once. (A copy from host memory to host memory
+// would not: the driver waits for the stream and copies by itself.)
+void CopyToDevice(void* device, const void* pinned, size_t bytes, void* stream);
+void CopyToPinned(void* pinned, const void* device, size_t bytes, void* stream);
+
+// A mark in a stream that the host can wait for.
+class Event {
+ public:
+  explicit Event(int32_t device_id);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void Record(void* stream);  // behind the stream's work so far; the device's context is current
+  void Wait();                // for the work before the last Record, if there was one
+
+ private:
+  int32_t device_id_;
+  void* event_ = nullptr;
+};
 
 }  // namespace tvm_infer::cuda

@@ -17,7 +17,7 @@ struct KernelInfo {
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
 };
-inline constexpr int32_t kKernelAbi = 4;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 5;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -149,6 +149,30 @@ struct ReadCeilingParams {
   const void* data;     // 16-byte aligned
   int64_t num_vectors;  // of 16 bytes
   uint32_t* sum;        // the sum of all 32-bit words, modulo 2^32, is added to it
+};
+
+// How kernels/gemv.cuh and its launch divide shared memory: a fixed part, the rows of a, and a ring of stages in the rest.
+inline constexpr int32_t kGemvMaxRows = 8;     // m: columns of a tensor core's operand
+inline constexpr int32_t kGemvGroupRows = 16;  // of the matrix, that a CTA works on at a time
+inline constexpr int32_t kGemvSharedBytes = 227 * 1024;
+inline constexpr int32_t kGemvFixedSharedBytes = 2 * 8 * kGemvMaxRows * kGemvGroupRows * 4 + 2 * 16 * 8;
+inline constexpr int32_t kGemvStageBytes = 16 * 1024;
+
+// out = a @ b.T (+ c) for a few rows (kernels/gemv.cuh). Rows of a and b begin on 16-byte boundaries; strides in elements.
+struct GemvParams {
+  const void* a;  // [m, k]
+  int64_t lda;
+  const void* b;  // [n, k]
+  int64_t ldb;
+  const void* c;  // [m, n] of out's type; null: nothing is added
+  int64_t ldc;
+  void* out;  // [m, n]
+  int64_t ldo;
+  int32_t m, n, k;         // k a multiple of 8
+  int32_t a_shared_bytes;  // m * k * 2
+  int32_t num_stages;      // of the ring
+  int32_t out_is_fp32;
+  int32_t b_is_constant;  // no work that is under way writes b: it is read before the kernel ahead has ended
 };
 
 // An LSE to another base (kernels/scale_lse.cuh).

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "tvm_infer/cuda/memory.h"
 #include "tvm_infer/ffi/cuda_scope.h"
@@ -33,6 +34,18 @@ void CheckCuda(DLDevice device, const char* name) {
   TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` is on " << DeviceString(device) << "; it must be on a cuda device";
 }
 
+void CheckCopy(const TensorView& source, const TensorView& target) {
+  CheckContiguous(source, "source");
+  CheckContiguous(target, "target");
+  CheckDType(target, "target", source.dtype(), "source's");
+  if (source.numel() != target.numel()) {
+    TVM_INFER_THROW(ArgumentError) << "argument `target` has shape " << ShapeString(target) << ", `source` " << ShapeString(source)
+                                   << "; they must have as many elements";
+  }
+}
+
+size_t BytesOf(const TensorView& tensor) { return static_cast<size_t>(tensor.numel()) * tensor.dtype().bits / 8; }
+
 }  // namespace
 
 tvm::ffi::Array<Tensor> HostVisible(tvm::ffi::Shape shape, DLDataType dtype, DLDevice device) {
@@ -47,16 +60,40 @@ void CopyTensorToHost(TensorView source, TensorView target) {
   Guarded([&] {
     CheckCuda(source.device(), "source");
     CheckCpu(target, "target");
-    CheckContiguous(source, "source");
-    CheckContiguous(target, "target");
-    CheckDType(target, "target", source.dtype(), "source's");
-    if (source.numel() != target.numel()) {
-      TVM_INFER_THROW(ArgumentError) << "argument `target` has shape " << ShapeString(target) << ", `source` " << ShapeString(source)
-                                     << "; they must have as many elements";
-    }
+    CheckCopy(source, target);
     const CudaScope scope(source.device());
-    const size_t bytes = static_cast<size_t>(source.numel()) * source.dtype().bits / 8;
+    const size_t bytes = BytesOf(source);
     if (bytes > 0) cuda::CopyToHost(DataPtr<void>(target), DataPtr<void>(source), bytes, scope.stream());
+  });
+}
+
+void CopyOnStream(TensorView source, TensorView target) {
+  Guarded([&] {
+    const bool to_device = source.device().device_type == kDLCPU;
+    const TensorView& on_device = to_device ? target : source;
+    CheckCuda(on_device.device(), to_device ? "target" : "source");
+    if (!to_device) CheckCpu(target, "target");
+    CheckCopy(source, target);
+    const CudaScope scope(on_device.device());
+    const size_t bytes = BytesOf(source);
+    if (bytes == 0) return;
+    const auto copy = to_device ? cuda::CopyToDevice : cuda::CopyToPinned;
+    copy(DataPtr<void>(target), DataPtr<const void>(source), bytes, scope.stream());
+  });
+}
+
+tvm::ffi::Array<tvm::ffi::Function> NewEvent(DLDevice device) {
+  return Guarded([&] {
+    CheckCuda(device, "device");
+    const auto event = std::make_shared<cuda::Event>(device.device_id);
+    const auto record = [event, device] {
+      Guarded([&] {
+        const CudaScope scope(device);
+        event->Record(scope.stream());
+      });
+    };
+    const auto wait = [event] { Guarded([&] { event->Wait(); }); };
+    return tvm::ffi::Array<tvm::ffi::Function>({tvm::ffi::Function::FromTyped(record), tvm::ffi::Function::FromTyped(wait)});
   });
 }
 

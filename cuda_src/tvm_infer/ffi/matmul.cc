@@ -127,14 +127,21 @@ void OnHost(const Product& x, const TensorView& a, const TensorView& b, const Te
   cpu::Matmul(args, 0);
 }
 
+struct RightSide {
+  const TensorView& tensor;
+  bool is_transposed, is_constant;
+};
+
 // c: null where nothing is added.
-void Multiply(const TensorView& a, const TensorView& b, bool transpose_b, const TensorView* c, const TensorView& out) {
+void Multiply(const TensorView& a, const RightSide& right, const TensorView* c, const TensorView& out) {
+  const TensorView& b = right.tensor;
   const Place place = PlaceOf(a, "a");
   CheckPlace(b, "b", place);
   if (c != nullptr) CheckPlace(*c, "c", place);
   CheckPlace(out, "out", place);
   place.is_cuda() ? on_cuda::CheckMatmulTypes(a, b, out) : CheckHostTypes(a, b, out);
-  Product product = CheckProduct(a, b, transpose_b, out);
+  Product product = CheckProduct(a, b, right.is_transposed, out);
+  product.b_is_constant = right.is_constant;
   if (c != nullptr) product.c = CheckAddend(*c, out, product.out);
   place.is_cuda() ? on_cuda::Matmul(place, product, a, b, out) : OnHost(product, a, b, out);
 }
@@ -142,11 +149,19 @@ void Multiply(const TensorView& a, const TensorView& b, bool transpose_b, const 
 }  // namespace
 
 void Matmul(TensorView a, TensorView b, int64_t transpose_b, TensorView out) {
-  Guarded([&] { Multiply(a, b, transpose_b != 0, nullptr, out); });
+  Guarded([&] { Multiply(a, {b, transpose_b != 0, false}, nullptr, out); });
 }
 
 void MatmulAdd(TensorView a, TensorView b, int64_t transpose_b, TensorView c, TensorView out) {
-  Guarded([&] { Multiply(a, b, transpose_b != 0, &c, out); });
+  Guarded([&] { Multiply(a, {b, transpose_b != 0, false}, &c, out); });
+}
+
+void Linear(TensorView x, TensorView weight, TensorView out) {
+  Guarded([&] { Multiply(x, {weight, true, true}, nullptr, out); });
+}
+
+void LinearAdd(TensorView x, TensorView weight, TensorView c, TensorView out) {
+  Guarded([&] { Multiply(x, {weight, true, true}, &c, out); });
 }
 
 tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix) {

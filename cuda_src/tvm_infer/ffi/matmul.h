@@ -9,13 +9,15 @@
 #define TVM_INFER_MATMUL_FUNCTIONS(V) \
   V(matmul, Matmul)                   \
   V(matmul_add, MatmulAdd)            \
+  V(linear, Linear)                   \
+  V(linear_add, LinearAdd)            \
   V(set_blas, SetBlas)                \
   V(blas_path, BlasPath)
 
 namespace tvm_infer::ffi_api {
 
-// out = a @ b, or a @ b.T if transpose_b, where the tensors lie: on the host with a BLAS, on a CUDA device with cuBLASLt on its current
-// stream (cuda/matmul_workspace.h: what streams and graphs may share).
+// out = a @ b, or a @ b.T if transpose_b, where the tensors lie: on the host with a BLAS, on a CUDA device on its current stream, with
+// cuBLASLt (cuda/matmul_workspace.h: what streams and graphs may share) or, for a few rows, our own kernel (cuda/gemv.h).
 //   a    [..., m, k], rank >= 2: leading dimensions count as rows, so they must collapse into one stride; last dimension contiguous
 //   b    [k, n], or [n, k] if transpose_b; last dimension contiguous
 //   out  [..., m, n], leading dimensions as a's; overwritten
@@ -28,6 +30,11 @@ void Matmul(tvm::ffi::TensorView a, tvm::ffi::TensorView b, int64_t transpose_b,
 //   c    [..., m, n] of out's dtype, leading dimensions as out's; last dimension contiguous. It is out itself (the same first element and
 //        row stride), whose values are then replaced, or shares no element with it.
 void MatmulAdd(tvm::ffi::TensorView a, tvm::ffi::TensorView b, int64_t transpose_b, tvm::ffi::TensorView c, tvm::ffi::TensorView out);
+
+// out = x @ weight.T (+ c), weight [n, k], as matmul and matmul_add do with transpose_b, for a weight that is constant: nothing that runs
+// on the device, or will run before the call has, writes it. On CUDA it may be read before the work ahead on the stream is done.
+void Linear(tvm::ffi::TensorView x, tvm::ffi::TensorView weight, tvm::ffi::TensorView out);
+void LinearAdd(tvm::ffi::TensorView x, tvm::ffi::TensorView weight, tvm::ffi::TensorView c, tvm::ffi::TensorView out);
 
 // Opens the BLAS library at `path`, symbols `prefix` + "cblas_sgemm" …, for this process; returns the kernels it chose ("SkylakeX"), or "".
 tvm::ffi::String SetBlas(tvm::ffi::String path, tvm::ffi::String prefix);

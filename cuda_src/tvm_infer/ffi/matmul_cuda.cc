@@ -26,11 +26,19 @@ void EnsureCublas() {
   if (!path.empty()) cuda::SetCublas(path);
 }
 
+// A setting that is 0 or 1.
+bool Setting(const char* name, bool otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? std::strcmp(value, "1") == 0 : otherwise;
+}
+
 std::atomic<bool>& Tf32Flag() {
-  static std::atomic<bool> flag([] {
-    const char* value = std::getenv("TVM_INFER_MATMUL_TF32");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }());
+  static std::atomic<bool> flag(Setting("TVM_INFER_MATMUL_TF32", false));
+  return flag;
+}
+
+std::atomic<bool>& GemvFlag() {
+  static std::atomic<bool> flag(Setting("TVM_INFER_MATMUL_GEMV", true));
   return flag;
 }
 
@@ -46,6 +54,8 @@ tvm::ffi::String CublasPath() {
 }
 
 bool ExchangeTf32(bool enabled) { return Tf32Flag().exchange(enabled); }
+
+bool ExchangeGemv(bool enabled) { return GemvFlag().exchange(enabled); }
 
 int64_t WorkspaceBytes(int64_t device_id) { return cuda::MatmulWorkspaceBytes(static_cast<int32_t>(device_id)); }
 
@@ -77,7 +87,9 @@ void Matmul(const Place& place, const Product& x, const TensorView& a, const Ten
                               x.out.row_stride,
                               Tf32Flag().load(std::memory_order_relaxed),
                               x.c.data,
-                              x.c.row_stride};
+                              x.c.row_stride,
+                              GemvFlag().load(std::memory_order_relaxed),
+                              x.b_is_constant};
   cuda::LaunchMatmul(scope.device_id(), scope.stream(), args);
 }
 

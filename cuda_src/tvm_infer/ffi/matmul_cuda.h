@@ -12,6 +12,7 @@
   V(set_cublas, LoadCublas)                \
   V(cublas_path, CublasPath)               \
   V(set_matmul_tf32, ExchangeTf32)         \
+  V(set_matmul_gemv, ExchangeGemv)         \
   V(matmul_workspace_bytes, WorkspaceBytes)
 
 namespace tvm_infer::ffi_api {
@@ -26,6 +27,10 @@ tvm::ffi::String CublasPath();
 
 // Whether float32 products on CUDA round their inputs to TF32; initially what TVM_INFER_MATMUL_TF32 says. Returns what was set before.
 bool ExchangeTf32(bool enabled);
+
+// Whether products of a few rows run on our own kernel (cuda/gemv.h), else all on cuBLASLt; initially what TVM_INFER_MATMUL_GEMV says.
+// Returns what was set before.
+bool ExchangeGemv(bool enabled);
 
 // Device memory that the products of a CUDA device hold for good.
 int64_t WorkspaceBytes(int64_t device_id);
@@ -45,6 +50,7 @@ struct Product {
   Matrix a, b, out;
   bool transpose_b;
   Addend c;
+  bool b_is_constant = false;
 };
 
 namespace on_cuda {

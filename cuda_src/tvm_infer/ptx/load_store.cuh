@@ -15,6 +15,9 @@ __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
   return x;
 }
+__device__ __forceinline__ void StoreShared16(uint32_t address, const uint4& x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 
 // Where `is_wanted`; no branch.
 __device__ __forceinline__ void StoreGlobal16(void* address, const uint4& x, bool is_wanted) {
