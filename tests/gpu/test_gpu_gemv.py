@@ -110,12 +110,9 @@ def test_shapes_of_llama(m, k, n, cuda):
     check(m, k, n, torch.bfloat16, cuda)
 
 
-@pytest.mark.racecheck
-def test_a_product_for_racecheck(cuda):
-    """Several turns of the ring, groups of rows and a tail: small, since the tool is slow."""
-    check(3, 4104, 2200, torch.bfloat16, cuda)
-
-
+# NOTE: not for racecheck. Of plain bulk copies it does not know that waiting for their barrier orders reads behind them, and reports
+# every read of a stage, also where a single thread issues all copies (CUDA 13.0; FlashAttention found the same: its
+# AI/RACECHECK_TMA_HAZARD.md). Of tensor copies, attention's, it reports nothing.
 @pytest.mark.sanitize
 @pytest.mark.parametrize("pads", [(8, 16, 3, 5), (0, 8, 0, 1), (520, 0, 7, 8)])
 @pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (8, 16, 1, 3), (24, 8, 8, 2)])
