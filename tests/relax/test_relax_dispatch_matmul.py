@@ -243,7 +243,7 @@ def test_few_rows_stay_with_tvms_gemv(rows, dispatched):
     if not dispatched:
         (reason,) = dispatch.report.left
         count = 1 if rows == (1,) else 4
-        assert reason.why == f"it has {count} row(s), and up to 4 TVM's GEMV is faster"
+        assert reason.why == f"it has {count} row(s), and up to 4 stay with TVM's GEMV"
         assert "gemv_max_rows" in reason.fix
 
 

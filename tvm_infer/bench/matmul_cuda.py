@@ -1,4 +1,4 @@
-"""Matrix products of a decoder on a CUDA device: tvm_infer.matmul (cuBLASLt) beside torch and TVM's own, by CUDA-graph replay.
+"""Matrix products of a decoder on a CUDA device: tvm_infer.linear beside torch and TVM's own, by CUDA-graph replay.
 
 Weights are cycled through, 256 MiB of them or more, so that each comes from memory as in a model.
 """
@@ -18,7 +18,7 @@ from .timing import REST_S
 
 # (k, n) of Llama-3-8B: query, key and value together; attention's output; gate and up together; down; the vocabulary's
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))
-ROWS = (1, 4, 16, 64, 512, 2048)
+ROWS = (1, 2, 4, 8, 16, 64, 512, 2048)
 MEMORY_BOUND_ROWS = 64  # up to here GB/s says how good a time is, above TFLOP/s
 _ROTATE_BYTES = 256 << 20
 _MIN_LAUNCHES = 8  # in a graph
@@ -48,8 +48,8 @@ def _check(out: Any, a: Any, weight: Any) -> float:
 
 
 def _ours(a: Any, weight: Any, out: Any) -> Callable[[], object]:
-    matmul = _ffi.func("matmul")
-    return lambda: matmul(a, weight, 1, out)
+    linear = _ffi.func("linear")
+    return lambda: linear(a, weight, out)
 
 
 def _torch(a: Any, weight: Any, out: Any) -> Callable[[], object]:

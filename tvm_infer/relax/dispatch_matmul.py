@@ -63,9 +63,10 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class GemvRule:
-    """Products of few rows that TVM's own GEMV schedules do faster than the library: a fixed number of rows, at most `max_rows`.
+    """Products of few rows that stay with TVM's own GEMV schedules: a fixed number of rows, at most `max_rows`; 0 leaves none.
 
-    They read the weight once and nothing else counts; 0 leaves none. A symbolic number of rows may be large, so it is dispatched.
+    There is no shape known that they do faster than our kernel for few rows (docs/kernels.md). A symbolic number of rows may be large,
+    so it is dispatched.
     """
 
     max_rows: int = 0
@@ -81,7 +82,7 @@ class GemvRule:
         if count > self.max_rows:
             return None
         return (
-            f"it has {count} row(s), and up to {self.max_rows} TVM's GEMV is faster",
+            f"it has {count} row(s), and up to {self.max_rows} stay with TVM's GEMV",
             "lower gemv_max_rows to send it to the library",
         )
 
