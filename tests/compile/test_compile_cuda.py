@@ -87,6 +87,7 @@ def test_a_decode_step_is_one_graph(prepared):
     assert any("argmax" in kernel for kernel in region) and "add" not in region
     text = str(reports)
     assert "main: not captured" in text and "its number of tokens changes" in text and "decode: 1 graph(s) hold" in text
+    assert "TVM's kernels start before those ahead have ended" in text
     assert (lowered.decode_function, lowered.logits_dtype, lowered.logits_rank) == ("decode", "bfloat16", 3)
     # a step checks its inputs; the weights, 20 here, were checked when the executable was given them
     assert checks_of(lowered.executable) == {"main": 3, "decode": 4}

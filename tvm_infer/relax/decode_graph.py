@@ -221,11 +221,13 @@ class CaptureReport:
     """What of each function runs inside a captured graph.
 
     regions : function -> kernels and calls of each region in it. outside : function -> (callee, times) launched one by one, and why.
+    starts_early : by ProgrammaticLaunch.
     """
 
     regions: dict[str, list[Counter[str]]] = field(default_factory=dict)
     outside: dict[str, Counter[str]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    starts_early: bool = False  # TVM's kernels, all of them
 
     def __str__(self) -> str:
         lines = []
@@ -240,6 +242,10 @@ class CaptureReport:
             )
             lines += [f"  {count:5d} x  {callee}" for region in regions for callee, count in region.most_common()]
             lines += [f"  {count:5d} x  {callee} outside: {_why_outside(callee)}" for callee, count in outside.items()]
+        if self.starts_early:
+            lines.append(
+                "TVM's kernels start before those ahead have ended, and wait there (programmatic dependent launch)"
+            )
         return "\n".join(lines)
 
     def is_whole(self, function: str) -> bool:

@@ -242,6 +242,7 @@ def _lower_cuda(mod: tvm.IRModule, target: Any, reports: PassReports, function: 
         mod = tvm.transform.Sequential(finalize[:split])(mod)
         why_not = "its number of tokens changes from step to step"
         reports.capture = decode_graph.report_capture(mod, {function: why_not, DECODE: ""})
+        reports.capture.starts_early = tir_pipeline == TIR_PIPELINE
         # VMShapeLower checks inputs at every call, and of parameters behind num_input only those of symbolic shapes: 2 calls less for
         # each weight. Their types and shapes are the executable's to check, once, when it is given them.
         mod = _updated(mod, function, mod[function].with_attr("num_input", num_input))

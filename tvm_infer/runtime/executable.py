@@ -157,6 +157,7 @@ class Executable:
             append = f"rope_append_{element}" if m.rope is not None else "append_b16"
             lines += [
                 f"two launches a layer: {append}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
