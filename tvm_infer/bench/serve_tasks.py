@@ -172,7 +172,9 @@ def breakdown(backend: Any, plain: dict[str, Any], vocab_size: int, first_seq: i
     def measure(step: Callable[[bool], object], seqs: Sequence[int]) -> dict[str, Any]:
         found = asdict(backend.breakdown(lambda: step(False), plain["seconds"]))
         alone = getattr(backend, "attention_alone", None)
-        return found | ({} if alone is None else {"attention_alone": alone(seqs)})
+        if alone is None:
+            return found
+        return found | {"attention_alone": alone(seqs, swept=True), "attention_back_to_back": alone(seqs, swept=False)}
 
     return _of_step(backend, plain, vocab_size, first_seq, seed, measure)
 
