@@ -195,6 +195,44 @@ def test_an_engine_that_runs_ahead_takes_the_same_tokens(llama, executable):
     assert cache.num_free_pages == cache.num_pages and len(cache) == 0 and ahead.followed > 5
 
 
+@pytest.mark.parametrize("error", [errors.OutOfPagesError, errors.DeviceError, KeyboardInterrupt])
+def test_an_engine_that_fails_on_its_way_ahead_loses_no_token(llama, executable, error):
+    """The step ahead cannot begin, once: the tokens of the one under way are taken by the next call."""
+    prompts, ahead = prompts_of(2, seed=31), running_ahead(executable)
+    cache = ahead.new_cache(num_pages=40, page_size=4)
+    engine = ahead.engine(cache)
+    generations = [engine.submit(p, max_new_tokens=12)[0] for p in prompts]
+    failures = iter([False, False, True, False, True])
+    follow = Ahead.decode_next
+
+    def sometimes(cache, previous):
+        if next(failures, False):
+            raise error("once")
+        return follow(ahead, cache, previous)
+
+    ahead.decode_next = sometimes
+    raised = 0
+    while True:
+        try:
+            engine.run()
+        except error:
+            raised += 1
+        else:
+            break
+    assert raised == 2
+    assert [g.tokens for g in generations] == [hf_greedy(llama, p, 12) for p in prompts]
+    assert cache.num_free_pages == cache.num_pages
+
+
+def test_an_engine_keeps_no_step_of_ended_texts(llama, executable):
+    prompt, ahead = prompts_of(1, seed=32)[0], running_ahead(executable)
+    stop = hf_greedy(llama, prompt, 5)[4]
+    engine = ahead.engine(ahead.new_cache(num_pages=20))
+    (text,) = engine.submit(prompt, max_new_tokens=20, stop_tokens=[stop])
+    engine.run()
+    assert text.finish_reason == "stop" and not engine._launched and ahead.followed > 0
+
+
 def test_an_engine_runs_ahead_only_where_tokens_are_sure_to_follow(executable):
     ahead = running_ahead(executable)
     engine = ahead.engine(ahead.new_cache(num_pages=40, max_batch=2))
@@ -225,6 +263,17 @@ def test_decode_next_is_forward_with_the_greedy_tokens(llama, executable):
         executable.decode_next(cache, executable.forward(cache, [(0, [1, 2])], rows=[0]))
     empty = executable.decode_next(cache, executable.forward(cache, []))
     assert empty.logits.shape[0] == 0
+    latest = executable.forward(cache, [(0, [1]), (1, [2])])
+    length = cache.seq_len(0)
+    with pytest.raises(errors.CacheStateError, match="whose latest is"):
+        executable.decode_next(cache, result)
+    executable.decode_next(cache, latest)
+    with pytest.raises(errors.CacheStateError, match="whose latest is"):  # once is enough
+        executable.decode_next(cache, latest)
+    assert cache.seq_len(0) == length + 1
+    other = executable.new_cache(num_pages=4)
+    with pytest.raises(errors.ArgumentError, match="`previous` is of a step of another cache"):
+        executable.decode_next(other, latest)
 
 
 def test_a_callback_that_raises_leaves_the_engine_whole(llama, executable):

@@ -72,8 +72,9 @@ def notes(results: dict[str, Any]) -> list[str]:
         if alone:
             inside, warm = row["breakdown"]["attention"], row["breakdown"]["attention_back_to_back"]
             lines.append(
-                f"{row['backend']}{where}: attention takes {inside * 1e3:.3f} ms inside a step; in a graph of its own {alone * 1e3:.3f} ms "
-                f"with the L2 swept before each layer ({inside / alone:.2f} x), {warm * 1e3:.3f} ms back to back ({inside / warm:.2f} x)"
+                f"{row['backend']}{where}: attention takes {inside * 1e3:.3f} ms inside a step; in a graph of its own "
+                f"{alone * 1e3:.3f} ms with the L2 swept before each layer ({inside / alone:.2f} x), "
+                f"{warm * 1e3:.3f} ms back to back ({inside / warm:.2f} x)"
             )
         plain = row.get("plain_step", {})
         if plain.get("graph_seconds"):

@@ -191,7 +191,7 @@ def _of_step(
         return {"skipped": "no sample decoded a second token"}
     sizes = backend.sizes
     batch = typical["batch"]
-    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size - serve_breakdown.PLAIN_RUNS)
+    keys = min(typical["keys"], sizes.num_pages // batch * sizes.page_size - serve_breakdown.PLAIN_RUNS - 1)
     if keys < 1:
         return {"skipped": f"the cache has no room for {batch} sequences that share nothing"}
     seqs = range(first_seq, first_seq + batch)

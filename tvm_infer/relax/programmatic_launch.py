@@ -38,7 +38,8 @@ def _is_cuda_kernel(func: Any) -> bool:
 class ProgrammaticLaunch:
     """A pass over device kernels (after SplitHostDevice): the launch attribute, and the two instructions ahead of everything else.
 
-    Right for any kernel, since it touches no memory before the one ahead has ended. Only for GPUs of compute capability 9.0 and newer.
+    A kernel then touches no memory before the one ahead has ended, which has waited for the one ahead of it, and so on: right as long
+    as every kernel that has the attribute waits. Only for GPUs of compute capability 9.0 and newer.
     """
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:

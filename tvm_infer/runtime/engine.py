@@ -39,7 +39,8 @@ OnToken = Callable[[Generation, int], None]
 
 @dataclass
 class EngineStats:
-    """Work done so far. A step that has prompt tokens counts as prefill, its decode tokens too."""
+    """Work done so far. A step that has prompt tokens counts as prefill, its decode tokens too. decode_seconds : of the host; a step
+    launched ahead also runs while callbacks do, and then counts less."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -90,7 +91,9 @@ class Engine:
 
     Where the executable can (`Executable.runs_ahead`) and all running samples decode greedily, with tokens to come after the next, a
     step is launched before the tokens of the one ahead of it are read. It is then under way when a sample turns out to have ended,
-    whose token in it is dropped, and when a request arrives, which begins a step later.
+    whose token in it is dropped, and when a request arrives, which begins a step later. The device may still be at it when
+    :meth:`step` and :meth:`run` return. While the engine has requests, the cache is the engine's: steps of others on it would write
+    their tokens over those that the engine has not read.
     """
 
     def __init__(self, executable: Executable, cache: PagedKVCache) -> None:
@@ -111,7 +114,7 @@ class Engine:
         # every running sample decodes one token in every step
         self._max_sequences = min(cache.max_batch, self._max_step_tokens)
         self._events: list[tuple[_Request, Generation, int]] = []
-        self._ahead: _Decodes | None = None  # launched, its tokens not read
+        self._launched: deque[_Decodes] = deque()  # whose tokens were not taken, the oldest first; two at most
 
     @staticmethod
     def pages_needed(prompt_length: int, max_new_tokens: int, n: int, page_size: int) -> int:
@@ -210,30 +213,37 @@ class Engine:
 
         Callbacks come last, when the engine is ready for its next step: what they raise passes through, and they may submit or cancel.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.any_active():
-            self._finish_decodes(ahead, time.perf_counter())
-        else:  # all that a launched step computed may have ended by the step before it
+        self._drop_ended()
+        if not self._launched:
             self._admit()
             decoding = [(r, i) for r in self._running if not r.is_prefilling for i in self._active(r)]
             chunks = self._prefill_chunks(self._max_step_tokens - len(decoding))
             if not decoding and not chunks:
                 return False
-            self._run_step(decoding, chunks)
+            if chunks:
+                self._run_step(decoding, chunks)
+            else:
+                batch = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
+                self._launched.append(_Decodes(self.executable.forward(self.cache, batch), decoding))
+        if self._launched:
+            self._finish_decodes()
         self._retire()
+        self._drop_ended()
         events, self._events = self._events, []
         for request, generation, token in events:
             assert request.on_token is not None
             request.on_token(generation, token)
         return bool(self._running or self._waiting)
 
+    def _drop_ended(self) -> None:
+        """Forget a launched step all of whose samples have ended by the step before it."""
+        if self._launched and not self._launched[0].any_active():
+            self._launched.clear()
+
     def _run_step(self, decoding: Sequence[tuple[_Request, int]], chunks: Sequence[tuple[_Request, int]]) -> None:
         batch: list[tuple[int, Sequence[int]]] = [(r.seq_ids[i], r.samples[i].tokens[-1:]) for r, i in decoding]
         batch += [(r.seq_ids[0], r.prompt[r.prefilled : r.prefilled + size].tolist()) for r, size in chunks]
         started = time.perf_counter()
-        if not chunks:
-            self._finish_decodes(_Decodes(self.executable.forward(self.cache, batch), decoding), started)
-            return
         ends = np.cumsum([len(tokens) for _, tokens in batch]) - 1
         finishing = [r.prefilled + size == len(r.prompt) for r, size in chunks]
         rows = [*ends[: len(decoding)], *(e for e, done in zip(ends[len(decoding) :], finishing, strict=True) if done)]
@@ -253,10 +263,17 @@ class Engine:
         self.stats.prefill_tokens += sum(size for _, size in chunks)
         self.stats.prefill_seconds += seconds
 
-    def _finish_decodes(self, step: _Decodes, started: float) -> None:
-        """Take the tokens of a launched step, the next one launched before they are waited for if it may be."""
-        if self._may_run_ahead(step.samples):
-            self._ahead = _Decodes(self.executable.decode_next(self.cache, step.result), step.samples)
+    def _finish_decodes(self) -> None:
+        """Take the tokens of the oldest launched step, the next one launched before they are waited for if it may be.
+
+        Whatever raises on the way, launched steps stay: the cache has them, so their tokens must be taken.
+        """
+        started = time.perf_counter()
+        step = self._launched[0]
+        if len(self._launched) == 1 and self._may_run_ahead(step.samples):
+            self._launched.append(_Decodes(self.executable.decode_next(self.cache, step.result), step.samples))
+        _ = step.result.greedy if self._is_greedy() else step.result.logits  # waits
+        self._launched.popleft()
         taken = 0
         for row, (request, sample) in enumerate(step.samples):
             if not request.samples[sample].finish_reason:  # of a step ahead: ended or cancelled meanwhile

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _ffi
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, CacheStateError, ModelError
 from . import library, ranges, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
@@ -326,14 +326,21 @@ class Executable:
         if flat.size == 0:
             with cache.forward(ids, lengths):
                 result = StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
-            result.sequences = ()
-            return result
+            return self._numbered(result, session, cache, ())
         shape = session.shape(lengths, wanted)
         step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
         with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             result = session.run(cache, shape)
-        if rows is None:
-            result.sequences = tuple(seq for seq, length in zip(ids, lengths, strict=True) if length)
+        sequences = None if rows is not None else tuple(seq for seq, n in zip(ids, lengths, strict=True) if n)
+        return self._numbered(result, session, cache, sequences)
+
+    @staticmethod
+    def _numbered(
+        result: StepResult, session: Session, cache: PagedKVCache, sequences: tuple[int, ...] | None
+    ) -> StepResult:
+        """The result of the session's latest step, which says so."""
+        session.num_steps += 1
+        result.sequences, result.cache_address, result.step = sequences, cache.address, session.num_steps
         return result
 
     def decode_next(self, cache: PagedKVCache, previous: StepResult) -> StepResult:
@@ -349,19 +356,27 @@ class Executable:
 
         Raises
         ------
-        ArgumentError : `previous` was made with `rows`. CacheStateError : another step came after it. As :meth:`forward` otherwise.
+        ArgumentError : `previous` was made with `rows`, or is of another cache. CacheStateError : another step of the cache came after
+        it. As :meth:`forward` otherwise.
         """
         if previous.sequences is None:
             raise ArgumentError(
                 "argument `previous` is of a step that was made with `rows`, which do not say whose tokens they are: make it without"
             )
+        if previous.cache_address != cache.address:
+            raise ArgumentError(
+                "argument `previous` is of a step of another cache: pass a result of this cache's latest step"
+            )
         session = self._session(cache)
+        if previous.step != session.num_steps:
+            raise CacheStateError(
+                f"argument `previous` is of step {previous.step} of the cache, whose latest is {session.num_steps}: its sequences may "
+                "have gone on since; pass the latest result"
+            )
         if not (isinstance(session, CudaSession) and session.follows(previous)):
             tokens = previous.greedy.tolist()
             return self.forward(cache, [(seq, [token]) for seq, token in zip(previous.sequences, tokens, strict=True)])
-        result = session.follow(cache, previous)
-        result.sequences = previous.sequences
-        return result
+        return self._numbered(session.follow(cache, previous), session, cache, previous.sequences)
 
     @property
     def runs_ahead(self) -> bool:

@@ -40,12 +40,14 @@ class StepShape:
 class StepResult:
     """Logits of a step on the host.
 
-    sequences : whose tokens they follow, an id for each row; None where rows were asked for by number.
+    sequences : whose tokens they follow, an id for each row; None where rows were asked for by number. cache_address, step : of which
+    cache, and which of its session's steps.
     """
 
     def __init__(self, logits: Any, wanted: np.ndarray | slice) -> None:
         self._logits, self._wanted = logits, wanted
         self.sequences: tuple[int, ...] | None = None
+        self.cache_address = self.step = 0
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
@@ -139,9 +141,9 @@ class TokenSlot:
 
     def hold(self, tokens: Any) -> Callable[[], np.ndarray]:
         """Copy int64 [n] tokens of the device in the order of the stream; what waits for them and returns a view [rows]."""
+        self._holds = number = self._holds + 1
         _ffi.func("copy_on_stream")(tokens, self._tensor._create_view((int(tokens.shape[0]),)))
         self._record()
-        self._holds = number = self._holds + 1
 
         def read() -> np.ndarray:
             if self._holds != number:
@@ -166,6 +168,7 @@ class Session:
     def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any]) -> None:
         self._main = vm[manifest.function]
         self._manifest, self._weights = manifest, weights
+        self.num_steps = 0  # so far
         self._handle = cache.__tvm_ffi_object__()
 
     def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:

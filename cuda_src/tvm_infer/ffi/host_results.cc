@@ -92,7 +92,12 @@ tvm::ffi::Array<tvm::ffi::Function> NewEvent(DLDevice device) {
         event->Record(scope.stream());
       });
     };
-    const auto wait = [event] { Guarded([&] { event->Wait(); }); };
+    const auto wait = [event, device] {
+      Guarded([&] {
+        const CudaScope scope(device);  // the waiting thread may have no context yet
+        event->Wait();
+      });
+    };
     return tvm::ffi::Array<tvm::ffi::Function>({tvm::ffi::Function::FromTyped(record), tvm::ffi::Function::FromTyped(wait)});
   });
 }
