@@ -9,6 +9,7 @@ import pathlib
 import platform
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from . import __version__, env
 
@@ -178,7 +179,7 @@ def _cuda_executor() -> Executor:
     return Executor(name, True, f"{device}, {sms} SMs, {driver}; float16, bfloat16; head_dim 64 and 128")
 
 
-def report() -> dict[str, object]:
+def report() -> dict[str, Any]:
     """All of it, as plain values."""
     driver, devices = gpus()
     cache = env.cache_dir()
@@ -205,6 +206,7 @@ def report() -> dict[str, object]:
 def print_report() -> None:
     """The report as tables on standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     data = report()
@@ -217,17 +219,17 @@ def print_report() -> None:
             value = "\n".join(f"{k}: {'not installed' if v is None else v}" for k, v in value.items())
         elif isinstance(value, list):
             value = "\n".join(value) or "none"
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))  # 'tvm_infer[cuda]' is no markup
     console.print(table)
     table = Table(title="executors", title_justify="left")
     for column in ("executor", "usable", "detail"):
         table.add_column(column)
-    for executor in executors():
-        table.add_row(executor.name, "yes" if executor.usable else "no", executor.detail)
+    for executor in data["executors"]:
+        table.add_row(executor["name"], "yes" if executor["usable"] else "no", escape(executor["detail"]))
     console.print(table)
     table = Table(title="settings (environment)", title_justify="left")
     for column in ("name", "value", "meaning"):
         table.add_column(column)
     for s in env.SETTINGS:
-        table.add_row(s.name, s.value or "(unset)", s.meaning)
+        table.add_row(s.name, escape(s.value or "(unset)"), escape(s.meaning))
     console.print(table)

@@ -48,6 +48,12 @@ def test_doctor_says_what_compiler_there_is(monkeypatch):
     assert described.startswith("not usable") and "/no/such/c++" in described
 
 
+def test_doctor_prints_what_stands_in_brackets(monkeypatch):
+    """The name of an extra is no markup."""
+    monkeypatch.setattr(doctor, "cublas", lambda: "not found: pip install 'tvm_infer[cuda]'")
+    assert "tvm_infer[cuda]" in invoke("doctor").output.replace("\n", "")
+
+
 def test_doctor_prints_tables():
     output = invoke("doctor").output
     for word in ("apache-tvm-ffi", "nvcc", "cuBLASLt", "cache folder", "executors", "TVM_INFER_NUM_THREADS"):
