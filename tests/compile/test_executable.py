@@ -265,15 +265,20 @@ def test_decode_next_is_forward_with_the_greedy_tokens(llama, executable):
     assert empty.logits.shape[0] == 0
     latest = executable.forward(cache, [(0, [1]), (1, [2])])
     length = cache.seq_len(0)
-    with pytest.raises(errors.CacheStateError, match="whose latest is"):
+    with pytest.raises(errors.CacheStateError, match="not of the latest step"):
         executable.decode_next(cache, result)
     executable.decode_next(cache, latest)
-    with pytest.raises(errors.CacheStateError, match="whose latest is"):  # once is enough
+    with pytest.raises(errors.CacheStateError, match="not of the latest step"):  # once is enough
         executable.decode_next(cache, latest)
     assert cache.seq_len(0) == length + 1
     other = executable.new_cache(num_pages=4)
-    with pytest.raises(errors.ArgumentError, match="`previous` is of a step of another cache"):
+    with pytest.raises(errors.CacheStateError, match="or it is of another cache"):
         executable.decode_next(other, latest)
+    last = executable.forward(cache, [(0, [1]), (1, [2])])
+    executable.release(cache)
+    executable.forward(cache, [(0, [3]), (1, [4])])  # the first step of a new session
+    with pytest.raises(errors.CacheStateError, match="not of the latest step"):
+        executable.decode_next(cache, last)
 
 
 def test_a_callback_that_raises_leaves_the_engine_whole(llama, executable):

@@ -228,9 +228,8 @@ def test_tokens_stay_until_two_more_steps_were_made(monkeypatch):
     assert first.greedy.tolist() == [2, 3]
     follow(session, cache, third)  # takes the slot of the first
     assert first.greedy.tolist() == [2, 3] and second.greedy.tolist() == [3, 4]
-    late = decode(session, cache, [1, 2])
+    step = late = decode(session, cache, [1, 2])
     for _ in range(3):
-        step = late if _ == 0 else step
         step = follow(session, cache, step)
     with pytest.raises(errors.CacheStateError, match=r"tokens of a decode step.*decode_next"):
         _ = late.greedy

@@ -156,7 +156,7 @@ def plain_step(
     def measure(step: Callable[[bool], object], seqs: Sequence[int]) -> dict[str, Any]:
         alone = getattr(backend, "graph_alone", None)
         if alone is not None:
-            # the prompts before have heated the chip: what follows them at once is slower for a tenth of a second
+            # the prompts before have heated the chip: what follows them at once is slower for a moment
             alone(seqs)
         found = {"seconds": serve_breakdown.plain_step(step)}
         return found | ({} if alone is None else {"graph_seconds": alone(seqs)})

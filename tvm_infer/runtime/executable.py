@@ -29,6 +29,7 @@ DEFAULT_MAX_BATCH = 16
 _TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
+_steps = itertools.count(1)  # of all caches
 
 
 class Executable:
@@ -326,21 +327,19 @@ class Executable:
         if flat.size == 0:
             with cache.forward(ids, lengths):
                 result = StepResult(np.zeros((0, self.manifest.vocab_size), np.float32), slice(None))
-            return self._numbered(result, session, cache, ())
+            return self._numbered(result, session, ())
         shape = session.shape(lengths, wanted)
         step = cache.forward(ids, lengths, num_rows=shape.num_rows, token_ids=flat, logit_rows=shape.logit_rows)
         with ranges.mark("decode" if shape.is_decode else "main", shape.num_rows), step:
             result = session.run(cache, shape)
         sequences = None if rows is not None else tuple(seq for seq, n in zip(ids, lengths, strict=True) if n)
-        return self._numbered(result, session, cache, sequences)
+        return self._numbered(result, session, sequences)
 
     @staticmethod
-    def _numbered(
-        result: StepResult, session: Session, cache: PagedKVCache, sequences: tuple[int, ...] | None
-    ) -> StepResult:
-        """The result of the session's latest step, which says so."""
-        session.num_steps += 1
-        result.sequences, result.cache_address, result.step = sequences, cache.address, session.num_steps
+    def _numbered(result: StepResult, session: Session, sequences: tuple[int, ...] | None) -> StepResult:
+        """The result of the session's latest step, which both are told."""
+        result.sequences, result.step = sequences, next(_steps)
+        session.latest_step = result.step
         return result
 
     def decode_next(self, cache: PagedKVCache, previous: StepResult) -> StepResult:
@@ -356,27 +355,23 @@ class Executable:
 
         Raises
         ------
-        ArgumentError : `previous` was made with `rows`, or is of another cache. CacheStateError : another step of the cache came after
-        it. As :meth:`forward` otherwise.
+        ArgumentError : `previous` was made with `rows`. CacheStateError : another step of the cache came after it, or it is of another
+        cache. As :meth:`forward` otherwise.
         """
         if previous.sequences is None:
             raise ArgumentError(
                 "argument `previous` is of a step that was made with `rows`, which do not say whose tokens they are: make it without"
             )
-        if previous.cache_address != cache.address:
-            raise ArgumentError(
-                "argument `previous` is of a step of another cache: pass a result of this cache's latest step"
-            )
         session = self._session(cache)
-        if previous.step != session.num_steps:
+        if previous.step != session.latest_step:
             raise CacheStateError(
-                f"argument `previous` is of step {previous.step} of the cache, whose latest is {session.num_steps}: its sequences may "
-                "have gone on since; pass the latest result"
+                "argument `previous` is not of the latest step of `cache`: another came after it, whose tokens its sequences may have "
+                "by now, or it is of another cache; pass the latest result"
             )
         if not (isinstance(session, CudaSession) and session.follows(previous)):
             tokens = previous.greedy.tolist()
             return self.forward(cache, [(seq, [token]) for seq, token in zip(previous.sequences, tokens, strict=True)])
-        return self._numbered(session.follow(cache, previous), session, cache, previous.sequences)
+        return self._numbered(session.follow(cache, previous), session, previous.sequences)
 
     @property
     def runs_ahead(self) -> bool:

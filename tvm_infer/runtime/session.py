@@ -40,14 +40,13 @@ class StepShape:
 class StepResult:
     """Logits of a step on the host.
 
-    sequences : whose tokens they follow, an id for each row; None where rows were asked for by number. cache_address, step : of which
-    cache, and which of its session's steps.
+    sequences : whose tokens they follow, an id for each row; None where rows were asked for by number. step : its own number.
     """
 
     def __init__(self, logits: Any, wanted: np.ndarray | slice) -> None:
         self._logits, self._wanted = logits, wanted
         self.sequences: tuple[int, ...] | None = None
-        self.cache_address = self.step = 0
+        self.step = 0
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
@@ -168,7 +167,7 @@ class Session:
     def __init__(self, vm: Any, manifest: Manifest, cache: PagedKVCache, weights: Sequence[Any]) -> None:
         self._main = vm[manifest.function]
         self._manifest, self._weights = manifest, weights
-        self.num_steps = 0  # so far
+        self.latest_step = 0  # the number of its result
         self._handle = cache.__tvm_ffi_object__()
 
     def shape(self, lengths: list[int], rows: np.ndarray | None) -> StepShape:

@@ -11,9 +11,9 @@ namespace {
 
 constexpr int64_t kVector = 8;      // elements in 16 bytes, the unit of copies
 constexpr int32_t kMaxStages = 13;  // what one row of k = 4096 leaves room for; more are not faster
-// Below, too few bytes are in flight on an SM (6 stages read 3 % slower than 13).
+// Below, too few bytes are in flight on an SM.
 constexpr int32_t kMinStages = 4;
-// A CTA has 16 rows of b, so few rows leave SMs idle. What those at work then read should be soon done (an SM reads about 100 bytes a ns);
+// A CTA has 16 rows of b, so few rows leave SMs idle. What those at work then read should be soon done;
 // longer rows are better divided, as cuBLASLt does.
 constexpr int64_t kMinColumnsOfLongRows = 512;
 constexpr int64_t kMaxKOfFewColumns = 8192;

@@ -8,7 +8,7 @@
 // Eight warps share the columns of a stage and multiply on tensor cores, where one row of `a` costs as much as eight do. The order of sums
 // depends on k alone: neither m nor the grid changes a bit of a row's result.
 //
-// NOTE: fetching the first rows of the next product to the L2 from here made a step of an 8B model 2 to 6 % slower (docs/kernels.md).
+// NOTE: fetching the first rows of the next product to the L2 from here made a step of an 8B model slower (docs/kernels.md).
 #pragma once
 
 #include <cstdint>
