@@ -13,11 +13,12 @@ import tvm_ffi
 
 import tvm_infer
 from tvm_infer import _ffi, errors
+from tvm_infer.jit import headers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
-ABI, THREADS, SHARED = 5, 384, 230000
+ABI, THREADS, SHARED = headers.kernel_abi(), 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
 

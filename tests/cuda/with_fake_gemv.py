@@ -11,12 +11,13 @@ import tvm_ffi
 
 import tvm_infer
 from tvm_infer import _ffi, errors
+from tvm_infer.jit import headers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CUDA, Driver, addresses, tensor
 from with_fake_cublas import Cublas
 
-ABI, THREADS, SHARED = 5, 288, 232448
+ABI, THREADS, SHARED = headers.kernel_abi(), 288, 232448
 FIXED = 2 * 8 * 8 * 16 * 4 + 2 * 16 * 8  # bytes: two groups' sums of eight warps, and the barriers of 16 stages
 STAGE = 16 * 512 * 2
 

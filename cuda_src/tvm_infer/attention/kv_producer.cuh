@@ -12,6 +12,7 @@
 #include "tvm_infer/attention/pace.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/ptx/sync.cuh"
 
 namespace tvm_infer::attention {
 
@@ -38,6 +39,7 @@ class KvProducer {
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       const int32_t head = work.kv_head_begin + h;
       Tile tile = copies_.Load(0);
+      if (h == 0) ptx::WaitForPriorGrid();  // the page table may be there already, keys and values may not
       for (int32_t t = 0; t < tiles.count; ++t) {
         const Tile next = copies_.Load(t + 1);
         if (is_prefill) {

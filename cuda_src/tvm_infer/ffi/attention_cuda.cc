@@ -221,6 +221,8 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
   CheckDim(k, "k", 0, q.size(0), "tokens of q");
   params.plan = launch.params.plan;
   params.expected = launch.params.expected;
+  // The cache's own, copied to the device by begin_forward. Kernels behind a copy start when it has ended.
+  params.plan_is_ready = launch.params.plan_is_ready = 1;
   params.o = launch.params.o;
   params.o_stride_token = launch.params.o_stride_token;
   params.o_stride_head = launch.params.o_stride_head;

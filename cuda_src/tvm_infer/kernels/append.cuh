@@ -124,9 +124,21 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
   int32_t token = first_task / parts;
   uint32_t part = first_task % parts;
 
-  ptx::WaitForPriorGrid();  // lengths, k and v may be the prior grid's, and the cache may still be read by it
+  // Lengths, k and v may be the prior grid's, and the cache may still be read by it. Lengths that are ready are read meanwhile.
+  if (p.plan_is_ready == 0) ptx::WaitForPriorGrid();
   const AppendLengths lengths = LoadLengths(p);
   AppendRequest request;
+  bool is_padding = false;
+  const auto find_request = [&] {
+    if (is_padding || token < request.end) return;
+    const int32_t index = RequestOf(lengths, token);
+    is_padding = index >= lengths.num_requests;  // as are all tokens behind
+    if (!is_padding) request.Load(p, lengths, index);
+  };
+  if (p.plan_is_ready != 0) {
+    if (first_task < end_task) find_request();
+    ptx::WaitForPriorGrid();
+  }
   for (uint32_t task = first_task; task < end_task; ++task) {
     const uint32_t first = part * loads * 32 + lane, end = min(token_vectors, (part + 1) * loads * 32);
     uint4 values[kAppendLoads];
@@ -136,17 +148,14 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
       if (first + 32 * i < end) values[i] = __ldcg(vector.From(p, token));
       vector.Advance(row_vectors, step_rows, step_columns);
     }
-    if (token >= request.end) {
-      const int32_t index = RequestOf(lengths, token);
-      if (index >= lengths.num_requests) {  // padding, as are all tokens behind
-        if (p.o == nullptr || lengths.is_refused) return;
-        for (; task < end_task; ++task) {
-          if (part == 0) ZeroOutput(p, token);
-          if (++part == parts) part = 0, ++token;
-        }
-        return;
+    find_request();
+    if (is_padding) {
+      if (p.o == nullptr || lengths.is_refused) return;
+      for (; task < end_task; ++task) {
+        if (part == 0) ZeroOutput(p, token);
+        if (++part == parts) part = 0, ++token;
       }
-      request.Load(p, lengths, index);
+      return;
     }
     const int32_t position = request.kv_len - (request.end - token);
     const int32_t page_entry = request.first_page + position / p.page_size;

@@ -70,7 +70,9 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     ptx::MbarrierInitFence();
   }
   ptx::AllowDependentGrid();
-  ptx::WaitForPriorGrid();  // the plan, q, K, V and the buffers written below may be the prior grid's
+  // The plan, q, K, V and the buffers written below may be the prior grid's. A plan that is ready is read meanwhile: each role waits where
+  // it needs more than the plan and the page table.
+  if (params.plan_is_ready == 0) ptx::WaitForPriorGrid();
 
   // NOTE: the first work has a fixed place, so that it arrives together with the header: from here to the first copy of K are three
   // loads, one after the other (work, kv_indptr, page).
@@ -81,6 +83,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x).Stops(blockIdx.x);
   // NOTE: the vote tells the compiler that all of a warp leave or stay; it gives up its uniform registers otherwise.
   if (__any_sync(0xffffffff, __syncthreads_or(stops))) {
+    ptx::WaitForPriorGrid();  // NOTE: who waits for this grid waits for those ahead of it
     if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x).Report(plan);
     return;
   }
@@ -104,6 +107,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
       QueryLoader<Config> loader(params, plan, shared, buffer, query_full, query_empty, first_row);
       WorkStream works(plan, blockIdx.x, first);
+      ptx::WaitForPriorGrid();
       do {
         works.Prefetch();
         loader.Run(works.work);
@@ -115,6 +119,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     Consumer<Config> consumer{params, plan, shared, ring};
     PrefillTile<Config> prefill(consumer);
     DecodeTile<Config> decode(consumer);
+    ptx::WaitForPriorGrid();
     prefill.GiveFirstTurn();
     for (int32_t i = queue.begin; i < queue.end; ++i) {
       // NOTE: the copy of the first work is read again: it is in the L1 now, and its twelve words in registers would spill.

@@ -132,7 +132,10 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
   int32_t token = first_task / parts, angles_token = -1;
   uint32_t part = first_task % parts;
 
-  ptx::WaitForPriorGrid();  // lengths, q, k and v may be the prior grid's, and the cache and q_out may still be read by it
+  // Lengths, q, k and v may be the prior grid's, and the cache and q_out may still be read by it. Lengths that are ready are read
+  // meanwhile.
+  const bool is_ready = a.plan_is_ready != 0;
+  if (!is_ready) ptx::WaitForPriorGrid();
   float inv_freq[kRopePairs] = {};
   if (lane.turns) {
 #pragma unroll
@@ -141,10 +144,33 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
   const AppendLengths lengths = LoadLengths(a);
   AppendRequest request;
   RopeAngles angles;
-  bool is_padding = false;
+  bool is_padding = false, has_slot = false;
+  int64_t page = 0, slot = 0;
   const bool zeroes_output = a.o != nullptr && !lengths.is_refused;  // a refused plan leaves the attention's output alone
+  const auto find_place = [&](uint32_t task_row) {
+    if (!is_padding && token >= request.end) {
+      const int32_t index = RequestOf(lengths, token);
+      is_padding = index >= lengths.num_requests;  // as are all tokens behind
+      if (!is_padding) request.Load(a, lengths, index);
+    }
+    const int32_t position = request.kv_len - (request.end - token);
+    const int32_t page_entry = request.first_page + position / a.page_size;
+    // K and V of a token before its request's first position or behind its last page go nowhere, as in append.cuh.
+    has_slot = !is_padding && position >= 0 && page_entry < request.end_page;
+    if (has_slot && task_row + steps * lane.rows > a.num_qo_heads)
+      page = __ldg(a.kv_page_indices + page_entry), slot = position % a.page_size;
+    if (!is_padding && lane.turns && task_row < turning_rows && angles_token != token) {
+      angles.Set(inv_freq, position, p.magnitude);
+      angles_token = token;
+    }
+  };
   for (uint32_t task = first_task; task < end_task; ++task) {
     const uint32_t task_row = part * steps * lane.rows, end = lane.is_active ? min(num_rows, task_row + steps * lane.rows) : 0;
+    const bool is_ahead = is_ready && task == first_task;
+    if (is_ahead) {
+      find_place(task_row);
+      ptx::WaitForPriorGrid();
+    }
     uint4 first[kRopeAppendSteps], second[kRopeAppendSteps];
 #pragma unroll
     for (uint32_t i = 0; i < kRopeAppendSteps; ++i) {
@@ -154,22 +180,7 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
       first[i] = __ldcg(from + lane.first);
       second[i] = __ldcg(from + lane.second);
     }
-    if (!is_padding && token >= request.end) {
-      const int32_t index = RequestOf(lengths, token);
-      is_padding = index >= lengths.num_requests;  // as are all tokens behind
-      if (!is_padding) request.Load(a, lengths, index);
-    }
-    const int32_t position = request.kv_len - (request.end - token);
-    const int32_t page_entry = request.first_page + position / a.page_size;
-    // K and V of a token before its request's first position or behind its last page go nowhere, as in append.cuh.
-    const bool has_slot = !is_padding && position >= 0 && page_entry < request.end_page;
-    int64_t page = 0, slot = 0;
-    if (has_slot && task_row + steps * lane.rows > a.num_qo_heads)
-      page = __ldg(a.kv_page_indices + page_entry), slot = position % a.page_size;
-    if (!is_padding && lane.turns && task_row < turning_rows && angles_token != token) {
-      angles.Set(inv_freq, position, p.magnitude);
-      angles_token = token;
-    }
+    if (!is_ahead) find_place(task_row);
 #pragma unroll
     for (uint32_t i = 0; i < kRopeAppendSteps; ++i) {
       const uint32_t index = task_row + i * lane.rows + lane.row;

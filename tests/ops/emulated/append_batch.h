@@ -77,6 +77,7 @@ inline void Spoil(int32_t what, AppendParams* p, std::vector<uint4>* plan) {
 // Gives p the batch's lengths: bare for every third number, else as a plan, which `plan` keeps. Returns what is wrong with the plan, 0 for
 // nothing.
 inline int32_t SetLengths(const Batch& batch, int32_t number, AppendParams* p, std::vector<uint4>* plan) {
+  p->plan_is_ready = Random(0, 1);
   if (number % 3 == 0) {
     p->qo_indptr = batch.qo_indptr.data();
     p->kv_len = batch.kv_len.data();
