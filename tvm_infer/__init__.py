@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import jit as jit
+    from . import variant as variant
     from .blas import linear, matmul, matmul_add, set_blas
     from .compiler import compile as compile
     from .cublas import set_cublas
@@ -48,6 +49,7 @@ __all__ = [
     "rope_append",
     "set_blas",
     "set_cublas",
+    "variant",
     "workspace_size",
 ]
 
@@ -80,8 +82,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name == "jit":
-        return importlib.import_module(f"{__name__}.jit")
+    if name in ("jit", "variant"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'tvm_infer' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -65,6 +65,24 @@ def build(names: tuple[str, ...], every: bool, listed: bool, arch: str, out: str
         report.build_and_print(report.all_names() if every else names, arch=arch, jobs=jobs, out=out)
 
 
+@main.command("variant")
+@click.argument("name")
+@click.option("--kernel", default="attention_bf16_h128_p16", show_default=True, help="attention kernel to put it into")
+@click.option("--arch", default="sm_90a", show_default=True, help="architecture to compile for")
+def show_variant(name: str, kernel: str, arch: str) -> None:
+    """Show what becomes of an attention variant: expression, band, C++, and what the CUDA kernel takes with it and without.
+
+    NAME is one of the standard library's, or MODULE:NAME of your own, a tvm_infer.variant.Variant.
+
+    \b
+      tvm-infer variant soft_cap
+      tvm-infer variant my_model.attention:decay --kernel attention_fp16_h64_p16
+    """
+    from .variant import show
+
+    click.echo(show.report(show.find(name), kernel, arch))
+
+
 @main.group()
 def bench() -> None:
     """Measure; every figure that the documentation quotes comes from here."""

@@ -33,7 +33,11 @@ SETTINGS = (
     Setting(
         "TVM_INFER_CUBIN_DIR", "", "folder of prebuilt kernels (tvm-infer build --out), looked in before compiling"
     ),
-    Setting("TVM_INFER_CXX", "", "the C++ compiler for the MLC adapter; empty: CXX, else g++, c++ or clang++ on PATH"),
+    Setting(
+        "TVM_INFER_CXX",
+        "",
+        "the C++ compiler for the MLC adapter and for attention variants on the CPU; empty: CXX, else g++, c++ or clang++ on PATH",
+    ),
     Setting(
         "TVM_INFER_MLC_LIBRARY",
         "",

@@ -18,6 +18,12 @@ class DTypeError(TvmInferError, TypeError):
     """A tensor has a data type that the call does not take."""
 
 
+class VariantError(ArgumentError):
+    """A function or parameter of an attention variant cannot be used; where a function is at fault, the message starts with its
+    file and line.
+    """
+
+
 class WorkspaceError(TvmInferError, ValueError):
     """A workspace or plan buffer is smaller than the batch needs."""
 

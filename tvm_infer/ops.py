@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _array, _device, _ffi
+from . import _array, _device, _ffi, variant_call
 from .errors import ArgumentError
 from .planning import WorkspaceSize, cpu_tile_table, cuda_tile_table, num_threads, plan, plan_status, workspace_size
 from .rope import RopeConfig
@@ -149,6 +149,33 @@ def _device_words(plan: Plan, device: int) -> Any:
     return plan.device_buffer
 
 
+# The packed function that also takes a variant.
+_WITH_VARIANT = {
+    "paged_attention": "variant_paged_attention",
+    "ragged_attention": "variant_ragged_attention",
+    "append_paged_attention": "variant_append_attention",
+}
+
+
+def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any, num_lists: int) -> None:
+    """Call the packed function, or its form with a variant, once that is found to have the plan's band, heads and requests."""
+    if variant is None:
+        _ffi.func(name)(*arguments)
+        return
+    prepared = variant_call.prepare(variant)
+    is_cuda = _device.cuda_index(q) is not None
+    if isinstance(plan, Plan) or not is_cuda:
+        parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
+        variant_call.check_plan(variant, parsed)
+        num_requests = parsed.num_requests
+    else:
+        num_requests = num_lists
+    if prepared.is_plain:
+        _ffi.func(name)(*arguments)
+    else:
+        _ffi.func(_WITH_VARIANT[name])(*arguments, prepared.call(is_cuda, int(q.shape[1]), num_requests))
+
+
 def attention(
     q: Any,
     kv_cache: Any,
@@ -162,6 +189,7 @@ def attention(
     lse: Any = None,
     return_lse: bool = False,
     workspace: Any = None,
+    variant: Any = None,
 ) -> Any:
     """Attention of ragged queries over a paged KV cache, as the plan schedules it (section 3.2).
 
@@ -178,18 +206,27 @@ def attention(
     out : as `q`; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`. On cuda contiguous.
     workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim + 1)``; allocated if None.
         Calls on one stream may share it.
+    variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
+        plain softmax's. Its tables lie on the device of `q`; `plan` has its causal and window_left (``plan(…, variant=variant)``),
+        and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
+        variant once, not before every call, which costs about 1 us more then. Values of keys that its mask hides must still be
+        finite: they are multiplied by 0.
 
     Returns
     -------
-    out, or (out, lse) with `return_lse` or a given `lse`. LSE is the natural logarithm of the sum of exponentials; a row that
-    sees no key has O = 0 and LSE = -inf.
+    out, or (out, lse) with `return_lse` or a given `lse`. LSE is the natural logarithm of the sum of exponentials, of a variant's
+    logits and before its output function; a row that sees no key, or whose logits are all -inf, has O = 0 and LSE = -inf, whatever
+    the output function. A logit of NaN or +inf makes its row NaN and no other.
 
     Raises
     ------
-    ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays.
-    PlanMismatchError : the plan was made for other lengths or heads. WorkspaceError : `workspace` is too small.
+    ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays. Also
+        where the variant's tables lie elsewhere than `q`.
+    VariantError : the variant is not bound, or its tables have not as many entries as the call has heads or requests.
+    PlanMismatchError : the plan was made for other lengths or heads, or for another band than the variant's (not seen where `plan`
+        is bare device memory). WorkspaceError : `workspace` is too small.
     ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are.
-    DeviceError, CompileError : the driver or the compiler failed.
+    DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
@@ -197,7 +234,7 @@ def attention(
     num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
     num_lists = page_indptr.shape[0] - 1
     words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
-    _ffi.func("paged_attention")(
+    arguments = (
         words,
         _array.as_tensor(q, "q"),
         k_cache,
@@ -210,6 +247,7 @@ def attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
+    _run("paged_attention", arguments, variant, plan, q, num_lists)
     return out if lse is None else (out, lse)
 
 
@@ -225,6 +263,7 @@ def ragged_attention(
     lse: Any = None,
     return_lse: bool = False,
     workspace: Any = None,
+    variant: Any = None,
 ) -> Any:
     """Attention of ragged queries over ragged keys without pages.
 
@@ -233,8 +272,9 @@ def ragged_attention(
     """
     (indptr,) = _tables(q, kv_indptr=kv_indptr)
     num_kv_heads = _num_kv_heads(k, 1, (3,))
-    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, indptr.shape[0] - 1)
-    _ffi.func("ragged_attention")(
+    num_lists = indptr.shape[0] - 1
+    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
+    arguments = (
         words,
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
@@ -245,6 +285,7 @@ def ragged_attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
+    _run("ragged_attention", arguments, variant, plan, q, num_lists)
     return out if lse is None else (out, lse)
 
 
@@ -297,6 +338,7 @@ def append_attention(
     lse: Any = None,
     return_lse: bool = False,
     workspace: Any = None,
+    variant: Any = None,
 ) -> Any:
     """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
@@ -304,7 +346,7 @@ def append_attention(
     num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
     num_lists = page_indptr.shape[0] - 1
     words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
-    _ffi.func("append_paged_attention")(
+    arguments = (
         words,
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
@@ -319,6 +361,7 @@ def append_attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
+    _run("append_paged_attention", arguments, variant, plan, q, num_lists)
     return out if lse is None else (out, lse)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from . import _array, _device, _ffi
+from . import _array, _device, _ffi, variant_call
 from .errors import ArgumentError, DTypeError, ExecutorError, PlanMismatchError, TvmInferError
 from .schedule import Plan
 
@@ -147,12 +147,13 @@ def workspace_size(
     max_tokens: int,
     max_kv_tokens: int | None = None,
     dtype: str = "float32",
-    causal: bool = True,
-    window_left: int = -1,
+    causal: bool | None = None,
+    window_left: int | None = None,
     num_ctas: int | None = None,
     fixed_split_size: int = 0,
     tile_table: Any = None,
     device: Any = None,
+    variant: Any = None,
 ) -> WorkspaceSize:
     """Exact upper bounds of what plans within the limits need.
 
@@ -175,6 +176,7 @@ def workspace_size(
             f"argument `max_kv_tokens` is None with fixed_split_size {fixed_split_size}; a plan with a fixed split size grows "
             "with the number of keys: say how many there are at most"
         )
+    causal, window_left = variant_call.band(variant, causal, window_left)
     num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim)
     settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
@@ -208,8 +210,8 @@ def plan(
     num_kv_heads: int,
     head_dim: int,
     dtype: str = "float32",
-    causal: bool = True,
-    window_left: int = -1,
+    causal: bool | None = None,
+    window_left: int | None = None,
     num_ctas: int | None = None,
     fixed_split_size: int = 0,
     tile_table: Any = None,
@@ -217,6 +219,7 @@ def plan(
     out: np.ndarray | None = None,
     device_out: Any = None,
     max_partial_rows: int | None = None,
+    variant: Any = None,
 ) -> Plan:
     """Schedule a batch: who computes which rows against which keys (section 3.3.1, Algorithm 1).
 
@@ -232,8 +235,8 @@ def plan(
     head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise. On cuda dtype is
         "bfloat16" or "float16".
     causal : a query sees no key after its own position; query token t of request r stands at
-        ``kv_len[r] - (qo_indptr[r + 1] - t)``.
-    window_left : keys before its own position that a query sees; -1 for all.
+        ``kv_len[r] - (qo_indptr[r + 1] - t)``. Default: the variant's, else True.
+    window_left : keys before its own position that a query sees; -1 for all. Default: the variant's, else -1.
     num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
     fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
         not depend on the rest of the batch; -1 never splits.
@@ -244,6 +247,8 @@ def plan(
     device_out : int32 buffer on the device to copy the plan to, contiguous, at least the plan's ``bytes_used``; default: one is
         allocated, by torch where torch is loaded, else by TVM. Memory of a stream of its own is the caller's to order.
     max_partial_rows : partial rows that the workspace at hand has; default: no limit with an allocated plan.
+    variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters, that the plan will run with: `causal` and
+        `window_left` are taken from it. The plan depends on nothing else of it, and serves every variant of the same band.
 
     Returns
     -------
@@ -252,7 +257,7 @@ def plan(
     Raises
     ------
     ArgumentError : an indptr that does not start at 0 or decreases, kv_len shorter than the new tokens, bad heads, a device that
-        is none, lengths that lie on a device.
+        is none, lengths that lie on a device, `causal` or `window_left` that contradict the variant.
     WorkspaceError : `out`, `device_out` or `max_partial_rows` is too small; says what is needed.
     ExecutorError : no such device, or no kernels for its architecture, the dtype or head_dim.
     DeviceError : the stream is being captured for a graph, or the driver failed.
@@ -265,6 +270,7 @@ def plan(
                 f"argument `{name}` is {_device.describe(x)}; plans are made by the host: keep the lengths there (`.cpu()` waits "
                 "for the device at every step)"
             )
+    causal, window_left = variant_call.band(variant, causal, window_left)
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim)
     settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
     is_allocated = out is None

@@ -17,14 +17,15 @@ PACKAGE = REPO / "tvm_infer"
 # folder -> folders of ours that it may include from, besides itself
 MAY_INCLUDE = {
     "schedule": set(),
+    "variant": set(),
     "kv": {"schedule"},
-    "cpu": {"schedule"},
-    "cuda": {"schedule"},
-    "ffi": {"schedule", "kv", "cpu", "cuda"},
+    "cpu": {"schedule", "variant"},
+    "cuda": {"schedule", "variant"},
+    "ffi": {"schedule", "kv", "cpu", "cuda", "variant"},
     "ptx": set(),
     "tile": {"ptx"},
-    "attention": {"tile", "ptx", "schedule", "cuda"},
-    "kernels": {"attention", "tile", "ptx", "schedule", "cuda"},
+    "attention": {"tile", "ptx", "schedule", "cuda", "variant"},
+    "kernels": {"attention", "tile", "ptx", "schedule", "cuda", "variant"},
     "mlc": set(),  # calls the others by the names of their packed functions only
 }
 INCLUDE_TVM = {"ffi", "mlc"}
@@ -130,6 +131,7 @@ def imports(path: pathlib.Path) -> set[str]:
         ("relax", ("runtime", "schedule", "jit", "bench", "ops", "compiler")),
         ("runtime", ("relax", "compiler", "bench")),
         ("schedule", ("relax", "runtime", "ops", "compiler", "bench")),
+        ("variant", ("relax", "runtime", "schedule", "ops", "planning", "compiler", "bench")),
         ("jit", ("relax", "runtime", "schedule", "ops", "planning", "compiler", "bench")),
     ],
 )

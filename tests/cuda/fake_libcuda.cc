@@ -11,6 +11,7 @@
 
 #include "tvm_infer/cuda/driver_api.h"
 #include "tvm_infer/cuda/params.h"
+#include "tvm_infer/variant/variant.h"
 
 using tvm_infer::cuda::AttentionParams;
 using tvm_infer::cuda::DevicePointer;
@@ -38,6 +39,7 @@ void* current = nullptr;
 int contexts[3];
 unsigned char attention_params[sizeof(AttentionParams)], attention_maps[sizeof(KvTensorMaps)];
 unsigned char rope_append_params[sizeof(RopeAppendParams)], gemv_params[sizeof(GemvParams)];
+unsigned char variant_args[sizeof(tvm_infer::variant::Args)];
 
 int Called(const char* name, const std::string& text = "") {
   log_text += std::string(name) + (text.empty() ? "" : " ") + text + "\n";
@@ -82,6 +84,7 @@ FAKE int fake_current_device() {
 FAKE const void* fake_params() { return attention_params; }
 FAKE const void* fake_rope_append_params() { return rope_append_params; }
 FAKE const void* fake_gemv_params() { return gemv_params; }
+FAKE const void* fake_variant_args() { return variant_args; }
 FAKE const void* fake_maps() { return attention_maps; }
 
 FAKE int cuInit(unsigned) {
@@ -144,6 +147,7 @@ FAKE int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** params, 
   if (loaded->name.rfind("attention", 0) == 0) {
     std::memcpy(attention_params, params[0], sizeof(attention_params));
     std::memcpy(attention_maps, params[1], sizeof(attention_maps));
+    if (loaded->name.find("_v") != std::string::npos) std::memcpy(variant_args, params[2], sizeof(variant_args));
   }
   if (loaded->name.rfind("rope_append", 0) == 0) std::memcpy(rope_append_params, params[0], sizeof(rope_append_params));
   if (loaded->name.rfind("gemv", 0) == 0) std::memcpy(gemv_params, params[0], sizeof(gemv_params));

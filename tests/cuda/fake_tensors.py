@@ -101,7 +101,7 @@ class Driver:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._library.fake_log.restype = ctypes.c_char_p
-        for name in ("params", "rope_append_params", "gemv_params", "maps"):
+        for name in ("params", "rope_append_params", "gemv_params", "variant_args", "maps"):
             getattr(self._library, f"fake_{name}").restype = ctypes.c_void_p
 
     def calls(self, name: str) -> list[str]:
@@ -130,6 +130,11 @@ class Driver:
     def gemv_params(self, structure: type) -> Any:
         """The parameter of the last launch of a gemv."""
         address = self._library.fake_gemv_params()
+        return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
+
+    def variant_args(self, structure: type) -> Any:
+        """The third parameter of the last launch of an attention with a variant."""
+        address = self._library.fake_variant_args()
         return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
 
     def clear(self) -> None:

@@ -39,7 +39,18 @@ class Params(ctypes.Structure):
         ],
         ("capture_key", ctypes.c_uint32 * 2),
         ("sm_scale_log2", ctypes.c_float),
+        ("sm_scale", ctypes.c_float),
+        ("plan_is_ready", ctypes.c_int32),
     ]
+
+
+class VariantArgs(ctypes.Structure):
+    """variant/variant.h, Args: 8 tables of an address and 4 strides."""
+
+    class Table(ctypes.Structure):
+        _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int32 * 4)]
+
+    _fields_ = [("scalars", ctypes.c_uint32 * 16), ("tables", Table * 8)]
 
 
 def cubin(name, abi=ABI, threads=THREADS, shared=SHARED, ctas=1):
@@ -159,6 +170,28 @@ def test_paged_launch(driver):
         "modes": "0,3,2,0",
     }
     assert v_pages == {**k_pages, "base": str(p.v)} and k_panels == {**k_pages, "box": f"64,{PAGE},1,1,1"}
+
+
+def test_a_variant_is_part_of_the_name_and_a_third_parameter(driver):
+    made, table = paged(), tensor((4, 6), "float32", offset=2)
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB, -1], [table])
+    _ffi.func("variant_paged_attention")(*made.values(), call)
+    (launch,) = driver.launches()
+    assert launch["name"] == "attention_bf16_h128_p16_v0123456789abcdef"
+    args = driver.variant_args(VariantArgs)
+    assert list(args.scalars[:3]) == [0x40490FDB, 0xFFFFFFFF, 0]
+    assert (args.tables[0].data, list(args.tables[0].strides)) == (addresses[id(table)], [6, 1, 0, 0])
+    assert driver.params(Params).sm_scale == 0.5
+    attend()
+    assert driver.launches()[1]["name"] == "attention_bf16_h128_p16"
+    assert driver.params(Params).plan_is_ready == 0  # whoever wrote the plan may still be at it
+
+
+def test_a_variant_with_tables_elsewhere_is_refused_before_any_launch(driver):
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [tensor((4,), "float32", device=(CUDA, 1))])
+    with pytest.raises(errors.ArgumentError, match=r"`variant` has tables on cuda:1, `q` is on cuda:0"):
+        _ffi.func("variant_paged_attention")(*paged().values(), call)
+    assert driver.launches() == []
 
 
 def test_nothing_that_a_capture_forbids_after_the_first_call(driver):

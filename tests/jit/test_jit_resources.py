@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tvm_infer import jit
+from tvm_infer import jit, variant
 from tvm_infer.jit import cubin_file, cubins
 
 MAX_SHARED_BYTES = 232448  # of a CTA on sm_90
@@ -28,3 +28,22 @@ def test_resources(name, cache):
         assert (resources.threads, resources.registers) == (384, 168)
         assert resources.shared_bytes > 100_000  # the ring: dynamic, so that only the kernel's own constant says it
         assert cubin_file.kernel_info(built.path.read_bytes(), name).ctas_per_sm == 1
+
+
+# On pages of 16 the standard variants stay in registers, but for the table of biases, read for every logit. Kernels that gather have
+# eight registers fewer for those that compute.
+VARIANT_SPILLS = {"attention_bf16_h128_p16": 0, "attention_bf16_h128_p1": 64}
+BIAS_SPILLS = {"attention_bf16_h128_p16": 8, "attention_bf16_h128_p1": 128}
+
+
+@pytest.mark.needs_nvcc
+@pytest.mark.parametrize("kernel", VARIANT_SPILLS)
+@pytest.mark.parametrize("name", [name for name, v in variant.STANDARD.items() if not v.is_plain])
+def test_resources_of_variants(name, kernel, cache):
+    standard = variant.STANDARD[name]
+    jit.register_variant(standard.digest, standard.source())
+    resources = cubins.build_one(f"{kernel}_v{standard.digest}").resources
+    assert resources.spill_bytes <= (BIAS_SPILLS if name == "logit_bias" else VARIANT_SPILLS)[kernel]
+    assert (resources.threads, resources.registers) == (384, 168)
+    assert resources.shared_bytes <= MAX_SHARED_BYTES
+    assert resources.cpu_seconds <= MAX_CPU_SECONDS

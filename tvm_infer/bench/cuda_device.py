@@ -73,6 +73,7 @@ class CudaDevice:
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
             dtype=workload.dtype,
+            window_left=workload.window,
             device=self.torch_device,
         )
 
@@ -83,6 +84,7 @@ class CudaDevice:
             "out": batch.out,
             "lse": batch.lse,
             "workspace": workspace,
+            "variant": batch.variant,
         }
         if batch.workload.ragged:
             k, v = batch.kv[0], batch.kv[1]

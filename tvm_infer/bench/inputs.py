@@ -9,6 +9,7 @@ import numpy as np
 
 from ..testing import make_paged_batch
 from ..testing.batches import PagedBatch, numpy_dtype
+from . import variants
 from .workloads import Workload
 
 _SLOW_FILL_TOKENS = 4096  # keys that make_paged_batch may fill token by token
@@ -73,6 +74,7 @@ class DeviceBatch:
     head_dim]; ragged [2, num_kv_tokens, num_kv_heads, head_dim].
     page_indptr, page_indices : int32, each request's pages in random order; None where ragged.
     kv_indptr : int32 [num_requests + 1], keys of each request. All indices are on the device.
+    variant : the workload's, bound to parameters on the device; None for plain attention.
     """
 
     workload: Workload
@@ -85,6 +87,7 @@ class DeviceBatch:
     kv_indptr: Any
     qo_indptr: Any
     host_page_indptr: np.ndarray
+    variant: Any = None
 
     @property
     def sm_scale(self) -> float:
@@ -154,4 +157,5 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
         kv_indptr=index(indptr(w.kv_lens)),
         qo_indptr=index(indptr(w.qo_lens)),
         host_page_indptr=page_indptr,
+        variant=variants.bound(w, device),
     )

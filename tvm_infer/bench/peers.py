@@ -33,7 +33,8 @@ class Prepared:
 
 
 class Peer(Protocol):
-    """A way to compute a workload. `variants`: its backends, each prepared and timed apart; the fastest is quoted."""
+    """A way to compute a workload. `variants`: its backends, each prepared and timed apart; the fastest is quoted. One that computes
+    attention variants and windows has an attribute takes_variants = True."""
 
     def variants(self, workload: Workload) -> Sequence[str]: ...
 
@@ -117,6 +118,8 @@ def measure_peer(
     ours_us: float,
 ) -> dict[str, Any]:
     """The peer's fastest variant, checked before it is timed, or {"skipped": why}; all variants under "variants"."""
+    if (workload.variant or workload.window >= 0) and not getattr(candidate, "takes_variants", False):
+        return {"skipped": "measured on plain causal attention only"}
     variants: dict[str, dict[str, Any]] = {}
     try:
         names = candidate.variants(workload)

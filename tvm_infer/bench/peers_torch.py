@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import variants as variants_module
 from .inputs import DeviceBatch
 from .peers import Prepared, Skipped, require
 from .workloads import Workload
@@ -109,7 +110,9 @@ class Torch:
 
 
 class Flex:
-    """FlexAttention through torch.compile: the attention that PyTorch's compiler generates (Triton), with a causal block mask."""
+    """FlexAttention through torch.compile: the attention that PyTorch's compiler generates (Triton), with a block mask."""
+
+    takes_variants = True
 
     def variants(self, workload: Workload) -> Sequence[str]:
         require("torch", "torch")
@@ -126,13 +129,22 @@ class Flex:
         torch._dynamo.reset()  # a compiled kernel for each shape: dynamo gives up after a few recompilations otherwise
         compiled = torch.compile(flex_attention, dynamic=False)
 
-        def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return q_idx + (m - n) >= kv_idx
+        mods = variants_module.flex(batches[0])
+        window, hides = workload.window, mods.mask
 
-        block_mask = create_block_mask(causal, None, None, n, m, device=batches[0].q.device) if n > 1 else None
+        def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            seen = q_idx + (m - n) >= kv_idx
+            if window >= 0:
+                seen = seen & (q_idx + (m - n) - kv_idx <= window)
+            return seen if hides is None else seen & hides(q_idx, kv_idx)
+
+        needs_mask = n > 1 or window >= 0 or hides is not None
+        block_mask = create_block_mask(visible, None, None, n, m, device=batches[0].q.device) if needs_mask else None
         scale, gqa = batches[0].sm_scale, workload.num_qo_heads != workload.num_kv_heads
 
         def call(group: Group) -> Any:
-            return compiled(group.q, group.k, group.v, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+            return compiled(
+                group.q, group.k, group.v, score_mod=mods.score, block_mask=block_mask, scale=scale, enable_gqa=gqa
+            )
 
         return _prepared(workload, batches, call, [dense_groups(b) for b in batches])

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from . import variants
 from .inputs import DeviceBatch
 
 SAMPLED_TOKENS = 12  # of a longer request: the first two, the last two, the others at random
@@ -67,15 +68,27 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
     group = w.num_qo_heads // w.num_kv_heads
     k, v = batch.dense(request)
     grouped = q.double().view(len(tokens), w.num_kv_heads, group, w.head_dim)
-    hidden = torch.arange(m, device=q.device) > (tokens + (m - n))[:, None]  # [n, kv_len]
+    keys = torch.arange(m, device=q.device)
+    position = (tokens + (m - n))[:, None]
+    hidden = keys > position  # [n, kv_len]
+    if w.window >= 0:
+        hidden |= keys < position - w.window
+    variant = variants.effect(batch, request)
+    if variant is not None:
+        hidden |= variant.hidden(tokens, keys)
     heads = max(1, _CHUNK_BYTES // (8 * m * (2 * w.head_dim + 2 * len(tokens) * group)))
     o, lse = [], []
     for h in range(0, w.num_kv_heads, heads):
         part = slice(h, h + heads)
         scores = torch.einsum("thgd,hkd->thgk", grouped[:, part], k[part].double()) * batch.sm_scale
+        query_heads = torch.arange(w.num_qo_heads, device=q.device).view(-1, group)[part]
+        if variant is not None:
+            scores = variant.logits(scores, query_heads[None, :, :, None], position[:, None, None], keys)
         scores.masked_fill_(hidden[:, None, None], -math.inf)
         lse.append(torch.logsumexp(scores, -1))
         o.append(torch.einsum("thgk,hkd->thgd", torch.exp(scores - lse[-1][..., None]), v[part].double()))
+        if variant is not None:
+            o[-1] = variant.output(o[-1], lse[-1][..., None], query_heads[None, :, :, None])
     shape = (len(tokens), w.num_qo_heads)
     return torch.cat(o, 1).reshape(*shape, w.head_dim), torch.cat(lse, 1).reshape(shape)
 

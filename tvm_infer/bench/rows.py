@@ -24,6 +24,8 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "kv_layout": "ragged" if workload.ragged else workload.kv_layout,
         "qo_lens": format_lengths(workload.qo_lens),
         "kv_lens": format_lengths(workload.kv_lens),
+        "variant": workload.variant or None,
+        "window": workload.window if workload.window >= 0 else None,
     }
 
 

@@ -97,6 +97,23 @@ H200 = (
     replace(_SKEW_UNIFORM, name="plan 64 decode", plan_only=True),
     replace(_PREFILL_MIXED, name="plan 16 mixed prefill", plan_only=True),
 )
+
+
+def _variant(workload: Workload, name: str = "", window: int = -1) -> Workload:
+    said = " ".join(part for part in (name, f"window {window}" if window >= 0 else "") if part)
+    return replace(workload, name=f"{workload.name} {said}".rstrip(), variant=name, window=window)
+
+
+# what an attention variant costs: beside each kind of batch without one the same with it
+_DECODES, _PREFILLS = (_decode(16, 8192), _decode(64, 8192)), (_prefill(1, 4096), _prefill(1, 16384))
+_DRAFTS = _row("verify 32x64 on 2048", (64,) * 32, (2048 + 64,) * 32)
+VARIANTS = (
+    *(_variant(w) for w in (*_DECODES, *_PREFILLS)),
+    *(_variant(w, window=1024) for w in (*_DECODES, *_PREFILLS)),
+    *(_variant(w, name) for name in ("soft cap", "ALiBi", "attention sink") for w in (*_DECODES, *_PREFILLS)),
+    _variant(_DRAFTS),
+    _variant(_DRAFTS, "tree mask"),
+)
 _QUICK = (
     "decode h32/8 b1 kv2048",
     "decode h32/8 b64 kv2048",
@@ -123,6 +140,7 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     "h200": Suite("cuda", H200),
+    "variants": Suite("cuda", VARIANTS),
     "h200-quick": Suite("cuda", tuple(w for w in H200 if w.name in _QUICK)),
 }
 # the suite of a device when none is named

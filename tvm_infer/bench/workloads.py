@@ -12,6 +12,7 @@ class Workload:
     """One batch: query and key lengths of its requests, heads, head_dim, page_size, dtype. Causal.
 
     kv_layout : "HND" or "NHD", of the pages. ragged : keys without pages. plan_only : the planner is measured, not the attention.
+    variant : a name of variants.py, "" for plain attention. window : keys before its own that a query sees, -1 for all.
     """
 
     name: str
@@ -25,6 +26,8 @@ class Workload:
     kv_layout: str = "HND"
     ragged: bool = False
     plan_only: bool = False
+    variant: str = ""
+    window: int = -1
 
     @property
     def element_bytes(self) -> int:
@@ -34,7 +37,8 @@ class Workload:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that every query together must read once."""
-        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * self.element_bytes
+        keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
+        return 2 * keys * self.num_kv_heads * self.head_dim * self.element_bytes
 
     @property
     def bytes_moved(self) -> int:
@@ -43,8 +47,20 @@ class Workload:
 
     @property
     def visible_pairs(self) -> int:
-        """(query token, key) pairs under the causal mask."""
-        return sum(n * m - n * (n - 1) // 2 for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
+        """(query token, key) pairs under the causal mask and the window; other masks hide keys that count nevertheless."""
+        return sum(self._pairs(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
+
+    def _hidden_from_all(self, n: int, m: int) -> int:
+        """First keys of a request that are behind the window of every query."""
+        return max(0, m - n - self.window) if self.window >= 0 else 0
+
+    def _pairs(self, n: int, m: int) -> int:
+        causal = n * m - n * (n - 1) // 2
+        if self.window < 0:
+            return causal
+        # the query at position p is without its first p - window keys, m - n <= p < m
+        first, last = max(0, m - n - self.window), max(0, m - 1 - self.window)
+        return causal - (first + last) * (last - first + 1) // 2
 
     @property
     def flops(self) -> int:

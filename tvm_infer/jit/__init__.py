@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from .cubins import Built, Resources, build, cubin, load
 from .names import KernelSpec, all_names, parse
+from .variants import register as register_variant
 
-__all__ = ["Built", "KernelSpec", "Resources", "all_names", "build", "cubin", "load", "parse"]
+__all__ = ["Built", "KernelSpec", "Resources", "all_names", "build", "cubin", "load", "parse", "register_variant"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import time
@@ -23,6 +24,7 @@ INSTALL_HINT = (
     "install one (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`), or set TVM_INFER_CXX to one"
 )
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined")
+NATIVE = "-march=native"  # in a library's flags: its key names this machine's processor too
 _KIND = "libraries"  # folder of the cache
 _KEPT_LINES = 40  # of what a failing compiler printed, from the start: the first error explains the others
 
@@ -78,7 +80,8 @@ class Library:
 
     sources : name -> contents; those that end in .cc are compiled, as one unit, in the order of their names. foreign : name ->
     contents of headers of others, for the key. defines : name -> value, a C++ string. include_dirs, library_dirs : folders on
-    this machine. libraries : to link.
+    this machine. libraries : to link. flags : besides those that every library is compiled with. generated : source text that is
+    compiled after the sources.
     """
 
     name: str
@@ -88,17 +91,35 @@ class Library:
     include_dirs: Sequence[pathlib.Path]
     library_dirs: Sequence[pathlib.Path]
     libraries: Sequence[str]
+    flags: Sequence[str] = ()
+    generated: str = ""
 
     def unit(self) -> str:
         """The source that is compiled: one unit, since most of its time is the headers that all of them include."""
-        return "".join(f'#include "{name}"\n' for name in sorted(self.sources) if name.endswith(".cc"))
+        includes = "".join(f'#include "{name}"\n' for name in sorted(self.sources) if name.endswith(".cc"))
+        return includes + self.generated
 
     def key(self, compiler: Compiler) -> str:
         """The digest under which it is kept."""
-        contents: list[str | bytes] = [self.name, self.unit(), compiler.version, *_FLAGS, *self.libraries]
+        contents: list[str | bytes] = [self.name, self.unit(), compiler.version, *_FLAGS, *self.flags, *self.libraries]
+        if NATIVE in self.flags:
+            contents.append(processor())
         for table in (self.sources, self.foreign, self.defines):
             contents += [part for name in sorted(table) for part in (name, table[name])]
         return cache_dir.digest_of(*contents)[:32]
+
+
+@functools.cache
+def processor() -> str:
+    """What tells this machine's processor from others that code for it may not run on."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    # The first processor's lines: the others repeat them, and clock rates change.
+    facts = {line.split(":")[0].strip(): line for line in reversed(lines)}
+    return "\n".join([platform.machine(), *(facts[name] for name in names if name in facts)])
 
 
 def shared_library(library: Library) -> pathlib.Path:
@@ -119,6 +140,7 @@ def _compile(library: Library, compiler: Compiler, folder: pathlib.Path) -> None
     command = [
         compiler.path,
         *_FLAGS,
+        *library.flags,
         *(f'-D{name}="{value}"' for name, value in library.defines.items()),
         *(f"-I{path}" for path in library.include_dirs),
         unit.name,

@@ -1,7 +1,8 @@
 """Every kernel there is: names <-> parameters <-> the few lines of source that nvcc is given.
 
 A name is the kernel's symbol, its cubin's file name and its key in the registry, and holds no architecture. Adding a head_dim or
-a data type is one entry of a tuple below; adding a kernel is one row of FAMILIES.
+a data type is one entry of a tuple below; adding a kernel is one row of FAMILIES. Attention kernels exist with a variant, too: their
+names end in its digest, "attention_bf16_h128_p16_v0123456789abcdef", and their sources begin with its struct (variants.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ArgumentError
+from . import variants
 
 # in names -> in source (ptx/element.cuh)
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
@@ -36,6 +38,7 @@ class Family:
     macro: str
     arguments: str
     axes: Mapping[str, tuple[object, ...]]
+    takes_variant: bool = False
 
 
 FAMILIES = (
@@ -46,6 +49,7 @@ FAMILIES = (
         macro="ATTENTION_SM90",
         arguments="{type}, {head_dim}, {page_size}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS, "page_size": PAGE_SIZES},
+        takes_variant=True,
     ),
     Family(
         key="attention ragged",
@@ -54,6 +58,7 @@ FAMILIES = (
         macro="ATTENTION_SM90_RAGGED",
         arguments="{type}, {head_dim}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
+        takes_variant=True,
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
@@ -88,22 +93,29 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel: its family and the family's parameters, as (parameter, value) pairs in the order of its name."""
+    """One kernel: its family, the values of its parameters in the order of its name, its variant's digest."""
 
     family: Family
     parameters: tuple[tuple[str, object], ...]
+    variant: str | None = None
 
     @property
     def name(self) -> str:
         """The symbol, "attention_bf16_h128_p16"."""
-        return self.family.template.format(**dict(self.parameters))
+        plain = self.family.template.format(**dict(self.parameters))
+        return plain if self.variant is None else f"{plain}_v{self.variant}"
 
     def source(self) -> str:
-        """What nvcc compiles: one include and one macro."""
+        """What nvcc compiles: one include, the variant's struct if there is one, and one macro."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
-        arguments = ", ".join(part for part in (self.name, self.family.arguments.format(**values)) if part)
-        return f'#include "tvm_infer/kernels/{self.family.header}"\nTVM_INFER_{self.family.macro}({arguments});\n'
+        arguments = [self.name, self.family.arguments.format(**values)]
+        macro, struct = self.family.macro, ""
+        if self.variant is not None:
+            macro, struct = f"{macro}_VARIANT", variants.source_of(self.variant)
+            arguments.append(variants.struct_name(self.variant))
+        expanded = f"TVM_INFER_{macro}({', '.join(part for part in arguments if part)});"
+        return f'#include "tvm_infer/kernels/{self.family.header}"\n{struct}{expanded}\n'
 
 
 @functools.cache
@@ -117,7 +129,7 @@ def _specs() -> dict[str, KernelSpec]:
 
 
 def all_names() -> tuple[str, ...]:
-    """Names of all kernels, in the order of the table."""
+    """Names of all kernels without a variant, in the order of the table."""
     return tuple(_specs())
 
 
@@ -127,6 +139,10 @@ def parse(name: str) -> KernelSpec:
         raise ArgumentError(
             f"argument `name` is {name!r}; it must be a kernel's name, such as {next(iter(_specs()))!r}"
         )
+    plain, _, digest = name.partition("_v")
+    spec = _specs().get(plain)
+    if variants.is_digest(digest) and spec is not None and spec.family.takes_variant:
+        return KernelSpec(spec.family, spec.parameters, digest)
     spec = _specs().get(name)
     if spec is None:
         close = difflib.get_close_matches(name, _specs(), n=1)

@@ -34,6 +34,8 @@ HEADER = np.dtype(
     ]
 )
 _HEADER_FIELDS: Any = HEADER.fields
+# The word of band_left; band_right follows. Calls with a variant read both: 0.2 us this way, 2 us through the header.
+_BAND = _HEADER_FIELDS["band_left"][1] // 4
 _WORK_FIELDS = (
     "row_begin num_rows kv_head_begin num_kv_heads kv_list kv_begin kv_end kv_pos_base qo_pos_base tile_class out merge"
 ).split()
@@ -145,7 +147,7 @@ class Plan:
 
     makespan_us = property(lambda self: int(self.header["makespan"]) / 1e6)
     total_cost_us = property(lambda self: int(self.header["total_cost"]) / 1e6)
-    band = property(lambda self: (int(self.header["band_left"]), int(self.header["band_right"])))
+    band = property(lambda self: (int(self.buffer[_BAND]), int(self.buffer[_BAND + 1])))
 
     @property
     def works(self) -> np.ndarray:

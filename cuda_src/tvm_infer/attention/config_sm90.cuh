@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/attention/variant.cuh"
 #include "tvm_infer/ptx/element.cuh"
 #include "tvm_infer/tile/ring.cuh"
 #include "tvm_infer/tile/swizzle.cuh"
@@ -16,9 +17,11 @@ inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the 
 // In place of a page size: keys are rows of one tensor [kv_tokens, num_kv_heads, head_dim], those of a list in a run.
 inline constexpr int kRagged = 0;
 
-template <typename Element_, int kHeadDim_, int kPageSize_>
+template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant>
 struct ConfigSm90 {
   using Element = Element_;
+  using Variant = Variant_;
+  static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPageSize = kPageSize_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");

@@ -18,6 +18,7 @@ struct Consumer {
   using SharedMemory = typename Config::SharedMemory;
 
   const AttentionParams& params;
+  const variant::Args& variant;
   const PlanView plan;
   SharedMemory& shared;
   const Ring ring;
@@ -34,6 +35,8 @@ struct Consumer {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return static_cast<int32_t>(thread) - 128;
   }
+
+  __device__ __forceinline__ float SoftmaxScale() const { return attention::SoftmaxScale<typename Config::Variant>(params); }
 
   // NOTE: from the ring's address, which is at hand; the generic one of `shared` would be kept, or spilled.
   __device__ __forceinline__ uint32_t QueryAddress(uint32_t buffer) const {

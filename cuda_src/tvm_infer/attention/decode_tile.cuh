@@ -20,6 +20,7 @@ class DecodeTile {
  public:
   using Element = typename Config::Element;
   using Ring = typename Config::Ring;
+  using Variant = typename Config::Variant;
   using Boxes = typename Config::Boxes;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
   static_assert(kWarpKeys * Config::kConsumerWarps == kTileKeys);
@@ -34,12 +35,15 @@ class DecodeTile {
     const int32_t row = c_.ThreadAnew() % 32 / 4;
     const KeyRange keys[2] = {VisibleKeys(work, band, token, row), VisibleKeys(work, band, token, row + 8)};
     const KeyRange seen_by_all{VisibleKeys(work, band, token, work.num_rows - 1).begin, VisibleKeys(work, band, token, 0).end};
+    VariantRows rows;
+    if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, row);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       float o[kHeadDim / 8][4];
       OnlineSoftmax softmax;
       const uint32_t query = c_.WaitQuery();
-      RunHead(work, tiles, keys, seen_by_all, query, o, softmax);
-      Merge(query, o, softmax);
+      RunHead(work, tiles, keys, seen_by_all, rows, query, o, softmax);
+      Merge(work, h, query, o, softmax);
+      if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
     }
   }
 
@@ -57,7 +61,7 @@ class DecodeTile {
   }
 
   __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
-                                          uint32_t query, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
+                                          const VariantRows& rows, uint32_t query, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
     uint32_t q[kHeadDim / 16][4];
     LoadQuery(q, query);
 #pragma unroll
@@ -78,9 +82,12 @@ class DecodeTile {
       c_.cursor.Advance();
       uint32_t p[4];
       if (has_keys) {
+        if constexpr (Variant::kHasLogits || Variant::kHasMask) {
+          ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + key, c_.params.sm_scale);
+        }
         if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits<true>(s, keys, key);
         float rescale[2];
-        softmax.Update(s, c_.params.sm_scale_log2, rescale);
+        softmax.Update(s, c_.SoftmaxScale(), rescale);
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
         if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {
@@ -146,7 +153,8 @@ class DecodeTile {
 
   // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
   // buffer goes back.
-  __device__ __forceinline__ void Merge(uint32_t query, const float (&o)[kHeadDim / 8][4], const OnlineSoftmax& softmax) {
+  __device__ __forceinline__ void Merge(const Work& work, int32_t h, uint32_t query, const float (&o)[kHeadDim / 8][4],
+                                        const OnlineSoftmax& softmax) {
     auto& shared = c_.shared;
     auto* scratch = reinterpret_cast<float*>(shared.query[query]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
@@ -173,16 +181,17 @@ class DecodeTile {
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       const int32_t row = 8 * pass + warp;
-      if (row < head.y) MergeRow(head.x, row, query, scratch + warp * kHeadDim);
+      if (row < head.y) MergeRow(work, h, head.x, row, query, scratch + warp * kHeadDim);
     }
     c_.ReleaseQuery(query);
   }
 
   // `first_partial`: the head's first partial row, or kFinalRows.
-  __device__ __forceinline__ void MergeRow(int32_t first_partial, int32_t row, uint32_t query, const float* scratch) {
+  __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t first_partial, int32_t row, uint32_t query,
+                                           const float* scratch) {
     constexpr int kColumns = kHeadDim / 32;  // a lane's
     const auto& shared = c_.shared;
-    const float scale = c_.params.sm_scale_log2;
+    const float scale = c_.SoftmaxScale();
     float max = kNegInf;
 #pragma unroll
     for (int w = 0; w < Config::kConsumerWarps; ++w) max = fmaxf(max, shared.scratch[query].warp_max[w][row]);
@@ -201,6 +210,12 @@ class DecodeTile {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) o[i] *= factor;
     const bool is_final = first_partial == kFinalRows;
+    if constexpr (Variant::kHasOutput) {
+      if (is_final) {
+        const variant::Row at = VariantRowOf(c_.plan, work.row_begin + row, work.kv_head_begin + h);
+        ApplyOutput<Variant>(o, c_.variant, at, LogSumExp(max, sum, scale));
+      }
+    }
     OutputRow out;
     if (is_final) {
       const int2 at = shared.decode_rows[query][row];

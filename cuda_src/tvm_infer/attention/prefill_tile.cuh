@@ -10,21 +10,22 @@
 #include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
+#include "tvm_infer/attention/prefill_products.cuh"
 #include "tvm_infer/attention/softmax.cuh"
 #include "tvm_infer/ptx/wgmma.cuh"
-#include "tvm_infer/tile/descriptor.cuh"
 
 namespace tvm_infer::attention {
 
 template <typename Config>
-class PrefillTile {
+class PrefillTile : private PrefillProducts<Config> {
  public:
   using Element = typename Config::Element;
   using Ring = typename Config::Ring;
+  using Variant = typename Config::Variant;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
 
-  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
+  __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : PrefillProducts<Config>(c) {}
 
   // Executes works from `index` on (the first is `work`) up to one that was cut, or the last before one of another class or without
   // keys; returns the index of the last one done.
@@ -37,6 +38,8 @@ class PrefillTile {
     OnlineSoftmax softmax;
     Tiles tiles(work);
     Visible visible = VisibleTo(work);
+    VariantRows rows, done_rows;
+    EnterVariant(rows, work);
     int32_t head = 0, tile = 0;
 
     // The first tile: no earlier values to go with its logits.
@@ -49,7 +52,7 @@ class PrefillTile {
     ptx::PinRegisters(s);
     c_.Release(c_.cursor);
     c_.cursor.Advance();
-    Softmax(s, visible, tiles.base, softmax, rescale);
+    Softmax(s, visible, rows, work, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
     bool accumulate = false;  // o holds earlier values of this head
@@ -59,9 +62,11 @@ class PrefillTile {
       values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
       values_end = work.kv_end - tiles.base - tile * kTileKeys;
       done_index = index;
+      done_rows = rows;
       const bool ends_head = ++tile == tiles.count;
       if (ends_head) {
         tile = 0;
+        if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
         if (++head == work.num_kv_heads) {
           head = 0;
           if (work.merge != kNoMerge || ++index == queue.end) break;
@@ -69,6 +74,7 @@ class PrefillTile {
           if (work.tile_class == kDecodeClass || work.kv_end <= work.kv_begin) break;
           tiles = Tiles(work);
           visible = VisibleTo(work);
+          EnterVariant(rows, work);
         }
         query = c_.WaitQuery();
       }
@@ -91,10 +97,10 @@ class PrefillTile {
         // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
-        Store(query ^ 1, softmax, o);
+        Store(query ^ 1, done_rows, softmax, o);
         softmax = OnlineSoftmax();
       }
-      Softmax(s, visible, tiles.base + tile * kTileKeys, softmax, rescale);
+      Softmax(s, visible, rows, work, tiles.base + tile * kTileKeys, softmax, rescale);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(o);
       c_.Release(c_.cursor);
@@ -117,7 +123,7 @@ class PrefillTile {
     c_.cursor.Advance();
     // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-    Store(query, softmax, o);
+    Store(query, done_rows, softmax, o);
     return done_index;
   }
 
@@ -144,72 +150,10 @@ class PrefillTile {
   }
 
  private:
+  using Products = PrefillProducts<Config>;
+  using Products::c_, Products::warpgroup_;
+  using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
-
-  __device__ __forceinline__ void WaitTurn() { ptx::BarrierSync(Config::kBarrierTurn + warpgroup_, Config::kConsumerThreads); }
-  __device__ __forceinline__ void PassTurn() { ptx::BarrierArrive(Config::kBarrierTurn + 1 - warpgroup_, Config::kConsumerThreads); }
-
-  // s = Q @ K^T, asynchronous.
-  __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
-    const ptx::Descriptor q =
-        tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
-    const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
-    ptx::PinRegisters(s);
-    ptx::WgmmaFence();
-#pragma unroll
-    for (int d = 0; d < kHeadDim; d += 16) {
-      const int panel = d / tile::kPanelElements, bytes = d % tile::kPanelElements * 2;
-      ptx::Wgmma64x128x16<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
-                                   tile::Advance(k, panel * kTileKeys * tile::kPanelRowBytes + bytes), d > 0);
-    }
-    ptx::WgmmaCommit();
-    ptx::PinRegisters(s);
-  }
-
-  // o (+)= P @ V, asynchronous. Of a tile with at most 64 keys only that half.
-  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[32], uint32_t v_stage, bool accumulate,
-                                              int32_t num_keys) {
-    using Boxes = typename Config::Boxes;
-    // Pages of 8 tokens: the next 8 keys are the next page.
-    constexpr uint32_t kNext8Keys = Config::kBoxKeys == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
-    const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
-    ptx::PinRegisters(o);
-    ptx::PinRegisters(p);
-    const auto issue = [&](int last) {
-      ptx::WgmmaFence();
-#pragma unroll
-      for (int key = 0; key < last; key += 16) {
-        const uint32_t bytes = key / Config::kBoxKeys * Boxes::kPageBytes + key % Config::kBoxKeys * tile::kPanelRowBytes;
-        ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
-      }
-      ptx::WgmmaCommit();
-    };
-    // NOTE: by a shuffled value, so that the branch is known to be uniform: else the compiler would wait after each product.
-    if (__shfl_sync(0xffffffff, num_keys, 0) > kTileKeys / 2) {
-      issue(kTileKeys);
-    } else {
-      issue(kTileKeys / 2);
-    }
-    ptx::PinRegisters(o);
-  }
-
-  __device__ __forceinline__ static void PackWeights(uint32_t (&p)[32], const float (&s)[64]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
-  }
-
-  // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its box (keys of the tile). Whole boxes
-  // behind the last are zero already; gathered slots all are.
-  __device__ __forceinline__ void CleanValues(uint32_t v_stage, int32_t begin, int32_t end) {
-    constexpr int kBoxKeys = Config::kBoxKeys;
-    const int32_t box_end = min((end + kBoxKeys - 1) / kBoxKeys * kBoxKeys, kTileKeys);
-    if (Config::kIsGather || (begin <= 0 && end >= box_end)) return;
-    const int32_t thread = c_.ThreadAnew();
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, thread % 128);
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, thread % 128);
-    ptx::FenceProxyAsyncShared();
-    ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-  }
 
   // Which keys this thread's rows see, and which all rows of the warpgroup see: tiles inside need no mask.
   struct Visible {
@@ -225,15 +169,24 @@ class PrefillTile {
             {VisibleKeys(work, band, token, min(first + kRows - 1, last)).begin, VisibleKeys(work, band, token, min(first, last)).end}};
   }
 
+  // This thread's rows, as the variant sees them.
+  __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work) const {
+    const int32_t thread = c_.ThreadAnew();
+    if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, thread / 32 * 16 + thread % 32 / 4);
+  }
+
   // Logits of one tile to weights.
-  __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, int32_t tile_key, OnlineSoftmax& softmax,
-                                          float (&rescale)[2]) {
+  __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, const VariantRows& rows, const Work& work,
+                                          int32_t tile_key, OnlineSoftmax& softmax, float (&rescale)[2]) {
+    if constexpr (Variant::kHasLogits || Variant::kHasMask) {
+      ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
+    }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);
     } else if (tile_key + kTileKeys > visible.all.end) {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
-    softmax.Update(s, c_.params.sm_scale_log2, rescale);
+    softmax.Update(s, c_.SoftmaxScale(), rescale);
   }
 
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
@@ -242,18 +195,33 @@ class PrefillTile {
   }
 
   // Stores a head's rows and gives its query buffer back, through which final rows pass.
-  __device__ __forceinline__ void Store(uint32_t query, OnlineSoftmax softmax, const float (&o)[kOutputs]) {
+  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, OnlineSoftmax softmax, float (&o)[kOutputs]) {
     static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
     softmax.SumOverQuad();
-    const float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
+    float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
     const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
     const int2 head = c_.shared.head[query];
     const int32_t num_rows = head.y - first_row;
     const int2* rows = c_.shared.scratch[query].rows + first_row;
     float lse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.params.sm_scale_log2);
+    for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.SoftmaxScale());
     if (head.x == kFinalRows) {
+      if constexpr (Variant::kHasOutput) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (lse[i] == kNegInf) continue;
+#pragma unroll
+          for (int j = 0; j < kOutputs / 4; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& x = o[4 * j + 2 * i + e];
+              x = Variant::Output(c_.variant, at.rows[i], lse[i], x * factor[i]);
+            }
+          }
+          factor[i] = 1.f;
+        }
+      }
       const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
       StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
       int32_t at[2];
@@ -287,9 +255,6 @@ class PrefillTile {
       }
     }
   }
-
-  Consumer<Config>& c_;
-  const int32_t warpgroup_;
 };
 
 }  // namespace tvm_infer::attention

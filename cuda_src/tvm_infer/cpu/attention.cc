@@ -37,6 +37,11 @@ int32_t RequestOf(const Context& ctx, int32_t token) {
   return static_cast<int32_t>(std::upper_bound(indptr, indptr + ctx.header.num_requests + 1, token) - indptr) - 1;
 }
 
+variant::Row DescribeRow(const Context& ctx, int32_t token, int32_t request, int32_t qo_head) {
+  const int32_t begin = ctx.plan.qo_indptr()[request], end = ctx.plan.qo_indptr()[request + 1], kv_len = ctx.plan.kv_len()[request];
+  return {request, qo_head, qo_head / ctx.header.group_size, kv_len - (end - token), end - begin, kv_len};
+}
+
 // Token, head in group and visible keys of every row of a work; returns the union of the keys.
 struct KeyRange {
   int32_t begin, end;
@@ -85,6 +90,19 @@ KeyRange LocateRows(const Context& ctx, const Work& work, ThreadScratch* s) {
   return all;
 }
 
+// What a variant is told of the rows of a work, for its first KV head, behind LocateRows.
+void DescribeRows(const Context& ctx, const Work& work, ThreadScratch* s) {
+  const int32_t* indptr = ctx.plan.qo_indptr();
+  const int32_t first_head = work.kv_head_begin * ctx.header.group_size;
+  s->variant_rows.resize(static_cast<size_t>(work.num_rows));
+  int32_t request = RequestOf(ctx, s->tokens[0]);
+  for (int32_t r = 0; r < work.num_rows; ++r) {
+    const int32_t token = s->tokens[r];
+    if (token < indptr[request] || token >= indptr[request + 1]) request = RequestOf(ctx, token);
+    s->variant_rows[r] = DescribeRow(ctx, token, request, first_head + s->heads[r]);
+  }
+}
+
 void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   const AttentionArgs& args = ctx.args;
   const KVSource& kv = args.kv;
@@ -99,7 +117,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   job.num_rows = work.num_rows;
   job.num_kv_heads = work.num_kv_heads;
   job.head_dim = args.head_dim;
-  job.scale_log2 = args.sm_scale * 1.44269504088896340736f;
+  job.q_scale = args.sm_scale * 1.44269504088896340736f;
   job.q_rows = s->inputs.data();
   job.q_head_stride = group * args.q_head_stride * ctx.element_size;
   job.visible_begin = s->visible_begin.data();
@@ -120,6 +138,14 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   job.o_rows = s->outputs.data();
   job.is_partial = work.out != kFinalRows;
   job.lse_rows = job.is_partial || args.lse != nullptr ? s->lse_rows.data() : nullptr;
+  VariantJob variant{};
+  if (args.variant != nullptr) {
+    DescribeRows(ctx, work, s);
+    const variant::CpuFunctions& hooks = *args.variant->cpu;
+    variant = {hooks.logits, job.is_partial ? nullptr : hooks.output, args.variant->args, s->variant_rows.data(), group, work.kv_pos_base};
+    job.variant = &variant;
+    if (hooks.logits != nullptr) job.q_scale = args.sm_scale;
+  }
   if (job.is_partial) {
     job.o_head_stride = static_cast<int64_t>(work.num_rows) * args.head_dim * sizeof(float);
     job.lse_head_stride = work.num_rows;
@@ -159,6 +185,14 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
   const int64_t pairs = static_cast<int64_t>(merge.num_rows) * merge.num_kv_heads;
   s->inputs.resize(static_cast<size_t>(num_states));
   s->lse_values.resize(static_cast<size_t>(num_states));
+  const bool has_hook = args.variant != nullptr && args.variant->cpu->output != nullptr;
+  variant::Row described{};
+  const VariantJob variant{nullptr,
+                           has_hook ? args.variant->cpu->output : nullptr,
+                           has_hook ? args.variant->args : nullptr,
+                           &described,
+                           ctx.header.group_size,
+                           /*kv_pos_base=*/0};
   for (int64_t pair = pairs * piece / ctx.pieces_per_merge; pair < pairs * (piece + 1) / ctx.pieces_per_merge; ++pair) {
     for (int32_t i = 0; i < num_states; ++i) {
       const int64_t row = slots[i] + pair;
@@ -170,8 +204,14 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
     const int32_t token = order == nullptr ? slot : order[slot];
     const int32_t kv_head = merge.kv_head_begin + static_cast<int32_t>(pair / merge.num_rows);
     const int32_t head = kv_head * ctx.header.group_size + row % ctx.header.group_size;
-    MergeRowJob job{num_states,           args.head_dim,         s->inputs.data(),
-                    s->lse_values.data(), ctx.ORow(token, head), args.lse == nullptr ? nullptr : ctx.LseRow(token, head)};
+    if (has_hook) described = DescribeRow(ctx, token, RequestOf(ctx, token), head);
+    MergeRowJob job{num_states,
+                    args.head_dim,
+                    s->inputs.data(),
+                    s->lse_values.data(),
+                    ctx.ORow(token, head),
+                    args.lse == nullptr ? nullptr : ctx.LseRow(token, head),
+                    has_hook ? &variant : nullptr};
     ctx.kernels.merge_partials[static_cast<int>(args.dtype)](job);
   }
 }

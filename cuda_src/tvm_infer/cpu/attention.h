@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "tvm_infer/schedule/plan.h"
+#include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::cpu {
 
@@ -34,8 +35,9 @@ struct AttentionArgs {
   int64_t o_token_stride, o_head_stride;
   float* lse;  // natural log, [num_tokens, num_qo_heads], or nullptr
   int64_t lse_token_stride, lse_head_stride;
-  float* partial_o;    // [header.num_partial_rows, head_dim]
-  float* partial_lse;  // [header.num_partial_rows], natural log
+  float* partial_o;              // [header.num_partial_rows, head_dim]
+  float* partial_lse;            // [header.num_partial_rows], natural log
+  const variant::Call* variant;  // or nullptr: plain attention
 };
 
 // O and LSE of every row of the plan; rows that see no key get O = 0, LSE = -inf. num_threads <= 0: DefaultNumThreads().

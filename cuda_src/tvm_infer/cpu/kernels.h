@@ -1,10 +1,12 @@
 // What the instruction sets implement, and what the executor hands them: plain structs, so that no inline function compiled for
 // AVX-512 can be picked by the linker for a machine that lacks it. Everything behind this header lives in a namespace of its own
-// instruction set.
+// instruction set. (Of variant.h only the structs are used; its inline functions are for generated code.)
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "tvm_infer/variant/variant.h"
 
 namespace tvm_infer::cpu {
 
@@ -16,13 +18,24 @@ struct BFloat {
   uint16_t bits;
 };
 
+// A variant's hooks (variant/cpu_functions.h) for the rows of a work, or for the one row of a merge.
+struct VariantJob {
+  void (*logits)(const variant::Args& args, const variant::Row& row, int32_t kv_pos, int32_t count, float* scores);  // or nullptr
+  void (*output)(const variant::Args& args, const variant::Row& row, float lse, int32_t count, float* o);            // or nullptr
+  const variant::Args* args;
+  const variant::Row* rows;  // of the first KV head
+  int32_t group_size;        // query heads of a KV head
+  int32_t kv_pos_base;       // position of the list's key 0
+};
+
 // The rows of one work: the same rows for each of num_kv_heads KV heads. Pointers are those of the first; head h lies h strides on.
 // `rows` arrays have num_rows entries. Strides of q, k and v in bytes, of lse in floats.
 struct TileJob {
   int32_t num_rows;
   int32_t num_kv_heads;
   int32_t head_dim;
-  float scale_log2;           // sm_scale * log2(e): scores are kept in units of log2
+  // Of queries: sm_scale * log2(e), so that scores are in units of log2; sm_scale alone where a variant makes logits of them, which are.
+  float q_scale;
   const void* const* q_rows;  // [head_dim] of the inputs' type
   int64_t q_head_stride;
   const int32_t* visible_begin;  // first key each row sees, inclusive, in the list's coordinates
@@ -41,6 +54,7 @@ struct TileJob {
   bool is_partial;
   float* const* lse_rows;  // entries, or nullptr for no LSE
   int64_t lse_head_stride;
+  const VariantJob* variant;  // or nullptr. Without `output` where is_partial
 };
 
 // Grows to what the largest tile needs, then stays. One per thread.
@@ -65,7 +79,8 @@ struct MergeRowJob {
   const void* const* o_in;
   const float* lse_in;  // [num_states]
   void* o;
-  float* lse;  // or nullptr
+  float* lse;                 // or nullptr
+  const VariantJob* variant;  // whose `output` the merged row passes, or nullptr
 };
 
 // One head turned by its position: the first rotary_dim elements in pairs (2i, 2i + 1) or (i, i + rotary_dim / 2), the others copied.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/tile_variant.h"
 #include "tvm_infer/cpu/vec_partial.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
@@ -27,10 +28,16 @@ void MergeRow(const MergeRowJob& job) {
       Store(o + d, Fma(weight, LoadUpTo(in + d, job.head_dim - d), Load(o + d)));
     }
   }
-  const Vec factor = Set1(sum == 0.f ? 0.f : 1.f / sum);
+  const float lse = sum == 0.f ? kNothing : max + __builtin_logf(sum);
+  Vec factor = Set1(sum == 0.f ? 0.f : 1.f / sum);
+  if (job.variant != nullptr) {
+    for (int d = 0; d < job.head_dim; d += kWidth) Store(o + d, Mul(Load(o + d), factor));
+    ApplyOutput(*job.variant, /*kv_head=*/0, /*r=*/0, lse, job.head_dim, o);
+    factor = Set1(1.f);
+  }
   Out* out = static_cast<Out*>(job.o);
   for (int d = 0; d < job.head_dim; d += kWidth) StoreUpTo(out + d, Mul(Load(o + d), factor), job.head_dim - d);
-  if (job.lse != nullptr) *job.lse = sum == 0.f ? kNothing : max + __builtin_logf(sum);
+  if (job.lse != nullptr) *job.lse = lse;
 }
 
 }  // namespace tvm_infer::cpu::TVM_INFER_ISA

@@ -26,6 +26,7 @@ struct ThreadScratch {
   std::vector<void*> outputs;
   std::vector<float*> lse_rows;
   std::vector<float> lse_values;
+  std::vector<variant::Row> variant_rows;
 };
 
 class ThreadPool {

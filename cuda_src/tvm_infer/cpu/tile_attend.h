@@ -11,6 +11,7 @@
 #include "tvm_infer/cpu/tile_scores.h"
 #include "tvm_infer/cpu/tile_softmax.h"
 #include "tvm_infer/cpu/tile_values.h"
+#include "tvm_infer/cpu/tile_variant.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
@@ -66,11 +67,13 @@ struct Block {
   int block, begin, end;
 };
 
-// Softmax of `rows` rows over columns c, then O += P V. With kFetch, `prefetch` is fetched along the values.
+// Logits and softmax of `rows` rows over columns c, then O += P V. With kFetch, `prefetch` is fetched along the values.
 template <typename V, bool kFetch>
 void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row, int rows, int block, Columns c, float* s, KeyRows<V> v,
                 KeyRows<V> prefetch) {
+  const bool has_logits = job.variant != nullptr && job.variant->logits != nullptr;
   for (int r = 0; r < rows; ++r) {
+    if (has_logits) ApplyLogits(job, head.kv_head, row + r, block, c.begin, c.end, s + r * kScoreStride);
     const float rescale = SoftmaxBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block,
                                        job.visible_end[row + r] - block, &head.softmax[row + r]);
     if (rescale != 1.f) ScaleRow(head.o + (row + r) * q_stride, q_stride, rescale);
@@ -146,10 +149,11 @@ void OuterBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>&
   }
 }
 
-// Heads [head_begin, head_begin + num_heads), block by block and head by head within a block: tokens whose heads lie together (NHD) are
+// num_heads heads from b.first.kv_head on, block by block and head by head within a block: tokens whose heads lie together (NHD) are
 // read together, and a page's keys are looked up once.
 template <typename T>
-void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int head_begin, int num_heads) {
+void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
+  const int head_begin = b.first.kv_head;
   const bool use_dots = job.num_rows <= kMaxDotRows;
   // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
   const bool in_place = b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
@@ -160,7 +164,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int head_begin, in
     const int next = (begin / block_keys + 1) * block_keys;
     return next < job.kv_end ? next : job.kv_end;
   };
-  for (int h = 0; h < num_heads; ++h) LoadQueries<T>(job, head_begin + h, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) LoadQueries<T>(job, b.q_stride, b.Head(h));
   int current = 0;
   if (job.kv_begin < job.kv_end)
     LocateKeys(job, job.kv_begin, block_end(job.kv_begin), job.kv_begin % block_keys, b.k_rows[0], b.v_rows[0]);
@@ -194,7 +198,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int head_begin, in
     begin = end;
     current ^= 1;
   }
-  for (int h = 0; h < num_heads; ++h) StoreOutputs<T>(job, head_begin + h, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) StoreOutputs<T>(job, b.q_stride, b.Head(h));
 }
 
 template <typename T>
@@ -204,9 +208,10 @@ void Attend(const TileJob& job, Scratch* scratch) {
   const int64_t head_bytes = static_cast<int64_t>(job.num_rows) * job.head_dim * 2 * sizeof(float);
   const int64_t fitting = job.num_rows <= kMaxDotRows ? kStateBytes / head_bytes : 1;
   const int heads_at_once = fitting < 1 ? 1 : fitting < job.num_kv_heads ? static_cast<int>(fitting) : job.num_kv_heads;
-  const TileBuffers<T> b = Layout<T>(job, heads_at_once, scratch);
+  TileBuffers<T> b = Layout<T>(job, heads_at_once, scratch);
   for (int h = 0; h < job.num_kv_heads; h += heads_at_once) {
-    AttendHeads(job, b, h, job.num_kv_heads - h < heads_at_once ? job.num_kv_heads - h : heads_at_once);
+    b.first.kv_head = h;
+    AttendHeads(job, b, job.num_kv_heads - h < heads_at_once ? job.num_kv_heads - h : heads_at_once);
   }
 }
 

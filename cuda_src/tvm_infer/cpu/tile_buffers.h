@@ -5,6 +5,7 @@
 
 #include "tvm_infer/cpu/kernels.h"
 #include "tvm_infer/cpu/tile_softmax.h"
+#include "tvm_infer/cpu/tile_variant.h"
 #include "tvm_infer/cpu/vec_partial.h"
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
@@ -26,9 +27,10 @@ TVM_INFER_INLINE int BlockKeys(int num_rows, int head_dim, int element_size) {
 
 // Queries and running results of one head's rows.
 struct HeadState {
-  float* q;  // [num_rows][q_stride], times scale_log2
+  float* q;  // [num_rows][q_stride], times q_scale
   float* o;  // [num_rows][q_stride]
   SoftmaxState* softmax;
+  int kv_head;  // of the work's
 };
 
 template <typename T>
@@ -45,7 +47,7 @@ struct TileBuffers {
 
   HeadState Head(int h) const {
     const int64_t row = static_cast<int64_t>(h) * num_rows;
-    return {first.q + row * q_stride, first.o + row * q_stride, first.softmax + row};
+    return {first.q + row * q_stride, first.o + row * q_stride, first.softmax + row, first.kv_head + h};
   }
 };
 
@@ -69,7 +71,7 @@ TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
   const size_t pointers = take(5 * kBlockKeys * sizeof(void*));
   char* base = scratch->Reserve(bytes);
-  b.first = {reinterpret_cast<float*>(base + q), reinterpret_cast<float*>(base + o), reinterpret_cast<SoftmaxState*>(base + softmax)};
+  b.first = {reinterpret_cast<float*>(base + q), reinterpret_cast<float*>(base + o), reinterpret_cast<SoftmaxState*>(base + softmax), 0};
   b.s = reinterpret_cast<float*>(base + s);
   b.kt = reinterpret_cast<float*>(base + kt);
   b.v = reinterpret_cast<float*>(base + v);
@@ -108,10 +110,10 @@ void LocateKeys(const TileJob& job, int begin, int end, int column, const T** k_
 }
 
 template <typename T>
-void LoadQueries(const TileJob& job, int kv_head, int q_stride, const HeadState& head) {
-  const Vec scale = Set1(job.scale_log2);
+void LoadQueries(const TileJob& job, int q_stride, const HeadState& head) {
+  const Vec scale = Set1(job.q_scale);
   for (int r = 0; r < job.num_rows; ++r) {
-    const T* q = reinterpret_cast<const T*>(static_cast<const char*>(job.q_rows[r]) + kv_head * job.q_head_stride);
+    const T* q = reinterpret_cast<const T*>(static_cast<const char*>(job.q_rows[r]) + head.kv_head * job.q_head_stride);
     for (int d = 0; d < job.head_dim; d += kWidth) {
       Store(head.q + r * q_stride + d, Mul(LoadUpTo(q + d, job.head_dim - d), scale));
       Store(head.o + r * q_stride + d, Zero());
@@ -128,17 +130,24 @@ void StoreRow(const float* o, int head_dim, float factor, void* out) {
 }
 
 template <typename T>
-void StoreOutputs(const TileJob& job, int kv_head, int q_stride, const HeadState& head) {
+void StoreOutputs(const TileJob& job, int q_stride, const HeadState& head) {
   for (int r = 0; r < job.num_rows; ++r) {
     const float sum = ReduceAdd(Load(head.softmax[r].sum));
     const bool is_empty = sum == 0.f;  // no visible key, or none with a score above -inf
-    const auto store_row = job.is_partial ? StoreRow<float> : StoreRow<T>;
-    store_row(head.o + r * q_stride, job.head_dim, is_empty ? 0.f : 1.f / sum,
-              static_cast<char*>(job.o_rows[r]) + kv_head * job.o_head_stride);
-    if (job.lse_rows != nullptr) {
-      job.lse_rows[r][kv_head * job.lse_head_stride] =
-          is_empty ? -__builtin_inff() : head.softmax[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
+    const bool has_hook = job.variant != nullptr && job.variant->output != nullptr;
+    float* o = head.o + r * q_stride;
+    float factor = is_empty ? 0.f : 1.f / sum;
+    if (job.lse_rows != nullptr || has_hook) {
+      const float lse = is_empty ? -__builtin_inff() : head.softmax[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
+      if (job.lse_rows != nullptr) job.lse_rows[r][head.kv_head * job.lse_head_stride] = lse;
+      if (has_hook) {
+        StoreRow<float>(o, job.head_dim, factor, o);
+        ApplyOutput(*job.variant, head.kv_head, r, lse, job.head_dim, o);
+        factor = 1.f;
+      }
     }
+    const auto store_row = job.is_partial ? StoreRow<float> : StoreRow<T>;
+    store_row(o, job.head_dim, factor, static_cast<char*>(job.o_rows[r]) + head.kv_head * job.o_head_stride);
   }
 }
 

@@ -1,7 +1,10 @@
 #include "tvm_infer/cuda/attention.h"
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 
 #include "tvm_infer/cuda/kernels.h"
 #include "tvm_infer/cuda/tile_table.h"
@@ -28,6 +31,16 @@ std::string KernelName(DTypeTag dtype, int32_t head_dim, int32_t page_size) {
          (page_size == kRagged ? "_ragged" : "_p" + std::to_string(page_size));
 }
 
+// Kernels of variants, by name; never destroyed.
+CachedKernel& VariantKernelFor(const std::string& name) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& kernels = *new std::unordered_map<std::string, std::unique_ptr<CachedKernel>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<CachedKernel>& kernel = kernels[name];
+  if (kernel == nullptr) kernel = std::make_unique<CachedKernel>(name);
+  return *kernel;
+}
+
 // One CachedKernel for each shape; never destroyed.
 struct KernelTable {
   CachedKernel* of[kNumDTypes][kNumHeadDims][kNumPageSizes];
@@ -47,7 +60,7 @@ int IndexOf(const T (&values)[kCount], T value) {
   return i;
 }
 
-CachedKernel& KernelFor(DTypeTag dtype, int32_t head_dim, int32_t page_size) {
+CachedKernel& KernelFor(DTypeTag dtype, int32_t head_dim, int32_t page_size, const variant::Call* variant) {
   static const KernelTable& table = *new KernelTable;
   CheckKernelShape(dtype, head_dim, "q");
   const int page_index = IndexOf(kPageSizes, page_size);
@@ -57,6 +70,7 @@ CachedKernel& KernelFor(DTypeTag dtype, int32_t head_dim, int32_t page_size) {
                                    << "16, 32 and 64 tokens. Lay the cache out in such pages, or pass host tensors (the cpu executor takes "
                                       "any page_size)";
   }
+  if (variant != nullptr) return VariantKernelFor(KernelName(dtype, head_dim, page_size) + "_v" + variant->digest);
   return *table.of[IndexOf(kDTypes, dtype)][IndexOf(kHeadDims, head_dim)][page_index];
 }
 
@@ -126,7 +140,7 @@ void CheckSpans(const AttentionLaunch& launch) {
 bool HasPageSize(int32_t page_size) { return page_size != kRagged && IndexOf(kPageSizes, page_size) < kNumPageSizes; }
 
 void LaunchAttention(const AttentionLaunch& launch) {
-  CachedKernel& cached = KernelFor(launch.dtype, launch.head_dim, launch.page_size);
+  CachedKernel& cached = KernelFor(launch.dtype, launch.head_dim, launch.page_size, launch.variant);
   const Device& device = GetDevice(launch.device_id);
   const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
@@ -136,7 +150,9 @@ void LaunchAttention(const AttentionLaunch& launch) {
     maps = EncodeMaps(launch);
   }
   AttentionParams params = launch.params;
-  void* arguments[] = {&params, &maps};
+  variant::Args args{};
+  if (launch.variant != nullptr) args = *launch.variant->args;
+  void* arguments[] = {&params, &maps, &args};  // a kernel without a variant has two parameters
   // A CTA reads its first work before it knows how many CTAs the plan has: not beyond the plan's tensor.
   const int32_t grid = std::min(device.num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
   LaunchKernel(kernel, grid, launch.stream, arguments);

@@ -5,6 +5,7 @@
 
 #include "tvm_infer/cuda/dtype.h"
 #include "tvm_infer/cuda/params.h"
+#include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::cuda {
 
@@ -22,6 +23,7 @@ struct AttentionLaunch {
   int32_t max_plan_ctas;  // of how many CTAs the plan's tensor can hold the first works; at least 1
   // All fields. Ragged: strides of pages are unused. The plan's heads are expected.num_kv_heads and group_size.
   AttentionParams params;
+  const variant::Call* variant;  // null: none; valid until LaunchAttention returns
 };
 
 // Whether kernels have pages of so many tokens.

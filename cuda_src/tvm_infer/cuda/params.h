@@ -17,7 +17,7 @@ struct KernelInfo {
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
 };
-inline constexpr int32_t kKernelAbi = 6;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 7;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -53,7 +53,8 @@ struct AttentionParams {
   int64_t v_stride_head;
   int64_t v_stride_token;
   ExpectedPlan expected;
-  float sm_scale_log2;    // sm_scale * log2(e), > 0
+  float sm_scale_log2;  // sm_scale * log2(e), > 0
+  float sm_scale;
   int32_t plan_is_ready;  // no kernel under way writes the plan or the page table: they are read before the kernel ahead has ended
 };
 

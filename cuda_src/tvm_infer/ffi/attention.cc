@@ -73,32 +73,80 @@ CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView
   return shape;
 }
 
+// The three kinds of attention, with a variant or (nullptr) without.
+const variant::Call* CallOf(const VariantCallObj* variant, const Place& place) { return variant == nullptr ? nullptr : variant->At(place); }
+
+void AttendPaged(const TensorView& plan, const TensorView& q, const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout,
+                 const TensorView& kv_page_indptr, const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace,
+                 const TensorView& o, const OptionalTensor& lse, const VariantCallObj* variant) {
+  const Place place = PlaceOf(q, "q");
+  const variant::Call* call = CallOf(variant, place);
+  if (place.is_cuda()) {
+    return on_cuda::PagedAttention(place, plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o,
+                                   lse, call);
+  }
+  cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+  args.variant = call;
+  PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
+  cpu::Attention(args, 0);
+}
+
+void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr,
+                  double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
+                  const VariantCallObj* variant) {
+  const Place place = PlaceOf(q, "q");
+  const variant::Call* call = CallOf(variant, place);
+  if (place.is_cuda()) return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, call);
+  cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+  args.variant = call;
+  CheckRagged(q, k, v, kv_indptr, kHost, &args.kv);
+  CheckRaggedValues(args.kv.page_indptr, kv_indptr.size(0), k, PlanView(args.plan));
+  cpu::Attention(args, 0);
+}
+
+void AppendAndAttend(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
+                     double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
+                     const VariantCallObj* variant) {
+  const Place place = PlaceOf(q, "q");
+  const variant::Call* call = CallOf(variant, place);
+  if (place.is_cuda()) {
+    return on_cuda::AppendPagedAttention(place, plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale,
+                                         workspace, o, lse, call);
+  }
+  cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+  args.variant = call;
+  const PlanView view(args.plan);
+  const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
+  CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
+  RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
+  cpu::Attention(args, 0);
+}
+
 }  // namespace
 
 void PagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, TensorView kv_page_indptr,
                     TensorView kv_page_indices, double sm_scale, TensorView workspace, TensorView o, OptionalTensor lse) {
+  Guarded(
+      [&] { AttendPaged(plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse, nullptr); });
+}
+
+void VariantPagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout,
+                           TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace, TensorView o,
+                           OptionalTensor lse, VariantCall variant) {
   Guarded([&] {
-    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
-      return on_cuda::PagedAttention(place, plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o,
-                                     lse);
-    }
-    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
-    PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
-    cpu::Attention(args, 0);
+    AttendPaged(plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse, variant.get());
   });
 }
 
 void RaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale, TensorView workspace,
                      TensorView o, OptionalTensor lse) {
-  Guarded([&] {
-    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
-      return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse);
-    }
-    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
-    CheckRagged(q, k, v, kv_indptr, kHost, &args.kv);
-    CheckRaggedValues(args.kv.page_indptr, kv_indptr.size(0), k, PlanView(args.plan));
-    cpu::Attention(args, 0);
-  });
+  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, nullptr); });
+}
+
+void VariantRaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale,
+                            TensorView workspace, TensorView o, OptionalTensor lse, VariantCall variant) {
+  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, variant.get()); });
 }
 
 void AppendPaged(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
@@ -123,16 +171,16 @@ void AppendPagedAttention(TensorView plan, TensorView q, TensorView k, TensorVie
                           int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace,
                           TensorView o, OptionalTensor lse) {
   Guarded([&] {
-    if (const Place place = PlaceOf(q, "q"); place.is_cuda()) {
-      return on_cuda::AppendPagedAttention(place, plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale,
-                                           workspace, o, lse);
-    }
-    cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
-    const PlanView view(args.plan);
-    const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
-    CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
-    RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
-    cpu::Attention(args, 0);
+    AppendAndAttend(plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse, nullptr);
+  });
+}
+
+void VariantAppendAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView k_cache, OptionalTensor v_cache,
+                            int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace,
+                            TensorView o, OptionalTensor lse, VariantCall variant) {
+  Guarded([&] {
+    AppendAndAttend(plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse,
+                    variant.get());
   });
 }
 

@@ -17,12 +17,17 @@
 
 #include <cstdint>
 
-#define TVM_INFER_ATTENTION_FUNCTIONS(V)          \
-  V(paged_attention, PagedAttention)              \
-  V(ragged_attention, RaggedAttention)            \
-  V(append, AppendPaged)                          \
-  V(append_paged_attention, AppendPagedAttention) \
-  V(merge, MergeStates)                           \
+#include "tvm_infer/ffi/variant.h"
+
+#define TVM_INFER_ATTENTION_FUNCTIONS(V)              \
+  V(paged_attention, PagedAttention)                  \
+  V(ragged_attention, RaggedAttention)                \
+  V(append, AppendPaged)                              \
+  V(append_paged_attention, AppendPagedAttention)     \
+  V(variant_paged_attention, VariantPagedAttention)   \
+  V(variant_ragged_attention, VariantRaggedAttention) \
+  V(variant_append_attention, VariantAppendAttention) \
+  V(merge, MergeStates)                               \
   V(set_debug_checks, SetDebugChecks)
 
 namespace tvm_infer::ffi_api {
@@ -49,6 +54,19 @@ void AppendPagedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm
                           tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
                           tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
                           OptionalTensor lse);
+
+// The three above with a variant's logits, mask and output. lse is that of the variant's logits, before its output. The plan's band hides
+// keys beside the mask, which never sees them: plan with the variant's. ArgumentError where the variant is not for q's device.
+void VariantPagedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k_cache, OptionalTensor v_cache,
+                           int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr, tvm::ffi::TensorView kv_page_indices, double sm_scale,
+                           tvm::ffi::TensorView workspace, tvm::ffi::TensorView o, OptionalTensor lse, VariantCall variant);
+void VariantRaggedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                            tvm::ffi::TensorView kv_indptr, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                            OptionalTensor lse, VariantCall variant);
+void VariantAppendAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                            tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                            tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                            OptionalTensor lse, VariantCall variant);
 
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b): the attention over the union of two disjoint sets of keys.
 void MergeStates(tvm::ffi::TensorView o_a, tvm::ffi::TensorView lse_a, tvm::ffi::TensorView o_b, tvm::ffi::TensorView lse_b,

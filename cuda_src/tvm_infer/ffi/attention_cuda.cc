@@ -54,6 +54,7 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   params.expected.max_tokens = static_cast<int32_t>(q.size(0));
   params.expected.max_partial_rows = static_cast<int32_t>(capacity);
   params.sm_scale_log2 = static_cast<float>(sm_scale * kLog2E);
+  params.sm_scale = static_cast<float>(sm_scale);
   return launch;
 }
 
@@ -126,8 +127,10 @@ cuda::RopeAppendParams RopeParams(const cuda::AppendParams& append, const Tensor
 
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
-                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse) {
+                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
+                    const variant::Call* variant) {
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
   const CudaScope scope(place.device);
@@ -137,8 +140,9 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
-                     const OptionalTensor& lse) {
+                     const OptionalTensor& lse, const variant::Call* variant) {
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  launch.variant = variant;
   cpu::KVSource source{};
   CheckRagged(q, k, v, kv_indptr, place, &source);
   CheckAlignedRows(k, "k");
@@ -188,8 +192,9 @@ void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, c
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                          const OptionalTensor& lse) {
+                          const OptionalTensor& lse, const variant::Call* variant) {
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+  launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
   cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, source, shape);

@@ -7,6 +7,7 @@
 //   lse        contiguous
 //   workspace  holds numel / (head_dim + 1) partial rows
 //   sm_scale   > 0: it is folded into the exponent's base
+//   variant    or null: of which kernel; copied before the call returns
 //   rows of q, o, k, v and of the caches begin on 16-byte boundaries, since copies are of 16 bytes
 // With debug checks on, every call copies the plan and the tables to the host and checks them as the CPU executor does. That
 // synchronises; while a stream is being captured these checks are left out.
@@ -16,16 +17,18 @@
 
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::ffi_api::on_cuda {
 
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
-                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse);
+                    double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
+                    const variant::Call* variant = nullptr);
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
-                     const OptionalTensor& lse);
+                     const OptionalTensor& lse, const variant::Call* variant = nullptr);
 
 void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
                  const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
@@ -34,7 +37,7 @@ void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, c
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                          const OptionalTensor& lse);
+                          const OptionalTensor& lse, const variant::Call* variant = nullptr);
 
 // The same for a caller that made plan and tables itself and keeps them at fixed addresses: what they hold is never read on the host.
 // `k_cache` is both planes; tokens of q, k, v and o behind the plan's are padding: nothing is appended for them and o is 0. A plan with

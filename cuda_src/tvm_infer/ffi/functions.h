@@ -22,6 +22,7 @@
 #include "tvm_infer/ffi/rope.h"
 #include "tvm_infer/ffi/scale_lse.h"
 #include "tvm_infer/ffi/tensor.h"
+#include "tvm_infer/ffi/variant.h"
 
 // V(name, function): name is what follows "tvm_infer."
 #define TVM_INFER_FUNCTIONS(V)         \
@@ -36,4 +37,5 @@
   TVM_INFER_READ_CEILING_FUNCTIONS(V)  \
   TVM_INFER_ROPE_FUNCTIONS(V)          \
   TVM_INFER_SCALE_LSE_FUNCTIONS(V)     \
-  TVM_INFER_TENSOR_FUNCTIONS(V)
+  TVM_INFER_TENSOR_FUNCTIONS(V)        \
+  TVM_INFER_VARIANT_FUNCTIONS(V)

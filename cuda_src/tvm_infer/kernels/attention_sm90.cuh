@@ -38,11 +38,12 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (!c.shared.is_last_arrival) return;
-  MergeRows<typename Config::Element, Config::kHeadDim>(c.params, c.plan, job, c.Warp(), Config::kConsumerWarps);
+  MergeRows(c, job, c.Warp(), Config::kConsumerWarps);
 }
 
 template <typename Config>
-__device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& params, const attention::KvTensorMaps& maps) {
+__device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& params, const attention::KvTensorMaps& maps,
+                                              const variant::Args& variant) {
   using namespace attention;
   using SharedMemory = typename Config::SharedMemory;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -116,7 +117,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   } else {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
     const WorkQueue queue(plan, blockIdx.x);
-    Consumer<Config> consumer{params, plan, shared, ring};
+    Consumer<Config> consumer{params, variant, plan, shared, ring};
     PrefillTile<Config> prefill(consumer);
     DecodeTile<Config> decode(consumer);
     ptx::WaitForPriorGrid();
@@ -139,15 +140,28 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name: what generated source expands, one line for each specialisation.
+// A kernel by name: what generated source expands, one line for each specialisation. The second form takes a variant's struct, which the
+// source defines before, and the kernel the variant's parameters.
 #define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                                          \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>;                        \
   extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                     \
       NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                              \
            const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                 \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps);                                                            \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
                                                                          sizeof(NAME##Config::SharedMemory), 1}
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
+
+#define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                            \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                     \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps, const __grid_constant__ tvm_infer::variant::Args args) { \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
+  }                                                                                                                                  \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
+                                                                         sizeof(NAME##Config::SharedMemory), 1}
+#define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
+  TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/output.cuh"
 #include "tvm_infer/attention/softmax.cuh"
+#include "tvm_infer/attention/variant.cuh"
 
 namespace tvm_infer::kernels {
 
@@ -30,9 +32,13 @@ struct MergeJob {
 
 // One warp merges row `row` of KV head number `h` of a merge. Partials were written by other CTAs of this launch: they are read from L2,
 // after an acquire of the caller's.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void MergeRow(const attention::AttentionParams& params, const PlanView& plan, const MergeJob& job, int32_t h,
-                                         int32_t row) {
+template <typename Config>
+__device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row) {
+  using Element = typename Config::Element;
+  using Variant = typename Config::Variant;
+  constexpr int kHeadDim = Config::kHeadDim;
+  const attention::AttentionParams& params = c.params;
+  const PlanView& plan = c.plan;
   constexpr int kColumns = kHeadDim / 32;  // a lane's
   constexpr int kLoads = 8;                // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
@@ -86,18 +92,22 @@ __device__ __forceinline__ void MergeRow(const attention::AttentionParams& param
   const float factor = attention::InverseSum(sum);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) o[i] *= factor;
+  const float merged_lse = sum == 0.f ? attention::kNegInf : max + ptx::Log2(sum) * attention::kLn2;
+  if constexpr (Variant::kHasOutput) {
+    attention::ApplyOutput<Variant>(o, c.variant, attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h),
+                                    merged_lse);
+  }
   const attention::OutputRow out = attention::FinalRow<Element>(params, plan, job.merge.row_begin + row, job.merge.kv_head_begin + h);
   attention::StoreColumns<Element>(out, true, lane * kColumns, o);
-  if (lane == 0 && out.lse != nullptr) *out.lse = sum == 0.f ? attention::kNegInf : max + ptx::Log2(sum) * attention::kLn2;
+  if (lane == 0 && out.lse != nullptr) *out.lse = merged_lse;
 }
 
 // All rows of a merge, shared out among `num_warps` warps.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void MergeRows(const attention::AttentionParams& params, const PlanView& plan, const MergeJob& job, int32_t warp,
-                                          int32_t num_warps) {
+template <typename Config>
+__device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
 #pragma unroll 1
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
-    MergeRow<Element, kHeadDim>(params, plan, job, i / job.merge.num_rows, i % job.merge.num_rows);
+    MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
   }
 }
 

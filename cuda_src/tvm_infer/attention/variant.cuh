@@ -1,0 +1,151 @@
+// The holes that a variant's generated code is put into (variant/variant.h): logits and mask of a tile, elements of final rows.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include "tvm_infer/attention/params.cuh"
+#include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/attention/softmax.cuh"
+#include "tvm_infer/variant/variant.h"
+
+namespace tvm_infer::attention {
+
+// Attention as it is: the holes are empty, and nothing of this file is left in the kernel.
+struct NoVariant {
+  static constexpr bool kHasLogits = false, kHasMask = false, kHasOutput = false;
+};
+
+template <typename V>
+concept VariantConcept = requires {
+  { V::kHasLogits } -> std::convertible_to<bool>;
+  { V::kHasMask } -> std::convertible_to<bool>;
+  { V::kHasOutput } -> std::convertible_to<bool>;
+};
+
+// What the softmax multiplies logits by: a variant's are in natural units, q . k lacks its scale.
+template <typename Variant>
+__device__ __forceinline__ float SoftmaxScale(const AttentionParams& p) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return Variant::kHasLogits ? kLog2E : p.sm_scale_log2;
+}
+
+// A thread's two rows of a work, `row` and `row` + 8. What the variant does not ask for is never loaded.
+struct VariantRows {
+  variant::Row rows[2];
+
+  // For the first of the work's KV heads. Rows behind the last repeat it, so that tables are read where they have entries.
+  __device__ __forceinline__ void Enter(const PlanView& plan, const Work& work, int32_t group, int32_t row) {
+    const TokenOfRow token(work, group);
+    const int32_t batch = work.kv_list, first_head = work.row_begin % group;
+    const int32_t q_len = __ldg(plan.qo_indptr() + batch + 1) - __ldg(plan.qo_indptr() + batch), kv_len = __ldg(plan.kv_len() + batch);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t own = min(row + 8 * i, work.num_rows - 1), of_token = token(own);
+      rows[i] = {
+          batch, work.kv_head_begin * group + first_head + own - of_token * group, work.kv_head_begin, work.qo_pos_base + of_token, q_len,
+          kv_len};
+    }
+  }
+  __device__ __forceinline__ void NextHead(int32_t group) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) ++rows[i].kv_head, rows[i].qo_head += group;
+  }
+};
+
+// Positions behind the last key are taken for it where the variant reads tables by position. Their logits are masked afterwards.
+template <typename Variant>
+__device__ __forceinline__ int32_t Position(int32_t kv_pos, int32_t last) {
+  return Variant::kReadsByKey ? min(kv_pos, last) : kv_pos;
+}
+
+// Logits of a tile whose column 0 is the key at position `kv_pos`, in the layout of MaskLogits.
+template <typename Variant, int kCount>
+__device__ __forceinline__ void ApplyLogits(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos,
+                                            float sm_scale) {
+  const int32_t first = kv_pos + static_cast<int32_t>(threadIdx.x % 4) * 2, last = at.rows[0].kv_len - 1;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[4 * j + 2 * i + e];
+        x = Variant::Logits(args, at.rows[i], Position<Variant>(first + 8 * j + e, last), x, sm_scale);
+      }
+    }
+    asm volatile("" ::: "memory");  // NOTE: else a variant's table lookups for all logits go first, and registers run out
+  }
+}
+
+// The same for the mask. Most tiles of most masks are seen whole, which the variant may know from their first and last key.
+//
+// NOTE: a rolled loop that collects bits, and then the logits: a mask evaluated for all logits at once would take more registers than there
+// are (table lookups, divisions).
+template <typename Variant, int kCount>
+__device__ __forceinline__ void ApplyMask(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos) {
+  constexpr int kColumns = kCount / 2;  // of a thread in a row
+  static_assert(kColumns <= 32);
+  const int32_t last = at.rows[0].kv_len - 1;
+  const bool sees_all = Variant::SeesAll(args, at.rows[0], kv_pos, min(kv_pos + 4 * kColumns - 1, last)) &&
+                        Variant::SeesAll(args, at.rows[1], kv_pos, min(kv_pos + 4 * kColumns - 1, last));
+  if (__all_sync(0xffffffff, sees_all)) return;
+  const int32_t first = kv_pos + static_cast<int32_t>(threadIdx.x % 4) * 2;
+  uint32_t seen[2] = {0, 0};  // bit 2 * j + e
+#pragma unroll 1
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool sees = Variant::Mask(args, at.rows[i], Position<Variant>(first + 8 * j + e, last));
+        seen[i] |= static_cast<uint32_t>(sees) << (2 * j + e);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[4 * j + 2 * i + e];
+        x = (seen[i] >> (2 * j + e) & 1) != 0 ? x : kNegInf;
+      }
+    }
+  }
+}
+
+template <typename Variant, int kCount>
+__device__ __forceinline__ void ApplyVariant(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos,
+                                             float sm_scale) {
+  if constexpr (Variant::kHasLogits) ApplyLogits<Variant>(s, args, at, kv_pos, sm_scale);
+  if constexpr (Variant::kHasMask) ApplyMask<Variant>(s, args, at, kv_pos);
+}
+
+// The variant's row of a final row of merged partials.
+__device__ __forceinline__ variant::Row VariantRowOf(const PlanView& plan, int32_t packed_row, int32_t kv_head) {
+  const RowAddress at = AddressOf(plan, packed_row);
+  const int32_t* qo_indptr = plan.qo_indptr();
+  int32_t low = 0, high = plan.header->num_requests - 1;  // the last request whose first token is not behind the row's
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (__ldg(qo_indptr + middle) <= at.token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int32_t begin = __ldg(qo_indptr + low), end = __ldg(qo_indptr + low + 1), kv_len = __ldg(plan.kv_len() + low);
+  return {low, kv_head * plan.header->group_size + at.head, kv_head, kv_len - (end - at.token), end - begin, kv_len};
+}
+
+// Elements of a final row; a row without keys stays 0.
+template <typename Variant, int kCount>
+__device__ __forceinline__ void ApplyOutput(float (&o)[kCount], const variant::Args& args, const variant::Row& row, float lse) {
+  if (lse == kNegInf) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] = Variant::Output(args, row, lse, o[i]);
+}
+
+}  // namespace tvm_infer::attention

@@ -1,0 +1,367 @@
+"""Attention variants on the device, through the public API, against float64: the standard library and some written here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu_batches import Batch, Case, Errors, same_bits
+
+import tvm_infer
+from tvm_infer import variant
+
+pytestmark = pytest.mark.family("attention_sm90")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Of one request's scores [num_kv_heads, group, n, m]: batch, heads, positions, n and m as tensors that broadcast with them."""
+
+    request: int
+    head: torch.Tensor
+    q_pos: torch.Tensor
+    kv_pos: torch.Tensor
+    n: int
+    m: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant, its parameters for a batch, and what it does in plain torch. `hidden`: besides the band."""
+
+    variant: Any
+    parameters: Callable[[Batch], dict[str, Any]] = lambda batch: {}
+    logits: Callable[[torch.Tensor, Where, dict[str, Any]], torch.Tensor] = lambda s, at, p: s
+    hidden: Callable[[Where, dict[str, Any]], torch.Tensor | None] = lambda at, p: None
+    output: Callable[[torch.Tensor, torch.Tensor, Where, dict[str, Any]], torch.Tensor] = lambda o, lse, at, p: o
+    masks: tuple[str, ...] = ("causal",)  # which of gpu_batches.MASKS its band is
+
+
+def per_head(batch: Batch, low: float, high: float) -> torch.Tensor:
+    return torch.linspace(low, high, batch.num_qo_heads, device=batch.device)
+
+
+def packed(rows: list[np.ndarray], device: str) -> dict[str, torch.Tensor]:
+    """Bits of every request one after the other, each from a byte of its own on; exactly as long as needed."""
+    parts = [np.packbits(r.reshape(-1), bitorder="little") for r in rows]
+    first = np.cumsum([0] + [8 * len(p) for p in parts])[:-1].astype(np.int32)
+    return {
+        "bits": torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.uint8)])).to(device),
+        "first_bit": torch.from_numpy(first).to(device),
+    }
+
+
+def random_bits(batch: Batch) -> list[np.ndarray]:
+    rng = np.random.default_rng(7)
+    return [rng.random((n, m)) < 0.6 for n, m in zip(batch.qo, batch.kv, strict=True)]
+
+
+def ancestors(batch: Batch) -> list[np.ndarray]:
+    """A random tree of each request's queries."""
+    rng = np.random.default_rng(8)
+    trees = []
+    for n in batch.qo:
+        seen = np.eye(n, dtype=bool)
+        for node in range(1, n):
+            seen[node] |= seen[rng.integers(0, node)]
+        trees.append(seen)
+    return trees
+
+
+def custom_hidden(at: Where, p: dict[str, Any]) -> torch.Tensor:
+    return ~torch.from_numpy(p["rows"][at.request]).to(at.kv_pos.device)
+
+
+def tree_hidden(at: Where, p: dict[str, Any]) -> torch.Tensor:
+    seen = torch.ones((at.n, at.m), dtype=torch.bool)
+    seen[:, at.m - at.n :] = torch.from_numpy(p["rows"][at.request])
+    return ~seen.to(at.kv_pos.device)
+
+
+# Three written here: what the library does not have.
+decay = variant.Variant(
+    "decay",
+    logits=lambda value, q_pos, kv_pos, rate: value - rate * variant.sqrt(variant.to_float(abs(q_pos - kv_pos))),
+    rate=variant.per_request(),
+)
+thirds = variant.Variant("thirds", mask=lambda kv_pos, qo_head, batch: (kv_pos + qo_head + batch) % 3 != 0)
+gated = variant.Variant(
+    "gated",
+    logits=lambda value, kv_pos, qo_head, bias: value + bias[qo_head, kv_pos % 16],
+    mask=lambda q_pos, kv_pos: kv_pos <= q_pos,
+    output=lambda value, lse, q_pos, gate: value * variant.tanh(lse * 0.1 + gate)
+    + variant.where(q_pos % 2 == 0, 0.25, 0.0),
+    bias=variant.tensor(2, "bfloat16"),
+    gate=variant.per_head("float16"),
+)
+
+ROWS = {
+    "soft_cap": Row(
+        variant.soft_cap,
+        lambda batch: {"cap": 5.0},
+        logits=lambda s, at, p: p["cap"] * torch.tanh(s / p["cap"]),
+    ),
+    "sliding_window": Row(variant.sliding_window, lambda batch: {"window": 100}, masks=("w100",)),
+    "chunked_local": Row(
+        variant.chunked_local,
+        lambda batch: {"chunk": 101},
+        hidden=lambda at, p: torch.div(at.q_pos, 101, rounding_mode="floor")
+        != torch.div(at.kv_pos, 101, rounding_mode="floor"),
+        masks=("w100",),
+    ),
+    "alibi": Row(
+        variant.alibi,
+        lambda batch: {"slopes": per_head(batch, 0.001, 0.5)},
+        logits=lambda s, at, p: s + p["slopes"].to(s.dtype)[at.head] * (at.kv_pos - at.q_pos).to(s.dtype),
+    ),
+    "attention_sink": Row(
+        variant.attention_sink,
+        lambda batch: {"sink": per_head(batch, -2.0, 9.0)},
+        output=lambda o, lse, at, p: o * torch.sigmoid(lse - p["sink"].to(o.dtype)[at.head[..., 0]])[..., None],
+    ),
+    "sink_window": Row(
+        variant.sink_window,
+        lambda batch: {"sink": 4, "window": 50},
+        hidden=lambda at, p: (at.kv_pos >= 4) & (at.q_pos - at.kv_pos > 50),
+    ),
+    "custom_mask": Row(
+        variant.custom_mask,
+        lambda batch: {"rows": random_bits(batch), **packed(random_bits(batch), batch.device)},
+        hidden=custom_hidden,
+        masks=("full",),
+    ),
+    "tree_mask": Row(
+        variant.tree_mask,
+        lambda batch: {"rows": ancestors(batch), **packed(ancestors(batch), batch.device)},
+        hidden=tree_hidden,
+        masks=("full",),
+    ),
+    "decay": Row(
+        decay,
+        lambda batch: {"rate": torch.linspace(0.01, 0.3, len(batch.qo), device=batch.device)},
+        logits=lambda s, at, p: s - p["rate"][at.request].to(s.dtype) * (at.q_pos - at.kv_pos).abs().to(s.dtype).sqrt(),
+        masks=("full",),
+    ),
+    "thirds": Row(thirds, hidden=lambda at, p: (at.kv_pos + at.head + at.request) % 3 == 0, masks=("full",)),
+    "gated": Row(
+        gated,
+        lambda batch: {
+            "bias": torch.linspace(-2, 2, batch.num_qo_heads * 16, device=batch.device).bfloat16().view(-1, 16),
+            "gate": per_head(batch, -0.3, 0.4).half(),
+        },
+        logits=lambda s, at, p: s + p["bias"].to(s.dtype)[at.head, at.kv_pos % 16],
+        output=lambda o, lse, at, p: (
+            o * torch.tanh(lse * 0.1 + p["gate"].to(o.dtype)[at.head[..., 0]])[..., None]
+            + torch.where(at.q_pos % 2 == 0, 0.25, 0.0).to(o.dtype)
+        ),
+    ),
+}
+
+
+def reference(
+    row: Row, p: dict[str, Any], batch: Batch, r: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of request r as one writes it in torch, in `dtype`."""
+    request = batch.requests[r]
+    q, k, v = (x.to(dtype) for x in (request.q, request.k, request.v))
+    n, m, heads, kv_heads = len(q), len(k), batch.num_qo_heads, batch.num_kv_heads
+    head = torch.arange(heads, device=q.device).view(kv_heads, -1, 1, 1)
+    at = Where(
+        r,
+        head,
+        torch.arange(n, device=q.device)[:, None] + (m - n),
+        torch.arange(m, device=q.device)[None, :],
+        n,
+        m,
+    )
+    s = torch.einsum("nkgd,mkd->kgnm", q.view(n, kv_heads, -1, q.shape[-1]), k) * batch.sm_scale
+    s = row.logits(s, at, p)
+    hidden = torch.zeros((n, m), dtype=torch.bool, device=q.device)
+    if batch.causal:
+        hidden |= at.kv_pos > at.q_pos
+    if batch.window >= 0:
+        hidden |= at.kv_pos < at.q_pos - batch.window
+    own = row.hidden(at, p)
+    hidden = hidden if own is None else hidden | own
+    s = s.masked_fill(hidden, -math.inf)
+    lse = torch.logsumexp(s, -1)
+    empty = torch.isneginf(lse)
+    weights = torch.softmax(s, -1).masked_fill(empty[..., None], 0.0)
+    o = torch.einsum("kgnm,mkd->kgnd", weights, v)
+    o = row.output(o, lse, at, p).masked_fill(empty[..., None], 0.0)
+    return o.permute(2, 0, 1, 3).reshape(n, heads, -1), lse.permute(2, 0, 1).reshape(n, heads)
+
+
+@dataclass
+class VariantBatch:
+    row: Row
+    batch: Batch
+    parameters: dict[str, Any] = field(init=False)
+    bound: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.row.parameters(self.batch)
+        self.bound = self.row.variant.bind(**{k: v for k, v in self.parameters.items() if k != "rows"})
+
+    def attend(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batch.attend(variant=self.bound, **changes)
+
+    def errors(self, o: torch.Tensor, lse: torch.Tensor) -> Errors:
+        total, rows = Errors(), []
+        for r in range(len(self.batch.requests)):
+            if not self.batch.qo[r]:
+                continue
+            at = slice(self.batch.qo_indptr[r], self.batch.qo_indptr[r + 1])
+            ref, ref_lse = reference(self.row, self.parameters, self.batch, r, torch.float64)
+            plain, _ = reference(self.row, self.parameters, self.batch, r, self.batch.dtype)
+            seen = torch.isfinite(ref_lse)
+            ok = torch.isfinite(o[at]).all() and bool((torch.isneginf(lse[at]) == ~seen).all())
+            squares = [float((x.double() - ref).square().sum()) for x in (o[at], plain, ref.to(self.batch.dtype))]
+            norm = float(ref.norm()) or 1e-300
+            lse_error = float((lse[at].double() - ref_lse)[seen].abs().max()) if bool(seen.any()) else 0.0
+            rows.append([*(x**0.5 / norm for x in squares), lse_error, float(ok), *squares, norm**2])
+        total.set(rows)
+        return total
+
+
+SHAPES = ("decode", "append", "mixed", "verify")
+STORES = (
+    (16, 128, "bf16", 4, "auto"),
+    (1, 128, "fp16", 7, "cut64"),
+    (0, 64, "bf16", 16, "cut128"),
+    (8, 64, "fp16", 1, "auto"),
+)
+
+
+def cases() -> list[Any]:
+    made = []
+    for i, (name, row) in enumerate(ROWS.items()):
+        for j, shape in enumerate(SHAPES):
+            for k, (page_size, head_dim, dtype, group, split) in enumerate(STORES):
+                case = Case(
+                    shape=shape,
+                    mask=row.masks[0],
+                    split=split,
+                    dtype=dtype,
+                    head_dim=head_dim,
+                    page_size=page_size,
+                    group=group,
+                    views=("plain", "offset", "strided")[(i + j + k) % 3],
+                )
+                marks = [pytest.mark.subset] if (i + j) % 4 == 0 and k == 0 and shape == "verify" else []
+                made.append(pytest.param(name, case, id=f"{name}-{case.name}", marks=marks))
+    return made
+
+
+# What the hardware's tanh loses in a logit, times the cap, and sqrt's in `decay`; LSE of float32 otherwise.
+LSE_TOLERANCE = {"soft_cap": 5e-3, "gated": 2e-4, "decay": 2e-4}
+
+
+@pytest.mark.parametrize(("name", "case"), cases())
+def test_variant(name, case, device, note):
+    """Every variant on decode, append, mixed and short-prompt batches, cut and whole, paged, gathered and ragged."""
+    batch = VariantBatch(ROWS[name], Batch(case, device))
+    o, lse = batch.attend()
+    errors = batch.errors(o, lse)
+    note(errors)
+    batch.batch.assert_margins()
+    assert errors.ok
+    assert errors.ratio <= 2.0, errors
+    assert errors.lse <= LSE_TOLERANCE.get(name, 1e-4), errors
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("name", ["soft_cap", "alibi", "attention_sink", "custom_mask"])
+def test_another_variant_is_seen(name, device):
+    """What `errors` is there for: the same batch without its variant is no result of it."""
+    row = ROWS[name]
+    batch = VariantBatch(row, Batch(Case("verify", mask=row.masks[0]), device))
+    o, lse = batch.batch.attend()
+    errors = batch.errors(o, lse)
+    assert not (errors.ok and errors.ratio <= 2.0 and errors.lse <= 1e-2)
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "alibi", "gated"])
+def test_a_row_does_not_depend_on_its_batch(name, device):
+    """With fixed_split_size the bits of a request are those that it has alone."""
+    row = ROWS[name]
+    case = Case("mixed", split="cut96", mask=row.masks[0])
+    whole = VariantBatch(row, Batch(case, device))
+    o, lse = whole.attend()
+    for r in (1, 3):
+        alone = Batch(
+            Case("alone", split="cut96", mask=row.masks[0], lengths=((case.qo[r],), (case.kv[r],))),
+            device,
+            requests=[whole.batch.requests[r]],
+        )
+        own, own_lse = alone.attend(variant=whole.bound)
+        at = slice(whole.batch.qo_indptr[r], whole.batch.qo_indptr[r + 1])
+        assert same_bits(own, o[at]) and same_bits(own_lse, lse[at])
+
+
+@pytest.mark.parametrize("page_size", [16, 1])
+def test_scalars_change_without_compiling(page_size, cuda):
+    """One kernel, other scalars: results follow; a second call of the first gives its bits again."""
+    row = ROWS["soft_cap"]
+    batch = VariantBatch(row, Batch(Case("verify", page_size=page_size), cuda))
+    first, _ = batch.attend()
+    first = first.clone()
+    other = row.variant.bind(cap=1.0)
+    second, _ = batch.batch.attend(variant=other)
+    assert not same_bits(first, second)
+    again, _ = batch.attend()
+    assert same_bits(first, again)
+
+
+def test_in_a_graph_tables_are_read_at_each_replay(cuda):
+    row = ROWS["alibi"]
+    batch = VariantBatch(row, Batch(Case("decode"), cuda))
+    plan = batch.batch.plan()
+    out, lse = batch.batch.outputs()
+    workspace = batch.batch.workspace(plan)
+    call = lambda: tvm_infer.attention(  # noqa: E731
+        batch.batch.q,
+        batch.batch.cache,
+        plan,
+        **batch.batch.tables,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+        variant=batch.bound,
+    )
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    batch.parameters["slopes"].mul_(0.5)
+    out.fill_(math.nan)
+    graph.replay()
+    errors = batch.errors(out, lse)
+    assert errors.ok and errors.ratio <= 2.0
+
+
+def test_append_attention_takes_a_variant(device):
+    row = ROWS["soft_cap"]
+    batch = VariantBatch(row, Batch(Case("append"), device, appended=False))
+    plan = batch.batch.plan()
+    out, lse = batch.batch.outputs()
+    tvm_infer.append_attention(
+        batch.batch.q,
+        batch.batch.k_new,
+        batch.batch.v_new,
+        batch.batch.cache,
+        plan,
+        **batch.batch.tables,
+        out=out,
+        lse=lse,
+        workspace=batch.batch.workspace(plan),
+        variant=batch.bound,
+    )
+    errors = batch.errors(out, lse)
+    assert errors.ok and errors.ratio <= 2.0

@@ -1,0 +1,81 @@
+"""Calls the generated code through ctypes: the structs of cuda_src/tvm_infer/variant, and functions over runs of keys."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import numpy as np
+
+LOG2_E = 1.4426950408889634
+
+
+class Table(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int32 * 4)]
+
+
+class Args(ctypes.Structure):
+    _fields_ = [("scalars", ctypes.c_uint32 * 16), ("tables", Table * 8)]
+
+
+class Row(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "qo_head", "kv_head", "q_pos", "q_len", "kv_len")]
+
+
+FLOATS = ctypes.POINTER(ctypes.c_float)
+LOGITS = ctypes.CFUNCTYPE(
+    None, ctypes.POINTER(Args), ctypes.POINTER(Row), ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p
+)
+OUTPUT = ctypes.CFUNCTYPE(
+    None, ctypes.POINTER(Args), ctypes.POINTER(Row), ctypes.c_float, ctypes.c_int32, ctypes.c_void_p
+)
+
+
+class CpuFunctions(ctypes.Structure):
+    _fields_ = [("abi", ctypes.c_int32), ("logits", ctypes.c_void_p), ("output", ctypes.c_void_p)]
+
+
+class At(NamedTuple):
+    """A row: the variables of positions but kv_pos."""
+
+    batch: int
+    qo_head: int
+    kv_head: int
+    q_pos: int
+    q_len: int
+    kv_len: int
+
+
+def args_of(bound) -> Args:
+    """As the C++ side makes it of the bound tensors."""
+    args = Args()
+    for i, bits in enumerate(bound.scalars):
+        args.scalars[i] = bits
+    for i, table in enumerate(bound.tables):
+        if isinstance(table, np.ndarray):
+            pointer, strides = table.__array_interface__["data"][0], [n // table.itemsize for n in table.strides]
+        else:  # of TVM: bfloat16
+            pointer, strides = table.data_ptr(), list(table.strides)
+        args.tables[i].data = pointer
+        for d, stride in enumerate(strides):
+            args.tables[i].strides[d] = stride
+    return args
+
+
+def logits(address: int, bound, at: At, scores: np.ndarray) -> np.ndarray:
+    """Logits in units of the natural logarithm of keys 0, 1, …; hidden ones -inf."""
+    functions = CpuFunctions.from_address(address)
+    assert functions.abi == 1
+    result = np.ascontiguousarray(scores, np.float32).copy()
+    if functions.logits:
+        LOGITS(functions.logits)(args_of(bound), Row(*at), 0, len(result), result.ctypes.data)
+        result = result / np.float32(LOG2_E)
+    return result
+
+
+def output(address: int, bound, at: At, lse: float, o: np.ndarray) -> np.ndarray:
+    functions = CpuFunctions.from_address(address)
+    result = np.ascontiguousarray(o, np.float32).copy()
+    if functions.output:
+        OUTPUT(functions.output)(args_of(bound), Row(*at), lse, len(result), result.ctypes.data)
+    return result

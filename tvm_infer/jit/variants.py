@@ -1,0 +1,40 @@
+"""Generated structs of attention variants, which kernels' sources begin with (cuda_src/tvm_infer/variant/variant.h)."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import ArgumentError
+
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_sources: dict[str, str] = {}
+
+
+def struct_name(digest: str) -> str:
+    """The generated struct's."""
+    return f"variant_{digest}"
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text is a variant's digest, of whatever variant."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def register(digest: str, source: str) -> None:
+    """Make kernels of a variant known to this process. source : defines struct_name(digest), ends with a line's end."""
+    if not is_digest(digest):
+        raise ArgumentError(f"argument `digest` is {digest!r}; it must be 16 hexadecimal digits")
+    if _sources.setdefault(digest, source) != source:
+        raise ArgumentError(f"argument `source` of variant {digest} is not what was registered under this digest")
+
+
+def source_of(digest: str) -> str:
+    """The struct's source. Raises ArgumentError for a variant that this process does not know."""
+    source = _sources.get(digest)
+    if source is None:
+        known = ", ".join(_sources) or "none yet"
+        raise ArgumentError(
+            f"there is no variant {digest!r} in this process (there are: {known}); make it with tvm_infer.variant before its kernels "
+            "are built, or give their cubins (TVM_INFER_CUBIN_DIR, tvm_infer.jit.load)"
+        )
+    return source

@@ -1,0 +1,148 @@
+"""From flat code to the C++ struct that kernels and the CPU executor are compiled with (cuda_src/tvm_infer/variant/variant.h)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .code import Code, Node
+from .operations import BOOL, FLOAT, INT, OPERATIONS
+from .parameters import POSITIONS, Parameter
+from .score import SCALE, SCORE, of_score, reads_by_key_of
+from .sees_all import FIRST, LAST, sees_all
+from .text import number
+
+Signature = tuple[str, str, tuple[tuple[str, str], ...]]
+
+_TYPES = {FLOAT: "float", INT: "int32_t", BOOL: "bool"}
+_LOADS = {
+    "float32": "LoadFp32({})",
+    "float16": "LoadFp16({})",
+    "bfloat16": "LoadBf16({})",
+    "int32": "LoadInt32({})",
+    "uint8": "LoadUint8({})",
+    "bool": "LoadUint8({}) != 0",
+}
+_NAMESPACE = "tvm_infer::variant"
+# hole -> result, name of the function, its arguments: type and name, as variant.h documents them
+_ARGS, _ROW = (f"const {_NAMESPACE}::Args&", "p"), (f"const {_NAMESPACE}::Row&", "row")
+_FUNCTIONS: dict[str, Signature] = {
+    "logits": ("float", "Logits", (_ARGS, _ROW, ("int32_t", "kv_pos"), ("float", SCORE), ("float", SCALE))),
+    "mask": ("bool", "Mask", (_ARGS, _ROW, ("int32_t", "kv_pos"))),
+    "output": ("float", "Output", (_ARGS, _ROW, ("float", "lse"), ("float", "value"))),
+}
+_SEES_ALL = ("bool", "SeesAll", (_ARGS, _ROW, ("int32_t", FIRST), ("int32_t", LAST)))
+_NEVER = Code((Node("const", BOOL, (), False),))
+
+
+class Struct(NamedTuple):
+    """The generated struct. digest : 16 hex digits of its body, in which no name of the user's is."""
+
+    digest: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Of the struct."""
+        return f"variant_{self.digest}"
+
+
+def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter]) -> Struct:
+    """The struct of a variant whose holes are filled with `holes`; parameters are numbered in the order of their declaration."""
+    present = {hole: code for hole, code in holes.items() if code is not None}
+    flags = ", ".join(f"kHas{hole.capitalize()} = {'true' if hole in present else 'false'}" for hole in _FUNCTIONS)
+    reads_by_key = any(reads_by_key_of(present[hole]) for hole in ("logits", "mask") if hole in present)
+    if "logits" in present:
+        present["logits"] = of_score(present["logits"], parameters)
+    numbers = _numbers(parameters)
+    body = "".join(
+        [
+            f"  static constexpr bool {flags}, kReadsByKey = {'true' if reads_by_key else 'false'};\n",
+            *(
+                _function(_FUNCTIONS[hole], present[hole], parameters, numbers)
+                for hole in _FUNCTIONS
+                if hole in present
+            ),
+            *(
+                _function(_SEES_ALL, sees_all(mask) or _NEVER, parameters, numbers)
+                for mask in [present.get("mask")]
+                if mask
+            ),
+        ]
+    )
+    digest = hashlib.sha256(body.encode()).hexdigest()[:16]
+    return Struct(digest, f"struct variant_{digest} {{\n{body}}};\n")
+
+
+def _numbers(parameters: Mapping[str, Parameter]) -> dict[str, int]:
+    """Name -> place among the scalars, or among the tables."""
+    scalars = [name for name, p in parameters.items() if p.is_scalar]
+    tables = [name for name, p in parameters.items() if not p.is_scalar]
+    return {name: i for names in (scalars, tables) for i, name in enumerate(names)}
+
+
+def _function(signature: Signature, code: Code, parameters: Mapping[str, Parameter], numbers: Mapping[str, int]) -> str:
+    values: list[str] = []
+    lines: list[str] = []
+    for node in code.nodes:
+        text = _value(node, values, parameters, numbers)
+        if node.op not in ("const", "name"):
+            lines.append(f"    const {_TYPES[node.kind]} t{len(lines)} = {text};\n")
+            text = f"t{len(lines) - 1}"
+        values.append(text)
+    result, name, arguments = signature
+    # What the expression does not use goes without a name: an unused argument is a warning.
+    used = _used(code, parameters)
+    declared = ", ".join(f"{kind} {argument}" if argument in used else kind for kind, argument in arguments)
+    using = f"    using namespace {_NAMESPACE};\n" if lines else ""
+    return f"  TVM_INFER_VARIANT static {result} {name}({declared}) {{\n{using}{''.join(lines)}    return {values[-1]};\n  }}\n"
+
+
+def _used(code: Code, parameters: Mapping[str, Parameter]) -> set[str]:
+    used = set()
+    for name in code.names:
+        if name in parameters:
+            used.add("p")
+        elif name in POSITIONS and name != "kv_pos":
+            used.add("row")
+        else:
+            used.add(name)
+    return used
+
+
+def _value(node: Node, values: list[str], parameters: Mapping[str, Parameter], numbers: Mapping[str, int]) -> str:
+    args = [values[i] for i in node.args]
+    name = str(node.value)
+    if node.op == "const":
+        return _constant(node)
+    if node.op == "name":
+        if name in parameters:
+            return f"p.{'Float' if node.kind == FLOAT else 'Int'}({numbers[name]})"
+        return f"row.{name}" if name in POSITIONS and name != "kv_pos" else name
+    if node.op == "load":
+        table = f"p.tables[{numbers[name]}]"
+        at = " + ".join(f"static_cast<int64_t>({x}) * {table}.strides[{d}]" for d, x in enumerate(args))
+        return _LOADS[parameters[name].dtype].format(f"{table}, {at}")
+    if node.op in ("floordiv", "mod"):
+        args[1] = _divisor(args[1])
+    return OPERATIONS[node.op].cpp.format(*args)
+
+
+def _divisor(text: str) -> str:
+    """A divisor of at least 1. Constants and scalars were checked, when they were traced and bound."""
+    return text if (text.isdecimal() and int(text) > 0) or text.startswith("p.Int(") else f"Max({text}, 1)"
+
+
+def _constant(node: Node) -> str:
+    assert isinstance(node.value, (int, float))
+    if node.kind == BOOL:
+        return "true" if node.value else "false"
+    if node.kind == INT:
+        if node.value == -(2**31):
+            return "INT32_MIN"  # the literal would be a long
+        return f"({node.value})" if node.value < 0 else str(node.value)
+    if node.value in (float("inf"), float("-inf")):
+        return "__builtin_huge_valf()" if node.value > 0 else "(-__builtin_huge_valf())"
+    text = f"{number(node.value, FLOAT)}f"
+    return f"({text})" if text.startswith("-") else text

@@ -1,0 +1,98 @@
+"""What a variant's functions may ask for by name: position variables, and declared parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .location import error_here
+from .operations import BOOL, FLOAT, INT
+
+POSITIONS = ("batch", "qo_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len")
+# hole -> the variables that its function may take, besides the parameters
+VARIABLES = {
+    "logits": ("value", *POSITIONS),
+    "mask": POSITIONS,
+    "output": ("value", "lse", *(name for name in POSITIONS if name != "kv_pos")),
+}
+RESULTS = {"logits": FLOAT, "mask": BOOL, "output": FLOAT}
+KIND_OF_VARIABLE = {"value": FLOAT, "lse": FLOAT} | dict.fromkeys(POSITIONS, INT)
+
+# dtype of a table -> kind of its elements in expressions
+TABLE_KINDS = {"float32": FLOAT, "float16": FLOAT, "bfloat16": FLOAT, "int32": INT, "uint8": INT, "bool": BOOL}
+SCALAR_DTYPES = ("float32", "int32")
+MAX_SCALARS, MAX_TABLES, MAX_RANK = 16, 8, 4  # of cuda_src/tvm_infer/variant/variant.h
+_INDEX = {"per_head": "qo_head", "per_request": "batch"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's declaration, made by :func:`scalar`, :func:`per_head`, :func:`per_request` or :func:`tensor`."""
+
+    sort: str
+    dtype: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.sort not in ("scalar", "per_head", "per_request", "tensor"):
+            raise error_here(f"a parameter is a {self.sort!r}; there are scalar, per_head, per_request and tensor")
+        known = SCALAR_DTYPES if self.is_scalar else tuple(TABLE_KINDS)
+        if self.dtype not in known:
+            raise error_here(
+                f"argument `dtype` of variant.{self.sort} is {self.dtype!r}; it must be one of {', '.join(known)}"
+            )
+        lowest, highest = {"scalar": (0, 0), "tensor": (1, MAX_RANK)}.get(self.sort, (1, 1))
+        if type(self.rank) is not int or not lowest <= self.rank <= highest:
+            raise error_here(
+                f"argument `rank` of variant.{self.sort} is {self.rank!r}; it must be {lowest} to {highest}"
+            )
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is a number, not a table."""
+        return self.sort == "scalar"
+
+    @property
+    def kind(self) -> str:
+        """float32, int32 or bool: what its value, or an element, is in expressions."""
+        return self.dtype if self.is_scalar else TABLE_KINDS[self.dtype]
+
+    @property
+    def index(self) -> str | None:
+        """The variable that it is read at without being asked, or None."""
+        return _INDEX.get(self.sort)
+
+    def __str__(self) -> str:
+        if self.sort == "tensor":
+            return f"tensor({self.rank}, {self.dtype})"
+        return f"{self.sort}({self.dtype})"
+
+
+def scalar(dtype: str = "float32") -> Parameter:
+    """A number, float32 or int32, given at bind: another value compiles nothing anew. At most 16 to a variant.
+
+    As a divisor of // or % it must be at least 1, which bind checks.
+    """
+    return Parameter("scalar", dtype, 0)
+
+
+def per_head(dtype: str = "float32") -> Parameter:
+    """A tensor [num_qo_heads] of which functions get the element of the row's own query head.
+
+    dtype : float32, float16, bfloat16 (functions get float32), int32, uint8 (functions get int32), or bool. At most 8 tables to a
+    variant, those of :func:`per_request` and :func:`tensor` included.
+    """
+    return Parameter("per_head", dtype, 1)
+
+
+def per_request(dtype: str = "float32") -> Parameter:
+    """A tensor [num_requests] of which functions get the element of the row's own request. dtype : as of :func:`per_head`."""
+    return Parameter("per_request", dtype, 1)
+
+
+def tensor(rank: int, dtype: str = "float32") -> Parameter:
+    """A tensor of `rank` 1 to 4, indexed by functions: ``bias[qo_head, q_pos, kv_pos]``. dtype : as of :func:`per_head`.
+
+    Nothing is checked while attention runs: an index outside the tensor reads foreign memory. Both sides of ``where`` are evaluated,
+    so an index that one of them must not use has to be clamped (``variant.maximum(kv_pos - 8, 0)``).
+    """
+    return Parameter("tensor", dtype, rank)

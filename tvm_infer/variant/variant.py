@@ -1,0 +1,264 @@
+"""An attention variant: functions in the holes of the attention kernels, and the parameters that they read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import keyword
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import VariantError
+from . import code as codes
+from . import text
+from .band import Split, split
+from .code import Code
+from .location import error_here
+from .lower import Struct, lower
+from .parameters import KIND_OF_VARIABLE, MAX_SCALARS, MAX_TABLES, VARIABLES, Parameter
+from .trace import trace
+
+if TYPE_CHECKING:
+    from .bind import BoundVariant
+
+_FORMAT = 1  # of to_json
+HOLES = tuple(VARIABLES)
+
+
+class Variant:
+    """What attention does besides softmax(q k) v, as a value: it does not change, can be printed, compared, pickled and stored.
+
+    Two variants are equal where their expressions and parameters are; the name is a label and does not count.
+
+    Parameters
+    ----------
+    name : for printing and errors.
+    logits : function of `value`, sm_scale * q . k, and others; returns the logit that takes its place, float32.
+    mask : returns a condition: whether the row sees the key.
+    output : function of `value`, an element of the row's normalised output; returns what takes its place. May take `lse`, the
+        natural logarithm of the row's sum of exponentials (-inf for a row that sees no key), but not `kv_pos`.
+    parameters : what functions get besides, by name, from :func:`scalar`, :func:`per_head`, :func:`per_request`, :func:`tensor`.
+
+    Functions name what they want: batch, qo_head, kv_head; q_pos and kv_pos, positions in the request; q_len and kv_len, the
+    request's queries in this call and its keys (int32), and parameters. ``q_pos - (kv_len - q_len)`` is the query's index in the call.
+    Each is called once, with traced values (:class:`Expr`). Expressions must be good for every key below kv_len, also for keys that
+    the mask hides.
+
+    Raises
+    ------
+    VariantError : for a function that cannot be traced, with its file and line; for a parameter that is misnamed, or that no
+        expression reads.
+    """
+
+    name: str
+    parameters: Mapping[str, Parameter]
+    _holes: Mapping[str, Code]
+
+    def __init__(
+        self,
+        name: str,
+        /,
+        *,
+        logits: Callable[..., Any] | None = None,
+        mask: Callable[..., Any] | None = None,
+        output: Callable[..., Any] | None = None,
+        **parameters: Parameter,
+    ) -> None:
+        _check_parameters(name, parameters)
+        functions = {"logits": logits, "mask": mask, "output": output}
+        holes = {hole: trace(f, hole, parameters) for hole, f in functions.items() if f is not None}
+        self._fill(name, holes, parameters)
+
+    def _fill(self, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter]) -> None:
+        unused = set(parameters).difference(*(code.names for code in holes.values()))
+        if unused:
+            raise error_here(
+                f"variant {name}: no expression reads the parameter `{min(unused)}`: use it in a function, or do not declare it"
+            )
+        self.__dict__.update(name=name, parameters=MappingProxyType(dict(parameters)), _holes=MappingProxyType(holes))
+
+    @classmethod
+    def _of(cls, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter]) -> Variant:
+        """From code that is there already."""
+        _check_parameters(name, parameters)
+        made = cls.__new__(cls)
+        made._fill(name, {hole: holes[hole] for hole in HOLES if hole in holes}, parameters)
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a variant does not change: make another instead of setting `{name}`")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a variant does not change: `{name}` stays")
+
+    @property
+    def logits(self) -> Code | None:
+        """The expression in the hole, or None."""
+        return self._holes.get("logits")
+
+    @property
+    def mask(self) -> Code | None:
+        """The whole mask, bands included, or None."""
+        return self._holes.get("mask")
+
+    @property
+    def output(self) -> Code | None:
+        """The expression in the hole, or None."""
+        return self._holes.get("output")
+
+    def tir(self, hole: str) -> Any:
+        """The TIR expression of "logits", "mask" or "output", or None: variables and scalars are tirx.Var of their names."""
+        code = self._holes.get(hole)
+        return None if code is None else codes.to_tir(code, self.parameters)
+
+    @functools.cached_property
+    def bands(self) -> Split:
+        """The mask's band, and what is left of it for kernels."""
+        return split(self.mask, self.parameters)
+
+    @property
+    def residual_mask(self) -> Code | None:
+        """What the kernels test of the mask, since no band says it; None for nothing."""
+        return self.bands.residual
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the band is all of it: planned with, kernels without a variant compute it."""
+        return self.logits is None and self.residual_mask is None and self.output is None
+
+    @functools.cached_property
+    def _struct(self) -> Struct:
+        return lower({**self._holes, "mask": self.residual_mask}, self.parameters)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the generated code: the same for variants that differ in names or in their bands only."""
+        return self._struct.digest
+
+    def source(self) -> str:
+        """The generated struct, ``variant_<digest>``, for a source that includes tvm_infer/variant/variant.h."""
+        return self._struct.source
+
+    def cpu_source(self) -> str:
+        """A C++17 source that defines ``variant_<digest>_cpu``, the CpuFunctions of the CPU executor."""
+        name = self._struct.name
+        return f'#include "tvm_infer/variant/cpu_functions.h"\n\n{self.source()}\nTVM_INFER_VARIANT_CPU({name});\n'
+
+    def bind(self, /, **values: Any) -> BoundVariant:
+        """The variant with a number for each scalar and an array for each table (torch, numpy or TVM; not copied).
+
+        Raises
+        ------
+        VariantError : a parameter is missing or unknown, a scalar is no number of its type, a table is of another rank or device, the
+            window of a mask comes out negative. DTypeError : a table is of another dtype.
+        """
+        from .bind import bind
+
+        return bind(self, values)
+
+    @functools.cached_property
+    def _alone(self) -> BoundVariant:
+        """Bound to nothing."""
+        return self.bind()
+
+    def __and__(self, other: Any) -> Variant:
+        return combine(self, other) if isinstance(other, Variant) else NotImplemented
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        parameters = [[name, p.sort, p.dtype, p.rank] for name, p in self.parameters.items()]
+        holes = {hole: codes.to_list(code) for hole, code in self._holes.items()}
+        return json.dumps({"parameters": parameters, "holes": holes}, separators=(",", ":"), allow_nan=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity == other._identity if isinstance(other, Variant) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def to_json(self) -> str:
+        """The variant as text, for :meth:`from_json`."""
+        return json.dumps({"format": _FORMAT, "name": self.name}, separators=(",", ":"))[:-1] + "," + self._identity[1:]
+
+    @classmethod
+    def from_json(cls, stored: str) -> Variant:
+        """The variant that :meth:`to_json` made. Raises VariantError for any other text."""
+        try:
+            fields = json.loads(stored)
+            version, name, rows, holes = (fields[key] for key in ("format", "name", "parameters", "holes"))
+            parameters = {p: Parameter(sort, dtype, rank) for p, sort, dtype, rank in rows}
+            unknown = set(holes) - set(HOLES)
+        except (TypeError, ValueError, KeyError) as error:
+            if isinstance(error, VariantError):
+                raise
+            raise VariantError(f"argument `stored` is no variant as Variant.to_json writes it: {error!r}") from error
+        if version != _FORMAT or unknown:
+            raise VariantError(
+                f"argument `stored` is a variant of format {version} with the holes {', '.join(holes)}; this tvm_infer reads format "
+                f"{_FORMAT} with {', '.join(HOLES)}: store it anew"
+            )
+        return cls._of(
+            name, {hole: codes.from_list(rows, hole, parameters) for hole, rows in holes.items()}, parameters
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Variant.from_json, (self.to_json(),)
+
+    def __repr__(self) -> str:
+        return f"<Variant {self.name}>"
+
+    def __str__(self) -> str:
+        declared = ", ".join(f"{name}: {p}" for name, p in self.parameters.items())
+        lines = [f"{self.name}({declared})"]
+        lines += [f"  {hole} = {text.expression(code)}" for hole, code in self._holes.items()]
+        return "\n".join(lines)
+
+
+def combine(first: Variant, then: Variant) -> Variant:
+    """Both variants: `then` changes the logits and outputs that `first` made, a key must pass both masks, and the parameters of both
+    are bound. A parameter that both declare alike is one parameter. ``first & then`` is the same.
+
+    Raises VariantError where both declare a name differently.
+    """
+    for name in first.parameters.keys() & then.parameters.keys():
+        if first.parameters[name] != then.parameters[name]:
+            raise error_here(
+                f"variants {first.name} and {then.name} both have a parameter `{name}`, {first.parameters[name]} and "
+                f"{then.parameters[name]}: rename one"
+            )
+    holes = {**then._holes, **first._holes}
+    for hole in first._holes.keys() & then._holes.keys():
+        a, b = first._holes[hole], then._holes[hole]
+        holes[hole] = (
+            codes.conjunction(codes.conjuncts(a) + codes.conjuncts(b)) if hole == "mask" else codes.compose(a, b)
+        )
+    # A parameter drops out where `then` ignores the value that `first` made of it.
+    used = set().union(*(code.names for code in holes.values())) if holes else set()
+    parameters = {name: p for name, p in {**first.parameters, **then.parameters}.items() if name in used}
+    return Variant._of(f"{first.name} & {then.name}", holes, parameters)
+
+
+def _check_parameters(variant: str, parameters: Mapping[str, Parameter]) -> None:
+    if not isinstance(variant, str) or not variant:
+        raise error_here(f"argument `name` is {variant!r}; a variant's name is a string")
+    for name, p in parameters.items():
+        if not isinstance(p, Parameter):
+            raise error_here(
+                f"variant {variant}: parameter `{name}` is declared as {p!r}; declare it with variant.scalar, per_head, per_request or "
+                "tensor, and give its value to bind"
+            )
+        if name in KIND_OF_VARIABLE or name in HOLES or not name.isidentifier() or keyword.iskeyword(name):
+            raise error_here(
+                f"variant {variant}: a parameter cannot be called `{name}`; names of Python that are none of "
+                f"{', '.join((*KIND_OF_VARIABLE, *HOLES))} can"
+            )
+    num_scalars = sum(p.is_scalar for p in parameters.values())
+    for count, limit, what in (
+        (num_scalars, MAX_SCALARS, "scalars"),
+        (len(parameters) - num_scalars, MAX_TABLES, "tables"),
+    ):
+        if count > limit:
+            raise error_here(
+                f"variant {variant} declares {count} {what}; a call carries at most {limit}: put several into one tensor"
+            )
