@@ -365,3 +365,96 @@ def test_append_attention_takes_a_variant(device):
     )
     errors = batch.errors(out, lse)
     assert errors.ok and errors.ratio <= 2.0
+
+
+CACHE_LAYERS = ("plain", "window", "soft_cap", "sink")
+
+
+def cache_variant(name: str, heads: int, device: str) -> Any:
+    sink = torch.linspace(-2.0, 6.0, heads, device=device)
+    return {
+        "plain": None,
+        "window": variant.sliding_window.bind(window=33),
+        "soft_cap": (variant.soft_cap & variant.sliding_window).bind(cap=4.0, window=100),
+        "sink": variant.attention_sink.bind(sink=sink),
+    }[name]
+
+
+def cache_reference(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """float64 [n, heads, head_dim] of the last n tokens of a sequence."""
+    (n, heads, head_dim), m = q.shape, len(k)
+    k, v = (x.double().repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
+    s = torch.einsum("nhd,mhd->hnm", q.double(), k) / math.sqrt(head_dim)
+    i, j = torch.arange(m - n, m, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
+    hidden = j > i
+    if name in ("window", "soft_cap"):
+        hidden = hidden | (j < i - (33 if name == "window" else 100))
+    if name == "soft_cap":
+        s = 4.0 * torch.tanh(s / 4.0)
+    s = s.masked_fill(hidden, -math.inf)
+    o = torch.einsum("hnm,mhd->nhd", torch.softmax(s, -1), v)
+    if name != "sink":
+        return o
+    sink = torch.linspace(-2.0, 6.0, heads, device=q.device).double()
+    return o * torch.sigmoid(torch.logsumexp(s, -1) - sink[:, None]).T[..., None]
+
+
+@pytest.mark.family("kv_cache", "attention_sm90")
+@pytest.mark.parametrize(("page_size", "is_graph"), [(16, False), (1, False), (16, True)])
+def test_layers_of_a_cache(page_size, is_graph, cuda):
+    """Three windows and four variants in one cache: prompts, then decodes, eagerly and by one captured graph."""
+    heads, kv_heads, head_dim, prompts = 8, 2, 128, (150, 40, 1)
+    cache = tvm_infer.PagedKVCache(
+        num_layers=len(CACHE_LAYERS), num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16",
+        page_size=page_size, num_pages=512 // page_size, max_batch=4, max_tokens=256, device=cuda,
+    )  # fmt: skip
+    for layer, name in enumerate(CACHE_LAYERS):
+        cache.pages(layer).fill_(math.nan)
+        if name != "plain":
+            cache.set_variant(cache_variant(name, heads, cuda), layers=[layer])
+    generator = torch.Generator(cuda).manual_seed(1)
+    history: list[list[list[torch.Tensor]]] = [[[], [], []] for _ in prompts for _ in CACHE_LAYERS]
+    rows = sum(prompts)
+    qkv = torch.empty((len(CACHE_LAYERS), rows, heads + 2 * kv_heads, head_dim), device=cuda, dtype=torch.bfloat16)
+    out = torch.empty((len(CACHE_LAYERS), rows, heads, head_dim), device=cuda, dtype=torch.bfloat16)
+
+    def layers(n: int) -> None:
+        for layer in range(len(CACHE_LAYERS)):
+            q, k, v = qkv[layer, :n].split((heads, kv_heads, kv_heads), 1)
+            cache.attention(layer, q, k, v, out=out[layer, :n])
+
+    def step(lengths: tuple[int, ...], run: Callable[[], None]) -> None:
+        n = sum(lengths)
+        qkv[:, :n].normal_(generator=generator)
+        out.fill_(math.nan)
+        cache.begin_forward(list(range(len(prompts))), list(lengths))
+        run()
+        cache.end_forward()
+        at = 0
+        for r, length in enumerate(lengths):
+            for layer, name in enumerate(CACHE_LAYERS):
+                own = history[r * len(CACHE_LAYERS) + layer]
+                for part, x in zip(
+                    own, qkv[layer, at : at + length].split((heads, kv_heads, kv_heads), 1), strict=True
+                ):
+                    part.append(x.clone())
+                expected = cache_reference(name, own[0][-1], torch.cat(own[1]), torch.cat(own[2]))
+                error = float((out[layer, at : at + length].double() - expected).norm() / expected.norm())
+                assert error <= 5e-3, (name, r, error)
+            at += length
+
+    for r in range(len(prompts)):
+        cache.add_sequence(r)
+    step(prompts, lambda: layers(rows))
+    ones = (1,) * len(prompts)
+    step(ones, lambda: layers(len(prompts)))
+    run: Callable[[], None] = lambda: layers(len(prompts))  # noqa: E731
+    if is_graph:
+        cache.begin_forward(list(range(len(prompts))), list(ones))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layers(len(prompts))
+        cache.cancel_forward()
+        run = graph.replay
+    for _ in range(3):
+        step(ones, run)

@@ -31,10 +31,12 @@ void CheckOffsets(const StepLimits& limits, int64_t rows, int64_t logits) {
                 {layout.position_ids(rows), 8 * rows},
                 {layout.page_indptr(), 4 * (int64_t{limits.max_batch} + 1)},
                 {layout.plan(), plan_bytes},
+                {layout.plan(limits.num_plans - 1), limits.num_plans > 1 ? plan_bytes : 0},
                 {layout.page_indices(plan_bytes), 4 * entries},
                 {layout.copies(plan_bytes, entries), limits.max_batch * static_cast<int64_t>(sizeof(PageCopy))}};
   int64_t end = 0;
   for (const auto& array : arrays) {
+    if (array.bytes == 0) continue;
     Check(array.begin >= end, "arrays overlap", limits, rows, logits);
     Check(array.begin % kStepAlignment == 0, "an array is not aligned", limits, rows, logits);
     end = array.begin + array.bytes;
@@ -59,8 +61,8 @@ const T* At(const std::vector<int64_t>& block, int64_t offset) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(block.data()) + offset);
 }
 
-void CheckContents(int32_t max_rows, int64_t rows, bool has_tokens, int64_t logits) {
-  const StepLimits limits{1, max_rows, 256, 3};
+void CheckContents(int32_t num_plans, int32_t max_rows, int64_t rows, bool has_tokens, int64_t logits) {
+  const StepLimits limits{1, max_rows, 256, 3, num_plans};
   const StepLayout layout(limits);
   constexpr int64_t kPlanBytes = 100, kPoison = -0x0123456789abcdef;
   std::vector<int64_t> block(layout.bytes() / 8, kPoison);
@@ -89,9 +91,9 @@ void CheckContents(int32_t max_rows, int64_t rows, bool has_tokens, int64_t logi
   Check(range.begin == layout.logit_rows(rows, logits), "the range's beginning", limits, rows, logits);
   Check(range.end == layout.copies(kPlanBytes, 3) + static_cast<int64_t>(sizeof(PageCopy)), "the range's end", limits, rows, logits);
   for (int64_t i = 0; i < range.begin / 8; ++i) Check(block[i] == kPoison, "words before the range", limits, rows, logits);
-  for (int64_t i = layout.plan() / 8; i < layout.plan() / 8 + kPlanBytes / 8; ++i) {
-    Check(block[i] == kPoison, "the plan", limits, rows, logits);
-  }
+  // of all plans but the last their whole room
+  const int64_t end_of_plans = layout.plan(num_plans - 1) + kPlanBytes;
+  for (int64_t i = layout.plan() / 8; i < end_of_plans / 8; ++i) Check(block[i] == kPoison, "a plan", limits, rows, logits);
 }
 
 void CheckRefusal() {
@@ -114,10 +116,12 @@ int main() {
     for (int32_t max_rows : {1, 2, 15, 16, 17, 4096, 1 << 24}) {
       for (int64_t plan_bytes : {int64_t{4}, int64_t{128}, int64_t{1} << 33}) {
         for (int64_t entries : {int64_t{1}, int64_t{31}, int64_t{1} << 22}) {
-          const StepLimits limits{max_batch, max_rows, plan_bytes, entries};
-          for (int64_t rows : {int64_t{0}, int64_t{1}, int64_t{max_rows}}) {
-            CheckOffsets(limits, rows, 0);
-            CheckOffsets(limits, rows, rows);
+          for (int32_t num_plans : {1, 2, 4}) {
+            const StepLimits limits{max_batch, max_rows, plan_bytes, entries, num_plans};
+            for (int64_t rows : {int64_t{0}, int64_t{1}, int64_t{max_rows}}) {
+              CheckOffsets(limits, rows, 0);
+              CheckOffsets(limits, rows, rows);
+            }
           }
         }
       }
@@ -126,8 +130,10 @@ int main() {
   for (int32_t max_rows : {1, 2, 16, 17, 33}) {
     for (int64_t rows : {int64_t{1}, int64_t{max_rows}}) {
       for (int64_t logits : {int64_t{0}, int64_t{1}, rows}) {
-        CheckContents(max_rows, rows, true, logits);
-        CheckContents(max_rows, rows, false, logits);
+        for (int32_t num_plans : {1, 2, 4}) {
+          CheckContents(num_plans, max_rows, rows, true, logits);
+          CheckContents(num_plans, max_rows, rows, false, logits);
+        }
       }
     }
   }

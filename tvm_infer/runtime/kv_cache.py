@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from .. import _array, _device, _ffi
+from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, DTypeError
 from ..rope import RopeConfig
 from ..schedule import Plan
@@ -402,6 +402,29 @@ class PagedKVCache:
             )
         length = None if seq_len is None else _integer(seq_len, "seq_len")
         self._call("set_rope", rope.inv_freq(length), int(rope.interleaved), rope.magnitude())
+
+    def set_variant(self, variant: Any, *, layers: Iterable[int] | None = None) -> None:
+        """Let layers compute this attention from the next step on: a model of soft caps, windows, sinks … (docs/variants.md).
+
+        variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters; None for plain attention. ``per_request`` tables
+            have an entry for each of the `max_batch` sequences of a step, in the order of its ids; what tables hold may change between
+            steps. Layers of up to 4 different windows are planned apart, in the one copy of begin_forward.
+        layers : which; None: all.
+
+        Raises
+        ------
+        VariantError : not bound, or tables of other lengths. ArgumentError : tables on another device, a layer that is none, more than 4
+        windows. CacheStateError : in a step; on a cache that ran steps for an executable, whose graphs know its kernels.
+        MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
+        """
+        chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
+        call, causal, window_left = None, -1, -1
+        if variant is not None:
+            prepared = variant_call.prepare(variant)
+            causal, window_left = int(prepared.causal), prepared.window_left
+            if not prepared.is_plain:
+                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch)
+        self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, window_left)
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None

@@ -214,12 +214,13 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation) {
+                        const OwnRotation* rotation, const variant::Call* variant) {
   if (rotation != nullptr) CheckAlignedRows(rotation->q, "qkv");  // so are k and v then, whose names the caller does not know
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor());
   cpu::KVSource source{};
   const CacheShape shape =
       PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices);
+  launch.variant = variant;
   launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
   launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
   cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, OptionalTensor(), source, shape);

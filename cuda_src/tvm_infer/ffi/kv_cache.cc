@@ -67,6 +67,10 @@ void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, d
   });
 }
 
+void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> variant, int64_t causal, int64_t window_left) {
+  Guarded([&] { kv->SetVariant(layers, variant, causal, window_left); });
+}
+
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device) {

@@ -79,21 +79,17 @@ int32_t PagedKVCacheObj::_GetOrAllocRuntimeTypeIndex() {
 }
 
 PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
-    : config_(Checked(config)), executor_(MakeKVExecutor(config_)), memory_(AllocateMemory()), manager_(Limits(config)) {}
+    : config_(Checked(config)),
+      executor_(MakeKVExecutor(config_)),
+      layers_(static_cast<size_t>(config.num_layers)),
+      memory_(AllocateMemory()),
+      manager_(Limits(config)) {}
 
 KVMemory PagedKVCacheObj::AllocateMemory() {
   executor_->Complete(&config_);
   tile_classes_ = executor_->TileTable(&num_tile_classes_);
   KVMemory memory;
   const KVCacheConfig& c = config_;
-  // A plan grows with the number of keys only where KV is cut at a fixed size.
-  const PlanLimits limits{static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), 0};
-  const PlanCapacity causal = ComputeCapacity(Params(true), limits), full = ComputeCapacity(Params(false), limits);
-  partial_rows_ = std::max(causal.partial_rows, full.partial_rows);
-  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
-  memory.layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
-      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), std::max(causal.plan_bytes, full.plan_bytes), entries});
-
   const int64_t page_elements = 2 * c.num_kv_heads * c.page_size * c.head_dim;
   memory.page_bytes = page_elements * (c.dtype.bits / 8);
   memory.all_pages = executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.dtype, "its pages");
@@ -104,20 +100,40 @@ KVMemory PagedKVCacheObj::AllocateMemory() {
     memory.pages.push_back(
         memory.all_pages.as_strided(tvm::ffi::ShapeView(shape, 5), tvm::ffi::ShapeView(strides, 5), layer * c.num_pages * page_elements));
   }
-  memory.host_step = AllocateHost({memory.layout->bytes() / 8}, kInt64);
-  memory.step =
-      executor_->place().is_cuda() ? executor_->Allocate({memory.layout->bytes() / 8}, kInt64, "a step's tables") : memory.host_step;
-  memory.step_words = AsWords(memory.step, memory.layout->bytes() / 4);
-  memory.workspace = executor_->Allocate({partial_rows_ * (c.head_dim + 1)}, kFloat32, "partial results");
+  AllocateStep(&memory, windows_);
   return memory;
 }
 
-PlanParams PagedKVCacheObj::Params(bool causal) const {
+// What depends on the plans of a step.
+void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<int32_t>& windows) const {
+  const KVCacheConfig& c = config_;
+  // A plan grows with the number of keys only where KV is cut at a fixed size.
+  const PlanLimits limits{static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), 0};
+  int64_t plan_bytes = 0, partial_rows = 0;
+  for (const int32_t window : windows) {
+    for (const bool causal : {true, false}) {
+      const PlanCapacity capacity = ComputeCapacity(Params(causal, window), limits);
+      plan_bytes = std::max(plan_bytes, capacity.plan_bytes);
+      partial_rows = std::max(partial_rows, capacity.partial_rows);
+    }
+  }
+  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
+  memory->layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
+      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(windows.size())});
+  memory->host_step = AllocateHost({memory->layout->bytes() / 8}, kInt64);
+  memory->step =
+      executor_->place().is_cuda() ? executor_->Allocate({memory->layout->bytes() / 8}, kInt64, "a step's tables") : memory->host_step;
+  memory->step_words = AsWords(memory->step, memory->layout->bytes() / 4);
+  memory->workspace = executor_->Allocate({partial_rows * (c.head_dim + 1)}, kFloat32, "partial results");
+  memory->partial_rows = partial_rows;
+}
+
+PlanParams PagedKVCacheObj::Params(bool causal, int32_t window_left) const {
   PlanParams params;
   params.num_ctas = static_cast<int32_t>(config_.num_ctas);
   params.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
   params.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
-  params.band = Band{kUnbounded, causal ? 0 : kUnbounded};
+  params.band = Band{window_left, causal ? 0 : kUnbounded};
   params.fixed_split_size = kSplitAuto;
   params.tile_classes = tile_classes_;
   params.num_tile_classes = num_tile_classes_;
@@ -141,14 +157,16 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     KVStep next;
     next.step = &step;
     next.num_rows = padded.num_rows = NumRows(step, inputs);
-    const PlanParams params = Params(causal);
-    next.capture_key = CaptureKey(params);
     char* block = DataPtr<char>(TensorView(memory_.host_step));
     const kv::StepLayout& layout = *memory_.layout;
-    step_.plan_bytes = 0;  // the last step's plan is written over now, also where this step fails
-    next.plan_bytes = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(),
-                                    layout.limits().plan_bytes, partial_rows_);
-    const kv::StepRange range = kv::FillStep(layout, step, padded, next.plan_bytes, block);
+    step_.plan_bytes[0] = 0;  // the last step's plan is written over now, also where this step fails
+    for (int32_t i = 0; i < layout.limits().num_plans; ++i) {
+      const PlanParams params = Params(causal, windows_[i]);
+      next.capture_keys[i] = CaptureKey(params);
+      next.plan_bytes[i] = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(i),
+                                         layout.limits().plan_bytes, memory_.partial_rows);
+    }
+    const kv::StepRange range = kv::FillStep(layout, step, padded, next.last_plan_bytes(layout), block);
     executor_->BeginStep(memory_, next, range);
     step_ = next;
   } catch (...) {
@@ -156,6 +174,7 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     throw;
   }
   causal_ = causal;
+  has_stepped_ = true;
 }
 
 // q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.
@@ -188,6 +207,12 @@ void PagedKVCacheObj::CheckCall(int64_t layer, double sm_scale, bool causal) con
                                        << " but begin_forward planned the step with causal = " << causal_
                                        << "; a plan leaves out keys by its mask: begin the step with the same";
   }
+  const Layer& own = layers_[layer];
+  if (own.causal >= 0 && (own.causal != 0) != causal_) {
+    TVM_INFER_THROW(PlanMismatchError) << "argument `layer` is " << layer << ", whose variant has causal = " << own.causal
+                                       << ", but begin_forward planned the step with causal = " << causal_
+                                       << "; begin the step with the variant's";
+  }
 }
 
 void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
@@ -198,7 +223,7 @@ void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const Tensor
   CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
   CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
   if (step_.num_rows == 0) return;
-  executor_->Attention(memory_, step_, LayerCall{layer, q, k, v, o, sm_scale});
+  executor_->Attention(memory_, step_, CallOf(layer, q, k, v, o, sm_scale));
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::QueryPositions() const {
@@ -225,9 +250,9 @@ tvm::ffi::Tensor PagedKVCacheObj::LogitRows(int64_t num_rows, int64_t num_logits
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
-  if (step_.plan_bytes == 0)
+  if (step_.plan_bytes[0] == 0)
     TVM_INFER_THROW(CacheStateError) << "the cache has no plan: no step was begun yet, or the last one failed; call begin_forward() first";
-  const int64_t shape[] = {step_.plan_bytes / 4}, strides[] = {1};
+  const int64_t shape[] = {step_.plan_bytes[0] / 4}, strides[] = {1};
   return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
       .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
 }

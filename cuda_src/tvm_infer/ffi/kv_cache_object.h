@@ -14,6 +14,7 @@
 
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/kv_executor.h"
+#include "tvm_infer/ffi/variant.h"
 #include "tvm_infer/kv/cache_manager.h"
 #include "tvm_infer/schedule/planner.h"
 
@@ -38,6 +39,10 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
   // sequences and this is another rotation than theirs.
   void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
+  // What the layers' attention is besides; without a variant plain attention in this band. Layers of other windows get a plan of their own
+  // each step. causal: that begin_forward must say, -1 for either. CacheStateError in a step, and once steps ran for an executable, whose
+  // graphs know kernels and addresses; ArgumentError for more than kMaxPlans windows.
+  void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, int64_t window_left);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.
   void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
@@ -75,7 +80,17 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   static int32_t RuntimeTypeIndex() noexcept { return _GetOrAllocRuntimeTypeIndex(); }
 
  private:
-  PlanParams Params(bool causal) const;
+  // A layer's attention.
+  struct Layer {
+    tvm::ffi::Optional<VariantCall> variant;
+    int32_t causal = -1;  // that a step must have; -1: either
+    int32_t plan = 0;     // index in windows_
+  };
+
+  PlanParams Params(bool causal, int32_t window_left) const;
+  void AllocateStep(KVMemory* memory, const std::vector<int32_t>& windows) const;
+  LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
+                   double sm_scale) const;
   KVMemory AllocateMemory();  // sets the executor's tile classes too
   int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
   void CheckCall(int64_t layer, double sm_scale, bool causal) const;
@@ -86,7 +101,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   std::unique_ptr<KVExecutor> executor_;
   const TileClass* tile_classes_;
   int32_t num_tile_classes_;
-  int64_t partial_rows_;
+  std::vector<int32_t> windows_ = {kUnbounded};  // Band::left of each plan of a step
+  std::vector<Layer> layers_;
+  bool has_stepped_ = false;
   KVMemory memory_;  // before manager_: what is too large to allocate fails here, untouched
   kv::CacheManager manager_;
   Planner planner_;

@@ -72,7 +72,9 @@ void PagedKVCacheObj::FusedAttention(int64_t layer, const TensorView& qkv, doubl
   if (step_.num_rows == 0) return;
   const Heads q(qkv, 0, num_qo_heads), k(qkv, num_qo_heads, num_kv_heads), v(qkv, num_qo_heads + num_kv_heads, num_kv_heads);
   const TensorView views[] = {q.view(), k.view(), v.view()};
-  executor_->Attention(memory_, step_, LayerCall{layer, views[0], views[1], views[2], o, sm_scale, &rope_});
+  LayerCall call = CallOf(layer, views[0], views[1], views[2], o, sm_scale);
+  call.rope = &rope_;
+  executor_->Attention(memory_, step_, call);
 }
 
 }  // namespace tvm_infer::ffi_api

@@ -12,6 +12,7 @@
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/kv/step_buffer.h"
 #include "tvm_infer/schedule/planner.h"
+#include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::ffi_api {
 
@@ -35,7 +36,8 @@ struct KVMemory {
   tvm::ffi::Tensor step_words;          // `step` as int32
   tvm::ffi::Tensor workspace;           // float32 [partial rows * (head_dim + 1)]
   std::unique_ptr<const kv::StepLayout> layout;
-  int64_t page_bytes = 0;  // of one layer
+  int64_t partial_rows = 0;  // of the workspace
+  int64_t page_bytes = 0;    // of one layer
 };
 
 // How a cache rotates queries and keys; its memory is at fixed addresses too.
@@ -48,12 +50,15 @@ struct KVRope {
   bool is_set() const { return inv_freq.defined(); }
 };
 
+inline constexpr int32_t kMaxPlans = 4;  // of a step: bands that the layers of one model may have
+
 // The step under way.
 struct KVStep {
   const kv::Step* step = nullptr;
   int64_t num_rows = 0;  // of q, k, v and o; those behind step->num_tokens() are padding
-  int64_t plan_bytes = 0;
-  uint64_t capture_key = 0;  // of the plan
+  int64_t plan_bytes[kMaxPlans] = {};
+  uint64_t capture_keys[kMaxPlans] = {};
+  int64_t last_plan_bytes(const kv::StepLayout& layout) const { return plan_bytes[layout.limits().num_plans - 1]; }
 };
 
 // One layer's q, k, v and o: [num_rows, heads, head_dim], of the cache's heads, head_dim and dtype.
@@ -61,7 +66,9 @@ struct LayerCall {
   int64_t layer;
   const TensorView &q, &k, &v, &o;
   double sm_scale;
-  const KVRope* rope = nullptr;  // rotates q and k on their way; null: they come as they are to be
+  int32_t plan = 0;                        // which of the step's
+  const variant::Call* variant = nullptr;  // null: none
+  const KVRope* rope = nullptr;            // rotates q and k on their way; null: they come as they are to be
 };
 
 class KVExecutor {

@@ -99,7 +99,7 @@ void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
   cuda::CopyPagesParams params{};
   params.pages = DataPtr<void>(TensorView(memory.all_pages));
   const auto num_entries = static_cast<int64_t>(step.step->page_indices.size());
-  params.copies = reinterpret_cast<const int32_t*>(device + memory.layout->copies(step.plan_bytes, num_entries));
+  params.copies = reinterpret_cast<const int32_t*>(device + memory.layout->copies(step.last_plan_bytes(*memory.layout), num_entries));
   params.layer_bytes = memory.page_bytes * config_.num_pages;
   params.page_bytes = memory.page_bytes;
   params.num_copies = static_cast<int32_t>(step.step->copies.size());
@@ -118,12 +118,12 @@ void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Ten
 
 void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
   const kv::StepLayout& layout = *memory.layout;
-  const tvm::ffi::Tensor plan = Words(memory.step_words, layout.plan(), layout.limits().plan_bytes / 4);
+  const tvm::ffi::Tensor plan = Words(memory.step_words, layout.plan(call.plan), layout.limits().plan_bytes / 4);
   const tvm::ffi::Tensor indptr = Words(memory.step_words, layout.page_indptr(), int64_t{layout.limits().max_batch} + 1);
   const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
-    on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_key, q, call.k, call.v, TensorView(memory.pages[call.layer]),
-                                TensorView(indptr), TensorView(memory.step_words), call.sm_scale, TensorView(memory.workspace), call.o,
-                                rotation);
+    on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_keys[call.plan], q, call.k, call.v,
+                                TensorView(memory.pages[call.layer]), TensorView(indptr), TensorView(memory.step_words), call.sm_scale,
+                                TensorView(memory.workspace), call.o, rotation, call.variant);
   };
   if (call.rope == nullptr) return attend(call.q, nullptr);
   const KVRope& rope = *call.rope;

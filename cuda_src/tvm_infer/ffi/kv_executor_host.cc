@@ -158,7 +158,8 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   Append(step, call, cache);
   const TensorView q = call.rope == nullptr ? call.q : TensorView(call.rope->rotated_q);
   cpu::AttentionArgs attend{};
-  attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan();
+  attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan(call.plan);
+  attend.variant = call.variant;
   attend.dtype = dtype_;
   attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
   attend.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);

@@ -1,11 +1,12 @@
 // What executors and models read in a step, in one block of memory, so that a device gets all of it by one copy:
 //
-//     … logit rows | input ids | position ids | page_indptr | plan | page indices | page copies
-//                                             ^ Layout::page_indptr, fixed; so is the plan
+//     … logit rows | input ids | position ids | page_indptr | plans | page indices | page copies
+//                                             ^ Layout::page_indptr, fixed; so is each plan
 //
-// Captured graphs keep addresses, so whatever they read stands at a fixed place: page_indptr and the plan always, and the arrays left of
-// them for a given number of rows, since they end at a fixed place. The page indices stand wherever the plan ends: entries of page_indptr
-// count from the block's first word, not from the first page index. Only the bytes in use are copied.
+// Captured graphs keep addresses, so whatever they read stands at a fixed place: page_indptr and the plans always (one for each band that
+// layers have; mostly there is one), and the arrays left of them for a given number of rows, since they end at a fixed place. The page
+// indices stand wherever the last plan ends: entries of page_indptr count from the block's first word, not from the first page index. Only
+// the bytes in use are copied, with the room between plans.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,7 @@ struct StepLimits {
   int32_t max_rows;    // rows of a step, padding included
   int64_t plan_bytes;  // of the largest plan
   int64_t max_page_entries;
+  int32_t num_plans = 1;
 };
 
 // Offsets in bytes from the block's beginning.
@@ -35,8 +37,9 @@ class StepLayout {
     return input_ids(num_rows) - Bytes(num_logits);
   }
   int64_t page_indptr() const { return page_indptr_; }  // int32 [max_batch + 1]
-  int64_t plan() const { return plan_; }
-  int64_t page_indices(int64_t plan_bytes) const { return plan_ + Aligned(plan_bytes); }  // int32
+  int64_t plan(int32_t index = 0) const { return plan_ + index * Aligned(limits_.plan_bytes); }
+  // Where the last plan has `plan_bytes`, as below.
+  int64_t page_indices(int64_t plan_bytes) const { return plan(limits_.num_plans - 1) + Aligned(plan_bytes); }  // int32
   int64_t copies(int64_t plan_bytes, int64_t num_entries) const { return page_indices(plan_bytes) + Aligned(4 * num_entries); }
   int64_t bytes() const { return bytes_; }
   const StepLimits& limits() const { return limits_; }
@@ -62,8 +65,8 @@ struct StepInputs {
   int64_t num_logits;
 };
 
-// Writes everything but the plan, which stands in the block already (`plan_bytes` of it). Throws Error("WorkspaceError") where the step's
-// page tables have more than max_page_entries.
+// Writes everything but the plans, which stand in the block already (the last in `plan_bytes`). Throws Error("WorkspaceError") where the
+// step's page tables have more than max_page_entries.
 StepRange FillStep(const StepLayout& layout, const Step& step, const StepInputs& inputs, int64_t plan_bytes, void* block);
 
 }  // namespace tvm_infer::kv
