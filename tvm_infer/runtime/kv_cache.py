@@ -413,8 +413,8 @@ class PagedKVCache:
 
         Raises
         ------
-        VariantError : not bound, or tables of other lengths. ArgumentError : tables on another device, a layer that is none, more than 4
-        windows. CacheStateError : in a step; on a cache that ran steps for an executable, whose graphs know its kernels.
+        VariantError : not bound, or tables of other lengths. ArgumentError : tables on another device, a layer that is none, more
+        than 4 windows. CacheStateError : in a step; on a cache that ran steps for an executable, whose graphs know its kernels.
         MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
