@@ -69,7 +69,8 @@ def build(names: tuple[str, ...], every: bool, listed: bool, arch: str, out: str
 @click.argument("name")
 @click.option("--kernel", default="attention_bf16_h128_p16", show_default=True, help="attention kernel to put it into")
 @click.option("--arch", default="sm_90a", show_default=True, help="architecture to compile for")
-def show_variant(name: str, kernel: str, arch: str) -> None:
+@click.option("--out", type=click.Path(file_okay=False), help="put the cubin here, for TVM_INFER_CUBIN_DIR elsewhere")
+def show_variant(name: str, kernel: str, arch: str, out: str | None) -> None:
     """Show what becomes of an attention variant: expression, band, C++, and what the CUDA kernel takes with it and without.
 
     NAME is one of the standard library's, or MODULE:NAME of your own, a tvm_infer.variant.Variant.
@@ -80,7 +81,10 @@ def show_variant(name: str, kernel: str, arch: str) -> None:
     """
     from .variant import show
 
-    click.echo(show.report(show.find(name), kernel, arch))
+    found = show.find(name)
+    click.echo(show.stages(found))
+    if not found.is_plain:
+        click.echo("\n" + show.resources(found, kernel, arch, out))
 
 
 @main.group()

@@ -114,14 +114,16 @@ def cached_kernels() -> str:
     """Kernels compiled before: those in the cache, of this version or another, and the cubins of TVM_INFER_CUBIN_DIR."""
     from .jit import all_names, cubins
 
-    cached, prebuilt = cubins.cached_names(), env.setting("TVM_INFER_CUBIN_DIR").value
+    found, prebuilt = cubins.cached_names(), env.setting("TVM_INFER_CUBIN_DIR").value
+    cached = [name for name in found if "_v" not in name]
     total = len(all_names())
     named = f": {', '.join(cached)}" if 0 < len(cached) < total else ""
-    parts = [f"{len(cached)} of {total} in the cache, of any version{named}"]
+    variants = f"; {len(found) - len(cached)} with variants" if len(found) > len(cached) else ""
+    parts = [f"{len(cached)} of {total} in the cache, of any version{named}{variants}"]
     if prebuilt:
         folder = pathlib.Path(prebuilt).expanduser()
-        found = f"{len(list(folder.glob('*.cubin')))} cubins" if folder.is_dir() else "no folder"
-        parts.append(f"TVM_INFER_CUBIN_DIR {prebuilt}: {found}")
+        there = f"{len(list(folder.glob('*.cubin')))} cubins" if folder.is_dir() else "no folder"
+        parts.append(f"TVM_INFER_CUBIN_DIR {prebuilt}: {there}")
     return "; ".join(parts)
 
 

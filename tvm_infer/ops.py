@@ -91,6 +91,12 @@ def _num_kv_heads(k: Any, axis: int, ranks: tuple[int, ...]) -> int | None:
     return int(shape[axis]) if len(shape) in ranks else None
 
 
+def _host_words(plan: Any) -> np.ndarray:
+    """A plan in host memory, of whatever library, as numpy has it."""
+    foreign = hasattr(plan, "__dlpack__") and not isinstance(plan, np.ndarray)
+    return np.from_dlpack(plan) if foreign else np.asarray(plan)
+
+
 def _prepare(
     q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int | None, num_lists: int
 ) -> tuple[Any, Any, Any, Any]:
@@ -102,7 +108,7 @@ def _prepare(
     else:
         words = plan.buffer if isinstance(plan, Plan) else _array.as_tensor(plan, "plan")
         if workspace is None:
-            parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
+            parsed = plan if isinstance(plan, Plan) else Plan(_host_words(plan))
             workspace = np.empty(parsed.num_partial_rows * (q.shape[-1] + 1), np.float32)
     if out is None:
         out = _array.empty_like(q, q.shape)
@@ -165,11 +171,10 @@ def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any,
     prepared = variant_call.prepare(variant)
     is_cuda = _device.cuda_index(q) is not None
     if isinstance(plan, Plan) or not is_cuda:
-        parsed = plan if isinstance(plan, Plan) else Plan(np.asarray(plan))
+        parsed = plan if isinstance(plan, Plan) else Plan(_host_words(plan))
         variant_call.check_plan(variant, parsed)
-        num_requests = parsed.num_requests
-    else:
-        num_requests = num_lists
+    # On a device a captured graph may be replayed with the plan of more requests: as many as the page table has.
+    num_requests = num_lists if is_cuda else parsed.num_requests
     if prepared.is_plain:
         _ffi.func(name)(*arguments)
     else:

@@ -165,6 +165,8 @@ class Generator:
             )],
             *[of(g, b, b) for g in (lambda n, x, y: x & y, lambda n, x, y: x | y, lambda n, x, y: x ^ y, lambda n, x, y: x == y)],
             of(lambda n, x: ~x, b),
+            of(lambda n, x: n.to_float(x) < 0.5, b),
+            of(lambda n, x, y: n.to_float(x) + n.to_float(y) <= 1.0, b, b),
             of(lambda n, c, x, y: n.where(c, x, y), b, b, b),
             *self.leaves("b"),
         ]  # fmt: skip

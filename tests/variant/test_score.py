@@ -13,7 +13,7 @@ SCALE = 0.125
 
 
 def shown(v: variant.Variant) -> str:
-    return text.expression(of_score(v.logits, v.parameters))
+    return text.expression(of_score(v.logits, v.parameters)).replace("@", "")
 
 
 def test_uniform_factors_come_together():
@@ -33,7 +33,7 @@ def test_the_value_is_the_same():
         code = of_score(case.code, case.variant.parameters)
         for at in AT:
             score = rng.standard_normal(KEYS) * 8
-            values = {**at._asdict(), **case.values, "kv_pos": np.arange(KEYS), "scale": SCALE, "score": score}
+            values = {**at._asdict(), **case.values, "kv_pos": np.arange(KEYS), "@scale": SCALE, "@score": score}
             expected = np.broadcast_to(evaluate(case.code, {**values, "value": score * SCALE}), (KEYS,))
             got = np.broadcast_to(evaluate(code, values), (KEYS,))
             usual = np.isfinite(expected) & (abs(expected) < 1e30)
@@ -56,3 +56,21 @@ def test_which_tables_are_read_by_key():
         assert f"kReadsByKey = {str(expected).lower()}" in v.source()
     assert "kReadsByKey = true" in variant.custom_mask.source()
     assert "kReadsByKey = false" in variant.alibi.source()
+
+
+def test_parameters_called_as_the_generated_functions_arguments_are():
+    """Their values are read, not those of the arguments: the code is that of the same variant with other names."""
+    for name in ("score", "scale", "first", "last", "p", "row", "t0"):
+        for parameter in (variant.scalar(), variant.per_head(), variant.per_request()):
+            scope = {"variant": variant}
+            made = [
+                variant.Variant(
+                    "v",
+                    logits=eval(f"lambda value, {n}: value * {n} + {n}", scope),
+                    mask=eval(f"lambda kv_pos, {n}: kv_pos >= {n}", scope),
+                    output=eval(f"lambda value, {n}: value - {n}", scope),
+                    **{n: parameter},
+                )
+                for n in (name, "other")
+            ]
+            assert made[0].source() == made[1].source() and made[0].digest == made[1].digest

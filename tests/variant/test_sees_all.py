@@ -20,7 +20,7 @@ def verdicts(code, test, values) -> tuple[np.ndarray, np.ndarray]:
     """(what the test says, whether all keys are seen) of every run."""
     seen = np.broadcast_to(evaluate(code, {**values, "kv_pos": np.arange(KEYS)}), (KEYS,))
     truth = np.array([seen[first : last + 1].all() for first, last in RUNS])
-    said = np.broadcast_to(evaluate(test, {**values, "first": FIRST, "last": LAST}), truth.shape)
+    said = np.broadcast_to(evaluate(test, {**values, "@first": FIRST, "@last": LAST}), truth.shape)
     return said, truth
 
 
@@ -35,6 +35,8 @@ EXACT = [
     (lambda kv_pos, kv_len, q_len: kv_pos < kv_len - q_len, {}),
     (lambda kv_pos, q_pos: variant.to_float(kv_pos) + 0.5 < variant.to_float(q_pos), {}),
     (lambda kv_pos: kv_pos != 6, {}),
+    (lambda kv_pos: variant.to_float(kv_pos < 5) <= 0.5, {}),
+    (lambda kv_pos: variant.to_int(kv_pos >= 4) == 1, {}),
     (lambda kv_pos, batch: (batch == 1) | (kv_pos < 2), {}),
 ]
 

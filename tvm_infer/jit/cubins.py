@@ -138,7 +138,10 @@ def build(
     """
     if isinstance(names, str):
         raise ArgumentError(f"argument `names` is the string {names!r}; it must be a list of names: [{names!r}]")
-    wanted = [parse(name).name for name in dict.fromkeys(names)]
+    specs = [parse(name) for name in dict.fromkeys(names)]
+    for spec in specs:
+        spec.source()  # a variant that this process does not know
+    wanted = [spec.name for spec in specs]
     nvcc.flags(arch)
     nvcc.check_release(nvcc.find(), arch)
     if jobs is not None and jobs < 1:

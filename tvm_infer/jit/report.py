@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from . import nvcc
 from .cubins import Built, build
-from .names import all_names
+from .names import all_names, parse
 
 __all__ = ["all_names", "build_and_print"]
 
@@ -20,7 +21,13 @@ def build_and_print(names: Iterable[str], *, arch: str, jobs: int | None, out: s
         build(names, arch, jobs=jobs, out=out, done=built.append)
     finally:
         if built:
-            _print(sorted(built, key=lambda b: all_names().index(b.name)), time.perf_counter() - start, out)
+            _print(sorted(built, key=_place), time.perf_counter() - start, out)
+
+
+def _place(built: Built) -> tuple[int, str]:
+    """In the order of the table, a kernel with variants behind the plain one."""
+    plain = replace(parse(built.name), variant=None).name
+    return all_names().index(plain), built.name
 
 
 def _print(built: list[Built], seconds: float, out: str | None) -> None:

@@ -30,11 +30,14 @@ class BoundVariant:
     band: Band
 
     def check_shapes(self, num_qo_heads: int, num_requests: int) -> None:
-        """Raise VariantError where a per_head or per_request table has not that many elements."""
+        """Raise VariantError where a per_head table has not that many elements, or a per_request table has fewer."""
         wanted = {"per_head": (num_qo_heads, "num_qo_heads"), "per_request": (num_requests, "num_requests")}
         named = [(name, p) for name, p in self.variant.parameters.items() if not p.is_scalar]
         for (name, p), table in zip(named, self.tables, strict=True):
-            if p.sort in wanted and int(table.shape[0]) != wanted[p.sort][0]:
+            if p.sort not in wanted:
+                continue
+            length, least = int(table.shape[0]), wanted[p.sort][0]
+            if length < least or (p.sort == "per_head" and length > least):
                 count, what = wanted[p.sort]
                 raise VariantError(
                     f"variant {self.variant.name}: parameter `{name}` has {int(table.shape[0])} elements; it is {p} and the call has "

@@ -28,11 +28,11 @@ _NAMESPACE = "tvm_infer::variant"
 # hole -> result, name of the function, its arguments: type and name, as variant.h documents them
 _ARGS, _ROW = (f"const {_NAMESPACE}::Args&", "p"), (f"const {_NAMESPACE}::Row&", "row")
 _FUNCTIONS: dict[str, Signature] = {
-    "logits": ("float", "Logits", (_ARGS, _ROW, ("int32_t", "kv_pos"), ("float", SCORE), ("float", SCALE))),
+    "logits": ("float", "Logits", (_ARGS, _ROW, ("int32_t", "kv_pos"), ("float", SCORE[1:]), ("float", SCALE[1:]))),
     "mask": ("bool", "Mask", (_ARGS, _ROW, ("int32_t", "kv_pos"))),
     "output": ("float", "Output", (_ARGS, _ROW, ("float", "lse"), ("float", "value"))),
 }
-_SEES_ALL = ("bool", "SeesAll", (_ARGS, _ROW, ("int32_t", FIRST), ("int32_t", LAST)))
+_SEES_ALL = ("bool", "SeesAll", (_ARGS, _ROW, ("int32_t", FIRST[1:]), ("int32_t", LAST[1:])))
 _NEVER = Code((Node("const", BOOL, (), False),))
 
 
@@ -102,7 +102,9 @@ def _function(signature: Signature, code: Code, parameters: Mapping[str, Paramet
 def _used(code: Code, parameters: Mapping[str, Parameter]) -> set[str]:
     used = set()
     for name in code.names:
-        if name in parameters:
+        if name.startswith("@"):
+            used.add(name[1:])
+        elif name in parameters:
             used.add("p")
         elif name in POSITIONS and name != "kv_pos":
             used.add("row")
@@ -117,6 +119,8 @@ def _value(node: Node, values: list[str], parameters: Mapping[str, Parameter], n
     if node.op == "const":
         return _constant(node)
     if node.op == "name":
+        if name.startswith("@"):
+            return name[1:]
         if name in parameters:
             return f"p.{'Float' if node.kind == FLOAT else 'Int'}({numbers[name]})"
         return f"row.{name}" if name in POSITIONS and name != "kv_pos" else name

@@ -11,7 +11,8 @@ from .code import Builder, Code
 from .operations import FLOAT
 from .parameters import Parameter
 
-SCORE, SCALE = "score", "scale"
+# Arguments of the generated functions; no parameter can be called so.
+SCORE, SCALE = "@score", "@scale"
 
 
 class _Folder:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from .code import Builder, Code
 from .operations import BOOL, INT
 
-FIRST, LAST = "first", "last"
+# Arguments of the generated test; no parameter can be called so.
+FIRST, LAST = "@first", "@last"
 
 
 class _Value(NamedTuple):
@@ -47,6 +48,8 @@ class _Intervals:
         if node.op == "name":
             return _Value(add("name", INT, (), FIRST), add("name", INT, (), LAST))
         args = [self.values[a] for a in node.args]
+        if node.op in ("to_float", "to_int") and self.nodes[node.args[0]].kind == BOOL:
+            return self._number(node.op, node.kind, args[0])
         if node.op in _MONOTONE and (node.op not in ("floordiv", "shr") or self.fixed[node.args[1]] is not None):
             return self._of_each(node.op, node.kind, args)
         if node.op == "sub":
@@ -62,6 +65,14 @@ class _Intervals:
         if node.op == "not":
             return _Value(args[0].high, args[0].low)
         return _UNKNOWN
+
+    def _number(self, op: str, kind: str, condition: _Value) -> _Value:
+        """A condition as 1 or 0: at least 1 where it always holds, at most 0 where it never does."""
+        add = self.builder.add
+        low = add("const", kind, (), 0) if condition.low is None else add(op, kind, (condition.low,))
+        if condition.high is None:
+            return _Value(low, add("const", kind, (), 1))
+        return _Value(low, add(op, kind, (add("not", BOOL, (condition.high,)),)))
 
     def _of_each(self, op: str, kind: str, args: list[_Value]) -> _Value:
         lows, highs = [a.low for a in args], [a.high for a in args]

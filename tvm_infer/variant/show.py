@@ -7,7 +7,7 @@ import importlib
 
 from .. import jit
 from ..errors import ArgumentError
-from ..jit import cubin_file, cubins, nvcc
+from ..jit import cubin_file, cubins
 from . import text
 from .standard import STANDARD
 from .variant import Variant
@@ -52,23 +52,21 @@ def _taken(kernel: str, arch: str) -> str:
     return f"{code / 1024:.1f} KiB of code, {taken}"
 
 
-def report(variant: Variant, kernel: str, arch: str) -> str:
-    """Expression, band, generated C++, and the resources of `kernel` with and without the variant."""
-    parts = [str(variant), _band(variant)]
-    if variant.is_plain:
-        return "\n\n".join([*parts, "nothing is left for kernels: those without a variant run, by a plan of this band"])
+def stages(variant: Variant) -> str:
+    """Expression, band, generated C++: what needs no compiler."""
+    rest = "nothing is left for kernels: those without a variant run, by a plan of this band"
+    return "\n\n".join([str(variant), _band(variant), rest if variant.is_plain else variant.source().rstrip()])
+
+
+def resources(variant: Variant, kernel: str, arch: str, out: str | None) -> str:
+    """What `kernel` takes with the variant and without. The cubin goes to folder `out`, too, if that is given."""
     spec = jit.parse(kernel)
     if not spec.family.takes_variant or spec.variant is not None:
         raise ArgumentError(
             f"argument `kernel` is {kernel!r}, which takes no variant; name an attention kernel, such as 'attention_bf16_h128_p16'"
         )
     jit.register_variant(variant.digest, variant.source())
-    nvcc.flags(arch)
     with_variant = f"{kernel}_v{variant.digest}"
-    return "\n\n".join(
-        [
-            *parts,
-            variant.source().rstrip(),
-            f"{with_variant}, {arch}\n  {_taken(with_variant, arch)}\n{kernel}, {arch}\n  {_taken(kernel, arch)}",
-        ]
-    )
+    if out is not None:
+        jit.build([with_variant], arch, out=out)
+    return "\n".join(f"{name}, {arch}\n  {_taken(name, arch)}" for name in (with_variant, kernel))

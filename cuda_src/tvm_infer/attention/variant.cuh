@@ -37,6 +37,7 @@ struct VariantRows {
   // For the first of the work's KV heads. Rows behind the last repeat it, so that tables are read where they have entries.
   __device__ __forceinline__ void Enter(const PlanView& plan, const Work& work, int32_t group, int32_t row) {
     const TokenOfRow token(work, group);
+    // NOTE: all rows of a work are of the request whose list it reads: there are no shared lists yet, and no token order.
     const int32_t batch = work.kv_list, first_head = work.row_begin % group;
     const int32_t q_len = __ldg(plan.qo_indptr() + batch + 1) - __ldg(plan.qo_indptr() + batch), kv_len = __ldg(plan.kv_len() + batch);
 #pragma unroll
