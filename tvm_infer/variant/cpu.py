@@ -1,10 +1,13 @@
-"""A variant for the CPU executor: its generated source, compiled by the machine's C++ compiler and loaded for good."""
+"""A variant for the CPU executor: as the library has it, or its generated source, compiled by the machine's C++ compiler and loaded
+for good."""
 
 from __future__ import annotations
 
 import ctypes
 
+from ..errors import MissingDependencyError
 from ..jit import cxx, headers
+from . import prebuilt
 from .variant import Variant
 
 # No -ffast-math: hidden keys are -inf.
@@ -30,7 +33,18 @@ def describe(variant: Variant) -> cxx.Library:
 
 
 def cpu_functions(variant: Variant) -> int:
-    """The address of the variant's ``tvm_infer::variant::CpuFunctions``, good until the process ends; compiled where it is not cached.
+    """The address of the variant's ``tvm_infer::variant::CpuFunctions``, good until the process ends: the library's own where the
+    generated code is that of a standard variant, else compiled.
+
+    Raises
+    ------
+    As :func:`compiled` does, for variants that are not standard.
+    """
+    return prebuilt.address(variant) or compiled(variant)
+
+
+def compiled(variant: Variant) -> int:
+    """The same for any variant, by the C++ compiler; once, then from the cache.
 
     Raises
     ------
@@ -38,7 +52,13 @@ def cpu_functions(variant: Variant) -> int:
     """
     digest = variant.digest
     if digest not in _loaded:
-        library = ctypes.CDLL(str(cxx.shared_library(describe(variant))))
+        try:
+            library = ctypes.CDLL(str(cxx.shared_library(describe(variant))))
+        except MissingDependencyError as error:
+            raise MissingDependencyError(
+                f"variant {variant.name} is not one that the library has for the CPU (tvm_infer.variant.STANDARD, with any band) and "
+                f"must be compiled: {error}"
+            ) from error
         address = ctypes.addressof(ctypes.c_char.in_dll(library, f"variant_{digest}_cpu"))
         _loaded[digest] = (library, address)
     return _loaded[digest][1]

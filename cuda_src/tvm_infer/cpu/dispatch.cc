@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/cpu/kernels.h"
@@ -89,6 +90,15 @@ const KernelTable& ChosenKernels() {
 }
 
 const char* IsaName() { return ChosenKernels().name; }
+
+const variant::CpuFunctions* StandardVariantFunctions(const char* digest) {
+  const StandardVariants& variants = *ChosenKernels().standard_variants;
+  const std::string name = std::string("variant_") + digest;
+  for (size_t i = 0; i < variants.count; ++i) {
+    if (name == variants.entries[i].name) return &variants.entries[i].functions;
+  }
+  return nullptr;
+}
 
 int DefaultNumThreads() {
   static const int count = CountThreads();

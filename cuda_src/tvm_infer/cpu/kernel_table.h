@@ -8,12 +8,15 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
+extern const StandardVariants kStandardVariants;  // standard_variants_*.cc
+
 inline constexpr KernelTable MakeTable(const char* name) {
   return {name,
           {Attend<float>, Attend<Half>, Attend<BFloat>},
           {MergeRow<float, float>, MergeRow<float, Half>, MergeRow<float, BFloat>},
           {MergeRow<float, float>, MergeRow<Half, Half>, MergeRow<BFloat, BFloat>},
-          {TurnRow<float>, TurnRow<Half>, TurnRow<BFloat>}};
+          {TurnRow<float>, TurnRow<Half>, TurnRow<BFloat>},
+          &kStandardVariants};
 }
 
 }  // namespace tvm_infer::cpu::TVM_INFER_ISA

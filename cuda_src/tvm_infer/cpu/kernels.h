@@ -1,12 +1,13 @@
 // What the instruction sets implement, and what the executor hands them: plain structs, so that no inline function compiled for
 // AVX-512 can be picked by the linker for a machine that lacks it. Everything behind this header lives in a namespace of its own
-// instruction set. (Of variant.h only the structs are used; its inline functions are for generated code.)
+// instruction set. (Of variant/ the structs are used; its inline functions are inlined wherever they are called, and its templates
+// are instantiated with structs of such a namespace only.)
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "tvm_infer/variant/variant.h"
+#include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::cpu {
 
@@ -92,6 +93,16 @@ struct TurnRowJob {
   void* out;               // may be `in`
 };
 
+// A standard variant's hooks, as the library has them compiled.
+struct StandardVariant {
+  const char* name;  // of the generated struct: variant_<digest>
+  variant::CpuFunctions functions;
+};
+struct StandardVariants {
+  const StandardVariant* entries;
+  size_t count;
+};
+
 // Indexed by DType.
 struct KernelTable {
   const char* name;
@@ -99,6 +110,7 @@ struct KernelTable {
   void (*merge_partials[3])(const MergeRowJob& job);  // fp32 states into a row of the type
   void (*merge_states[3])(const MergeRowJob& job);    // states of the type into a row of the type
   void (*turn_row[3])(const TurnRowJob& job);
+  const StandardVariants* standard_variants;
 };
 
 const KernelTable& PortableKernels();

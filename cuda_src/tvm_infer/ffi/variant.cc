@@ -4,6 +4,8 @@
 #include <limits>
 #include <string>
 
+#include "tvm_infer/cpu/attention.h"
+
 namespace tvm_infer::ffi_api {
 namespace {
 
@@ -118,6 +120,10 @@ const variant::Call* VariantCallObj::At(const Place& place) const {
 VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t> scalars, Array<Tensor> tables) {
   return Guarded(
       [&] { return VariantCall(tvm::ffi::make_object<VariantCallObj>(std::move(digest), cpu_functions, scalars, std::move(tables))); });
+}
+
+int64_t FindStandardVariant(String digest) {
+  return Guarded([&] { return reinterpret_cast<int64_t>(cpu::StandardVariantFunctions(CheckedDigest(std::move(digest)).c_str())); });
 }
 
 }  // namespace tvm_infer::ffi_api

@@ -12,7 +12,9 @@
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
-#define TVM_INFER_VARIANT_FUNCTIONS(V) V(variant_call, MakeVariantCall)
+#define TVM_INFER_VARIANT_FUNCTIONS(V) \
+  V(variant_call, MakeVariantCall)     \
+  V(standard_variant, FindStandardVariant)
 
 namespace tvm_infer::ffi_api {
 
@@ -63,5 +65,9 @@ class VariantCall : public tvm::ffi::ObjectRef {
 // ArgumentError: one of these is not so. AbiError: the CPU functions were compiled against structs of another tvm_infer.
 VariantCall MakeVariantCall(tvm::ffi::String digest, int64_t cpu_functions, tvm::ffi::Array<int64_t> scalars,
                             tvm::ffi::Array<tvm::ffi::Tensor> tables);
+
+// The `cpu_functions` of a standard variant, compiled into this library: for the instruction set that the executor runs, good for as long
+// as the library is loaded. 0: none has this digest. ArgumentError: `digest` is no digest, or TVM_INFER_CPU_ISA names no instruction set.
+int64_t FindStandardVariant(tvm::ffi::String digest);
 
 }  // namespace tvm_infer::ffi_api
