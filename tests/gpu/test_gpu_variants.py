@@ -46,6 +46,11 @@ def per_head(batch: Batch, low: float, high: float) -> torch.Tensor:
     return torch.linspace(low, high, batch.num_qo_heads, device=batch.device)
 
 
+def random_bias(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(3)
+    return torch.randn(shape, generator=generator, device=device)
+
+
 def packed(rows: list[np.ndarray], device: str) -> dict[str, torch.Tensor]:
     """Bits of every request one after the other, each from a byte of its own on; exactly as long as needed."""
     parts = [np.packbits(r.reshape(-1), bitorder="little") for r in rows]
@@ -107,6 +112,18 @@ ROWS = {
         logits=lambda s, at, p: p["cap"] * torch.tanh(s / p["cap"]),
     ),
     "sliding_window": Row(variant.sliding_window, lambda batch: {"window": 100}, masks=("w100",)),
+    "two_sided_window": Row(
+        variant.two_sided_window,
+        lambda batch: {"left": 40, "right": 5},
+        hidden=lambda at, p: at.kv_pos - at.q_pos > 5,
+        masks=("fullw40",),
+    ),
+    "logit_bias": Row(
+        variant.logit_bias,
+        # exactly as large as the batch needs: what lies behind belongs to somebody else
+        lambda batch: {"bias": random_bias((batch.num_qo_heads, max(batch.qo), max(batch.kv)), batch.device)},
+        logits=lambda s, at, p: s + p["bias"].to(s.dtype)[at.head, at.q_pos - (at.m - at.n), at.kv_pos],
+    ),
     "chunked_local": Row(
         variant.chunked_local,
         lambda batch: {"chunk": 101},
