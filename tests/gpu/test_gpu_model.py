@@ -130,6 +130,48 @@ def test_logits_of_a_prefill_beside_torch(executable, references):
         assert (ours - high).norm() <= 2 * (low - high).norm()
 
 
+WINDOW = 24  # of transformers: keys that a query sees, its own among them
+
+
+def test_windows_of_a_cache_beside_torch(executable, references):
+    """SmolLM2's weights as a Mistral, whose window the compiled model has from its cache: prompts, then decode steps by graphs."""
+    transformers = pytest.importorskip("transformers")
+    from tvm_infer import variant
+
+    try:
+        window = variant.sliding_window.bind(window=WINDOW - 1)
+    except errors.MissingDependencyError as error:
+        pytest.skip(f"variants are traced by TVM's compiler: {error}")
+    llama16, llama32 = references
+    names = (
+        "hidden_size intermediate_size vocab_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
+        "max_position_embeddings tie_word_embeddings rope_parameters"
+    ).split()
+    config = transformers.MistralConfig(
+        **{name: getattr(llama32.config, name) for name in names}, sliding_window=WINDOW, attn_implementation="eager"
+    )
+    expected = []
+    text = PROMPTS[5][:40] + list(range(900, 960))
+    for model in (llama16, llama32):
+        mistral = transformers.MistralForCausalLM(config).eval().to(model.dtype).cuda()
+        mistral.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            expected.append(mistral(torch.tensor([text], device="cuda")).logits[0].double().cpu())
+            plain = model(torch.tensor([text], device="cuda")).logits[0].double().cpu()
+        del mistral
+    low, high = expected
+    cache = executable.new_cache(num_pages=64)
+    cache.set_variant(window)
+    cache.add_sequence(0)
+    n = len(text) - 30
+    ours = [torch.tensor(executable.step(cache, [(0, text[:n])], rows=range(n)))]
+    ours += [torch.tensor(executable.step(cache, [(0, [token])])) for token in text[n:]]
+    for part in (slice(0, n), slice(n, None)):  # prefill, and decode by graphs
+        got = torch.cat(ours)[part]
+        assert (got - high[part]).norm() <= 2 * (low[part] - high[part]).norm()
+        assert (got - high[part]).norm() < (plain[part] - high[part]).norm() / 4  # the window shows
+
+
 @pytest.fixture(scope="module")
 def eager(executable):
     """The same compiled code with weights shared and graphs off."""

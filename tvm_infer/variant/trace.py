@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import VariantError
+from ..errors import MissingDependencyError, VariantError
 from . import location
 from .code import Code, of_tir
 from .expression import Expr, lift, to_float
@@ -16,10 +16,16 @@ from .table import Table
 
 
 def variable(name: str, kind: str) -> Expr:
-    """A fresh traced variable."""
+    """A fresh traced variable. Raises MissingDependencyError where TVM has no expressions: its runtime alone is loaded."""
     from tvm import tirx
 
-    return Expr(tirx.Var(name, kind), kind)
+    try:
+        return Expr(tirx.Var(name, kind), kind)
+    except AttributeError as error:
+        raise MissingDependencyError(
+            "an attention variant is made of TVM's expressions, and this process has TVM's runtime alone (TVM_USE_RUNTIME_LIB is "
+            f"set, or libtvm_compiler is not there): unset it, or install apache-tvm whole ({error})"
+        ) from error
 
 
 def trace(function: Any, hole: str, parameters: Mapping[str, Parameter]) -> Code:
