@@ -133,7 +133,7 @@ def bench_matmul(device: str, peers: str | None, dtype: str | None, json_path: s
 
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's, else cpu")
-@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick; default: cpu, on cuda h200")
+@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick, variants; default: cpu, on cuda h200")
 @click.option("--workload", "workloads", multiple=True, help="run only these workloads of the suite (repeatable)")
 @click.option(
     "--dtype",
