@@ -42,7 +42,13 @@ FAMILIES = {
     "attention_sm90": Family(
         "attention_sm90.cuh",
         ("attention", "tile_table"),
-        ("test_gpu_attention.py", "test_gpu_variants.py", "test_gpu_invariance.py", "test_gpu_streams.py"),
+        (
+            "test_gpu_attention.py",
+            "test_gpu_variants.py",
+            "test_gpu_random_variants.py",
+            "test_gpu_invariance.py",
+            "test_gpu_streams.py",
+        ),
     ),
     "append": Family("append.cuh", ("append",), ("test_gpu_append.py",)),
     "rope_append": Family("rope_append.cuh", ("rope_append",), ("test_gpu_rope.py",)),
