@@ -214,7 +214,7 @@ def attention(
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
         plain softmax's. Its tables lie on the device of `q`; `plan` has its causal and window_left (``plan(…, variant=variant)``),
         and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
-        variant once, not before every call, which costs about 1 us more then. Values of keys that its mask hides must still be
+        variant once, not before every call. Values of keys that its mask hides must still be
         finite: they are multiplied by 0.
 
     Returns

@@ -32,9 +32,8 @@ class Prepared:
         self.plan_band = (self.window_left, 0 if self.causal else -1)
         self.is_plain = bool(bound.variant.is_plain)
         self.calls: dict[bool, Any] = {}
-        self._sizes: tuple[int, int] | None = (
-            None  # (num_qo_heads, num_requests) that the tables were last found to fit
-        )
+        # (num_qo_heads, num_requests) that the tables were last found to fit
+        self._sizes: tuple[int, int] | None = None
 
     def __reduce__(self) -> Any:
         return _nothing, ()  # a variant that is pickled or copied deeply is prepared again
