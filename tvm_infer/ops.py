@@ -166,6 +166,8 @@ _WITH_VARIANT = {
 def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any, num_lists: int) -> None:
     """Call the packed function, or its form with a variant, once that is found to have the plan's band, heads and requests."""
     if variant is None:
+        if isinstance(plan, Plan):
+            variant_call.check_plan_alone(plan)
         _ffi.func(name)(*arguments)
         return
     prepared = variant_call.prepare(variant)
@@ -212,7 +214,7 @@ def attention(
     workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim + 1)``; allocated if None.
         Calls on one stream may share it.
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
-        plain softmax's. Its tables lie on the device of `q`; `plan` has its causal and window_left (``plan(…, variant=variant)``),
+        plain softmax's. Its tables lie on the device of `q`; `plan` has the band of its mask (``plan(…, variant=variant)``),
         and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
         variant once, not before every call. Values of keys that its mask hides must still be
         finite: they are multiplied by 0.

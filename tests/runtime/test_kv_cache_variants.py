@@ -183,7 +183,7 @@ def test_more_windows_than_plans():
     c = Cache(layers)
     for i in range(3):
         c.cache.set_variant(layers[i][0], layers=[i])  # layers 3 and 4 have none: with theirs four windows
-    with pytest.raises(errors.ArgumentError, match="would have 5 different windows; a step has at most 4 plans"):
+    with pytest.raises(errors.ArgumentError, match="would have 5 different bands; a step has at most 4 plans"):
         c.cache.set_variant(layers[3][0], layers=[3])
     c.layers = [*layers[:3], LAYERS[0], LAYERS[0]]  # nothing changed
     c.add(0)
