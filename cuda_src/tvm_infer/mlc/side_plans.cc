@@ -10,12 +10,10 @@
 namespace tvm_infer::mlc {
 namespace {
 
-constexpr int64_t kAllKeys = -1;       // a side of a band
+constexpr int64_t kAllKeys = -1;       // window_left
 constexpr int64_t kSplitAuto = 0;      // fixed_split_size
 constexpr int64_t kHeadsFirst = 0;     // kv_layout: [num_pages, 2, num_kv_heads, page_size, head_dim]
 constexpr int64_t kConfigNumCtas = 8;  // of what kv_cache_config returns
-
-Shape BandOf(bool is_causal) { return {kAllKeys, is_causal ? 0 : kAllKeys, 0, 0}; }
 
 Shape TileTable(const Config& config) {
   const tvm::ffi::Function& table = config.is_cuda() ? Library().cuda_tile_table : Library().cpu_tile_table;
@@ -49,7 +47,7 @@ void SidePlans::Allocate() {
   int64_t plan_bytes = 0;
   for (const bool causal : {false, true}) {
     const Shape capacity = Library()
-                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, BandOf(causal), kSplitAuto,
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, BandOf(kAllKeys, causal), kSplitAuto,
                                               tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
                                .cast<Shape>();
     plan_bytes = std::max(plan_bytes, capacity[0]);
@@ -95,7 +93,7 @@ void SidePlans::MakePlan(bool is_causal, Planned* planned) {
   planned->kv_len.Publish({kDLCPU, 0});
   const int64_t bytes = Library()
                             .plan(qo_indptr_.OnHost(), planned->kv_len.OnHost(), config_.num_qo_heads, config_.num_kv_heads, num_ctas_,
-                                  BandOf(is_causal), kSplitAuto, tile_table_, partial_rows_, planned->plan)
+                                  BandOf(kAllKeys, is_causal), kSplitAuto, tile_table_, partial_rows_, planned->plan)
                             .cast<int64_t>();
   planned->words = bytes / 4;
   if (config_.is_cuda()) {
