@@ -230,8 +230,9 @@ def attention(
     ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays. Also
         where the variant's tables lie elsewhere than `q`.
     VariantError : the variant is not bound, or its tables have not as many entries as the call has heads or requests.
-    PlanMismatchError : the plan was made for other lengths or heads, or for another band than the variant's (not seen where `plan`
-        is bare device memory). WorkspaceError : `workspace` is too small.
+    PlanMismatchError : the plan was made for other lengths or heads, for another band than the variant's, or for one that needs a
+        variant where there is none (the band is not seen where `plan` is bare device memory). WorkspaceError : `workspace` is
+        too small.
     ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are.
     DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.

@@ -33,6 +33,7 @@ def plan(qo_indptr=(0, 1, 3), kv_len=(5, 9), **kwargs):
         ({"window_left": -2}, ["-2", "at least 0"]),
         ({"window_right": -2, "causal": False}, ["`window_right`", "is -2", "at least 0"]),
         ({"window_right": 2, "causal": True}, ["`window_right`", "is 2", "causal=True", "window_right=0"]),
+        ({"window_right": 2**31 - 9, "causal": False}, ["window_right", "9 keys", "below 2^31", "-1"]),
         ({"num_sink": -1, "window_left": 3}, ["num_sink", "is -1", "at least 0"]),
         ({"num_sink": 4}, ["num_sink", "is 4", "window_left -1", "give one of them"]),
         ({"chunk": -5}, ["chunk", "is -5", "0 for no chunks"]),

@@ -62,6 +62,9 @@ CASES = [
     (lambda q_pos, kv_pos, w: (kv_pos - q_pos <= w) & (kv_pos <= q_pos), W, CAUSAL, "kv_pos - q_pos <= w"),
     (lambda q_pos, kv_pos: (kv_pos - q_pos <= 3) & (kv_pos <= q_pos), {}, CAUSAL, None),
     (lambda q_pos, kv_pos, w: (kv_pos - q_pos <= 0 - w) & (kv_pos <= q_pos), W, CAUSAL, "kv_pos - q_pos <= -w"),
+    (lambda q_pos, kv_pos, w: ~(q_pos - kv_pos <= w), W, CAUSAL, "q_pos - kv_pos > w"),
+    (lambda q_pos, kv_pos, w: kv_pos + 2 * w <= q_pos, W, CAUSAL, "kv_pos + 2 * w <= q_pos"),
+    (lambda q_pos, kv_pos, w: ~(kv_pos - q_pos <= w), W, ALL, "~(kv_pos - q_pos <= w)"),
     # chunks
     (lambda q_pos, kv_pos, w: q_pos // w == kv_pos // w, W, Band(chunk=5), "q_pos // w == kv_pos // w"),
     (lambda q_pos, kv_pos, w: (kv_pos // w == q_pos // w) & (kv_pos <= q_pos), W, Band(-1, 0, 0, 5), "kv_pos // w == q_pos // w"),
@@ -146,9 +149,14 @@ def test_bands(index):
     assert (v.residual_mask and text.expression(v.residual_mask)) == rest
     assert ("kHasMask = true" in v.source()) == (rest is not None)
 
-    # what is left and what executors test of the band are together the mask; the whole band hides no key that the mask shows
+    assert_split(v, value)
+
+
+def assert_split(v, parameters):
+    """What is left and what executors test of the band are together the mask; the whole band hides no key that the mask shows."""
+    band = v.bind(**parameters).band
     q_pos, kv_pos = np.arange(24)[:, None], np.arange(24)[None]
-    values = {"q_pos": q_pos, "kv_pos": kv_pos, "q_len": 3, "kv_len": 24, "batch": 0, **value}
+    values = {"q_pos": q_pos, "kv_pos": kv_pos, "q_len": 3, "kv_len": 24, "batch": 0, **parameters}
     seen = np.broadcast_to(evaluate(v.mask, values), (24, 24))
     assert not (seen & ~inside(band, q_pos, kv_pos)).any()
     tested = inside(Band(-1 if band.num_sink else band.window_left, band.window_right), q_pos, kv_pos)
@@ -166,6 +174,58 @@ def inside(band, q_pos, kv_pos):
         seen &= q_pos // band.chunk == kv_pos // band.chunk
     seen |= kv_pos < band.num_sink
     return seen & (kv_pos - q_pos <= band.window_right) if band.window_right >= 0 else seen
+
+
+def test_widths_beyond_32_bits_are_all_keys():
+    bound = variant.two_sided_window.bind(left=2**31 - 1, right=2**31 - 1)
+    assert bound.band == Band(2**30, 2**30)
+    assert variant.sink_window.bind(sink=2**31 - 1, window=5).band == Band(5, 0, 2**30)
+
+
+SPELLINGS = [
+    lambda q, k, w: k <= q,
+    lambda q, k, w: ~(q - k < 0),
+    lambda q, k, w: q - k <= w,
+    lambda q, k, w: k > q - w - 1,
+    lambda q, k, w: k - q < w,
+    lambda q, k, w: abs(q - k) <= w,
+    lambda q, k, w: k // w == q // w,
+    lambda q, k, w: k >= q // w * w,
+    lambda q, k, w: k % w + q - k >= q % w,
+    lambda q, k, w: q // w >= k // w,
+    lambda q, k, w: k < w,
+    lambda q, k, w: 3 * k + 1 <= w,
+    lambda q, k, w: k != w,
+    lambda q, k, w: q % w == 0,
+    lambda q, k, w: (q + k) % 2 == w % 2,
+]
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_masks(seed):
+    """Conjunctions, disjunctions and negations of what bands are made of, and of other things: the band hides nothing that is seen, and
+    what executors test of it and what is left are together the mask."""
+    rng = np.random.default_rng(seed)
+
+    def mask(depth, q, k, ws):
+        if depth == 0:
+            return SPELLINGS[rng.integers(len(SPELLINGS))](q, k, ws[rng.integers(3)])
+        a, b = mask(depth - 1, q, k, ws), mask(rng.integers(depth), q, k, ws)
+        return [lambda: a & b, lambda: a | b, lambda: ~(a | b), lambda: ~(~a | ~b), lambda: ~(~a & ~b)][
+            rng.integers(5)
+        ]()
+
+    depth = int(rng.integers(1, 4))
+    scalars = {name: variant.scalar("int32") for name in "abc"}
+
+    def traced(q_pos, kv_pos, a, b, c):
+        # the window is there for the parameters to be read
+        return mask(depth, q_pos, kv_pos, (a, b, c)) & (q_pos - kv_pos <= a + b + c + 99) & (kv_pos - q_pos <= 99)
+
+    v = variant.Variant("v", mask=traced, **scalars)
+    for _ in range(4):
+        values = dict(zip("abc", rng.integers(1, 12, 3).tolist(), strict=True))
+        assert_split(v, values)
 
 
 def test_several_windows_the_smallest_counts():
@@ -187,14 +247,6 @@ def test_a_negative_window_is_refused_when_it_is_known():
         VariantError, match=r"two_sided_window: with right=-3 .* at least 3 before .* must be 0 .* says kv_pos <= q_pos"
     ):
         variant.two_sided_window.bind(left=1, right=-3)
-
-
-def test_a_lag_is_tested_by_kernels():
-    """Keys at least `lag` before the query's own position: no window says that, and kv_pos <= q_pos besides makes it causal."""
-    v = variant.Variant(
-        "v", mask=lambda q_pos, kv_pos, lag: (kv_pos <= q_pos - lag) & (kv_pos <= q_pos), lag=variant.scalar("int32")
-    )
-    assert v.bind(lag=3).band == CAUSAL and text.expression(v.residual_mask) == "kv_pos <= q_pos - lag"
 
 
 def test_the_standard_library():

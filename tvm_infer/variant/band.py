@@ -15,7 +15,7 @@ from .parameters import Parameter
 
 __all__ = ["Band", "Split", "evaluate_band", "split"]
 
-_MAX_INT32 = 2**31 - 1
+_ALL = 2**30  # keys: wider than any request is long, and with a position still within 32 bits
 
 
 class Split(NamedTuple):
@@ -68,18 +68,12 @@ def split(mask: Code | None, parameters: Mapping[str, Parameter]) -> Split:
 
 
 def _is_causal(bounds: Bounds) -> bool:
-    right = None if bounds.right is None else constant_of(bounds.right)
-    return right is not None and right <= 0
+    return bounds.right is not None and (bounds.hides_own or constant_of(bounds.right) == 0)
 
 
 def _is_test(bounds: Bounds, causal: bool) -> bool:
     """Whether a bound is stricter than the band can say, or may be: kernels test it."""
-    if bounds.left is not None:
-        width = constant_of(bounds.left)
-        return width is not None and width < 0
-    assert bounds.right is not None, "a bound on one side"
-    width = constant_of(bounds.right)
-    return causal if width is None else width < 0
+    return bounds.hides_own or (causal and bounds.right is not None and constant_of(bounds.right) is None)
 
 
 def _codes(codes: Any) -> tuple[Code, ...]:
@@ -111,7 +105,7 @@ def evaluate_band(parts: Split, scalars: Mapping[str, int | float], variant: str
     """The band for these scalars. Raises VariantError for a window of negative width."""
 
     def values(codes: tuple[Code, ...]) -> list[int]:
-        return [int(evaluate(code, scalars)) for code in codes]
+        return [min(int(evaluate(code, scalars)), _ALL) for code in codes]
 
     for codes, where, hint in (
         (parts.lefts, "after", ""),
@@ -128,4 +122,4 @@ def evaluate_band(parts: Split, scalars: Mapping[str, int | float], variant: str
     # Kernels test what is beside sinks themselves: a window that sees nothing does no harm, nor does a chunk that counts as 1.
     left = min(values(parts.lefts) or [max(x, 0) for x in values(parts.lefts_beside)], default=-1)
     chunk = max(1, min(sizes)) if (sizes := values(parts.chunks or parts.chunks_beside)) else 0
-    return Band(left, right, min(max(0, *values(parts.sinks)), _MAX_INT32) if parts.sinks else 0, chunk)
+    return Band(left, right, max([0, *values(parts.sinks)]), chunk)

@@ -11,6 +11,7 @@ from .expression import Expr
 from .operations import INT, OPERATIONS
 from .parameters import Parameter
 
+_MOST = 2**30  # a scalar's values, to tell the sign of a width
 _OF_QUERY, _OF_KEY = "@q_chunk", "@kv_chunk"  # the chunk that a position is in
 
 
@@ -19,7 +20,7 @@ class Bounds(NamedTuple):
 
     left : q_pos - kv_pos <= left. right : kv_pos - q_pos <= right. chunk : the size of chunks of positions; with starts_in_chunk the
     key's is the query's or a later one, with ends_in_chunk the query's or an earlier one. first : kv_pos < first. is_exact : it says
-    no more than `left` or `right`.
+    no more than `left` or `right`. hides_own : `left` or `right` is negative for any scalars from 1 on.
     """
 
     left: Code | None = None
@@ -29,6 +30,7 @@ class Bounds(NamedTuple):
     ends_in_chunk: bool = False
     first: Code | None = None
     is_exact: bool = False
+    hides_own: bool = False
 
 
 class Recogniser:
@@ -79,7 +81,18 @@ class Recogniser:
         width = self._integer(limit)
         if is_equal or width is None:
             return Bounds()
-        return Bounds(right=width, is_exact=True) if slope > 0 else Bounds(left=width, is_exact=True)
+        hides_own = self._is_negative(limit)
+        if slope > 0:
+            return Bounds(right=width, is_exact=True, hides_own=hides_own)
+        return Bounds(left=width, is_exact=True, hides_own=hides_own)
+
+    def _is_negative(self, tir: Any) -> bool:
+        from tvm import ir, sym
+
+        analyzer = sym.Analyzer()
+        for name in self.scalars & self.leaves.keys():
+            analyzer.bind(self.leaves[name].tir, ir.Range.from_min_extent(1, _MOST))
+        return int(analyzer.const_int_bound(tir).max_value) < 0
 
     def _chunked(self, tir: Any) -> Bounds:
         """The same of floor(q_pos / size) and floor(kv_pos / size)."""

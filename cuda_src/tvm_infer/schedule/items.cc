@@ -38,6 +38,10 @@ int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_
     bad |= (qo_len < 0) | (kv_len[r] < 0) | (needs_keys & (kv_len[r] < qo_len));
     max_kv_len = std::max(max_kv_len, kv_len[r]);
   }
+  if (p.band.right > 0 && max_kv_len > kMaxInt32 - p.band.right - 1) {  // executors add positions and the width in 32 bits
+    TVM_INFER_THROW(ArgumentError) << "window_right is " << p.band.right << " with a request of " << max_kv_len
+                                   << " keys; the two must stay below 2^31 together: -1 is a window of all keys";
+  }
   for (int32_t r = 0; bad && r < num_requests; ++r) {
     const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
     if (qo_len < 0 || kv_len[r] < 0 || (needs_keys && kv_len[r] < qo_len)) ThrowBadRequest(qo_indptr, kv_len, r);
