@@ -21,14 +21,15 @@ _ALL = 2**30  # keys: wider than any request is long, and with a position still 
 class Split(NamedTuple):
     """A mask in two. Widths, sizes and counts are integers of constants and scalars.
 
-    causal, lefts, rights, chunks : the band; the smallest counts. sinks, lefts_beside, chunks_beside : where there are neither lefts
-    nor chunks, that a key is among the first, the largest number counts, or inside these. residual : what a kernel has to test
-    besides, None where that is nothing.
+    causal, lefts, rights, chunks : the band; the smallest counts. rights_tested : rights that kernels test, since they may be negative,
+    where the band is causal. sinks, lefts_beside, chunks_beside : where there are neither lefts nor chunks, that a key is among the
+    first, the largest number counts, or inside these. residual : what a kernel has to test besides, None where that is nothing.
     """
 
     causal: bool = False
     lefts: tuple[Code, ...] = ()
     rights: tuple[Code, ...] = ()
+    rights_tested: tuple[Code, ...] = ()
     chunks: tuple[Code, ...] = ()
     sinks: tuple[Code, ...] = ()
     lefts_beside: tuple[Code, ...] = ()
@@ -57,8 +58,10 @@ def split(mask: Code | None, parameters: Mapping[str, Parameter]) -> Split:
     in_band = [bounds.is_exact and not _is_test(bounds, causal) for bounds in found]
     rest = [of_tir(part) for part, is_band in zip(parts, in_band, strict=True) if not is_band and not is_true(part)]
     banded = [bounds for bounds, is_band in zip(found, in_band, strict=True) if is_band]
-    rights = _codes(bounds.right for bounds in banded) if not causal else ()
-    own = Split(causal, _codes(bounds.left for bounds in banded), rights, _chunks(found, causal))
+    own = Split(causal, _codes(bounds.left for bounds in banded), chunks=_chunks(found, causal))
+    if not causal:
+        tested = (bounds.right for bounds in found if bounds.hides_own)
+        own = own._replace(rights=_codes(bounds.right for bounds in banded), rights_tested=_codes(tested))
     if not own.lefts and not own.chunks:
         beside = next((x for x in (_beside_sinks(either, causal) for either in branches) if x.sinks), Split())
         own = own._replace(sinks=beside.sinks, lefts_beside=beside.lefts_beside, chunks_beside=beside.chunks_beside)
@@ -68,7 +71,8 @@ def split(mask: Code | None, parameters: Mapping[str, Parameter]) -> Split:
 
 
 def _is_causal(bounds: Bounds) -> bool:
-    return bounds.right is not None and (bounds.hides_own or constant_of(bounds.right) == 0)
+    width = None if bounds.right is None else constant_of(bounds.right)
+    return width is not None and width <= 0
 
 
 def _is_test(bounds: Bounds, causal: bool) -> bool:
@@ -118,7 +122,8 @@ def evaluate_band(parts: Split, scalars: Mapping[str, int | float], variant: str
                     f"variant {variant}: with {given} a query sees keys at least {-width} {where} its own position only; the window's "
                     f"width comes out as {width} and must be 0 (the query's own key) or more{hint}"
                 )
-    right = 0 if parts.causal else min(values(parts.rights), default=-1)
+    rights = [*values(parts.rights), *(max(x, 0) for x in values(parts.rights_tested))]
+    right = 0 if parts.causal else min(rights, default=-1)
     # Kernels test what is beside sinks themselves: a window that sees nothing does no harm, nor does a chunk that counts as 1.
     left = min(values(parts.lefts) or [max(x, 0) for x in values(parts.lefts_beside)], default=-1)
     chunk = max(1, min(sizes)) if (sizes := values(parts.chunks or parts.chunks_beside)) else 0

@@ -114,12 +114,13 @@ class Recogniser:
         starts = ends = False
         if _OF_QUERY in leaves:
             query = leaves[_OF_QUERY]
-            starts = is_any(query * of_size - self.kv_pos)
-            ends = is_any(self.kv_pos - query * of_size - of_size + 1)
+            if _is_positive(size):
+                starts = is_any(query * of_size - self.kv_pos)
+                ends = is_any(self.kv_pos - query * of_size - of_size + 1)
             if _OF_KEY in leaves:
                 later = leaves[_OF_KEY] - query
-                starts |= is_any(-later, -later * of_size)
-                ends |= is_any(later, later * of_size)
+                starts |= is_any(-later) or (_is_positive(size) and is_any(-later * of_size))
+                ends |= is_any(later) or (_is_positive(size) and is_any(later * of_size))
                 if is_equal:
                     starts = ends = starts or ends
         return Bounds(chunk=size, starts_in_chunk=starts, ends_in_chunk=ends) if starts or ends else Bounds()
@@ -160,6 +161,12 @@ def _as_at_most_zero(tir: Any) -> tuple[Any, bool] | None:
     return (difference if name in ("LE", "GE") else tirx.Add(difference, tirx.IntImm(INT, 1))), False
 
 
+def _is_positive(size: Code) -> bool:
+    """Whether a divisor is at least 1: constants and scalars are, or they are refused. Others divide as 1 below it, but multiply as
+    they are."""
+    return len(size.nodes) == 1
+
+
 def _with_chunks(code: Code) -> tuple[Code, Code | None]:
     """`code` with names for the chunks of q_pos and kv_pos, and their size; None where there are no chunks, or of several sizes.
 
@@ -183,6 +190,9 @@ def _with_chunks(code: Code) -> tuple[Code, Code | None]:
             at.append(chunk(*args))
         elif node.op == "mod":
             x, size = args
+            if not _is_positive(builder.code(size)):
+                at.append(builder.add("mod", INT, args))
+                continue
             whole = builder.add("mul", INT, (chunk(x, size), size))
             at.append(builder.add("sub", INT, (x, whole)))
         elif shift is not None and shift.op == "const" and isinstance(shift.value, int) and 0 <= shift.value <= 30:
