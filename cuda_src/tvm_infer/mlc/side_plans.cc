@@ -45,9 +45,9 @@ void SidePlans::NewStep() {
 void SidePlans::Allocate() {
   if (workspace_.defined()) return;
   int64_t plan_bytes = 0;
-  for (int64_t causal : {0, 1}) {
+  for (const bool causal : {false, true}) {
     const Shape capacity = Library()
-                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, causal, kAllKeys, kSplitAuto,
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, BandOf(kAllKeys, causal), kSplitAuto,
                                               tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
                                .cast<Shape>();
     plan_bytes = std::max(plan_bytes, capacity[0]);
@@ -93,7 +93,7 @@ void SidePlans::MakePlan(bool is_causal, Planned* planned) {
   planned->kv_len.Publish({kDLCPU, 0});
   const int64_t bytes = Library()
                             .plan(qo_indptr_.OnHost(), planned->kv_len.OnHost(), config_.num_qo_heads, config_.num_kv_heads, num_ctas_,
-                                  int64_t{is_causal}, kAllKeys, kSplitAuto, tile_table_, partial_rows_, planned->plan)
+                                  BandOf(kAllKeys, is_causal), kSplitAuto, tile_table_, partial_rows_, planned->plan)
                             .cast<int64_t>();
   planned->words = bytes / 4;
   if (config_.is_cuda()) {
