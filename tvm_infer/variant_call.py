@@ -48,12 +48,14 @@ class Prepared:
             self._sizes = sizes
         call = self.calls.get(is_cuda)
         if call is None:
-            bound = self.bound
+            bound, digest, functions = self.bound, self.bound.variant.digest, 0
             if is_cuda:
-                jit.register_variant(bound.variant.digest, bound.variant.source())
-            functions = 0 if is_cuda else _package().cpu_functions(bound.variant)
+                digest, source = bound.cuda_struct
+                jit.register_variant(digest, source)
+            else:
+                functions = _package().cpu_functions(bound.variant)
             tables = [_array.as_tensor(x, f"variant.tables[{i}]") for i, x in enumerate(bound.tables)]
-            call = _ffi.func("variant_call")(bound.variant.digest, functions, list(bound.scalars), tables)
+            call = _ffi.func("variant_call")(digest, functions, list(bound.scalars), tables)
             self.calls[is_cuda] = call
         return call
 

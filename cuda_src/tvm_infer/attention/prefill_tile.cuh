@@ -201,7 +201,11 @@ class PrefillTile : private PrefillProducts<Config> {
     } else if (tile_key + kTileKeys > visible.all.end) {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
-    softmax.Update(s, c_.SoftmaxScale(), rescale);
+    if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Element::kIsBf16) {
+      softmax.UpdateSmall(s, c_.SoftmaxScale(), rescale);
+    } else {
+      softmax.Update(s, c_.SoftmaxScale(), rescale);
+    }
   }
 
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
