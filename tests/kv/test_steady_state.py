@@ -12,7 +12,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = sorted((REPO / "cuda_src" / "tvm_infer" / "kv").glob("*.cc"))
 
 
-def output_of(name, tmp_path):
+def output_of(name, tmp_path, *arguments):
     """Build and run the program `name`.cc, linked with the core alone."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -21,13 +21,14 @@ def output_of(name, tmp_path):
     main = pathlib.Path(__file__).with_name(f"{name}.cc")
     command = [compiler, "-std=c++20", "-O2", "-I", str(REPO / "cuda_src"), "-o", str(program)]
     subprocess.run([*command, str(main), *map(str, SOURCES)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_steady_state_allocates_nothing(tmp_path):
-    allocations, _, total = map(int, output_of("steady_state", tmp_path).split())
+@pytest.mark.parametrize("arguments", [[], ["window"]])
+def test_steady_state_allocates_nothing(tmp_path, arguments):
+    allocations, _, total = map(int, output_of("steady_state", tmp_path, *arguments).split())
     assert allocations == 0, f"{allocations} allocations in two rounds of 64 sequences and 500 steps"
     assert total > 0
 

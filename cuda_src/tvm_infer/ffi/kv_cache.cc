@@ -170,6 +170,14 @@ int64_t KVCacheBytesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
 int64_t KVCachePagesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
   return Guarded([&] { return PagesAfter(kv, ids, append_lengths); });
 }
+int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append) {
+  return Guarded([&] {
+    if (length < 0) TVM_INFER_THROW(ArgumentError) << "argument `length` is " << length << "; it must be at least 0";
+    if (max_append < 1) TVM_INFER_THROW(ArgumentError) << "argument `max_append` is " << max_append << "; it must be at least 1";
+    return kv->manager().PeakPages(length, max_append);
+  });
+}
+int64_t KVCacheWindowLeft(PagedKVCache kv) { return kv->manager().window().left; }
 Shape KVCachePageTable(PagedKVCache kv, int64_t id) {
   return Guarded([&] {
     const std::vector<int32_t>& pages = kv->manager().Pages(id);

@@ -40,6 +40,8 @@
   V(kv_cache_bytes, KVCacheBytes)                                    \
   V(kv_cache_bytes_after, KVCacheBytesAfter)                         \
   V(kv_cache_pages_after, KVCachePagesAfter)                         \
+  V(kv_cache_peak_pages, KVCachePeakPages)                           \
+  V(kv_cache_window_left, KVCacheWindowLeft)                         \
   V(kv_cache_page_table, KVCachePageTable)                           \
   V(kv_cache_pages, KVCachePages)                                    \
   V(kv_cache_config, KVCacheConfigOf)                                \
@@ -111,10 +113,15 @@ int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id);
 tvm::ffi::Shape KVCacheSequences(PagedKVCache kv);  // ids, ascending
 int64_t KVCacheNumFreePages(PagedKVCache kv);
 int64_t KVCacheBytes(PagedKVCache kv);  // of the pages in use, all layers
-// Exact use after these sequences grew so far, copies of shared pages counted. Changes nothing; may exceed what the cache has.
+// Exact use in a step in which these sequences grow so far: copies of shared pages counted, those that leave windows not. Changes nothing;
+// may exceed what the cache has.
 int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
 int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
-tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);
+// Pages that a sequence has at most on its way to `length` tokens in steps of at most max_append, none of them shared.
+int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append);
+// Keys before its own that a token sees in some layer, -1 for all: pages behind go back to the pool.
+int64_t KVCacheWindowLeft(PagedKVCache kv);
+tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);  // -1 for pages that were given back
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
 // num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page,
 // device type (DLPack), device id

@@ -41,7 +41,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
   // What the layers' attention is besides; without a variant plain attention in this band. Layers of other windows get a plan of their own
   // each step. causal: that begin_forward must say, -1 for either. CacheStateError in a step, and once steps ran for an executable, whose
-  // graphs know kernels and addresses; ArgumentError for more than kMaxPlans windows.
+  // graphs know kernels and addresses; ArgumentError for more than kMaxPlans windows. Where every layer has a window, sequences give back
+  // pages that leave the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
   void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, int64_t window_left);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.

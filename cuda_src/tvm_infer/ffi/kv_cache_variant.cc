@@ -42,6 +42,9 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
                                    << " plans, one for each. Give layers the same "
                                    << "window where they may";
   }
+  kv::KeyWindow seen{windows.front()};  // by all layers together
+  for (const int32_t left : windows) seen = kv::Union(seen, {left});
+  manager_.CheckWindow(seen);
   if (windows != windows_) {
     KVMemory memory;  // what cannot be allocated changes nothing
     AllocateStep(&memory, windows);
@@ -53,6 +56,7 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
     memory_.partial_rows = memory.partial_rows;
     step_ = KVStep();
   }
+  manager_.SetWindow(seen);
   windows_ = std::move(windows);
   layers_ = std::move(next);
 }
