@@ -826,6 +826,24 @@ def test_cache_copies_shared_pages_in_one_launch(driver):
     assert launch["name"] == "copy_pages" and launch["grid"] == "4,1,1"  # two copies in two layers
 
 
+def test_cache_moves_tokens_in_one_launch(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [20]):
+        pass
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 3, [17, 18, 19], [4, 5, 6])
+    (launch,) = driver.launches()
+    assert (
+        launch["name"] == "move_tokens" and launch["grid"] == "1,1,1"
+    )  # 2 layers, 4 heads' planes, 8 vectors of a row
+    assert driver.calls("cuMemcpyHtoDAsync") == []
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 129, [19] * 129, [4] * 129)
+    assert [launch["name"] for launch in driver.launches()] == ["move_tokens"] * 2
+    _ffi.func("kv_cache_move_tokens")(cache, [], [], [])
+
+
 def test_cache_rotates_in_the_launch_that_appends(driver):
     cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
     driver.clear()

@@ -4,6 +4,7 @@
 
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
@@ -101,6 +102,19 @@ void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens) {
 }
 void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length) {
   Guarded([&] { kv->manager().Truncate(id, length); });
+}
+void KVCacheDropPages(PagedKVCache kv, int64_t id, int64_t first_page, int64_t num_pages) {
+  Guarded([&] { kv->manager().DropPages(id, first_page, num_pages); });
+}
+void KVCacheMoveTokens(PagedKVCache kv, Shape ids, Shape src, Shape dst) {
+  Guarded([&] {
+    for (const auto& [name, shape] : {std::pair{"src", src}, std::pair{"dst", dst}}) {
+      if (shape.size() == ids.size()) continue;
+      TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has " << shape.size() << " entries and `ids` " << ids.size()
+                                     << "; they must have one for each move";
+    }
+    kv->MoveTokens(ids.data(), src.data(), dst.data(), static_cast<int64_t>(ids.size()));
+  });
 }
 void KVCacheClear(PagedKVCache kv) {
   Guarded([&] { kv->manager().Clear(); });

@@ -24,6 +24,8 @@
   V(kv_cache_fork, KVCacheFork)                                      \
   V(kv_cache_pop, KVCachePop)                                        \
   V(kv_cache_truncate, KVCacheTruncate)                              \
+  V(kv_cache_drop_pages, KVCacheDropPages)                           \
+  V(kv_cache_move_tokens, KVCacheMoveTokens)                         \
   V(kv_cache_clear, KVCacheClear)                                    \
   V(kv_cache_begin_forward, KVCacheBeginForward)                     \
   V(kv_cache_end_forward, KVCacheEndForward)                         \
@@ -87,6 +89,11 @@ void KVCacheRemove(PagedKVCache kv, int64_t id);
 void KVCacheFork(PagedKVCache kv, int64_t parent, int64_t child, int64_t position);  // position -1: all of the parent
 void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens);
 void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length);
+// Takes num_pages whole pages out of the sequence, from its page first_page on: later tokens move to lower positions.
+void KVCacheDropPages(PagedKVCache kv, int64_t id, int64_t first_page, int64_t num_pages);
+// Copies keys and values of token src[i] of sequence ids[i] over those at dst[i], in every layer, one after the other; on a device in the
+// order of its stream. What a token tree's accepted nodes need before the others are popped. Pages that are written must not be shared.
+void KVCacheMoveTokens(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape src, tvm::ffi::Shape dst);
 void KVCacheClear(PagedKVCache kv);
 
 // Grows sequence ids[i] by append_lengths[i] tokens and plans the step.

@@ -177,6 +177,11 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
   has_stepped_ = true;
 }
 
+void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) {
+  const std::vector<kv::TokenMove> moves = manager_.Moves(ids, src, dst, num_moves);
+  if (!moves.empty()) executor_->MoveTokens(memory_, moves);
+}
+
 // q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.
 void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const {
   if (executor_->place().is_cuda()) {

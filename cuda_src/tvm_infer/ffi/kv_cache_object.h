@@ -32,6 +32,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void EndForward() { manager_.EndForward(); }
   void CancelForward() { manager_.CancelForward(); }
 
+  // kv::CacheManager::Moves, made.
+  void MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves);
+
   // Stores k and v of the step's tokens at `layer`, then o = attention of q to all keys of its own sequence. Repeatable in a step.
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
                  const TensorView& o);

@@ -38,6 +38,11 @@ struct PageCopy {
   int32_t src, dst, num_tokens;
 };
 
+// A token's keys and values, in every layer, go from one slot to another.
+struct TokenMove {
+  int32_t src_page, src_slot, dst_page, dst_slot;
+};
+
 // What executors read in a step. Row r is the r-th id given to BeginForward().
 struct Step {
   std::vector<int32_t> qo_indptr;     // [num_requests + 1]: new tokens of request r are [qo_indptr[r], qo_indptr[r + 1])
@@ -62,6 +67,11 @@ class CacheManager {
   void Fork(int64_t parent, int64_t child, int64_t position);
   void Pop(int64_t id, int64_t num_tokens);       // drops the last tokens
   void Truncate(int64_t id, int64_t new_length);  // drops all tokens from new_length on
+  // Takes whole pages out of a sequence, `num_pages` from its page `first_page` on: its later tokens move to lower positions.
+  void DropPages(int64_t id, int64_t first_page, int64_t num_pages);
+  // Token src[i] of sequence ids[i] is to stand at dst[i], too, one move after the other; pages written must be the sequence's own. The
+  // tokens' places are as before; whoever has the memory moves them.
+  std::vector<TokenMove> Moves(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) const;
   void Clear();
 
   // Which keys tokens see, from the next step on. ArgumentError where a sequence gave back pages that its next token would see.
