@@ -1,4 +1,4 @@
-"""Pages taken out of the middle of a sequence, and tokens put in the place of others: the packed functions that caches of others need."""
+"""Pages taken out of the middle of a sequence, tokens put in the place of others: packed functions that caches of others need."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_is_refused():
         move(cache, [2], [0], [0])
     cache.fork_sequence(1, 2)
     with pytest.raises(
-        errors.CacheStateError, match="`dst` of move_tokens has 3 at entry 0, .* a page that 2 sequences share"
+        errors.CacheStateError, match=r"`dst` of move_tokens has 3 at entry 0, .* a page that 2 sequences share"
     ):
         move(cache, [2], [9], [3])
     cache.begin_forward([1], [1])
@@ -98,7 +98,9 @@ def test_behind_a_window():
     cache.add_sequence(1)
     fill(cache, 1, 18)
     fill(cache, 1, 2)
-    with pytest.raises(errors.ArgumentError, match="`dst` of move_tokens has 11 at entry 0, .* left the window"):
+    with pytest.raises(errors.ArgumentError, match=r"`dst` of move_tokens has 11 at entry 0, .* left the window"):
         move(cache, [1], [19], [11])
-    with pytest.raises(errors.ArgumentError, match="a sequence that gave back its pages 0 to 2, which left the window"):
+    with pytest.raises(
+        errors.ArgumentError, match=r"a sequence that gave back its pages 0 to 2, which left the window"
+    ):
         _ffi.func("kv_cache_drop_pages")(cache, 1, 3, 1)

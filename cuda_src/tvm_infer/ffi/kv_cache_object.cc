@@ -117,7 +117,9 @@ void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<int32_t>&
       partial_rows = std::max(partial_rows, capacity.partial_rows);
     }
   }
-  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
+  // Sequences that give back pages are longer than the pool.
+  const bool is_bounded = std::all_of(windows.begin(), windows.end(), [](int32_t left) { return left != kUnbounded; });
+  const int64_t entries = is_bounded ? kMaxPageEntries : std::min(c.max_batch * c.num_pages, kMaxPageEntries);
   memory->layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
       static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(windows.size())});
   memory->host_step = AllocateHost({memory->layout->bytes() / 8}, kInt64);

@@ -48,8 +48,7 @@ struct Step {
   std::vector<int32_t> qo_indptr;     // [num_requests + 1]: new tokens of request r are [qo_indptr[r], qo_indptr[r + 1])
   std::vector<int32_t> kv_len;        // [num_requests], new tokens included
   std::vector<int32_t> page_indptr;   // [num_requests + 1]: request r owns page_indices[page_indptr[r] … page_indptr[r + 1])
-  std::vector<int32_t> first_page;    // [num_requests]: what the first of them holds: tokens from first_page[r] * page_size on
-  std::vector<int32_t> page_indices;  // a shared page appears once for each owner; kNoPage behind sinks, where no token looks
+  std::vector<int32_t> page_indices;  // a shared page appears once for each owner; kNoPage where no token looks
   std::vector<PageCopy> copies;
 
   int32_t num_requests() const { return static_cast<int32_t>(kv_len.size()); }
@@ -151,8 +150,6 @@ class CacheManager {
   void ShrinkTo(Sequence* sequence, int32_t new_length) noexcept;
   // Of its pages, those that no token from its end on sees and that are not given back yet.
   Entries Leaving(const Sequence& sequence) const;
-  // The first page of its list that a step reads, once those that leave are gone: 0 where sinks stand before them.
-  int32_t FirstPage(const Sequence& sequence) const;
   void CheckReach(const Sequence& sequence, int64_t new_length, const char* argument, int64_t value) const;
   Growth Measure(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
   void MeasureRequests(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;

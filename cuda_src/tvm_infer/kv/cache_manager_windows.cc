@@ -15,13 +15,6 @@ CacheManager::Entries CacheManager::Leaving(const Sequence& sequence) const {
   return {begin, std::max(begin, end)};
 }
 
-int32_t CacheManager::FirstPage(const Sequence& sequence) const {
-  const Entries leaving = Leaving(sequence);
-  const bool has_gone = sequence.gone_end > sequence.gone_begin;
-  if (has_gone ? sequence.gone_begin > 0 : leaving.begin > 0 || leaving.size() == 0) return 0;
-  return leaving.end;
-}
-
 void CacheManager::MeasureLeavers(Growth* growth) const {
   if (!window_.is_bounded()) return;
   Scratch& s = scratch_;

@@ -49,9 +49,7 @@ StepRange FillStep(const StepLayout& layout, const Step& step, const StepInputs&
   const int64_t indices = layout.page_indices(plan_bytes);
   int32_t* indptr = At<int32_t>(block, layout.page_indptr());
   const auto first = static_cast<int32_t>(indices / 4);
-  // Entries count from page 0 of a request, also where its first pages were given back and have no place here.
-  for (int32_t r = 0; r < step.num_requests(); ++r) indptr[r] = first + step.page_indptr[r] - step.first_page[r];
-  indptr[step.num_requests()] = first + step.page_indptr.back();
+  for (size_t r = 0; r < step.page_indptr.size(); ++r) indptr[r] = first + step.page_indptr[r];
   std::copy(step.page_indices.begin(), step.page_indices.end(), At<int32_t>(block, indices));
   const int64_t copies = layout.copies(plan_bytes, num_entries);
   std::copy(step.copies.begin(), step.copies.end(), At<PageCopy>(block, copies));
