@@ -109,7 +109,7 @@ class MLCPagedKVCache:
             _integer(num_kv_heads, "num_kv_heads"),
             width,
             width,
-            tvm_ffi.Shape([_ATTN_KINDS[kind] for kind in kinds]),
+            tvm_ffi.Shape(tuple(_ATTN_KINDS[kind] for kind in kinds)),
             no_mla,
             no_mla,
             _ROPE_MODES[rope_mode],
