@@ -36,3 +36,9 @@ def test_steady_state_allocates_nothing(tmp_path, arguments):
 def test_the_block_of_a_step(tmp_path):
     """Every array in its place, at limits from 1 to 2^33, and read back."""
     assert output_of("step_layout", tmp_path) == "ok\n"
+
+
+def test_windows_with_sinks(tmp_path):
+    """Exactly the pages that are seen, at page sizes 1 to 16, windows 0 to 200 and up to 33 sinks."""
+    words = output_of("windows", tmp_path).split()
+    assert words[0] == "ok" and int(words[1]) > 10000

@@ -119,7 +119,7 @@ class SequenceWindows(Driver):
 
     def __init__(self, **settings):
         super().__init__(support_sliding_window=True, **settings)
-        self.windows = {}
+        self.windows, self.slid = {}, set()
 
     def enable(self, seq, size, sink):
         attention_kv_cache("enable_sliding_window_for_seq", self.cache, seq, size, sink)
@@ -131,7 +131,12 @@ class SequenceWindows(Driver):
             size, sink = self.windows.get(seq, (10**6, 0))
             kv, over = self.history[seq], self.length(seq) - size
             if over > 0:
+                self.slid.add(seq)
                 self.history[seq] = np.concatenate([kv[:, :, :sink], kv[:, :, sink + over :]], axis=2)
+
+    def remove(self, seq):
+        super().remove(seq)
+        self.windows.pop(seq, None), self.slid.discard(seq)
 
     def held(self):
         return attention_kv_cache("get_total_sequence_length", self.cache)
