@@ -47,30 +47,32 @@ void Masks::Find(const char* name, Code* code) const {
 
 void Masks::SetTrees(const std::vector<TokenTree>& trees, Step* step) {
   Find("token_tree", &tree_code_);
-  int64_t num_bits = 0;
+  int64_t width = 0, num_bits = 0;
+  for (const TokenTree& tree : trees) width = std::max(width, tree.size());
   first_bit_.host().clear();
-  tree_size_.host().clear();
-  for (const TokenTree& tree : trees) {
+  for (const int64_t length : step->append_lengths) {
     first_bit_.host().push_back(static_cast<int32_t>(num_bits));
-    tree_size_.host().push_back(static_cast<int32_t>(tree.size()));
-    num_bits += tree.size() * tree.size();
+    num_bits += length * width;
     if (num_bits >= kMaxBits) {
-      TVM_FFI_THROW(ArgumentError) << "argument `token_tree_parent_ptr` makes trees whose masks have " << num_bits
-                                   << " bits together, the squares of their sizes; they must be fewer than 2^31: take smaller trees";
+      TVM_FFI_THROW(ArgumentError) << "argument `token_tree_parent_ptr` makes trees of up to " << width << " nodes, whose masks have "
+                                   << num_bits << " bits, as many for each new token; they must be fewer than 2^31: take smaller trees";
     }
   }
   bits_.host().assign((num_bits + 31) / 32, 0);
   int64_t row = 0;
-  for (const TokenTree& tree : trees) {
-    for (int64_t node = 0; node < tree.size(); ++node, row += tree.size()) {
-      for (int64_t seen = node; seen >= 0; seen = tree.parents[seen]) {
-        bits_.host()[(row + seen) / 32] |=
-            static_cast<int32_t>(uint32_t{1} << ((row + seen) % 32));  // bytes, lowest bit first, all the same
-      }
+  const auto set = [&](int64_t column) {  // bytes, lowest bit first, all the same
+    bits_.host()[(row + column) / 32] |= static_cast<int32_t>(uint32_t{1} << ((row + column) % 32));
+  };
+  for (size_t r = 0; r < trees.size(); ++r) {
+    const TokenTree& tree = trees[r];
+    const int64_t text = width - tree.size();  // of the last `width` tokens
+    for (int64_t node = tree.size() - step->append_lengths[r]; node < tree.size(); ++node, row += width) {
+      for (int64_t column = 0; column < text; ++column) set(column);
+      for (int64_t seen = node; seen >= 0; seen = tree.parents[seen]) set(text + seen);
     }
   }
-  const Array<Tensor> tables = {bits_.Publish(config_.device), first_bit_.Publish(config_.device), tree_size_.Publish(config_.device)};
-  step->mask = Library().variant_call(tree_code_.digest, tree_code_.cpu_functions, Array<int64_t>(), tables);
+  const Array<Tensor> tables = {bits_.Publish(config_.device), first_bit_.Publish(config_.device)};
+  step->mask = Library().variant_call(tree_code_.digest, tree_code_.cpu_functions, Array<int64_t>({width}), tables);
   step->has_tree = true;
 }
 

@@ -46,7 +46,7 @@ class Masks {
 
   const Config config_;
   Code tree_code_, window_code_;
-  TableArray bits_, first_bit_, tree_size_, sink_, first_;
+  TableArray bits_, first_bit_, sink_, first_;
 };
 
 }  // namespace tvm_infer::mlc
