@@ -1,5 +1,5 @@
-// Windows with sinks in the core alone: random steps, pops and forks, and after each step exactly the pages that sinks and window need.
-// Prints "ok <pages given back>", or what is wrong.
+// Windows with sinks and chunks in the core alone: random steps, pops and forks, and after each step exactly the pages that sinks and
+// window need. Prints "ok <pages given back>", or what is wrong.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ using namespace tvm_infer::kv;
 
 void Check(bool holds, const char* what, int32_t page_size, const KeyWindow& window) {
   if (holds) return;
-  std::printf("%s: page_size %d, left %d, num_sink %d\n", what, page_size, window.left, window.num_sink);
+  std::printf("%s: page_size %d, left %d, num_sink %d, chunk %d\n", what, page_size, window.left, window.num_sink, window.chunk);
   std::exit(1);
 }
 
@@ -66,9 +66,11 @@ int64_t RunCase(int32_t page_size, const KeyWindow& window, unsigned seed) {
   Check(Contains(ErrorOf([&] { manager.Fork(id, 8, end / 2); }), "left the window and were given back"), "a fork", page_size, window);
   Check(Contains(ErrorOf([&] { manager.SetWindow({window.left, window.num_sink + 1000}); }), "argument `num_sink` is"), "more sinks",
         page_size, window);
-  Check(Contains(ErrorOf([&] { manager.SetWindow({window.left + 1000, window.num_sink}); }), "argument `window_left` is"), "a wider window",
+  Check(Contains(ErrorOf([&] { manager.SetWindow({window.max_left() + 1000, window.num_sink}); }), "argument `window_left` is"),
+        "a wider window", page_size, window);
+  Check(Contains(ErrorOf([&] { manager.SetWindow({-1, window.num_sink, 100'000}); }), "argument `chunk` is 100000"), "a longer chunk",
         page_size, window);
-  manager.SetWindow({window.left / 2, window.num_sink / 2});
+  manager.SetWindow({0, window.num_sink / 2, window.chunk});
   manager.Truncate(id, sinks);
   const int64_t one = 1;
   manager.BeginForward(&id, &one, 1);
@@ -87,9 +89,26 @@ int main() {
     for (int32_t left : {0, 1, 31, 200}) {
       for (int32_t num_sink : {0, 1, 4, 33}) given_back += RunCase(page_size, {left, num_sink}, ++seed);
     }
+    for (int32_t chunk : {1, 32, 150}) {
+      for (int32_t left : {-1, 20}) given_back += RunCase(page_size, {left, chunk % 5, chunk}, ++seed);
+    }
   }
   const KeyWindow all = Union({5, 2}, {-1, 0});
   Check(!all.is_bounded() && all.num_sink == 2 && all.FirstSeen(1 << 30) == 0, "a union with all keys", 0, all);
-  Check(Union({5, 2}, {9, 1}) == KeyWindow{9, 2}, "a union", 0, Union({5, 2}, {9, 1}));
+  const struct {
+    KeyWindow a, b, expected;
+  } unions[] = {{{5, 2}, {9, 1}, {9, 2}},
+                {{-1, 0, 8}, {-1, 3, 8}, {-1, 3, 8}},
+                {{5, 0, 8}, {6, 0, 8}, {6, 0, 8}},
+                {{-1, 0, 8}, {5, 0, 8}, {-1, 0, 8}},
+                {{-1, 0, 8}, {5}, {7}},
+                {{-1, 0, 8}, {-1, 0, 12}, {11}},
+                {{-1, 0, 8}, {-1}, {-1}}};
+  for (const auto& u : unions) {
+    Check(Union(u.a, u.b) == u.expected && Union(u.b, u.a) == u.expected, "a union", 0, u.a);
+    for (int64_t p = 0; p < 100; ++p) {
+      Check(u.expected.FirstSeen(p) <= std::min(u.a.FirstSeen(p), u.b.FirstSeen(p)), "a union hides", 0, u.a);
+    }
+  }
   std::printf("ok %lld\n", static_cast<long long>(given_back));
 }

@@ -236,7 +236,8 @@ class TestRefused:
             bound = None if window is None else variant.sliding_window.bind(window=window)
             with pytest.raises(
                 errors.ArgumentError,
-                match=f"`window_left` is {text}, but sequence 3 of 200 tokens gave back positions 0 to 47, .* from 0 to 152",
+                match=f"`window_left` is {text}, with which the next token of sequence 3 sees positions from .* on, but 0 to 47 left "
+                "the window that it had and were given back; it must be from 0 to 152",
             ):
                 cache.set_variant(bound)
         assert cache.window_left == 64

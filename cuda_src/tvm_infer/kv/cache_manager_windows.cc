@@ -1,5 +1,6 @@
 // Windows: pages that no token can see any more go back to the pool.
 #include <algorithm>
+#include <string>
 
 #include "tvm_infer/error.h"
 #include "tvm_infer/kv/cache_manager.h"
@@ -64,9 +65,12 @@ void CacheManager::CheckWindow(const KeyWindow& window) const {
                                      << ", which its window hid; it must be at most " << gone_begin << '.' << remedy;
     }
     if (window.FirstSeen(sequence.length) < gone_end) {
-      TVM_INFER_THROW(ArgumentError) << "argument `window_left` is " << window.left << ", but sequence " << sequence.id << " of "
-                                     << sequence.length << " tokens gave back positions " << gone_begin << " to " << gone_end - 1
-                                     << ", which its window hid; it must be from 0 to " << sequence.length - gone_end << '.' << remedy;
+      const std::string limit = window.chunk > 0 ? "" : "; it must be from 0 to " + std::to_string(sequence.length - gone_end);
+      TVM_INFER_THROW(ArgumentError) << "argument `" << (window.chunk > 0 ? "chunk` is " : "window_left` is ")
+                                     << (window.chunk > 0 ? window.chunk : window.left) << ", with which the next token of sequence "
+                                     << sequence.id << " sees positions from " << window.FirstSeen(sequence.length) << " on, but "
+                                     << gone_begin << " to " << gone_end - 1 << " left the window that it had and were given back" << limit
+                                     << '.' << remedy;
     }
   }
 }
@@ -94,7 +98,7 @@ void CacheManager::CheckReach(const Sequence& sequence, int64_t new_length, cons
 int64_t CacheManager::PeakPages(int64_t length, int64_t max_append) const {
   const int64_t page = limits_.page_size, all = (length + page - 1) / page;
   if (!window_.is_bounded() || length == 0) return all;
-  const int64_t tokens = window_.left + std::max<int64_t>(1, std::min(max_append, length));  // that a step reads or writes
+  const int64_t tokens = window_.max_left() + std::max<int64_t>(1, std::min(max_append, length));  // that a step reads or writes
   return std::min(all, NumPages(window_.num_sink) + (tokens + page - 2) / page + 1);
 }
 
