@@ -34,11 +34,16 @@ def poison_free_pages(cache):
 
 def windowed(q, k, v, window):
     """float64 [n, HQ, DIM] of the last n tokens, whose own keys are the last; causal, `window` keys before a token's own."""
+    return masked(q, k, v, lambda i, j: j >= i - window)
+
+
+def masked(q, k, v, sees):
+    """The same, of keys j up to a token's own that sees(i, j)."""
     n, m = len(q), len(k)
     k, v = (np.repeat(x.astype(np.float64), HQ // HKV, 1) for x in (k, v))
     i, j = np.arange(m - n, m)[:, None], np.arange(m)[None, :]
     s = np.einsum("nhd,mhd->hnm", q.astype(np.float64), k) / math.sqrt(DIM)
-    s = np.where((j > i) | (j < i - window), -np.inf, s)
+    s = np.where((j > i) | ~sees(i, j), -np.inf, s)
     p = np.exp(s - s.max(-1, keepdims=True))
     return np.einsum("hnm,mhd->nhd", p / p.sum(-1, keepdims=True), v)
 
@@ -104,6 +109,52 @@ def test_a_text_much_longer_than_the_pool(page_size, fused):
     assert cache.seq_len(7) == 5000
     cache.remove_sequence(7)
     assert cache.num_used_pages == 0
+
+
+SINKS_AND_CHUNKS = {
+    "sinks": (variant.sink_window.bind(sink=5, window=30), lambda i, j: (j < 5) | (j >= i - 30), 5, lambda p: p - 30),
+    "many sinks": (
+        variant.sink_window.bind(sink=33, window=9),
+        lambda i, j: (j < 33) | (j >= i - 9),
+        33,
+        lambda p: p - 9,
+    ),
+    "chunks": (variant.chunked_local.bind(chunk=50), lambda i, j: i // 50 == j // 50, 0, lambda p: p // 50 * 50),
+}
+
+
+@pytest.mark.parametrize("name", SINKS_AND_CHUNKS)
+@pytest.mark.parametrize("page_size", [16, 4, 1])
+def test_sinks_stay_and_chunks_go(name, page_size):
+    """Texts of three times the pool; sinks' pages are never given back, nor is a page that holds a sink and others."""
+    bound, sees, num_sink, first = SINKS_AND_CHUNKS[name]
+    cache = make(None, page_size=page_size, num_pages=320 // page_size)
+    cache.set_variant(bound)
+    cache.add_sequence(0)
+    rng, length = np.random.default_rng(1), 0
+    keys, values = np.zeros((2, 0, HKV, DIM), np.float32)
+    sink_pages = -(-num_sink // page_size)
+    for n in [100, 1, 77, *([1] * 40), 128, 3, *([1] * 90), 90, 128, 100, 128, *([1] * 30), 60]:
+        q, k, v = (rng.standard_normal((n, h, DIM)).astype(np.float32) for h in (HQ, HKV, HKV))
+        keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
+        predicted = cache.pages_after([0], [n])
+        with cache.forward([0], [n]) as step:
+            poison_free_pages(cache)
+            assert relative_error(step.attention(0, q, k, v), masked(q, keys, values, sees)) <= 3e-6, length
+        gone = range(sink_pages, max(0, first(length)) // page_size)
+        length += n
+        assert [i for i, page in enumerate(cache.page_table(0)) if page < 0] == list(gone)
+        assert cache.num_used_pages == predicted == -(-length // page_size) - len(gone) <= cache.peak_pages(length)
+    assert length > 900
+    if num_sink:
+        with pytest.raises(errors.ArgumentError, match=r"`num_sink` is 300, but sequence 0 gave back positions"):
+            cache.set_variant(variant.sink_window.bind(sink=300, window=9))
+    else:
+        with pytest.raises(
+            errors.ArgumentError,
+            match=r"`chunk` is 5000, with which the next token of sequence 0 sees positions from 0",
+        ):
+            cache.set_variant(variant.chunked_local.bind(chunk=5000))
 
 
 def test_peak_pages_is_reached():

@@ -70,9 +70,7 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
     grouped = q.double().view(len(tokens), w.num_kv_heads, group, w.head_dim)
     keys = torch.arange(m, device=q.device)
     position = (tokens + (m - n))[:, None]
-    hidden = keys > position  # [n, kv_len]
-    if w.window >= 0:
-        hidden |= keys < position - w.window
+    hidden = ~w.sees(position, keys)  # [n, kv_len]
     variant = variants.effect(batch, request)
     if variant is not None:
         hidden |= variant.hidden(tokens, keys)

@@ -14,7 +14,7 @@ import tvm_ffi
 from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, DTypeError
 from ..rope import RopeConfig
-from ..schedule import Plan
+from ..schedule import Band, Plan
 from ..spec import AttentionSpec
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -415,7 +415,7 @@ class PagedKVCache:
 
         variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters; None for plain attention. ``per_request`` tables
             have an entry for each of the `max_batch` sequences of a step, in the order of its ids; what tables hold may change between
-            steps. Layers of up to 4 different windows are planned apart, in the one copy of begin_forward.
+            steps. Layers of up to 4 different bands (windows, sinks, chunks) are planned apart, in the one copy of begin_forward.
         layers : which; None: all.
 
         Where every layer has a window then, sequences give back their pages behind the widest.
@@ -423,18 +423,18 @@ class PagedKVCache:
         Raises
         ------
         VariantError : not bound, or tables of other lengths. ArgumentError : tables on another device, a layer that is none, more
-        than 4 windows, a wider window than a sequence has kept keys for. CacheStateError : in a step; on a cache that ran steps for an
+        than 4 bands, a wider window than a sequence has kept keys for. CacheStateError : in a step; on a cache that ran steps for an
         executable, whose graphs know its kernels.
         MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
-        call, causal, window_left = None, -1, -1
+        call, causal, band = None, -1, Band()
         if variant is not None:
             prepared = variant_call.prepare(variant)
-            causal, window_left = int(prepared.causal), prepared.window_left
+            causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
                 call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch)
-        self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, window_left)
+        self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/rope_checks.h"
 
 namespace tvm_infer::ffi_api {
@@ -68,8 +69,8 @@ void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, d
   });
 }
 
-void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> variant, int64_t causal, int64_t window_left) {
-  Guarded([&] { kv->SetVariant(layers, variant, causal, window_left); });
+void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> variant, int64_t causal, Shape band) {
+  Guarded([&] { kv->SetVariant(layers, variant, causal, MakeBand(band)); });
 }
 
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,

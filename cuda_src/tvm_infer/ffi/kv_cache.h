@@ -70,13 +70,12 @@ void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, tvm::ffi::Tens
 // [rotary_dim / 2] on the host. Once, before the first sequence: rotated keys of one kind do not go with queries of another.
 void KVCacheSetRope(PagedKVCache kv, tvm::ffi::TensorView inv_freq, int64_t interleaved, double magnitude);
 
-// What the attention of `layers` is besides, from the next step on: a variant with its parameters (variant.h), whose band is causal and
-// window_left (keys before its own that a query sees, -1 for all); none: plain attention in this band. causal is what begin_forward must
-// say, -1 for either. Tables
-// by request have an entry for each sequence of a step, in the order of its ids. Before the first step that an executable runs on the
-// cache.
+// What the attention of `layers` is besides, from the next step on: a variant with its parameters (variant.h), whose mask has this band
+// (window_left, window_right, num_sink, chunk, as of `plan`, plan.h); none: plain attention in this band. causal is what begin_forward must
+// say, -1 for either; window_right is for a step that is not causal. Tables by request have an entry for each sequence of a step, in the
+// order of its ids. Before the first step that an executable runs on the cache.
 void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Optional<VariantCall> variant, int64_t causal,
-                       int64_t window_left);
+                       tvm::ffi::Shape band);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.

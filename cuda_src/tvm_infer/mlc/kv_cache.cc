@@ -28,7 +28,7 @@ MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rop
     : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_), masks_(config) {
   if (!config_.sliding_layers.empty()) {
     const Shape layers(config_.sliding_layers.begin(), config_.sliding_layers.end());
-    Library().kv_cache_set_variant(cache_, layers, nullptr, int64_t{-1}, config_.layer_window - 1);
+    Library().kv_cache_set_variant(cache_, layers, nullptr, int64_t{-1}, BandOf(config_.layer_window - 1, true));
   }
   if (rope_.is_active() && rope_.is_fixed()) {
     Library().kv_cache_set_rope(cache_, rope_.host_inv_freq(), rope_.interleaved(), rope_.magnitude());

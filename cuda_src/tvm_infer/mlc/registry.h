@@ -2,7 +2,10 @@
 // adapter, built on the user's machine, serves the library that is loaded.
 #pragma once
 
+#include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/function.h>
+
+#include <cstdint>
 
 #define TVM_INFER_MLC_CALLS(V)         \
   V(attention_with_kv_cache)           \
@@ -54,5 +57,8 @@ struct Calls {
 
 // Looked up at the first call; throws where libtvm_infer.so is not loaded.
 const Calls& Library();
+
+// The `band` of plan and plan_capacity: window_left, window_right, num_sink, chunk. -1 for all keys of a side, 0 for none.
+inline tvm::ffi::Shape BandOf(int64_t window_left, bool is_causal) { return {window_left, is_causal ? 0 : -1, 0, 0}; }
 
 }  // namespace tvm_infer::mlc

@@ -46,10 +46,10 @@ void SidePlans::NewStep() {
 void SidePlans::Allocate() {
   if (workspace_.defined()) return;
   int64_t plan_bytes = 0;
-  for (const auto& [causal, window_left] : {std::pair{0, kAllKeys}, std::pair{1, kAllKeys}, std::pair{1, config_.layer_window - 1}}) {
+  for (const Shape& band : {BandOf(kAllKeys, false), BandOf(kAllKeys, true), BandOf(config_.layer_window - 1, true)}) {
     const Shape capacity = Library()
-                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, int64_t{causal}, window_left,
-                                              kSplitAuto, tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, band, kSplitAuto, tile_table_,
+                                              config_.max_batch, config_.max_tokens, int64_t{0})
                                .cast<Shape>();
     plan_bytes = std::max(plan_bytes, capacity[0]);
     partial_rows_ = std::max(partial_rows_, capacity[1]);
@@ -96,7 +96,7 @@ void SidePlans::MakePlan(bool is_causal, int64_t window_left, Planned* planned) 
   planned->kv_len.Publish({kDLCPU, 0});
   const int64_t bytes = Library()
                             .plan(qo_indptr_.OnHost(), planned->kv_len.OnHost(), config_.num_qo_heads, config_.num_kv_heads, num_ctas_,
-                                  int64_t{is_causal}, window_left, kSplitAuto, tile_table_, partial_rows_, planned->plan)
+                                  BandOf(window_left, is_causal), kSplitAuto, tile_table_, partial_rows_, planned->plan)
                             .cast<int64_t>();
   planned->words = bytes / 4;
   if (config_.is_cuda()) {
