@@ -279,6 +279,7 @@ def test_the_standard_library():
         "two_sided_window": Band(6, 3),
         "chunked_local": Band(-1, 0, 0, 7),
         "sink_window": Band(5, 0, 4),
+        "streaming": Band(5, 0, 4),
         "custom_mask": ALL,
         "tree_mask": ALL,
     }

@@ -433,7 +433,7 @@ class PagedKVCache:
             prepared = variant_call.prepare(variant)
             causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
-                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch)
+                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
 
     def attention_fused_qkv(

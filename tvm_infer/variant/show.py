@@ -40,7 +40,7 @@ def _band(variant: Variant) -> str:
     bands = variant.bands
     named = (
         ("window_left", bands.lefts or bands.lefts_beside),
-        ("window_right", bands.rights),
+        ("window_right", bands.rights + bands.rights_tested),
         ("chunk", bands.chunks or bands.chunks_beside),
         ("num_sink", bands.sinks),
     )
