@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from .. import jit
-from ..variant.cache_masks import CACHE_MASKS
 
 
 def mask(name: str, is_cuda: bool) -> list[object]:
-    """What the adapter asks for when a step first needs it: [digest, address of the CPU functions or 0]."""
+    """What the adapter asks for when a step first needs it: [digest, address of the CPU functions or 0].
+
+    MissingDependencyError in a process that has TVM's runtime alone: variants are expressions of its compiler.
+    """
     from ..variant import cpu_functions
+    from ..variant.cache_masks import CACHE_MASKS
 
     variant = CACHE_MASKS[str(name)]
     if is_cuda:
