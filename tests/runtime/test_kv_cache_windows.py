@@ -130,6 +130,7 @@ def test_sinks_stay_and_chunks_go(name, page_size):
     bound, sees, num_sink, first = SINKS_AND_CHUNKS[name]
     cache = make(None, page_size=page_size, num_pages=320 // page_size)
     cache.set_variant(bound)
+    assert cache.window_left == {"sinks": 30, "many sinks": 9, "chunks": 49}[name]
     cache.add_sequence(0)
     rng, length = np.random.default_rng(1), 0
     keys, values = np.zeros((2, 0, HKV, DIM), np.float32)

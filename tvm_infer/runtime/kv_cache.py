@@ -499,7 +499,7 @@ class PagedKVCache:
 
     @property
     def window_left(self) -> int | None:
-        """Keys before its own that a token sees in some layer, as the widest band says it; None: no limit, or one by chunks."""
+        """Keys before its own that a token sees at most, in any layer, sinks apart; None for all. Pages behind go back to the pool."""
         left = int(self._call("window_left"))
         return None if left < 0 else left
 

@@ -192,7 +192,10 @@ int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append) {
     return kv->manager().PeakPages(length, max_append);
   });
 }
-int64_t KVCacheWindowLeft(PagedKVCache kv) { return kv->manager().window().left; }
+int64_t KVCacheWindowLeft(PagedKVCache kv) {
+  const kv::KeyWindow& window = kv->manager().window();
+  return window.is_bounded() ? window.max_left() : -1;
+}
 Shape KVCachePageTable(PagedKVCache kv, int64_t id) {
   return Guarded([&] {
     const std::vector<int32_t>& pages = kv->manager().Pages(id);

@@ -125,7 +125,7 @@ int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape 
 int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
 // Pages that a sequence has at most on its way to `length` tokens in steps of at most max_append, none of them shared.
 int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append);
-// Keys before its own that a token sees in some layer, -1 for all: pages behind go back to the pool.
+// Keys before its own that a token sees at most, in any layer, sinks apart; -1 for all. Pages behind go back to the pool.
 int64_t KVCacheWindowLeft(PagedKVCache kv);
 tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);  // -1 for pages that were given back
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
