@@ -203,9 +203,16 @@ def test_set_before_and_between_steps():
     c.cache.set_variant(LAYERS[1][0], layers=[1])
     c.layers = [LAYERS[3], LAYERS[1]]
     c.step([0], [1])
+    with pytest.raises(
+        errors.ArgumentError,
+        match=r"`window_left` is -1, with which .* sequence 0 sees positions from 0 on, but 0 to 23 left",
+    ):
+        c.cache.set_variant(None)
+    c.cache.remove_sequence(0)
     c.cache.set_variant(None)
     c.layers = [LAYERS[0], LAYERS[0]]
-    c.step([0], [1])
+    c.add(0)
+    c.step([0], [30])
 
 
 def test_tables_may_change_between_steps_and_have_an_entry_for_each_sequence():

@@ -117,7 +117,9 @@ void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<MaskBand>
       partial_rows = std::max(partial_rows, capacity.partial_rows);
     }
   }
-  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
+  // Sequences that give back pages are longer than the pool.
+  const bool is_bounded = std::all_of(bands.begin(), bands.end(), [](const MaskBand& band) { return band.has_begin(); });
+  const int64_t entries = is_bounded ? kMaxPageEntries : std::min(c.max_batch * c.num_pages, kMaxPageEntries);
   memory->layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
       static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(bands.size())});
   memory->host_step = AllocateHost({memory->layout->bytes() / 8}, kInt64);
@@ -176,6 +178,11 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
   }
   causal_ = causal;
   has_stepped_ = true;
+}
+
+void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) {
+  const std::vector<kv::TokenMove> moves = manager_.Moves(ids, src, dst, num_moves);
+  if (!moves.empty()) executor_->MoveTokens(memory_, moves);
 }
 
 // q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.

@@ -32,6 +32,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void EndForward() { manager_.EndForward(); }
   void CancelForward() { manager_.CancelForward(); }
 
+  // kv::CacheManager::Moves, made.
+  void MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves);
+
   // Stores k and v of the step's tokens at `layer`, then o = attention of q to all keys of its own sequence. Repeatable in a step.
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
                  const TensorView& o);
@@ -42,7 +45,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
   // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
   // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
-  // ArgumentError for more than kMaxPlans bands.
+  // ArgumentError for more than kMaxPlans bands. Where every layer's band hides keys before a token, sequences give back pages that leave
+  // the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
   void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, MaskBand band);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int32_t kNamed = -1;  // Layer::plan of a layer that is given its band
 
+kv::KeyWindow SeenIn(const MaskBand& band) { return {band.left, band.num_sink, band.chunk}; }
+
 std::string BandText(const MaskBand& b) {
   return "window_left " + std::to_string(b.left) + ", window_right " + std::to_string(b.right) + ", num_sink " +
          std::to_string(b.num_sink) + ", chunk " + std::to_string(b.chunk);
@@ -54,6 +56,9 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
                                    << " different bands; a step has at most " << kMaxPlans
                                    << " plans, one for each. Give layers the same window, sinks and chunks where they may";
   }
+  kv::KeyWindow seen = SeenIn(bands.front());  // by all layers together
+  for (const MaskBand& own : bands) seen = kv::Union(seen, SeenIn(own));
+  manager_.CheckWindow(seen);
   if (bands != bands_) {
     KVMemory memory;  // what cannot be allocated changes nothing
     AllocateStep(&memory, bands);
@@ -65,6 +70,7 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
     memory_.partial_rows = memory.partial_rows;
     step_ = KVStep();
   }
+  manager_.SetWindow(seen);
   bands_ = std::move(bands);
   layers_ = std::move(next);
 }

@@ -21,9 +21,11 @@
   V(kv_cache_config)                   \
   V(kv_cache_create)                   \
   V(kv_cache_debug_state)              \
+  V(kv_cache_drop_pages)               \
   V(kv_cache_end_forward)              \
   V(kv_cache_fork)                     \
   V(kv_cache_in_forward)               \
+  V(kv_cache_move_tokens)              \
   V(kv_cache_num_free_pages)           \
   V(kv_cache_page_table)               \
   V(kv_cache_pages)                    \
@@ -31,6 +33,7 @@
   V(kv_cache_remove)                   \
   V(kv_cache_seq_len)                  \
   V(kv_cache_sequences)                \
+  V(kv_cache_set_variant)              \
   V(merge)                             \
   V(paged_attention)                   \
   V(plan)                              \
@@ -39,7 +42,10 @@
   V(cuda_info)                         \
   V(ragged_attention)                  \
   V(rope_append_paged)                 \
-  V(scale_lse)
+  V(scale_lse)                         \
+  V(variant_append_attention)          \
+  V(variant_call)                      \
+  V(variant_paged_attention)
 
 namespace tvm_infer::mlc {
 
