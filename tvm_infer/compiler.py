@@ -21,11 +21,19 @@ from .models import LanguageModel, Tokenizer, load_gguf
 from .runtime import library
 from .runtime.executable import Executable
 from .runtime.manifest import Manifest
+from .runtime.variants import MAX_WINDOWS
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MAX_BATCH = 64
 Progress = Callable[[str, float], None]  # (step, fraction done)
-_KEYED = ("compiler.py", "spec.py", "rope.py", "runtime/manifest.py", "runtime/library.py")  # beside relax/ and models/
+_KEYED = (
+    "compiler.py",
+    "spec.py",
+    "rope.py",
+    "runtime/manifest.py",
+    "runtime/library.py",
+    "variant/*.py",
+)  # beside relax/ and models/
 
 
 @dataclass(frozen=True)
@@ -332,7 +340,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         target_kind=str(target.kind.name),
     )
     inputs, weights, vocab_size = pipeline.entry_signature(mod, options.function)
-    specs = reports.attention.specs()
+    specs = [spec.with_weight_names(names) for spec in reports.attention.specs()]
     _check_entry(options.function, inputs, specs)
     if decode_rows:
         _check_cuda_inputs(options.function, inputs)
@@ -430,7 +438,19 @@ def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequen
             f"the attention layers of {function!r} differ in heads, head_dim or dtype: {sorted({str(s) for s in specs})}; one cache "
             "serves equal layers only"
         )
+    _check_windows(function, specs)
     if any(not s.causal for s in specs):
         raise errors.ModelError(
             f"an attention of {function!r} is not causal: tokens that come one by one cannot see later ones"
+        )
+
+
+def _check_windows(function: str, specs: Sequence[Any]) -> None:
+    """A step makes a plan for each window, and has room for so many."""
+    windows = {-1 if s.variant is None else s.variant.window_left for s in specs}
+    if len(windows) > MAX_WINDOWS:
+        widths = sorted("none" if w < 0 else str(w + 1) for w in windows)
+        raise errors.ModelError(
+            f"the attention layers of {function!r} have {len(windows)} different windows ({', '.join(widths)} keys), each of which "
+            f"takes a plan, and a step has at most {MAX_WINDOWS}: export the model with fewer (no window counts as one)"
         )

@@ -15,7 +15,7 @@ from tvm.sym.analyzer import ProofStrength
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from . import torch_matmul
+from . import torch_integers, torch_matmul
 from .nodes import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
@@ -69,7 +69,7 @@ def from_torch(
 def _import(program: Any, keep_attention: bool) -> tvm.IRModule:
     from tvm.relax.frontend.torch import from_exported_program
 
-    converters = dict(torch_matmul.CONVERTERS)
+    converters = {**torch_matmul.CONVERTERS, **torch_integers.CONVERTERS}
     options: dict[str, Any] = {"keep_params_as_input": True, "custom_convert_map": converters}
     if keep_attention:
         import torch
