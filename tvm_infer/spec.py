@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .variant.layer import LayerVariant
@@ -40,22 +40,6 @@ class AttentionSpec:
     def with_weight_names(self, names: Mapping[str, str]) -> AttentionSpec:
         """The same, with the weights of its variant called as `names` says."""
         return self if self.variant is None else replace(self, variant=self.variant.renamed(names))
-
-    def to_fields(self) -> dict[str, Any]:
-        """For JSON."""
-        fields = dict(vars(self))
-        fields["variant"] = None if self.variant is None else self.variant.to_fields()
-        return fields
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> AttentionSpec:
-        """The inverse of :meth:`to_fields`. Raises VariantError for a variant that it did not make."""
-        variant = fields["variant"]
-        if variant is not None:
-            from .variant.layer import LayerVariant
-
-            variant = LayerVariant.from_fields(variant)
-        return cls(**{**fields, "variant": variant})
 
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from llamas import hf_logits
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from variant_models import MODELS, VOCABULARY, decoder, exported, logits64
 
 import tvm_infer
@@ -44,3 +54,74 @@ def test_the_logits_are_the_models(attention):
     executable = tvm_infer.compile(exported(model), max_tokens=64)
     assert any(spec.variant is not None for spec in executable.manifest.layers)
     check(model, executable)
+
+
+def hf_check(model, executable):
+    rng = np.random.default_rng(6)
+    a, b = (rng.integers(0, model.config.vocab_size, n).tolist() for n in (21, 5))
+    cache = executable.new_cache(num_pages=32, page_size=4)
+    cache.add_sequence(0), cache.add_sequence(1)
+    logits = executable.step(cache, [(0, a[:14]), (1, b[:2])], rows=range(16))
+    expected = [hf_logits(model, a), hf_logits(model, b)]
+    np.testing.assert_allclose(logits, np.concatenate([expected[0][:14], expected[1][:2]]), atol=3e-4)
+    mixed = executable.step(cache, [(1, b[2:3]), (0, a[14:])], rows=range(8))
+    np.testing.assert_allclose(mixed, np.concatenate([expected[1][2:3], expected[0][14:]]), atol=3e-4)
+    np.testing.assert_allclose(executable.step(cache, [(1, b[3:])])[0], expected[1][4], atol=3e-4)
+
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    attn_implementation="eager",
+)
+
+
+class Dense(torch.nn.Module):
+    """In place of GPT-OSS's experts, which torch does not export."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)), None
+
+
+def gemma2():
+    return Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, sliding_window=6, attn_logit_softcapping=3.0, query_pre_attn_scalar=24)
+    )
+
+
+def gpt_oss():
+    layers = ["sliding_attention", "full_attention"]
+    model = GptOssForCausalLM(
+        GptOssConfig(**SIZES, sliding_window=6, layer_types=layers, num_local_experts=2, num_experts_per_tok=1)
+    )
+    for layer in model.model.layers:
+        layer.mlp = Dense()
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6))
+
+
+@pytest.mark.parametrize("make, windows", [(gemma2, [5, -1]), (gpt_oss, [5, -1]), (mistral, [5, 5])])
+def test_models_of_transformers(make, windows):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    executable = tvm_infer.compile(model, max_tokens=32)
+    assert [-1 if s.variant is None else s.variant.window_left for s in executable.manifest.layers] == windows
+    hf_check(model, executable)

@@ -94,7 +94,9 @@ class Cases:
         if isinstance(expr, _ARITHMETIC):
             return self._map(expr, (expr.a, expr.b), lambda operands: type(expr)(*operands))
         if isinstance(expr, relax.Call):
-            return self._map(expr, tuple(expr.args), lambda operands: relax.Call(expr.ty, expr.op, operands))
+            return self._map(
+                expr, tuple(expr.args), lambda operands: relax.Call(expr.op, operands, expr.attrs, ret_ty=expr.ty)
+            )
         return expr
 
     def _map(self, expr: Any, operands: tuple[Any, ...], rebuild: Callable[[list[Any]], Any]) -> Case:
@@ -138,8 +140,8 @@ class Cases:
         value, is_left = (y, True) if a is not None else (x, False)
         if isinstance(expr, tirx.Add):  # what is added to a masked score leaves it masked
             return number if self.is_masked(number) else value if number == 0.0 else None
-        if isinstance(expr, tirx.Sub) and is_left and self.is_masked(number):
-            return number
+        if isinstance(expr, tirx.Sub) and self.is_masked(number if is_left else -number):
+            return number if is_left else -number
         if isinstance(expr, tirx.Sub) and not is_left and number == 0.0:
             return value
         if isinstance(expr, tirx.Mul):

@@ -29,9 +29,9 @@ from .cases import Cases, both, conjuncts, either, masked_limit, negation
 from .nodes import same, static_int
 from .printer import format_expr
 from .prove import MaskProof, OpaqueError, Refusal, Region, Resolver, UndecidedError, assumed_masks, assumed_number
-from .scalars import free_vars
+from .scalars import free_vars, literal
 from .symbolic import Evaluator
-from .terms import Term, depends_on, factors, linear, score_factors, tanh_argument, terms
+from .terms import Term, absolute_argument, depends_on, factors, linear, score_factors, tanh_argument, terms
 from .variant_writer import KEEP_VARIANT, VariantWriter
 
 _NAME = "extracted"
@@ -111,13 +111,16 @@ class _Extraction:
         """Keys after their query are masked, and every query sees its own: the softmax of a row is one of numbers."""
         if visible is False:
             raise Refusal(self._seen, "every key is masked", "check the mask: no query sees any key")
+        if not isinstance(visible, bool) and self._reads_score(visible):
+            shown = format_expr(visible, self._evaluator)
+            raise Refusal(self._seen, f"the mask `{shown}` depends on the scores, which masks do not see", KEEP_VARIANT)
         for region, wanted, why in (
             ("hidden", False, "a query may see keys after its own, which are not there when tokens come one by one"),
             ("own", True, "it is not proven that a query sees its own key, so a row might see none"),
         ):
             culprit, holds = self._decide(visible, region)
             if holds is not wanted:
-                shown = culprit if isinstance(culprit, bool) else format_expr(culprit, self._evaluator)
+                shown = str(culprit) if isinstance(culprit, bool) else format_expr(culprit, self._evaluator)
                 raise Refusal(
                     self._seen,
                     f"the mask is neither causal nor full: `{shown}` decides which keys are seen, and {why}",
@@ -179,6 +182,15 @@ class _Extraction:
         """An expression with the branches gone that no visible key takes."""
 
         def settle(node: Any) -> Any:
+            inner = absolute_argument(node)
+            if inner is not None:
+                number = inner.value if isinstance(inner, tirx.Cast) else inner
+                if str(number.ty).startswith("int"):
+                    zero = literal(0, str(number.ty))
+                    if self._settled_condition(tirx.GE(number, zero)) is True:
+                        return inner
+                    if self._settled_condition(tirx.LE(number, zero)) is True:
+                        return tirx.Mul(inner, literal(-1, str(inner.ty)))
             if not isinstance(node, tirx.Select):
                 return node
             condition = self._settled_condition(self._cases.condition(node.condition))
@@ -217,6 +229,10 @@ class _Extraction:
         """The factor that goes into the product: of the score itself, or what it comes to inside of a soft cap."""
         score = self._given.score
         found = [factor for factor, part in logits if part is not None and same(part, score)]
+        if not found:  # times what differs from head to head, say
+            for factor, part in logits:
+                constant, parts = (1.0, []) if part is None else factors(part)
+                found += [factor * constant] if sum(same(x, score) for x in parts) == 1 else []
         if not found:
             for factor, part in logits:
                 inner = None if part is None else tanh_argument(part)

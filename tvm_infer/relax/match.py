@@ -189,16 +189,18 @@ class Matcher:
             )
 
         h, i, j, heads, index = self._axes(evaluator, shape, axis, seen)
+        evaluator.read_positions = False
         value, sink = evaluator.element(call.args[0], index), None
         if has_sink:
             index, value, sink = self._sink(evaluator, call.args[0], axis, index, value, seen)
+        reads_positions = evaluator.read_positions
         score = self._score(evaluator, value, seen)
         q_views, k_views, depth, head_dim = self._score_operands(evaluator, score, i, j)
         axes = _Axes(h, i, j, depth)
         q, q_factor = self._operand(evaluator, q_views, axes, i, "q", heads, seen)
         k, k_factor = self._operand(evaluator, k_views, axes, j, "k", heads, seen)
         given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), sink, self._inputs, self._assume_full)
-        proof = self._proof(evaluator, given)
+        proof = self._proof(evaluator, given, reads_positions)
         context = _Context(evaluator, h, i, j, heads, index, var, score, proof, head_dim)
         v, output_axes, extents = self._product(context, products[0], seen)
         safe = "softmax with a sink" if has_sink else "safe softmax" if len(self._users[var]) > 1 else "softmax"
@@ -214,9 +216,8 @@ class Matcher:
             seen,
         )
 
-    def _proof(self, ev: Evaluator, given: Input) -> MaskProof:
+    def _proof(self, ev: Evaluator, given: Input, reads_positions: bool) -> MaskProof:
         """What the softmax input means: plain where that can be proven, else the variant that it is."""
-        read_positions = ev.read_positions
         if given.sink is None:
             try:
                 proof = prove_mask(
@@ -226,7 +227,7 @@ class Matcher:
                 proof = extract(ev, given)
         else:
             proof = extract(ev, given)
-        if not read_positions:
+        if not reads_positions:
             return proof
         note = f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
         return dataclasses.replace(proof, assumptions=(*proof.assumptions, note))
@@ -515,9 +516,10 @@ class Matcher:
             list(ev.views(argument, (int_imm(0), row, head, column)))
             for argument, row, head in zip(call.args[:3], (i, j, j), (h, kv_head, kv_head), strict=True)
         ]
+        ev.read_positions = False
         value, score = self._fused_value(ev, var, call, h, i, j, depth)
         given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), None, self._inputs, self._assume_full)
-        proof = self._proof(ev, given)
+        proof = self._proof(ev, given, ev.read_positions)
         context = _Context(ev, h, i, j, heads, (), var, score, proof, depth)
         axes = _Axes(h, i, j, column)
         v_views = [view for view in views[2] if view.factor == 1.0]

@@ -109,5 +109,14 @@ def score_factors(expr: Any, score: Any) -> Iterator[float]:
 
 def tanh_argument(expr: Any) -> Any | None:
     """The x of tanh(x), None for anything else."""
-    is_tanh = isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and str(expr.op.name).endswith(".tanh")
-    return expr.args[0] if is_tanh else None
+    return _argument(expr, "tanh")
+
+
+def absolute_argument(expr: Any) -> Any | None:
+    """The x of |x|, None for anything else."""
+    return _argument(expr, "fabs")
+
+
+def _argument(expr: Any, function: str) -> Any | None:
+    is_call = isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op)
+    return expr.args[0] if is_call and str(expr.op.name).rsplit(".", 1)[-1] == function else None

@@ -31,6 +31,7 @@ KEEP_VARIANT = (
     "(PagedKVCache.set_variant)"
 )
 MAX_CONSTANT_BYTES = 1 << 20  # of an array that goes into the manifest
+_MAX_MULTIPLE = 1024  # of a position: sequences are shorter than 2^21 tokens
 _SAME_FACTOR = 1e-6  # products of float32 constants differ by so much
 _CALLS: dict[str, Callable[..., Expr]] = {
     "tanh": functions.tanh,
@@ -133,8 +134,6 @@ class VariantWriter:
     def floating(self, expr: Any) -> Expr:
         """An expression of a floating type, as float32."""
         parts = terms(expr)
-        if len(parts) == 1 and parts[0][0] == 1.0 and parts[0][1] is not None and not self._is_score(parts[0][1]):
-            return self._product(parts[0][1])
         return self.sum([self.term(factor, part) for factor, part in parts])
 
     def sum(self, parts: Sequence[Expr]) -> Expr:
@@ -148,11 +147,7 @@ class VariantWriter:
 
     def term(self, factor: float, part: Any) -> Expr:
         """factor * part; factor alone where the part is None."""
-        if part is None:
-            return lift(factor)
-        if self._is_score(part):
-            return self.times(factor / self._scale, self.name("value"))
-        return self.times(factor, self._product(part))
+        return lift(factor) if part is None else self._product(part, factor)
 
     def times(self, factor: float, x: Expr) -> Expr:
         """factor * x, for factors near 1 and -1 without a product."""
@@ -163,15 +158,20 @@ class VariantWriter:
     def _is_score(self, expr: Any) -> bool:
         return isinstance(expr, ir.Var) and same(expr, self._score)
 
-    def _product(self, expr: Any) -> Expr:
-        """A term that is no sum."""
+    def _product(self, expr: Any, factor: float = 1.0) -> Expr:
+        """factor times a term that is no sum."""
         constant, parts = factors(expr)
-        if len(parts) == 1:
-            return self.times(constant, self._float_atom(parts[0]))
-        result = self.floating(parts[0])
-        for part in parts[1:]:
-            result = result * self.floating(part)
-        return self.times(constant, result)
+        factor *= constant
+        result: Expr | None = None
+        for part in parts:
+            if self._is_score(part):
+                factor /= self._scale
+                written = self.name("value")
+            else:
+                written = self._float_atom(part) if len(parts) == 1 else self.floating(part)
+            result = written if result is None else result * written
+        assert result is not None, "a product of something"
+        return self.times(factor, result)
 
     def _float_atom(self, expr: Any) -> Expr:
         if isinstance(expr, ir.Var):
@@ -239,6 +239,13 @@ class VariantWriter:
                 negated = _negated(x)
                 if negated is not None:
                     return self._integer(y) - self._integer(negated)
+        if isinstance(expr, tirx.Mul) and not any(
+            abs(static_int(x) or _MAX_MULTIPLE + 1) <= _MAX_MULTIPLE for x in (a, b)
+        ):
+            why = (
+                f"is a product that may exceed int32, which positions are; a factor of at most {_MAX_MULTIPLE} does not"
+            )
+            raise self.refuse(expr, why)
         return _ARITHMETIC[type(expr)](self._integer(a), self._integer(b))
 
     def _integer_cast(self, expr: Any) -> Expr:

@@ -154,7 +154,7 @@ def export(
     _refuse_source(objects)
     functions: list[str] = json.loads((model.library.parent / FUNCTIONS).read_text())
     device = _device(str(model.manifest["target"]))
-    layers = [AttentionSpec.from_fields(spec) for spec in model.manifest["layers"]]
+    layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
     kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
     archs = tuple(archs) if device == "cuda" else ()
     about = {

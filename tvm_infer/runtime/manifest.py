@@ -63,7 +63,12 @@ class Manifest:
 
     def save(self, folder: pathlib.Path) -> None:
         """Write into `folder`."""
-        fields = {**vars(self), "layers": [spec.to_fields() for spec in self.layers]}
+        variants = list(self.variants)  # each once, however large its tables
+        layers = [
+            {**vars(spec), "variant": None if spec.variant is None else variants.index(spec.variant)}
+            for spec in self.layers
+        ]
+        fields = {**vars(self), "layers": layers, "variants": [variant.to_fields() for variant in variants]}
         (folder / library.MANIFEST).write_text(json.dumps(fields, indent=1))
 
     @classmethod
@@ -81,7 +86,7 @@ class Manifest:
                 f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
                 f"{have}: compile it again"
             )
-        known = {field.name for field in dataclass_fields(cls)}
+        known = {"variants", *(field.name for field in dataclass_fields(cls))}
         if set(fields) != known:
             raise AbiError(
                 f"the model in {where} was compiled by another version of tvm_infer: its manifest has {sorted(set(fields) - known)} "
@@ -91,5 +96,15 @@ class Manifest:
         fields["weights"] = tuple(fields["weights"])
         fields["weight_types"] = tuple(fields["weight_types"])
         fields["buckets"] = tuple(fields["buckets"])
-        fields["layers"] = tuple(AttentionSpec.from_fields(spec) for spec in fields["layers"])
+        variants = [_layer_variant(stored) for stored in fields.pop("variants")]
+        fields["layers"] = tuple(
+            AttentionSpec(**{**spec, "variant": None if spec["variant"] is None else variants[spec["variant"]]})
+            for spec in fields["layers"]
+        )
         return cls(**fields)
+
+
+def _layer_variant(stored: Mapping[str, Any]) -> LayerVariant:
+    from ..variant.layer import LayerVariant
+
+    return LayerVariant.from_fields(stored)

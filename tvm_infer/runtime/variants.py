@@ -46,7 +46,7 @@ def _identity(manifest: Manifest) -> str:
     """The same for manifests of the same variants at the same layers; "" of plain attention."""
     if not manifest.variants:
         return ""
-    return json.dumps([None if spec.variant is None else spec.variant.to_fields() for spec in manifest.layers])
+    return json.dumps([[layers, variant.to_fields()] for variant, layers in manifest.variants.items()])
 
 
 def _bound(variant: LayerVariant, layers: tuple[int, ...], cache: PagedKVCache, weight: Callable[[str], Any]) -> Any:
