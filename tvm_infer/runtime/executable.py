@@ -162,6 +162,14 @@ class Executable:
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
+        layers = sorted(layer for layers in m.variants.values() for layer in layers)
+        if layers:
+            made = (
+                "compiled at the first step"
+                if m.device_kind == "cuda"
+                else "compiled by new_cache, or the library's own"
+            )
+            lines.append(f"layers {', '.join(map(str, layers))} have variants, whose code is in their kernels: {made}")
         return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
 
     def explain(self) -> str:
@@ -265,7 +273,7 @@ class Executable:
         return cache
 
     def _give_variants(self, cache: PagedKVCache) -> None:
-        """The variants that the model's layers have, with its weights, to a cache that has them not yet."""
+        """The variants that the model's layers have, with its weights."""
         names = self.manifest.weights
 
         def weight(name: str) -> Any:
@@ -295,11 +303,10 @@ class Executable:
                 f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile with max_batch={cache.max_batch}"
             )
         cache.bind(self._number)
-        try:
+        if not variants.has(self.manifest, cache):
+            cache.release(self._number)  # of a cache that is bound the kernels are settled
             self._give_variants(cache)
-        except BaseException:
-            cache.release(self._number)
-            raise
+            cache.bind(self._number)
 
     def release(self, cache: PagedKVCache) -> None:
         """Give the cache back, so that another executable of the same shape may take it. Its graphs go, a new use captures anew."""

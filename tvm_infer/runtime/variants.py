@@ -21,25 +21,33 @@ MAX_WINDOWS = 4  # kMaxPlans of cuda_src/tvm_infer/ffi
 _given: weakref.WeakKeyDictionary[PagedKVCache, str] = weakref.WeakKeyDictionary()
 
 
-def give(manifest: Manifest, cache: PagedKVCache, weight: Callable[[str], Any]) -> None:
-    """Let the layers of a new cache compute what the model's do, each group of layers with equal variants bound once.
+def has(manifest: Manifest, cache: PagedKVCache) -> bool:
+    """Whether a cache was given the variants of the model's layers, or has none where the model has none."""
+    return _given.get(cache, "") == _identity(manifest)
 
-    weight : name -> tensor on the cache's device. Does nothing where that was done, or another model's variants were replaced since.
+
+def give(manifest: Manifest, cache: PagedKVCache, weight: Callable[[str], Any]) -> None:
+    """Let the layers of a cache that no executable has compute what the model's do, those with equal variants bound once.
+
+    weight : name -> tensor on the cache's device.
 
     Raises
     ------
     As PagedKVCache.set_variant and Variant.bind; VariantError names the layers.
     """
-    variants = manifest.variants
-    kind = _identity(manifest)
-    if _given.get(cache, "") == kind:
-        return
     if cache in _given:
         cache.set_variant(None)  # those of another model
-    # layers of one window after another: on the way there are no more windows than at the end
-    for variant in sorted(variants, key=lambda v: v.window_left):
-        cache.set_variant(_bound(variant, variants[variant], cache, weight), layers=variants[variant])
-    _given[cache] = kind
+    _given.pop(cache, None)
+    by_window: dict[int, list[LayerVariant]] = {}
+    for variant in manifest.variants:
+        by_window.setdefault(variant.window_left, []).append(variant)
+    for variants in by_window.values():
+        # all layers of a window at once, then each its own: on the way there are no more windows than at the end
+        layers = [layer for variant in variants for layer in manifest.variants[variant]]
+        for variant in variants:
+            cache.set_variant(_bound(variant, cache, weight, layers), layers=layers)
+            layers = [layer for layer in layers if layer not in manifest.variants[variant]]
+    _given[cache] = _identity(manifest)
 
 
 def _identity(manifest: Manifest) -> str:
@@ -49,7 +57,7 @@ def _identity(manifest: Manifest) -> str:
     return json.dumps([[layers, variant.to_fields()] for variant, layers in manifest.variants.items()])
 
 
-def _bound(variant: LayerVariant, layers: tuple[int, ...], cache: PagedKVCache, weight: Callable[[str], Any]) -> Any:
+def _bound(variant: LayerVariant, cache: PagedKVCache, weight: Callable[[str], Any], layers: list[int]) -> Any:
     import tvm
 
     def place(array: np.ndarray) -> Any:
@@ -58,4 +66,4 @@ def _bound(variant: LayerVariant, layers: tuple[int, ...], cache: PagedKVCache, 
     try:
         return variant.bind(weight, place)
     except VariantError as error:
-        raise VariantError(f"the attention variant of the layers {list(layers)} cannot be bound: {error}") from error
+        raise VariantError(f"the attention variant of the layers {layers} cannot be bound: {error}") from error
