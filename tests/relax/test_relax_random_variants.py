@@ -42,13 +42,13 @@ class Random:
     def bias(self):
         product = op.multiply(self.per_head(), op.astype(self.distance(), "float32"))
         clipped = op.clip(self.pick(self.distance(), op.subtract(self.w.j(), self.w.i())), 0, 8)
-        table = op.reshape(op.take(self.w.extra["table"], clipped, axis=1), [HEADS, self.w.n, self.w.n])
+        table = op.take(self.w.extra["table"], clipped, axis=1)
         row = op.multiply(self.per_head(), op.astype(self.w.i(), "float32"))
         chosen = op.where(self.condition(1), self.per_head(), self.pick(const(0.0), self.number()))
         return self.pick(product, op.negative(product), table, row, chosen, self.per_head(), self.number())
 
     def condition(self, depth):
-        w, i, j = self.w, self.w.i(), self.w.j()
+        i, j = self.w.i(), self.w.j()
         if depth and self.rng.random() < 0.5:
             parts = [self.condition(depth - 1), self.condition(depth - 1)]
             return self.pick(op.logical_and, op.logical_or)(*parts)
@@ -61,10 +61,9 @@ class Random:
             op.equal(op.floor_divide(i, const(size, "int64")), op.floor_divide(j, const(size, "int64"))),
             op.equal(op.floor_mod(op.subtract(i, j), const(size, "int64")), const(0, "int64")),
             op.less(j, const(size, "int64")),
-            op.less(heads, const(size % HEADS, "int64")),
+            op.less(heads, const(1 + size % 3, "int64")),
             op.less_equal(j, i),
         )
-        del w
         return op.logical_not(op.logical_not(result)) if self.rng.random() < 0.2 else result
 
     def hide(self, s, keep):

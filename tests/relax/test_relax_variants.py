@@ -120,6 +120,12 @@ def window_added_twice(w, s):
     return op.add(s, where(near(w), const(0.0), const(LOWEST)))
 
 
+def clipped(w, s):
+    """To what is finite, as float16 models do, and to 2."""
+    finite = op.clip(op.add(s, where(causal(w), const(0.0), const(-INF))), LOWEST, -LOWEST)
+    return w.causal(op.minimum(finite, const(2.0)))
+
+
 def window_subtracted(w, s):
     """(1 - mask) * 1e9 taken off."""
     keep = op.astype(and_(causal(w), near(w)), "float32")
@@ -210,6 +216,7 @@ TEXTS = {
     every_third: ["mask = (kv_pos <= q_pos) & ((q_pos - kv_pos) % 3 == 0)"],
     windows_of_heads: ["qo_head < 2"],
     blocks: ["table[qo_head, minimum(q_pos // 4, 7), minimum(kv_pos // 4, 7)]"],
+    clipped: ["logits = minimum(value, 2.0)"],
     masked_before_the_cap: ["logits = cap * tanh(value / cap)"],
 }
 
@@ -432,7 +439,12 @@ def large_constant(w, s):
     return w.causal(op.add(s, op.take(rows, op.arange(0, w.n, 1, "int64"), axis=2)))
 
 
+def no_number(w, s):
+    return w.causal(op.add(soft_capped(s), op.multiply(op.astype(w.j(), "float32"), const(float("nan")))))
+
+
 REFUSED = {
+    no_number: ([], "it is no attention variant: the constant nan is no float32"),
     score_threshold: ([], "the mask `not (score * 0.25 < -9) and j <= i` depends on the scores"),
     no_own_key: ([], "`j < i - 3` decides which keys are seen, and it is not proven that a query sees its own key"),
     only_some_rows: ([], "`j < 9` decides which keys are seen, and it is not proven that a query sees its own key"),

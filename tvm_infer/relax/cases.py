@@ -150,6 +150,8 @@ class Cases:
             return value
         if isinstance(expr, tirx.Max) and self.is_masked(number):
             return value  # a score is above the lowest number
+        if isinstance(expr, tirx.Min) and self.is_masked(-number):
+            return value
         return None
 
     def choice(self, condition: Any, yes: Case, no: Case) -> Case:

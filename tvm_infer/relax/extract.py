@@ -18,6 +18,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
+from tvm_infer.errors import VariantError
 from tvm_infer.variant import functions
 from tvm_infer.variant.code import of_tir
 from tvm_infer.variant.expression import Expr
@@ -60,7 +61,12 @@ class Input:
 
 def extract(evaluator: Evaluator, given: Input) -> MaskProof:
     """The proven meaning of a softmax input, with the variant that it is; raises Refusal."""
-    return _Extraction(evaluator, given).run()
+    extraction = _Extraction(evaluator, given)
+    try:
+        return extraction.run()
+    except VariantError as error:  # its place is a line of ours
+        why = str(error).partition(".py:")[2].partition(": ")[2] or str(error)
+        raise Refusal(extraction.seen, f"it is no attention variant: {why}", KEEP_VARIANT) from error
 
 
 class _Extraction:
@@ -69,9 +75,9 @@ class _Extraction:
         self._given = given
         self._assumed: set[str] = set()
         self._cases = Cases(evaluator, masked_limit(given.dtype), self._known)
-        self._seen = f"softmax input[h, i, j] = {format_expr(given.value, evaluator)}"
+        self.seen = f"softmax input[h, i, j] = {format_expr(given.value, evaluator)}"
         if given.sink is not None:
-            self._seen += f", with the sink {format_expr(given.sink, evaluator)}"
+            self.seen += f", with the sink {format_expr(given.sink, evaluator)}"
 
     def _known(self, var: Any) -> float | None:
         atom = self._evaluator.atoms.get(var)
@@ -89,7 +95,7 @@ class _Extraction:
         logits, sink = self._shifted(self._settled(cases.kept(given.value)))
         scale = self._scale(logits)
         writer = VariantWriter(
-            self._evaluator, given.h, given.i, given.j, given.heads, given.score, scale, given.inputs, self._seen
+            self._evaluator, given.h, given.i, given.j, given.heads, given.score, scale, given.inputs, self.seen
         )
         holes: dict[str, Any] = {}
         if not _is_score_alone(logits, given.score):
@@ -110,10 +116,10 @@ class _Extraction:
     def _prove_causal(self, visible: Any) -> None:
         """Keys after their query are masked, and every query sees its own: the softmax of a row is one of numbers."""
         if visible is False:
-            raise Refusal(self._seen, "every key is masked", "check the mask: no query sees any key")
+            raise Refusal(self.seen, "every key is masked", "check the mask: no query sees any key")
         if not isinstance(visible, bool) and self._reads_score(visible):
             shown = format_expr(visible, self._evaluator)
-            raise Refusal(self._seen, f"the mask `{shown}` depends on the scores, which masks do not see", KEEP_VARIANT)
+            raise Refusal(self.seen, f"the mask `{shown}` depends on the scores, which masks do not see", KEEP_VARIANT)
         for region, wanted, why in (
             ("hidden", False, "a query may see keys after its own, which are not there when tokens come one by one"),
             ("own", True, "it is not proven that a query sees its own key, so a row might see none"),
@@ -122,7 +128,7 @@ class _Extraction:
             if holds is not wanted:
                 shown = str(culprit) if isinstance(culprit, bool) else format_expr(culprit, self._evaluator)
                 raise Refusal(
-                    self._seen,
+                    self.seen,
                     f"the mask is neither causal nor full: `{shown}` decides which keys are seen, and {why}",
                     KEEP_VARIANT,
                 )
@@ -240,7 +246,7 @@ class _Extraction:
         if not found:
             found = [x for _, part in logits if part is not None for x in score_factors(part, score)]
         if not found:
-            raise Refusal(self._seen, "the scores drop out of it", "check the model: attention without scores")
+            raise Refusal(self.seen, "the scores drop out of it", "check the model: attention without scores")
         return abs(found[0])
 
     def _write_logits(self, writer: VariantWriter, logits: Sequence[Term], scale: float) -> Any:
@@ -312,7 +318,7 @@ class _Extraction:
         num_tables = len(writer.parameters) - num_scalars
         if num_scalars > MAX_SCALARS or num_tables > MAX_TABLES:
             why = f"it reads {num_tables} weights and constants; an attention variant has at most {MAX_TABLES} tables"
-            raise Refusal(self._seen, why, KEEP_VARIANT)
+            raise Refusal(self.seen, why, KEEP_VARIANT)
         codes = {hole: of_tir(expr.tir) for hole, expr in holes.items()}
         used = set().union(*(code.names for code in codes.values()))
         parameters = {name: p for name, p in writer.parameters.items() if name in used}
