@@ -103,7 +103,8 @@ def test_explain_shows_them(executables):
     text = executables[GptOss].explain()
     assert "variant of layer 0: extracted(sink: per_head(float32))" in text
     assert "output = value * sigmoid(lse - sink[qo_head])" in text
-    assert "layers 0, 1 have variants" in text
+    assert "layers 0, 1: their variant's code is in the kernels" in text
+    assert "in the kernels" not in executables[Mistral].explain()  # windows are the plan's
 
 
 def test_a_kept_model_has_them(models, executables):

@@ -162,14 +162,14 @@ class Executable:
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
-        layers = sorted(layer for layers in m.variants.values() for layer in layers)
+        layers = [i for i, x in enumerate(m.layers) if x.variant is not None and not x.variant.variant.is_plain]
         if layers:
             made = (
                 "compiled at the first step"
                 if m.device_kind == "cuda"
-                else "compiled by new_cache, or the library's own"
+                else "the library's own, or compiled by new_cache"
             )
-            lines.append(f"layers {', '.join(map(str, layers))} have variants, whose code is in their kernels: {made}")
+            lines.append(f"layers {', '.join(map(str, layers))}: their variant's code is in the kernels, {made}")
         return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
 
     def explain(self) -> str:
