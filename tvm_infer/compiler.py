@@ -77,9 +77,10 @@ def compile(
 ) -> Executable:
     """Compile a model whose attention reads a paged KV cache.
 
-    Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, logits are computed only for rows that sample,
-    matrix products go to the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the
-    model, the options and all versions; weights are shared with the model.
+    Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, with the windows, soft caps, biases and sinks that
+    it has (docs/variants.md), logits are computed only for rows that sample, matrix products go to the packaged BLAS, TVM compiles the
+    rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
+    the model.
 
     Parameters
     ----------
@@ -102,8 +103,9 @@ def compile(
 
     Raises
     ------
-    ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs.
-    MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the extra.
+    ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs, more than 4
+    different windows. MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the
+    extra.
     """
     progress = progress or (lambda step, fraction: None)
     if max_tokens < 1:
