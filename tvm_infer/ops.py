@@ -178,7 +178,9 @@ def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any,
     if prepared.is_plain:
         _ffi.func(name)(*arguments)
     else:
-        _ffi.func(_WITH_VARIANT[name])(*arguments, prepared.call(is_cuda, int(q.shape[1]), num_requests))
+        _ffi.func(_WITH_VARIANT[name])(
+            *arguments, prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]))
+        )
 
 
 def attention(

@@ -32,20 +32,21 @@ class Prepared:
         self.plan_band = (self.window_left, 0 if self.causal else -1)
         self.is_plain = bool(bound.variant.is_plain)
         self.calls: dict[bool, Any] = {}
-        # (num_qo_heads, num_requests) that the tables were last found to fit
-        self._sizes: tuple[int, int] | None = None
+        # (num_qo_heads, num_requests, head_dim) that the tables were last found to fit
+        self._sizes: tuple[int, int, int] | None = None
 
     def __reduce__(self) -> Any:
         return _nothing, ()  # a variant that is pickled or copied deeply is prepared again
 
-    def call(self, is_cuda: bool, num_qo_heads: int, num_requests: int) -> Any:
+    def call(self, is_cuda: bool, num_qo_heads: int, num_requests: int, head_dim: int) -> Any:
         """The VariantCall object for tensors on a cuda device or on the host, where the variant is compiled at first use.
 
         Its tables are indexed by head and request without a further look: they are checked to have as many.
         """
-        if self._sizes != (num_qo_heads, num_requests):
-            self.bound.check_shapes(num_qo_heads, num_requests)
-            self._sizes = (num_qo_heads, num_requests)
+        sizes = (num_qo_heads, num_requests, head_dim)
+        if self._sizes != sizes:
+            self.bound.check_shapes(*sizes)
+            self._sizes = sizes
         call = self.calls.get(is_cuda)
         if call is None:
             bound = self.bound

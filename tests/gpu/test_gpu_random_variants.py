@@ -60,6 +60,19 @@ def reference(random: Random, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
         **random.values,
     }
     shape = (heads, n, m)
+    if random.hole in ("query", "key"):
+        x = q if random.hole == "query" else k
+        own = {
+            **at,
+            "q_pos": np.arange(m - n, m)[:, None, None],
+            "kv_pos": np.arange(m)[:, None, None],
+            "qo_head": np.arange(heads)[:, None],
+            "kv_head": np.arange(heads)[:, None],
+            "channel": np.arange(x.shape[2]),
+            "mean_square": (x**2).mean(-1, keepdims=True),
+        }
+        x = np.broadcast_to(variant.evaluate(random.code, {**own, "value": x}), x.shape)
+        q, k = (x, k) if random.hole == "query" else (q, x)
     s = np.einsum("nhd,mhd->hnm", q, k) * BATCH.head_dim**-0.5
     if random.hole == "logits":
         s = np.broadcast_to(variant.evaluate(random.code, {**at, "value": s}), shape)
@@ -78,15 +91,20 @@ def reference(random: Random, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return s, np.where(np.isneginf(lse).T[..., None], 0.0, o), lse.T
 
 
-def is_tame(s: np.ndarray, o: np.ndarray) -> bool:
+def is_tame(s: np.ndarray, o: np.ndarray, largest: float = LARGEST) -> bool:
     """Numbers that 16-bit results can be compared by."""
     finite = s[~np.isneginf(s)]
     return bool(
         np.isfinite(finite).all()
-        and np.abs(finite).max(initial=0) < LARGEST
+        and np.abs(finite).max(initial=0) < largest
         and np.isfinite(o).all()
         and np.abs(o).max() < 1e3
     )
+
+
+def largest(random: Random) -> float:
+    """Queries and keys that a variant changed are rounded: a logit is off by up to 2^-11 of the sum of its terms."""
+    return 6.0 if random.hole in ("query", "key") else LARGEST
 
 
 @functools.cache
@@ -94,13 +112,17 @@ def tame() -> dict[int, tuple[Random, list[tuple[np.ndarray, np.ndarray, np.ndar
     """Seed -> the variant and what each request should give, of those that can be compared."""
     made = {seed: Random(seed) for seed in SEEDS}
     expected = {seed: [reference(random, r) for r in range(len(requests()))] for seed, random in made.items()}
-    return {seed: (made[seed], rows) for seed, rows in expected.items() if all(is_tame(s, o) for s, o, _ in rows)}
+    return {
+        seed: (made[seed], rows)
+        for seed, rows in expected.items()
+        if all(is_tame(s, o, largest(made[seed])) for s, o, _ in rows)
+    }
 
 
 @pytest.mark.subset
 def test_most_are_compared_and_every_hole_is_filled():
     assert len(tame()) >= len(SEEDS) // 2
-    assert {random.hole for random, _ in tame().values()} == {"logits", "mask", "output"}
+    assert {random.hole for random, _ in tame().values()} == {"logits", "mask", "output", "query", "key"}
 
 
 @pytest.mark.parametrize(

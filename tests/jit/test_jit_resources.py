@@ -34,6 +34,13 @@ def test_resources(name, cache):
 # eight registers fewer for those that compute.
 VARIANT_SPILLS = {"attention_bf16_h128_p16": 0, "attention_bf16_h128_p1": 44}
 BIAS_SPILLS = {"attention_bf16_h128_p16": 4, "attention_bf16_h128_p1": 100}
+# Who changes queries and keys needs registers where queries are loaded, which those that compute lack by as many.
+CHANGING_SPILLS = {"qk_norm": 40, "rope": 36, "rope_interleaved": 24, "rope_by_length": 40, "streaming": 84}
+
+
+def most_spilled(name: str, kernel: str) -> int:
+    table = BIAS_SPILLS if name == "logit_bias" else VARIANT_SPILLS
+    return CHANGING_SPILLS.get(name, table[kernel])
 
 
 @pytest.mark.needs_nvcc
@@ -43,7 +50,7 @@ def test_resources_of_variants(name, kernel, cache):
     standard = variant.STANDARD[name]
     jit.register_variant(standard.digest, standard.source())
     resources = cubins.build_one(f"{kernel}_v{standard.digest}").resources
-    assert resources.spill_bytes <= (BIAS_SPILLS if name == "logit_bias" else VARIANT_SPILLS)[kernel]
+    assert resources.spill_bytes <= most_spilled(name, kernel)
     assert (resources.threads, resources.registers) == (384, 168)
     assert resources.shared_bytes <= MAX_SHARED_BYTES
     assert resources.cpu_seconds <= MAX_CPU_SECONDS

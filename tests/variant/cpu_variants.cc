@@ -6,7 +6,7 @@ using tvm_infer::variant::Row;
 namespace v = tvm_infer::variant;
 
 // Soft cap: cap * tanh(x / cap).
-struct variant_0000000000000000 {
+struct variant_0000000000000000 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = false, kHasOutput = false;
   TVM_INFER_VARIANT static float Logits(const Args& p, const Row&, int32_t, float score, float scale) {
     const float value = score * scale;
@@ -16,7 +16,7 @@ struct variant_0000000000000000 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000000);
 
 // ALiBi: a slope for each head, fp32 [num_qo_heads].
-struct variant_0000000000000001 {
+struct variant_0000000000000001 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = false, kHasOutput = false;
   TVM_INFER_VARIANT static float Logits(const Args& p, const Row& row, int32_t kv_pos, float score, float scale) {
     const float value = score * scale;
@@ -27,7 +27,7 @@ struct variant_0000000000000001 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000001);
 
 // Keys kept by a table, uint8 [sum of kv_len]; request b's begin at int32 [num_requests]. Every few keys before the query are hidden too.
-struct variant_0000000000000002 {
+struct variant_0000000000000002 : v::Defaults {
   static constexpr bool kHasLogits = false, kHasMask = true, kHasOutput = false;
   TVM_INFER_VARIANT static bool Mask(const Args& p, const Row& row, int32_t kv_pos) {
     const int32_t begin = v::LoadInt32(p.tables[0], int64_t{row.batch} * p.tables[0].strides[0]);
@@ -38,7 +38,7 @@ struct variant_0000000000000002 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000002);
 
 // A bias for each key, fp32 [sum of kv_len], and for each request and head, fp16 [num_requests, num_qo_heads].
-struct variant_0000000000000003 {
+struct variant_0000000000000003 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = false, kHasOutput = false;
   TVM_INFER_VARIANT static float Logits(const Args& p, const Row& row, int32_t kv_pos, float score, float scale) {
     const float value = score * scale;
@@ -51,7 +51,7 @@ struct variant_0000000000000003 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000003);
 
 // A sink for each head, bf16 [num_qo_heads].
-struct variant_0000000000000004 {
+struct variant_0000000000000004 : v::Defaults {
   static constexpr bool kHasLogits = false, kHasMask = false, kHasOutput = true;
   TVM_INFER_VARIANT static float Output(const Args& p, const Row& row, float lse, float value) {
     return value * v::Sigmoid(lse - v::LoadBf16(p.tables[0], int64_t{row.qo_head} * p.tables[0].strides[0]));
@@ -60,7 +60,7 @@ struct variant_0000000000000004 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000004);
 
 // All hooks, all fields of a row.
-struct variant_0000000000000005 {
+struct variant_0000000000000005 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = true, kHasOutput = true;
   TVM_INFER_VARIANT static float Logits(const Args& p, const Row& row, int32_t kv_pos, float score, float scale) {
     const float value = score * scale;
@@ -76,14 +76,14 @@ struct variant_0000000000000005 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000005);
 
 // No hook at all.
-struct variant_0000000000000006 {
+struct variant_0000000000000006 : v::Defaults {
   static constexpr bool kHasLogits = false, kHasMask = false, kHasOutput = false;
 };
 TVM_INFER_VARIANT_CPU(variant_0000000000000006);
 
 // Counts its calls. Tables: int32 qo_indptr [num_requests + 1], calls [num_tokens, num_qo_heads, max_kv], int32 rows [num_tokens,
 // num_qo_heads, 4] (kv_head, q_pos, q_len, kv_len), strays [1], outputs [num_tokens, num_qo_heads], fp32 lse [num_tokens, num_qo_heads].
-struct variant_0000000000000007 {
+struct variant_0000000000000007 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = false, kHasOutput = true;
   static int32_t* At(const Args& p, int table, const Row& row, int32_t last) {
     const v::Table& t = p.tables[table];
@@ -113,7 +113,7 @@ struct variant_0000000000000007 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000007);
 
 // Logits that are no numbers at key 3: NaN in head 1, +inf in head 2; -inf at every key in head 3.
-struct variant_0000000000000008 {
+struct variant_0000000000000008 : v::Defaults {
   static constexpr bool kHasLogits = true, kHasMask = false, kHasOutput = false;
   TVM_INFER_VARIANT static float Logits(const Args&, const Row& row, int32_t kv_pos, float score, float scale) {
     const float value = score * scale;
@@ -125,4 +125,5 @@ struct variant_0000000000000008 {
 TVM_INFER_VARIANT_CPU(variant_0000000000000008);
 
 // As compiled against other headers.
-extern "C" __attribute__((visibility("default"))) const v::CpuFunctions variant_00000000000000ff_cpu{v::kVariantAbi + 41, nullptr, nullptr};
+extern "C" __attribute__((visibility("default")))
+const v::CpuFunctions variant_00000000000000ff_cpu{v::kVariantAbi + 41, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 1};

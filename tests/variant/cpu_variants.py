@@ -129,7 +129,7 @@ class StandIn(types.SimpleNamespace):
 class Bound(types.SimpleNamespace):
     """As tvm_infer.variant.BoundVariant."""
 
-    def check_shapes(self, num_qo_heads: int, num_requests: int) -> None:
+    def check_shapes(self, num_qo_heads: int, num_requests: int, head_dim: int) -> None:
         """ "alibi" alone has a table for each head here."""
         if self.variant.digest == KINDS["alibi"].digest and self.tables[0].shape[0] != num_qo_heads:
             raise errors.ArgumentError(

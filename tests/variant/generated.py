@@ -31,8 +31,44 @@ OUTPUT = ctypes.CFUNCTYPE(
 )
 
 
+QUERY = ctypes.CFUNCTYPE(
+    None,
+    ctypes.POINTER(Args),
+    ctypes.POINTER(Row),
+    ctypes.c_int32,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+)
+KEY = ctypes.CFUNCTYPE(
+    None,
+    ctypes.POINTER(Args),
+    ctypes.POINTER(Row),
+    ctypes.c_int32,
+    ctypes.c_int32,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+)
+TURN = ctypes.CFUNCTYPE(
+    None,
+    ctypes.POINTER(Args),
+    ctypes.POINTER(Row),
+    ctypes.c_int32,
+    ctypes.c_int32,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+)
+ABI = 2
+
+
 class CpuFunctions(ctypes.Structure):
-    _fields_ = [("abi", ctypes.c_int32), ("logits", ctypes.c_void_p), ("output", ctypes.c_void_p)]
+    _fields_ = [
+        ("abi", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("logits", "output", "turn", "query", "key")),
+        ("rotary_dim", ctypes.c_int32),
+        ("has_softmax", ctypes.c_int32),
+    ]
 
 
 class At(NamedTuple):
@@ -65,11 +101,28 @@ def args_of(bound) -> Args:
 def logits(address: int, bound, at: At, scores: np.ndarray) -> np.ndarray:
     """Logits in units of the natural logarithm of keys 0, 1, …; hidden ones -inf."""
     functions = CpuFunctions.from_address(address)
-    assert functions.abi == 1
+    assert functions.abi == ABI
     result = np.ascontiguousarray(scores, np.float32).copy()
     if functions.logits:
         LOGITS(functions.logits)(args_of(bound), Row(*at), 0, len(result), result.ctypes.data)
-        result = result / np.float32(LOG2_E)
+        result = result / np.float32(LOG2_E) if functions.has_softmax else result
+    return result
+
+
+def element(address: int, bound, at: At, x: np.ndarray, kv_pos: int | None = None) -> np.ndarray:
+    """A head [head_dim] of a query, or of the key at `kv_pos`, as it enters the product."""
+    functions = CpuFunctions.from_address(address)
+    result = np.ascontiguousarray(x, np.float32).copy()
+    pairs = (functions.rotary_dim or len(result)) // 2
+    cos, sin = np.full((2, pairs), np.nan, np.float32)
+    turn = cos.ctypes.data, sin.ctypes.data
+    if functions.turn:
+        pos = at.q_pos if kv_pos is None else kv_pos
+        TURN(functions.turn)(args_of(bound), Row(*at), pos, pairs, *turn)
+    if kv_pos is None and functions.query:
+        QUERY(functions.query)(args_of(bound), Row(*at), len(result), *turn, result.ctypes.data)
+    if kv_pos is not None and functions.key:
+        KEY(functions.key)(args_of(bound), Row(*at), kv_pos, len(result), *turn, result.ctypes.data)
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tvm_infer import variant
+from tvm_infer.variant.parameters import VARIABLES
 
 Make = Callable[[Any], Any]  # environment -> value
 
@@ -37,7 +38,8 @@ NUMPY = SimpleNamespace(
     floordiv=lambda x, y: x // np.maximum(y, 1),
     mod=lambda x, y: x % np.maximum(y, 1),
 )
-INTS = ("batch", "qo_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len", "n")
+INTS = ("batch", "qo_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len", "channel", "n")
+HOLES = ("logits", "mask", "output", "query", "key")
 ROWS, COLUMNS = 5, 7  # of the tables `weights` and `marks`
 
 
@@ -70,9 +72,10 @@ class Generator:
 
     def leaves(self, kind: str) -> list[Callable[[], Make]]:
         r = self.random
-        ints = [n for n in INTS if self.hole != "output" or n != "kv_pos"]
-        floats = ["value", "a", "slope", "half"] if self.hole != "mask" else ["a", "slope", "half"]
-        floats += ["lse"] if self.hole == "output" else []
+        known = {*VARIABLES[self.hole], "n", "a", "half"} | ({"slope", "flag"} if self.hole != "key" else set())
+        ints = [n for n in INTS if n in known]
+        floats = [n for n in ("value", "a", "slope", "half", "lse") if n in known]
+        computed = [n for n in ("mean_square",) if n in known]
 
         def constant(x: Any) -> Make:
             return lambda e: e.f.constant(x)
@@ -84,7 +87,7 @@ class Generator:
 
         if kind == "f":
             return [
-                *[lambda: self.name(r.choice(floats))] * 3,
+                *[lambda: self.name(r.choice(floats + computed))] * 3,
                 lambda: constant(round(r.uniform(-2, 2), 3)),
                 lambda: load("weights"),
             ]
@@ -96,8 +99,8 @@ class Generator:
             ]
         # of floats that were not computed: no rounding decides
         x, y = self.name(r.choice(floats)), self.name(r.choice(floats))
-        flag = self.name("flag")
-        return [lambda: lambda e: x(e) < y(e), lambda: lambda e: x(e) >= 0.5, lambda: flag]
+        flags = [lambda: self.name("flag")] if "flag" in known else []
+        return [lambda: lambda e: x(e) < y(e), lambda: lambda e: x(e) >= 0.5, *flags]
 
     def floats(self, f: Any, i: Any, b: Any) -> list[Callable[[], Make]]:
         return [

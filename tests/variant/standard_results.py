@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from generated import CpuFunctions, logits, output
-from test_standard import CASES, KV_LEN, rows
+from generated import CpuFunctions, element, logits, output
+from test_standard import CASES, HEAD_DIM, KV_LEN, rows
 
 from tvm_infer import _ffi, variant
 from tvm_infer.variant import prebuilt
@@ -23,17 +23,21 @@ def needs_code() -> dict[str, variant.Variant]:
 
 
 def results(address_of: Callable[[variant.Variant], int]) -> dict[str, np.ndarray]:
-    """Name -> logits and outputs of rows, [num_rows, 2, KV_LEN]."""
+    """Name -> logits and outputs, [KV_LEN] each, and queries and keys, [HEAD_DIM] each, of rows."""
     found = {}
     for name, v in needs_code().items():
         rng = np.random.default_rng(3)
         bound, address = v.bind(**CASES[name][0]), address_of(v)
         found[name] = np.array(
             [
-                [
-                    logits(address, bound, at, rng.standard_normal(KV_LEN).astype(np.float32) * 4),
-                    output(address, bound, at, 0.5, rng.standard_normal(KV_LEN).astype(np.float32)),
-                ]
+                np.concatenate(
+                    [
+                        logits(address, bound, at, rng.standard_normal(KV_LEN).astype(np.float32) * 4),
+                        output(address, bound, at, 0.5, rng.standard_normal(KV_LEN).astype(np.float32)),
+                        element(address, bound, at, rng.standard_normal(HEAD_DIM).astype(np.float32)),
+                        element(address, bound, at, rng.standard_normal(HEAD_DIM).astype(np.float32), 7),
+                    ]
+                )
                 for at in rows()
             ]
         )

@@ -137,11 +137,29 @@ def test_tables_lie_on_one_device(mixed):
 
 def test_shapes_are_checked_where_the_call_is_known(mixed):
     bound = mixed.bind(**values())
-    bound.check_shapes(num_qo_heads=4, num_requests=2)
+    bound.check_shapes(num_qo_heads=4, num_requests=2, head_dim=8)
     with pytest.raises(VariantError, match=r"`slopes` has 4 elements; .* num_qo_heads 8"):
-        bound.check_shapes(num_qo_heads=8, num_requests=2)
+        bound.check_shapes(num_qo_heads=8, num_requests=2, head_dim=8)
     with pytest.raises(VariantError, match=r"`flag` has 2 elements; .* num_requests 3"):
-        bound.check_shapes(num_qo_heads=4, num_requests=3)
+        bound.check_shapes(num_qo_heads=4, num_requests=3, head_dim=8)
+
+
+def test_tables_of_channels_and_pairs_fit_the_head():
+    table = np.ones(32, np.float32)
+    norm = variant.qk_norm.bind(q_weight=table, k_weight=table, eps=1e-6)
+    norm.check_shapes(4, 2, head_dim=32)
+    with pytest.raises(VariantError, match=r"`q_weight` has 32 elements; .* per_channel.* head_dim 64"):
+        norm.check_shapes(4, 2, head_dim=64)
+    turn = variant.rotary(64).bind(inv_freq=table, magnitude=1.0)
+    turn.check_shapes(4, 2, head_dim=128)
+    with pytest.raises(VariantError, match=r"64 channels turn, and the call has head_dim 48"):
+        turn.check_shapes(4, 2, head_dim=48)
+    whole = variant.rope.bind(inv_freq=table, magnitude=1.0)
+    whole.check_shapes(4, 2, head_dim=64)
+    with pytest.raises(VariantError, match=r"`inv_freq` has 32 elements; .* rotary_dim / 2 64"):
+        whole.check_shapes(4, 2, head_dim=128)
+    with pytest.raises(VariantError, match="multiple of 16"):
+        whole.check_shapes(4, 2, head_dim=24)
 
 
 def test_a_variant_without_parameters_needs_no_bind(mixed):

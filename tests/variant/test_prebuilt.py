@@ -16,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import standard_results
+from test_standard import KV_LEN
 
 import tvm_infer
 from tvm_infer import _ffi, errors, variant
@@ -52,12 +53,14 @@ def test_the_generated_file_is_up_to_date():
 
 
 def test_the_library_has_every_one():
-    assert len(NAMES) == 9
+    assert len(NAMES) == 15
     addresses = {variant.STANDARD[name].digest: prebuilt.address(variant.STANDARD[name]) for name in NAMES}
     assert all(addresses.values()) and len(set(addresses.values())) == len(addresses)
     for name in NAMES:
         functions = standard_results.CpuFunctions.from_address(prebuilt.address(variant.STANDARD[name]))
-        assert (functions.abi, bool(functions.output)) == (1, variant.STANDARD[name].output is not None)
+        v = variant.STANDARD[name]
+        assert (functions.abi, bool(functions.output)) == (2, v.output is not None)
+        assert (bool(functions.turn), bool(functions.has_softmax)) == (v.rotates, v.settings.softmax)
 
 
 def test_bands_ask_for_no_code_of_their_own():
@@ -101,7 +104,7 @@ def test_instruction_sets_give_the_numbers_of_compiled_code(isa, compiled, tmp_p
     assert found.keys() == compiled.keys()
     for name, expected in compiled.items():
         np.testing.assert_allclose(found[name], expected, rtol=2e-6, atol=2e-6, err_msg=name)
-        assert name != "soft_cap" or np.ptp(found[name][:, 0]) > 3
+        assert name != "soft_cap" or np.ptp(found[name][:, :KV_LEN]) > 3
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from generated import LOG2_E, At, logits, output
-from random_expressions import COLUMNS, NUMPY, ROWS, TRACED, Generator
+from generated import LOG2_E, At, element, logits, output
+from random_expressions import COLUMNS, HOLES, NUMPY, ROWS, TRACED, Generator
 
 from tvm_infer import variant
 from tvm_infer.jit import cxx, headers
@@ -55,7 +55,7 @@ class Recording:
 
 class Case:
     def __init__(self, seed: int) -> None:
-        self.hole = ("logits", "mask", "output")[seed % 3]
+        self.hole = HOLES[seed % len(HOLES)]
         generator = Generator(seed, self.hole)
         self.function = generator.make("b" if self.hole == "mask" else "f", 1 + seed % 5)
         recording = self.environment(AT[0], np.zeros(KEYS), 0.0, np.arange(KEYS))
@@ -67,7 +67,7 @@ class Case:
         traced = eval(f"lambda {', '.join(arguments)}: function(Environment(f=TRACED, {given}))", scope)
         declared = {name: p for name, p in DECLARED.items() if name in arguments}
         self.variant = variant.Variant(f"random{seed}", **{self.hole: traced}, **declared)
-        self.code = getattr(self.variant, self.hole)
+        self.code = self.variant.holes[self.hole]
         # the whole mask, without taking bands out
         self.struct = lower({self.hole: self.code}, self.variant.parameters)
         self.values = {name: VALUES[name] for name in self.variant.parameters}
@@ -82,6 +82,8 @@ class Case:
             value=value,
             lse=np.full(shape, lse),
             kv_pos=kv_pos,
+            channel=np.arange(len(value)),
+            mean_square=np.full(shape, (value**2).mean()),
             **rows,
             a=np.full(shape, VALUES["a"]),
             n=np.full(shape, VALUES["n"]),
@@ -132,13 +134,16 @@ def test_generated_code_numpy_evaluation_and_the_function_agree(cases, library):
         for at in AT:
             value = (RNG.standard_normal(KEYS) * 2).astype(np.float32)
             lse = float(np.float32(RNG.standard_normal()))
-            kv_pos = np.arange(KEYS)
+            kv_pos = np.full(KEYS, 5) if case.hole == "key" else np.arange(KEYS)
             expected = case.on_numpy(at, value.astype(np.float64), lse, kv_pos)
-            variables = {**at._asdict(), "value": value, "lse": lse, "kv_pos": kv_pos}
+            variables = {**at._asdict(), "value": value, "lse": lse, "kv_pos": kv_pos, "channel": np.arange(KEYS)}
+            variables["mean_square"] = (value.astype(np.float64) ** 2).mean()
             evaluated = np.broadcast_to(variant.evaluate(case.code, {**variables, **case.values}), (KEYS,))
             np.testing.assert_allclose(evaluated, expected, rtol=1e-6, atol=1e-6, err_msg=str(case.variant))
             if case.hole == "output":
                 got = output(address(library, case), bound, at, lse, value)
+            elif case.hole in ("query", "key"):
+                got = element(address(library, case), bound, at, value, 5 if case.hole == "key" else None)
             else:
                 got = logits(address(library, case), bound, at, value)
             if case.hole == "mask":
@@ -177,7 +182,7 @@ def test_they_are_stored_and_read_back(cases):
     for case in cases:
         again = pickle.loads(pickle.dumps(case.variant))
         assert again == case.variant and again.to_json() == case.variant.to_json()
-        assert lower({case.hole: getattr(again, case.hole)}, again.parameters) == case.struct
+        assert lower({case.hole: again.holes[case.hole]}, again.parameters) == case.struct
         from tvm_infer.variant.code import of_tir
 
         # through TIR and back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from random_expressions import HOLES
 from test_random_expressions import AT, COUNT, KEYS, Case
 
 from tvm_infer import variant
@@ -29,7 +30,7 @@ def test_uniform_factors_come_together():
 def test_the_value_is_the_same():
     rng = np.random.default_rng(0)
     checked = 0
-    for case in (Case(seed) for seed in range(0, COUNT, 3)):
+    for case in (Case(seed) for seed in range(COUNT) if HOLES[seed % len(HOLES)] == "logits"):
         code = of_score(case.code, case.variant.parameters)
         for at in AT:
             score = rng.standard_normal(KEYS) * 8

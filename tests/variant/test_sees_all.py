@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from random_expressions import HOLES
 from test_random_expressions import AT, COUNT, KEYS, Case
 
 from tvm_infer import variant
@@ -81,7 +82,7 @@ def test_one_side_that_is_told_is_enough():
 
 def test_never_yes_where_a_key_is_hidden():
     told = 0
-    for case in (Case(seed) for seed in range(1, 2 * COUNT, 3)):
+    for case in (Case(seed) for seed in range(2 * COUNT) if HOLES[seed % len(HOLES)] == "mask"):
         test = sees_all(case.code)
         if test is None:
             continue

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from generated import At, logits, output
+from generated import At, element, logits, output
 
 from tvm_infer import variant
 
-KV_LEN, Q_LEN, HEADS = 41, 9, 4
+KV_LEN, Q_LEN, HEADS, HEAD_DIM = 41, 9, 4, 48
 keys = np.arange(KV_LEN)
 CONTEXT = KV_LEN - Q_LEN
 RNG = np.random.default_rng(7)
@@ -17,6 +17,8 @@ SLOPES = RNG.random(HEADS).astype(np.float32)
 BIAS = RNG.standard_normal((HEADS, Q_LEN, KV_LEN)).astype(np.float32)
 VISIBLE = RNG.random((Q_LEN, KV_LEN)) < 0.5
 TREE = RNG.random((Q_LEN, Q_LEN)) < 0.5
+WEIGHTS = RNG.standard_normal((2, HEAD_DIM)).astype(np.float32)
+INV_FREQ = (10000.0 ** -np.linspace(0, 1, HEAD_DIM // 2)).astype(np.float32)
 
 
 def packed(matrix, first_bit):
@@ -45,6 +47,49 @@ CASES = {
     "custom_mask": (packed(VISIBLE, 13), None, lambda q: VISIBLE[q - CONTEXT]),
     "tree_mask": (packed(TREE, 5), None, lambda q: tree_visible(q - CONTEXT)),
     "logit_bias": ({"bias": BIAS}, lambda x, q, h: x + BIAS[h, q - CONTEXT], lambda q: keys <= q),
+    "sigmoid_attention": ({"bias": -1.0}, lambda x, q, h: 1 / (1 + np.exp(1 - x)), lambda q: keys <= q),
+    "qk_norm": ({"q_weight": WEIGHTS[0], "k_weight": WEIGHTS[1], "eps": 0.01}, None, lambda q: keys <= q),
+    "rope": ({"inv_freq": INV_FREQ, "magnitude": 1.1}, None, lambda q: keys <= q),
+    "rope_interleaved": ({"inv_freq": INV_FREQ, "magnitude": 1.1}, None, lambda q: keys <= q),
+    "rope_by_length": (
+        {"short": INV_FREQ[::-1], "long": INV_FREQ, "limit": KV_LEN - 1, "magnitude": 1.0},
+        None,
+        lambda q: keys <= q,
+    ),
+    "streaming": (
+        {"sink": 4, "window": 5, "inv_freq": INV_FREQ},
+        None,
+        lambda q: ((keys < 4) | (keys >= q - 5)) & (keys <= q),
+    ),
+}
+
+
+def normed(x, weight):
+    return x / np.sqrt((x**2).mean() + 0.01) * weight
+
+
+def turned(x, position, *, apart=HEAD_DIM // 2):
+    """Pairs of channels `apart` as complex numbers."""
+    pairs = x.reshape(-1, 2, apart)
+    z = (pairs[:, 0] + 1j * pairs[:, 1]).ravel() * np.exp(1j * position * INV_FREQ.astype(np.float64))
+    return np.stack([z.real, z.imag]).reshape(2, -1, apart).swapaxes(0, 1).ravel()
+
+
+def place(position):
+    """In what `streaming` sees of KV_LEN keys: 4 sinks and 6 more."""
+    return position if position < 4 else position - (KV_LEN - 10)
+
+
+# name -> what becomes of a query's head at a position, and of a key's
+ELEMENTS = {
+    "qk_norm": (lambda x, pos: normed(x, WEIGHTS[0]), lambda x, pos: normed(x, WEIGHTS[1])),
+    "rope": (lambda x, pos: turned(x, pos) * 1.21, turned),
+    "rope_interleaved": (
+        lambda x, pos: turned(x, pos, apart=1) * 1.21,
+        lambda x, pos: turned(x, pos, apart=1),
+    ),
+    "rope_by_length": (turned, turned),
+    "streaming": (lambda x, pos: turned(x, place(pos)), lambda x, pos: turned(x, place(pos))),
 }
 
 
@@ -92,6 +137,33 @@ def test_attention_sink_takes_its_share():
         expected = weights @ values / (weights.sum() + np.exp(SLOPES[at.qo_head]))
         np.testing.assert_allclose(output(address, bound, at, np.log(weights.sum()), o), expected, rtol=2e-5)
     np.testing.assert_array_equal(output(address, bound, at, -np.inf, np.zeros(3)), np.zeros(3))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_queries_and_keys(name):
+    v = variant.STANDARD[name]
+    bound, address = v.bind(**CASES[name][0]), variant.cpu_functions(v) if not v.is_plain else None
+    if address is None:
+        return
+    query, key = ELEMENTS.get(name, (lambda x, pos: x,) * 2)
+    for at in rows():
+        x = RNG.standard_normal(HEAD_DIM).astype(np.float32)
+        expected = query(x.astype(np.float64), at.q_pos)
+        np.testing.assert_allclose(element(address, bound, at, x), expected, rtol=2e-6, atol=2e-6)
+        for kv_pos in (0, 3, 4, CONTEXT + 1, KV_LEN - 1):
+            expected = key(x.astype(np.float64), kv_pos)
+            np.testing.assert_allclose(element(address, bound, at, x, kv_pos), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_angles_are_exact_far_away():
+    """A float product of position and frequency would be off by 2^-5 radians here."""
+    v = variant.rope
+    bound, address = v.bind(inv_freq=INV_FREQ, magnitude=1.0), variant.cpu_functions(v)
+    for pos in (131_071, 1_000_003, 2**24 - 1):
+        x = RNG.standard_normal(HEAD_DIM).astype(np.float32)
+        at = At(batch=0, qo_head=0, kv_head=0, q_pos=pos, q_len=1, kv_len=pos + 1)
+        expected = turned(x.astype(np.float64), pos)
+        np.testing.assert_allclose(element(address, bound, at, x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32", "uint8", "bool"])

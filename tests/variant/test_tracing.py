@@ -253,5 +253,10 @@ def test_forged_json_is_refused():
         with pytest.raises(VariantError):
             forged = json.dumps({**good, "holes": {"logits": [*good["holes"]["logits"][:2], node]}})
             variant.Variant.from_json(forged)
-    with pytest.raises(VariantError, match="format 2"):
-        variant.Variant.from_json(json.dumps({**good, "format": 2}))
+    with pytest.raises(VariantError, match="format 3"):
+        variant.Variant.from_json(json.dumps({**good, "format": 3}))
+    old = {name: x for name, x in good.items() if name != "settings"}
+    assert variant.Variant.from_json(json.dumps({**old, "format": 1})) == variant.soft_cap
+    for settings in ({"softmax": True}, {"softmax": 0, "interleaved": False, "rotary_dim": 8}, {"shell": True}, 7):
+        with pytest.raises(VariantError):
+            variant.Variant.from_json(json.dumps({**good, "settings": settings}))

@@ -83,7 +83,7 @@ def test_strides_that_do_not_fit():
 def test_another_abi():
     functions = cpu_variants.address("00000000000000ff")
     with pytest.raises(
-        errors.AbiError, match=r"compiled for variant ABI 42, this tvm_infer has variant ABI 1\..* again"
+        errors.AbiError, match=r"compiled for variant ABI 43, this tvm_infer has variant ABI 2\..* again"
     ):
         call(functions=functions)
 
@@ -210,11 +210,11 @@ def test_a_bound_variant_is_prepared_once(batch, compiled):
 def test_a_variant_for_cuda_is_not_compiled_for_the_host(compiled):
     bound = bind(KINDS["soft cap"], [1.5])
     prepared = variant_call.prepare(bound)
-    on_card = prepared.call(True, 4, 2)
+    on_card = prepared.call(True, 4, 2, 64)
     assert compiled == []
-    on_host = prepared.call(False, 4, 2)
+    on_host = prepared.call(False, 4, 2, 64)
     assert compiled == [DIGEST] and not on_host.same_as(on_card)
-    assert prepared.call(True, 4, 2) is on_card and prepared.call(False, 4, 2) is on_host
+    assert prepared.call(True, 4, 2, 64) is on_card and prepared.call(False, 4, 2, 64) is on_host
     with pytest.raises(errors.ArgumentError, match="the variant was bound for cuda"):
         attend(
             "variant_paged_attention",

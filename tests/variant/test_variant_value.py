@@ -65,7 +65,7 @@ def test_the_digest_is_that_of_the_code_alone():
     halves = variant.Variant("v", logits=lambda value, s: value * s, s=variant.per_head("float16"))
     floats = variant.Variant("v", logits=lambda value, s: value * s, s=variant.per_head())
     assert halves.digest != floats.digest
-    assert len(halves.digest) == 16 and f"struct variant_{halves.digest} {{" in halves.source()
+    assert len(halves.digest) == 16 and f"struct variant_{halves.digest} : " in halves.source()
 
 
 @pytest.mark.parametrize("name", variant.STANDARD)

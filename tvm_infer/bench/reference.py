@@ -67,20 +67,23 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
     n, m = w.qo_lens[request], w.kv_lens[request]
     group = w.num_qo_heads // w.num_kv_heads
     k, v = batch.dense(request)
-    grouped = q.double().view(len(tokens), w.num_kv_heads, group, w.head_dim)
     keys = torch.arange(m, device=q.device)
     position = (tokens + (m - n))[:, None]
     hidden = keys > position  # [n, kv_len]
     if w.window >= 0:
         hidden |= keys < position - w.window
     variant = variants.effect(batch, request)
+    q, turn_keys = q.double(), None
     if variant is not None:
         hidden |= variant.hidden(tokens, keys)
+        q, turn_keys = variant.turned(q, position), variant.turned
+    grouped = q.view(len(tokens), w.num_kv_heads, group, w.head_dim)
     heads = max(1, _CHUNK_BYTES // (8 * m * (2 * w.head_dim + 2 * len(tokens) * group)))
     o, lse = [], []
     for h in range(0, w.num_kv_heads, heads):
         part = slice(h, h + heads)
-        scores = torch.einsum("thgd,hkd->thgk", grouped[:, part], k[part].double()) * batch.sm_scale
+        part_keys = k[part].double() if turn_keys is None else turn_keys(k[part].double(), keys)
+        scores = torch.einsum("thgd,hkd->thgk", grouped[:, part], part_keys) * batch.sm_scale
         query_heads = torch.arange(w.num_qo_heads, device=q.device).view(-1, group)[part]
         if variant is not None:
             scores = variant.logits(scores, query_heads[None, :, :, None], position[:, None, None], keys)

@@ -107,12 +107,15 @@ def _variant(workload: Workload, name: str = "", window: int = -1) -> Workload:
 # what an attention variant costs: beside each kind of batch without one the same with it
 _DECODES, _PREFILLS = (_decode(16, 8192), _decode(64, 8192)), (_prefill(1, 4096), _prefill(1, 16384))
 _DRAFTS = _row("verify 32x64 on 2048", (64,) * 32, (2048 + 64,) * 32)
+_ROPE_DECODE = _decode(32, 4096)
 VARIANTS = (
     *(_variant(w) for w in (*_DECODES, *_PREFILLS)),
     *(_variant(w, window=1024) for w in (*_DECODES, *_PREFILLS)),
     *(_variant(w, name) for name in ("soft cap", "ALiBi", "attention sink") for w in (*_DECODES, *_PREFILLS)),
     _variant(_DRAFTS),
     _variant(_DRAFTS, "tree mask"),
+    _variant(_ROPE_DECODE),
+    *(_variant(w, "fused RoPE") for w in (_ROPE_DECODE, *_DECODES, *_PREFILLS)),
 )
 _QUICK = (
     "decode h32/8 b1 kv2048",

@@ -21,6 +21,10 @@ class Effect:
     def __init__(self, batch: Any, request: int) -> None:
         self.batch, self.request = batch, request
 
+    def turned(self, x: Any, positions: Any) -> Any:
+        """Queries or keys as they enter the product; x : float64 [..., head_dim], positions broadcast with the axes before the last."""
+        return x
+
     def logits(self, scores: Any, heads: Any, position: Any, keys: Any) -> Any:
         """The variant's logits; scores : float64 [n, kv_heads, group, kv_len]."""
         return scores
@@ -53,6 +57,16 @@ class _Sink(Effect):
         import torch
 
         return o * torch.sigmoid(lse - self.batch.variant.tables[0].double()[heads])
+
+
+class _Rope(Effect):
+    def turned(self, x: Any, positions: Any) -> Any:
+        import torch
+
+        angle = positions.double()[..., None] * self.batch.variant.tables[0].double()
+        cos, sin = angle.cos(), angle.sin()
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class _Tree(Effect):
@@ -113,6 +127,16 @@ def _bind_sink(workload: Workload, device: Any) -> Any:
     return attention_sink.bind(sink=4.0 * _slopes(workload, device))
 
 
+def _bind_rope(workload: Workload, device: Any) -> Any:
+    import torch
+
+    from ..rope import RopeConfig
+    from ..variant import rope
+
+    inv_freq = RopeConfig(workload.head_dim, theta=500000.0).inv_freq()
+    return rope.bind(inv_freq=torch.from_numpy(inv_freq).to(device), magnitude=1.0)
+
+
 @dataclass(frozen=True)
 class FlexMods:
     """What FlexAttention is given. score : its score_mod. mask : (q_idx, kv_idx) -> bool, besides causal mask and window."""
@@ -154,6 +178,7 @@ _ROWS = {
     "ALiBi": _Row(_bind_alibi, _Alibi, _flex_alibi),
     "attention sink": _Row(_bind_sink, _Sink),
     "tree mask": _Row(_bind_tree, _Tree, _flex_tree),
+    "fused RoPE": _Row(_bind_rope, _Rope),
 }
 NAMES = tuple(_ROWS)
 
@@ -176,5 +201,5 @@ def flex(batch: Any) -> FlexMods:
         return FlexMods()
     make = _ROWS[name].flex
     if make is None:
-        raise Skipped("FlexAttention has no hole for the output")
+        raise Skipped("FlexAttention has no hole for the output, nor for queries and keys")
     return make(batch)

@@ -423,7 +423,7 @@ class PagedKVCache:
             prepared = variant_call.prepare(variant)
             causal, window_left = int(prepared.causal), prepared.window_left
             if not prepared.is_plain:
-                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch)
+                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, window_left)
 
     def attention_fused_qkv(

@@ -11,7 +11,7 @@ from .expression import Expr, to_float, to_int
 from .functions import absolute as abs
 from .functions import cast, cos, exp, exp2, log, log2, maximum, minimum, sigmoid, sin, sqrt, tanh, where
 from .numpy_eval import evaluate
-from .parameters import Parameter, per_head, per_request, scalar, tensor
+from .parameters import Parameter, per_channel, per_head, per_pair, per_request, scalar, tensor
 from .variant import Variant, combine
 
 if TYPE_CHECKING:
@@ -25,9 +25,16 @@ if TYPE_CHECKING:
         custom_mask,
         full,
         logit_bias,
+        qk_norm,
+        rope,
+        rope_by_length,
+        rope_interleaved,
+        rotary,
+        sigmoid_attention,
         sink_window,
         sliding_window,
         soft_cap,
+        streaming,
         tree_mask,
         two_sided_window,
     )
@@ -60,15 +67,24 @@ __all__ = [
     "logit_bias",
     "maximum",
     "minimum",
+    "per_channel",
     "per_head",
+    "per_pair",
     "per_request",
+    "qk_norm",
+    "rope",
+    "rope_by_length",
+    "rope_interleaved",
+    "rotary",
     "scalar",
     "sigmoid",
+    "sigmoid_attention",
     "sin",
     "sink_window",
     "sliding_window",
     "soft_cap",
     "sqrt",
+    "streaming",
     "tanh",
     "tensor",
     "to_float",

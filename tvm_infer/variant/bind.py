@@ -29,15 +29,27 @@ class BoundVariant:
     tables: list[Any]
     band: Band
 
-    def check_shapes(self, num_qo_heads: int, num_requests: int) -> None:
-        """Raise VariantError where a per_head table has not that many elements, or a per_request table has fewer."""
-        wanted = {"per_head": (num_qo_heads, "num_qo_heads"), "per_request": (num_requests, "num_requests")}
+    def check_shapes(self, num_qo_heads: int, num_requests: int, head_dim: int) -> None:
+        """Raise VariantError where a table has not an element for each head, channel or pair of channels of the call, or fewer than
+        it has requests; and where more channels turn than there are."""
+        rotary_dim = self.variant.settings.rotary_dim or head_dim
+        if rotary_dim > head_dim or (self.variant.rotates and head_dim % 16):
+            raise VariantError(
+                f"variant {self.variant.name}: {rotary_dim} channels turn, and the call has head_dim {head_dim}; rotary_dim must be at "
+                "most that, a multiple of 16"
+            )
+        wanted = {
+            "per_head": (num_qo_heads, "num_qo_heads"),
+            "per_request": (num_requests, "num_requests"),
+            "per_channel": (head_dim, "head_dim"),
+            "per_pair": (rotary_dim // 2, "rotary_dim / 2"),
+        }
         named = [(name, p) for name, p in self.variant.parameters.items() if not p.is_scalar]
         for (name, p), table in zip(named, self.tables, strict=True):
             if p.sort not in wanted:
                 continue
             length, least = int(table.shape[0]), wanted[p.sort][0]
-            if length < least or (p.sort == "per_head" and length > least):
+            if length < least or (p.sort != "per_request" and length > least):
                 count, what = wanted[p.sort]
                 raise VariantError(
                     f"variant {self.variant.name}: parameter `{name}` has {int(table.shape[0])} elements; it is {p} and the call has "
@@ -147,9 +159,9 @@ def _bytes_of(table: Any, what: str) -> Any:
 
 def _check_divisors(variant: Variant, numbers: Mapping[str, int | float]) -> None:
     """Scalars that divide must be at least 1: generated code divides without asking."""
-    for code in (variant.logits, variant.mask, variant.output):
-        for node in code.nodes if code is not None else ():
-            divisor = code.nodes[node.args[1]] if code is not None and node.op in ("floordiv", "mod") else None
+    for code in variant.holes.values():
+        for node in code.nodes:
+            divisor = code.nodes[node.args[1]] if node.op in ("floordiv", "mod") else None
             if divisor is not None and divisor.op == "name" and numbers.get(str(divisor.value), 1) < 1:
                 name = str(divisor.value)
                 raise VariantError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .code import Code, Node
@@ -32,8 +33,28 @@ _FUNCTIONS: dict[str, Signature] = {
     "mask": ("bool", "Mask", (_ARGS, _ROW, ("int32_t", "kv_pos"))),
     "output": ("float", "Output", (_ARGS, _ROW, ("float", "lse"), ("float", "value"))),
 }
+_ELEMENT = (("int32_t", "channel"), ("float", "mean_square"), ("float", "value"))
+_TURNING: dict[str, Signature] = {
+    "query": ("float", "Query", (_ARGS, _ROW, *_ELEMENT)),
+    "key": ("float", "Key", (_ARGS, _ROW, ("int32_t", "kv_pos"), *_ELEMENT)),
+    "rope_rate": ("float", "Rate", (_ARGS, _ROW, ("int32_t", "pair"))),
+    "rope_position": ("int32_t", "Position", (_ARGS, _ROW, ("int32_t", "pos"))),
+}
 _SEES_ALL = ("bool", "SeesAll", (_ARGS, _ROW, ("int32_t", FIRST[1:]), ("int32_t", LAST[1:])))
 _NEVER = Code((Node("const", BOOL, (), False),))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a variant is besides its functions.
+
+    softmax : whether logits go through it; else they are the weights. interleaved : pairs are channels 2i and 2i + 1, else i and
+    i + rotary_dim / 2. rotary_dim : the channels that turn, from the first on; 0 for all.
+    """
+
+    softmax: bool = True
+    interleaved: bool = False
+    rotary_dim: int = 0
 
 
 class Struct(NamedTuple):
@@ -48,20 +69,26 @@ class Struct(NamedTuple):
         return f"variant_{self.digest}"
 
 
-def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter]) -> Struct:
+_PLAIN = Settings()
+
+
+def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter], settings: Settings = _PLAIN) -> Struct:
     """The struct of a variant whose holes are filled with `holes`; parameters are numbered in the order of their declaration."""
     present = {hole: code for hole, code in holes.items() if code is not None}
-    flags = ", ".join(f"kHas{hole.capitalize()} = {'true' if hole in present else 'false'}" for hole in _FUNCTIONS)
     reads_by_key = any(reads_by_key_of(present[hole]) for hole in ("logits", "mask") if hole in present)
+    if not settings.softmax and "logits" not in present:
+        present["logits"] = Code((Node("name", FLOAT, (), "value"),))
+    flags = ", ".join(f"kHas{hole.capitalize()} = {'true' if hole in present else 'false'}" for hole in _FUNCTIONS)
     if "logits" in present:
         present["logits"] = of_score(present["logits"], parameters)
     numbers = _numbers(parameters)
     body = "".join(
         [
             f"  static constexpr bool {flags}, kReadsByKey = {'true' if reads_by_key else 'false'};\n",
+            *_settings(present, settings),
             *(
-                _function(_FUNCTIONS[hole], present[hole], parameters, numbers)
-                for hole in _FUNCTIONS
+                _function(signature, present[hole], parameters, numbers)
+                for hole, signature in (_FUNCTIONS | _TURNING).items()
                 if hole in present
             ),
             *(
@@ -72,7 +99,22 @@ def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter])
         ]
     )
     digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-    return Struct(digest, f"struct variant_{digest} {{\n{body}}};\n")
+    return Struct(digest, f"struct variant_{digest} : {_NAMESPACE}::Defaults {{\n{body}}};\n")
+
+
+def _settings(present: Mapping[str, Code], settings: Settings) -> list[str]:
+    """Members that differ from those of variant.h's Defaults."""
+    flags = [f"kHas{signature[1]}" for hole, signature in _TURNING.items() if hole in present]
+    flags += [
+        f"k{hole.capitalize()}NeedsSquare"
+        for hole in ("query", "key")
+        if hole in present and "mean_square" in present[hole].names
+    ]
+    flags += ["kIsInterleaved"] if settings.interleaved else []
+    lines = [f"  static constexpr bool {', '.join(f'{flag} = true' for flag in flags)};\n"] if flags else []
+    lines += ["  static constexpr bool kHasSoftmax = false;\n"] if not settings.softmax else []
+    lines += [f"  static constexpr int kRotaryDim = {settings.rotary_dim};\n"] if settings.rotary_dim else []
+    return lines
 
 
 def _numbers(parameters: Mapping[str, Parameter]) -> dict[str, int]:

@@ -8,33 +8,52 @@ from .location import error_here
 from .operations import BOOL, FLOAT, INT
 
 POSITIONS = ("batch", "qo_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len")
+_OF_A_ROW = tuple(name for name in POSITIONS if name != "kv_pos")
+_OF_A_KEY = ("batch", "kv_head", "kv_pos", "q_len", "kv_len")
+_OF_A_REQUEST = ("batch", "q_len", "kv_len")
 # hole -> the variables that its function may take, besides the parameters
 VARIABLES = {
     "logits": ("value", *POSITIONS),
     "mask": POSITIONS,
-    "output": ("value", "lse", *(name for name in POSITIONS if name != "kv_pos")),
+    "output": ("value", "lse", *_OF_A_ROW),
+    "query": ("value", "channel", "mean_square", *_OF_A_ROW),
+    "key": ("value", "channel", "mean_square", *_OF_A_KEY),
+    "rope_rate": ("pair", *_OF_A_REQUEST),
+    "rope_position": ("pos", *_OF_A_REQUEST),
 }
-RESULTS = {"logits": FLOAT, "mask": BOOL, "output": FLOAT}
-KIND_OF_VARIABLE = {"value": FLOAT, "lse": FLOAT} | dict.fromkeys(POSITIONS, INT)
+RESULTS = {
+    "logits": FLOAT,
+    "mask": BOOL,
+    "output": FLOAT,
+    "query": FLOAT,
+    "key": FLOAT,
+    "rope_rate": FLOAT,
+    "rope_position": INT,
+}
+KIND_OF_VARIABLE = (
+    dict.fromkeys(("value", "lse", "mean_square"), FLOAT)
+    | dict.fromkeys(("channel", "pair", "pos"), INT)
+    | dict.fromkeys(POSITIONS, INT)
+)
 
 # dtype of a table -> kind of its elements in expressions
 TABLE_KINDS = {"float32": FLOAT, "float16": FLOAT, "bfloat16": FLOAT, "int32": INT, "uint8": INT, "bool": BOOL}
 SCALAR_DTYPES = ("float32", "int32")
 MAX_SCALARS, MAX_TABLES, MAX_RANK = 16, 8, 4  # of cuda_src/tvm_infer/variant/variant.h
-_INDEX = {"per_head": "qo_head", "per_request": "batch"}
+_INDEX = {"per_head": "qo_head", "per_request": "batch", "per_channel": "channel", "per_pair": "pair"}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's declaration, made by :func:`scalar`, :func:`per_head`, :func:`per_request` or :func:`tensor`."""
+    """A parameter's declaration, made by :func:`scalar`, :func:`tensor`, or one of the ``per_`` functions."""
 
     sort: str
     dtype: str
     rank: int
 
     def __post_init__(self) -> None:
-        if self.sort not in ("scalar", "per_head", "per_request", "tensor"):
-            raise error_here(f"a parameter is a {self.sort!r}; there are scalar, per_head, per_request and tensor")
+        if self.sort not in ("scalar", "tensor", *_INDEX):
+            raise error_here(f"a parameter is a {self.sort!r}; there are scalar, tensor, {', '.join(_INDEX)}")
         known = SCALAR_DTYPES if self.is_scalar else tuple(TABLE_KINDS)
         if self.dtype not in known:
             raise error_here(
@@ -87,6 +106,16 @@ def per_head(dtype: str = "float32") -> Parameter:
 def per_request(dtype: str = "float32") -> Parameter:
     """A tensor [num_requests] of which functions get the element of the row's own request. dtype : as of :func:`per_head`."""
     return Parameter("per_request", dtype, 1)
+
+
+def per_channel(dtype: str = "float32") -> Parameter:
+    """A tensor [head_dim] of which ``query`` and ``key`` get the element of their channel. dtype : as of :func:`per_head`."""
+    return Parameter("per_channel", dtype, 1)
+
+
+def per_pair(dtype: str = "float32") -> Parameter:
+    """A tensor [rotary_dim / 2] of which ``rope_rate`` gets the element of its pair. dtype : as of :func:`per_head`."""
+    return Parameter("per_pair", dtype, 1)
 
 
 def tensor(rank: int, dtype: str = "float32") -> Parameter:

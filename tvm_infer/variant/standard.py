@@ -6,8 +6,8 @@ All but `full`, `two_sided_window`, `custom_mask` and `tree_mask` are causal by 
 from __future__ import annotations
 
 from .expression import Expr
-from .functions import maximum, sigmoid, tanh
-from .parameters import per_head, per_request, scalar, tensor
+from .functions import maximum, sigmoid, sqrt, tanh, where
+from .parameters import per_channel, per_head, per_pair, per_request, scalar, tensor
 from .table import Table
 from .variant import Variant
 
@@ -107,6 +107,78 @@ logit_bias = Variant(
     bias=tensor(3),
 )
 
+# The logistic function in place of the softmax: O = sum of sigmoid(logit + bias) * v (arXiv 2409.04431); causal.
+sigmoid_attention = Variant(
+    "sigmoid_attention",
+    logits=lambda value, bias: sigmoid(value + bias),
+    mask=_causal,
+    softmax=False,
+    bias=scalar(),
+)
+
+# Queries and keys over their root mean square, times learned weights (Qwen 3, OLMo 2 by head); causal. Before a rotation.
+qk_norm = Variant(
+    "qk_norm",
+    query=lambda value, mean_square, q_weight, eps: value / sqrt(mean_square + eps) * q_weight,
+    key=lambda value, mean_square, k_weight, eps: value / sqrt(mean_square + eps) * k_weight,
+    mask=_causal,
+    q_weight=per_channel(),
+    k_weight=per_channel(),
+    eps=scalar(),
+)
+
+
+def rotary(rotary_dim: int | None = None, interleaved: bool = False) -> Variant:
+    """Rotary position embedding (arXiv 2104.09864) of queries and of keys that lie in the cache unturned, as they are read; causal.
+
+    rotary_dim : channels that turn, None for all. interleaved : pairs are neighbours (GPT-J), else half a head apart (Llama).
+    Parameters: inv_freq, radians a token by pair, and magnitude, what cosine and sine are multiplied by (yarn; 1 otherwise):
+    tvm_infer.rope.RopeConfig gives both (inv_freq(), magnitude()).
+    """
+    return Variant(
+        "rope_interleaved" if interleaved else "rope",
+        query=lambda value, channel, magnitude: (
+            value * (magnitude * magnitude)
+            if rotary_dim is None
+            else where(channel < rotary_dim, magnitude * magnitude, 1) * value
+        ),
+        rope_rate=lambda inv_freq: inv_freq,
+        mask=_causal,
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+        inv_freq=per_pair(),
+        magnitude=scalar(),
+    )
+
+
+rope = rotary()
+rope_interleaved = rotary(interleaved=True)
+
+# Frequencies that follow the sequence's length (longrope: Phi-3): `long` above `limit` tokens, else `short`. A cache of turned keys
+# cannot change them; this one can. causal.
+rope_by_length = Variant(
+    "rope_by_length",
+    query=lambda value, magnitude: value * (magnitude * magnitude),
+    rope_rate=lambda kv_len, short, long, limit: where(kv_len > limit, long, short),
+    mask=_causal,
+    short=per_pair(),
+    long=per_pair(),
+    limit=scalar("int32"),
+    magnitude=scalar(),
+)
+
+# StreamingLLM as it was published: sinks and a window, turned by their places in what is seen, not in the text. causal.
+streaming = sink_window & Variant(
+    "rope_of_places",
+    rope_rate=lambda inv_freq: inv_freq,
+    rope_position=lambda pos, kv_len, sink, window: where(
+        pos < sink, pos, pos - maximum(kv_len - 1 - window - sink, 0)
+    ),
+    inv_freq=per_pair(),
+    sink=scalar("int32"),
+    window=scalar("int32"),
+)
+
 STANDARD = {
     v.name: v
     for v in (
@@ -122,5 +194,10 @@ STANDARD = {
         custom_mask,
         tree_mask,
         logit_bias,
+        sigmoid_attention,
+        qk_norm,
+        rope,
+        rope_interleaved,
+        rope_by_length,
     )
-}
+} | {"streaming": streaming}

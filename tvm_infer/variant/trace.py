@@ -61,6 +61,11 @@ def _arguments(
             arguments[name] = variable_of(name)
         elif name in parameters:
             p = parameters[name]
+            if p.index is not None and p.index not in VARIABLES[hole]:
+                raise VariantError(
+                    f"{where}: the function for `{hole}` asks for `{name}`, which is {p}, an element for each `{p.index}`; `{hole}` "
+                    f"has none, only {', '.join(VARIABLES[hole])}: declare the parameter with variant.tensor and index it"
+                )
             if p.is_scalar:
                 arguments[name] = variable_of(name)
             else:

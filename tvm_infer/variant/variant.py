@@ -6,6 +6,7 @@ import functools
 import json
 import keyword
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,16 @@ from . import text
 from .band import Split, split
 from .code import Code
 from .location import error_here
-from .lower import Struct, lower
+from .lower import Settings, Struct, lower
 from .parameters import KIND_OF_VARIABLE, MAX_SCALARS, MAX_TABLES, VARIABLES, Parameter
 from .trace import trace
 
 if TYPE_CHECKING:
     from .bind import BoundVariant
 
-_FORMAT = 1  # of to_json
+_FORMAT = 2  # of to_json; 1 had no settings
 HOLES = tuple(VARIABLES)
+_DEFAULTS = asdict(Settings())
 
 
 class Variant:
@@ -38,7 +40,17 @@ class Variant:
     mask : returns a condition: whether the row sees the key.
     output : function of `value`, an element of the row's normalised output; returns what takes its place. May take `lse`, the
         natural logarithm of the row's sum of exponentials (-inf for a row that sees no key), but not `kv_pos`.
-    parameters : what functions get besides, by name, from :func:`scalar`, :func:`per_head`, :func:`per_request`, :func:`tensor`.
+    query, key : functions of `value`, the element `channel` of a head of q or k, and of `mean_square`, the mean of the head's squares;
+        each returns what enters the product in its place. A key has no `qo_head` and no `q_pos`: it serves all queries of its group.
+    rope_rate : the radians by which `pair` of channels turns from one position to the next, for queries and keys alike (rotary position
+        embedding), after `query` and `key`. May take `batch`, `q_len` and `kv_len`. rope_position : of `pos`, a query's or key's
+        position, the whole number that the rate is multiplied by; `pos` itself if None. The angle is exact to 1e-6 at any position
+        below 2^24.
+    softmax : False makes the logits themselves the weights, O = sum of logit * v; there is no LSE then (0 where a row sees a key).
+    interleaved : pair i is channels 2i and 2i + 1; else i and i + rotary_dim / 2. rotary_dim : a multiple of 16; the first so many
+        channels turn. None for all.
+    parameters : what functions get besides, by name, from :func:`scalar`, :func:`per_head`, :func:`per_request`, :func:`per_channel`,
+        :func:`per_pair`, :func:`tensor`.
 
     Functions name what they want: batch, qo_head, kv_head; q_pos and kv_pos, positions in the request; q_len and kv_len, the
     request's queries in this call and its keys (int32), and parameters. ``q_pos - (kv_len - q_len)`` is the query's index in the call.
@@ -53,6 +65,7 @@ class Variant:
 
     name: str
     parameters: Mapping[str, Parameter]
+    settings: Settings
     _holes: Mapping[str, Code]
 
     def __init__(
@@ -63,27 +76,42 @@ class Variant:
         logits: Callable[..., Any] | None = None,
         mask: Callable[..., Any] | None = None,
         output: Callable[..., Any] | None = None,
+        query: Callable[..., Any] | None = None,
+        key: Callable[..., Any] | None = None,
+        rope_rate: Callable[..., Any] | None = None,
+        rope_position: Callable[..., Any] | None = None,
+        softmax: bool = True,
+        interleaved: bool = False,
+        rotary_dim: int | None = None,
         **parameters: Parameter,
     ) -> None:
         _check_parameters(name, parameters)
-        functions = {"logits": logits, "mask": mask, "output": output}
-        holes = {hole: trace(f, hole, parameters) for hole, f in functions.items() if f is not None}
-        self._fill(name, holes, parameters)
+        given = (logits, mask, output, query, key, rope_rate, rope_position)
+        holes = {hole: trace(f, hole, parameters) for hole, f in zip(HOLES, given, strict=True) if f is not None}
+        settings = Settings(bool(softmax), bool(interleaved), 0 if rotary_dim is None else rotary_dim)
+        self._fill(name, holes, parameters, settings)
 
-    def _fill(self, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter]) -> None:
+    def _fill(
+        self, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter], settings: Settings
+    ) -> None:
+        _check_settings(name, holes, settings)
         unused = set(parameters).difference(*(code.names for code in holes.values()))
         if unused:
             raise error_here(
                 f"variant {name}: no expression reads the parameter `{min(unused)}`: use it in a function, or do not declare it"
             )
-        self.__dict__.update(name=name, parameters=MappingProxyType(dict(parameters)), _holes=MappingProxyType(holes))
+        self.__dict__.update(
+            name=name, parameters=MappingProxyType(dict(parameters)), settings=settings, _holes=MappingProxyType(holes)
+        )
 
     @classmethod
-    def _of(cls, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter]) -> Variant:
+    def _of(
+        cls, name: str, holes: Mapping[str, Code], parameters: Mapping[str, Parameter], settings: Settings
+    ) -> Variant:
         """From code that is there already."""
         _check_parameters(name, parameters)
         made = cls.__new__(cls)
-        made._fill(name, {hole: holes[hole] for hole in HOLES if hole in holes}, parameters)
+        made._fill(name, {hole: holes[hole] for hole in HOLES if hole in holes}, parameters, settings)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -107,8 +135,18 @@ class Variant:
         """The expression in the hole, or None."""
         return self._holes.get("output")
 
+    @property
+    def holes(self) -> Mapping[str, Code]:
+        """Every hole that is filled, by name, and its expression."""
+        return self._holes
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it turns queries and keys by their positions: caches hold keys that are not turned then."""
+        return "rope_rate" in self._holes
+
     def tir(self, hole: str) -> Any:
-        """The TIR expression of "logits", "mask" or "output", or None: variables and scalars are tirx.Var of their names."""
+        """The TIR expression of a hole ("logits", "mask", …), or None: variables and scalars are tirx.Var of their names."""
         code = self._holes.get(hole)
         return None if code is None else codes.to_tir(code, self.parameters)
 
@@ -125,11 +163,11 @@ class Variant:
     @property
     def is_plain(self) -> bool:
         """Whether the band is all of it: planned with, kernels without a variant compute it."""
-        return self.logits is None and self.residual_mask is None and self.output is None
+        return self._holes.keys() <= {"mask"} and self.residual_mask is None and self.settings.softmax
 
     @functools.cached_property
     def _struct(self) -> Struct:
-        return lower({**self._holes, "mask": self.residual_mask}, self.parameters)
+        return lower({**self._holes, "mask": self.residual_mask}, self.parameters, self.settings)
 
     @property
     def digest(self) -> str:
@@ -169,7 +207,8 @@ class Variant:
     def _identity(self) -> str:
         parameters = [[name, p.sort, p.dtype, p.rank] for name, p in self.parameters.items()]
         holes = {hole: codes.to_list(code) for hole, code in self._holes.items()}
-        return json.dumps({"parameters": parameters, "holes": holes}, separators=(",", ":"), allow_nan=False)
+        fields = {"parameters": parameters, "settings": asdict(self.settings), "holes": holes}
+        return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
     def __eq__(self, other: object) -> bool:
         return self._identity == other._identity if isinstance(other, Variant) else NotImplemented
@@ -188,19 +227,19 @@ class Variant:
             fields = json.loads(stored)
             version, name, rows, holes = (fields[key] for key in ("format", "name", "parameters", "holes"))
             parameters = {p: Parameter(sort, dtype, rank) for p, sort, dtype, rank in rows}
+            settings = _settings_of(fields["settings"]) if version == _FORMAT else Settings()
             unknown = set(holes) - set(HOLES)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             if isinstance(error, VariantError):
                 raise
             raise VariantError(f"argument `stored` is no variant as Variant.to_json writes it: {error!r}") from error
-        if version != _FORMAT or unknown:
+        if version not in (1, _FORMAT) or unknown:
             raise VariantError(
-                f"argument `stored` is a variant of format {version} with the holes {', '.join(holes)}; this tvm_infer reads format "
-                f"{_FORMAT} with {', '.join(HOLES)}: store it anew"
+                f"argument `stored` is a variant of format {version} with the holes {', '.join(holes)}; this tvm_infer reads formats 1 "
+                f"and {_FORMAT} with {', '.join(HOLES)}: store it anew"
             )
-        return cls._of(
-            name, {hole: codes.from_list(rows, hole, parameters) for hole, rows in holes.items()}, parameters
-        )
+        found = {hole: codes.from_list(rows, hole, parameters) for hole, rows in holes.items()}
+        return cls._of(name, found, parameters, settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Variant.from_json, (self.to_json(),)
@@ -212,14 +251,15 @@ class Variant:
         declared = ", ".join(f"{name}: {p}" for name, p in self.parameters.items())
         lines = [f"{self.name}({declared})"]
         lines += [f"  {hole} = {text.expression(code)}" for hole, code in self._holes.items()]
+        lines += [f"  {name} = {value}" for name, value in asdict(self.settings).items() if value != _DEFAULTS[name]]
         return "\n".join(lines)
 
 
 def combine(first: Variant, then: Variant) -> Variant:
-    """Both variants: `then` changes the logits and outputs that `first` made, a key must pass both masks, and the parameters of both
-    are bound. A parameter that both declare alike is one parameter. ``first & then`` is the same.
+    """Both variants: `then` changes the logits, outputs, queries and keys that `first` made, a key must pass both masks, and the
+    parameters of both are bound. A parameter that both declare alike is one parameter. ``first & then`` is the same.
 
-    Raises VariantError where both declare a name differently.
+    Raises VariantError where both declare a name differently, or both rotate.
     """
     for name in first.parameters.keys() & then.parameters.keys():
         if first.parameters[name] != then.parameters[name]:
@@ -227,7 +267,19 @@ def combine(first: Variant, then: Variant) -> Variant:
                 f"variants {first.name} and {then.name} both have a parameter `{name}`, {first.parameters[name]} and "
                 f"{then.parameters[name]}: rename one"
             )
+    if first.rotates and then.rotates:
+        raise error_here(
+            f"variants {first.name} and {then.name} both have a `rope_rate`; queries and keys turn once: drop one"
+        )
+    for hole in ("query", "key"):
+        if hole in first._holes and hole in then._holes and "mean_square" in then._holes[hole].names:
+            raise error_here(
+                f"variants {first.name} and {then.name} both have a `{hole}`, and that of {then.name} takes `mean_square`, which is "
+                f"the head's before {first.name} changed it: combine them the other way round"
+            )
     holes = {**then._holes, **first._holes}
+    turning = first.settings if first.rotates else then.settings
+    settings = replace(turning, softmax=first.settings.softmax and then.settings.softmax)
     for hole in first._holes.keys() & then._holes.keys():
         a, b = first._holes[hole], then._holes[hole]
         holes[hole] = (
@@ -236,7 +288,27 @@ def combine(first: Variant, then: Variant) -> Variant:
     # A parameter drops out where `then` ignores the value that `first` made of it.
     used = set().union(*(code.names for code in holes.values())) if holes else set()
     parameters = {name: p for name, p in {**first.parameters, **then.parameters}.items() if name in used}
-    return Variant._of(f"{first.name} & {then.name}", holes, parameters)
+    return Variant._of(f"{first.name} & {then.name}", holes, parameters, settings)
+
+
+def _settings_of(stored: Any) -> Settings:
+    if {name: type(x) for name, x in stored.items()} != {name: type(x) for name, x in _DEFAULTS.items()}:
+        raise ValueError(f"settings {stored}")
+    return Settings(**stored)
+
+
+def _check_settings(variant: str, holes: Mapping[str, Code], settings: Settings) -> None:
+    n = settings.rotary_dim
+    if "rope_rate" not in holes and ("rope_position" in holes or settings.interleaved or n):
+        raise error_here(
+            f"variant {variant}: `rope_position`, `interleaved` and `rotary_dim` say how channels turn, and need a `rope_rate`"
+        )
+    if type(n) is not int or n < 0 or n % 16:
+        raise error_here(
+            f"variant {variant}: `rotary_dim` is {n!r}; it must be a multiple of 16, or None for all channels"
+        )
+    if not settings.softmax and "output" in holes and "lse" in holes["output"].names:
+        raise error_here(f"variant {variant}: `output` takes `lse`, and without softmax there is none: leave it out")
 
 
 def _check_parameters(variant: str, parameters: Mapping[str, Parameter]) -> None:
@@ -245,8 +317,8 @@ def _check_parameters(variant: str, parameters: Mapping[str, Parameter]) -> None
     for name, p in parameters.items():
         if not isinstance(p, Parameter):
             raise error_here(
-                f"variant {variant}: parameter `{name}` is declared as {p!r}; declare it with variant.scalar, per_head, per_request or "
-                "tensor, and give its value to bind"
+                f"variant {variant}: parameter `{name}` is declared as {p!r}; declare it with variant.scalar, tensor or one of the "
+                "`per_` functions, and give its value to bind"
             )
         if name in KIND_OF_VARIABLE or name in HOLES or not name.isidentifier() or keyword.iskeyword(name):
             raise error_here(

@@ -21,7 +21,8 @@ template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Varia
 struct ConfigSm90 {
   using Element = Element_;
   using Variant = Variant_;
-  static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput;
+  static constexpr bool kChangesQueries = attention::kChangesQueries<Variant>, kChangesKeys = attention::kChangesKeys<Variant>;
+  static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput || kChangesQueries || kChangesKeys;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPageSize = kPageSize_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");
@@ -41,9 +42,9 @@ struct ConfigSm90 {
   static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + 128;
-  // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says.
-  static constexpr int kProducerRegisters = kIsGather ? 56 : 40;
-  static constexpr int kConsumerRegisters = kIsGather ? 224 : 232;
+  // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says. Who changes queries needs more to load.
+  static constexpr int kProducerRegisters = kIsGather || kChangesQueries ? 56 : 40;
+  static constexpr int kConsumerRegisters = kIsGather || kChangesQueries ? 224 : 232;
 
   static constexpr int kPanels = kHeadDim / tile::kPanelElements;
   using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
@@ -69,6 +70,7 @@ struct ConfigSm90 {
   static constexpr int kBarrierConsumers = 1;
   static constexpr int kBarrierTurn = 2;       // + warpgroup: its turn to issue matrix products
   static constexpr int kBarrierWarpgroup = 4;  // + warpgroup
+  static constexpr int kBarrierKeys = 6;       // a tile of keys is changed
 
   struct SharedMemory {
     alignas(1024) uint8_t ring[kStages * kStageBytes];

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/attention/change_rows.cuh"
 #include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
@@ -39,7 +40,7 @@ class DecodeTile {
     if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, row);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       float o[kHeadDim / 8][4];
-      OnlineSoftmax softmax;
+      SoftmaxState<Variant> softmax;
       const uint32_t query = c_.WaitQuery();
       RunHead(work, tiles, keys, seen_by_all, rows, query, o, softmax);
       Merge(work, h, query, o, softmax);
@@ -48,6 +49,8 @@ class DecodeTile {
   }
 
  private:
+  // Queries in registers from tile to tile leave too few to change keys.
+  static constexpr bool kReloadsQuery = Config::kChangesKeys;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
   // Rows behind the work's last repeat it: their results are not used.
@@ -61,9 +64,10 @@ class DecodeTile {
   }
 
   __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
-                                          const VariantRows& rows, uint32_t query, float (&o)[kHeadDim / 8][4], OnlineSoftmax& softmax) {
+                                          const VariantRows& rows, uint32_t query, float (&o)[kHeadDim / 8][4],
+                                          SoftmaxState<Variant>& softmax) {
     uint32_t q[kHeadDim / 16][4];
-    LoadQuery(q, query);
+    if constexpr (!kReloadsQuery) LoadQuery(q, query);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 
@@ -76,6 +80,10 @@ class DecodeTile {
       const bool has_keys = key < work.kv_end && key + kWarpKeys > work.kv_begin;
       float s[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
       c_.ring.WaitFull(c_.cursor);
+      if constexpr (Config::kChangesKeys) {
+        if (has_keys) ChangeOwnKeys(rows, work.kv_pos_base + tiles.base + t * kTileKeys);
+      }
+      if constexpr (kReloadsQuery) LoadQuery(q, query);
       if (has_keys) Logits(s, q, c_.ring.Data(c_.cursor) + k_offset);
       __syncwarp();
       c_.Release(c_.cursor);
@@ -107,6 +115,14 @@ class DecodeTile {
       c_.cursor.Advance();
     }
     softmax.SumOverQuad();
+  }
+
+  // This warp's keys of the tile at the cursor, whose key 0 is at position `kv_pos`.
+  __device__ __forceinline__ void ChangeOwnKeys(const VariantRows& rows, int32_t kv_pos) const {
+    ChangeKeys<Config, 2>(c_.variant, rows.rows[0], c_.ring.Data(c_.cursor), c_.Warp(), kv_pos);
+    // NOTE: the next copy into this stage is the async proxy's, and must not pass these stores.
+    if constexpr (!Config::kIsGather) ptx::FenceProxyAsyncShared();
+    __syncwarp();
   }
 
   // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
@@ -154,7 +170,7 @@ class DecodeTile {
   // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
   // buffer goes back.
   __device__ __forceinline__ void Merge(const Work& work, int32_t h, uint32_t query, const float (&o)[kHeadDim / 8][4],
-                                        const OnlineSoftmax& softmax) {
+                                        const SoftmaxState<Variant>& softmax) {
     auto& shared = c_.shared;
     auto* scratch = reinterpret_cast<float*>(shared.query[query]);  // [warp][8 rows][kHeadDim], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
@@ -206,14 +222,14 @@ class DecodeTile {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) o[i] += weight * part[i];
     }
-    const float factor = InverseSum(sum);
+    const float factor = Normaliser<Variant>(sum);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) o[i] *= factor;
     const bool is_final = first_partial == kFinalRows;
     if constexpr (Variant::kHasOutput) {
       if (is_final) {
         const variant::Row at = VariantRowOf(c_.plan, work.row_begin + row, work.kv_head_begin + h);
-        ApplyOutput<Variant>(o, c_.variant, at, LogSumExp(max, sum, scale));
+        ApplyOutput<Variant>(o, c_.variant, at, StateLse<Variant>(max, sum, scale));
       }
     }
     OutputRow out;
@@ -225,7 +241,7 @@ class DecodeTile {
       out = PartialRow<kHeadDim>(c_.params, first_partial + row);
     }
     StoreColumns<Element>(out, is_final, column, o);
-    if (lane == 0 && out.lse != nullptr) *out.lse = LogSumExp(max, sum, scale);
+    if (lane == 0 && out.lse != nullptr) *out.lse = StateLse<Variant>(max, sum, scale);
   }
 
   Consumer<Config>& c_;

@@ -29,6 +29,9 @@ class PrefillProducts {
     const ptx::Descriptor q =
         tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
+    // NOTE: the first product overwrites s. Said so where registers are short, for the weights before would live until here; elsewhere the
+    // compiler's order of things is better without.
+    if constexpr (Config::kChangesKeys) ptx::DefineRegisters(s);
     ptx::PinRegisters(s);
     ptx::WgmmaFence();
 #pragma unroll

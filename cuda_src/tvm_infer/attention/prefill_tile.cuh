@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/attention/change_rows.cuh"
 #include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
@@ -35,7 +36,7 @@ class PrefillTile : private PrefillProducts<Config> {
   __device__ __forceinline__ int32_t Run(const WorkQueue& queue, int32_t index, Work work) {
     float s[64], o[kOutputs], rescale[2];
     uint32_t p[32];
-    OnlineSoftmax softmax;
+    SoftmaxState<Variant> softmax;
     Tiles tiles(work);
     Visible visible = VisibleTo(work);
     VariantRows rows, done_rows;
@@ -44,7 +45,7 @@ class PrefillTile : private PrefillProducts<Config> {
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
-    c_.WaitFullForWgmma(c_.cursor);
+    WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
     WaitTurn();
     IssueLogits(s, query, c_.ring.Data(c_.cursor));
     PassTurn();
@@ -84,7 +85,7 @@ class PrefillTile : private PrefillProducts<Config> {
         c_.WaitFullForWgmma(c_.cursor);
         CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
       }
-      c_.WaitFullForWgmma(k);
+      WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
       WaitTurn();
       IssueLogits(s, query, c_.ring.Data(k));
       c_.WaitFullForWgmma(c_.cursor);
@@ -98,7 +99,7 @@ class PrefillTile : private PrefillProducts<Config> {
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
         Store(query ^ 1, done_rows, softmax, o);
-        softmax = OnlineSoftmax();
+        softmax = SoftmaxState<Variant>();
       }
       Softmax(s, visible, rows, work, tiles.base + tile * kTileKeys, softmax, rescale);
       ptx::WgmmaWait<0>();
@@ -175,9 +176,22 @@ class PrefillTile : private PrefillProducts<Config> {
     if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, thread / 32 * 16 + thread % 32 / 4);
   }
 
+  // Until the tile of keys at `k`, whose first is at position `kv_pos`, is there, and is what the variant makes of it: each warp
+  // changes 16.
+  __device__ __forceinline__ void WaitKeys(const typename Ring::Cursor& k, const VariantRows& rows, int32_t kv_pos) const {
+    if constexpr (Config::kChangesKeys) {
+      c_.ring.WaitFull(k);
+      ChangeKeys<Config, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
+      ptx::FenceProxyAsyncShared();
+      ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
+    } else {
+      c_.WaitFullForWgmma(k);
+    }
+  }
+
   // Logits of one tile to weights.
   __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, const VariantRows& rows, const Work& work,
-                                          int32_t tile_key, OnlineSoftmax& softmax, float (&rescale)[2]) {
+                                          int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
       ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
     }
@@ -195,17 +209,17 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // Stores a head's rows and gives its query buffer back, through which final rows pass.
-  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, OnlineSoftmax softmax, float (&o)[kOutputs]) {
+  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, SoftmaxState<Variant> softmax, float (&o)[kOutputs]) {
     static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
     softmax.SumOverQuad();
-    float factor[2] = {InverseSum(softmax.sum[0]), InverseSum(softmax.sum[1])};
+    float factor[2] = {Normaliser<Variant>(softmax.sum[0]), Normaliser<Variant>(softmax.sum[1])};
     const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
     const int2 head = c_.shared.head[query];
     const int32_t num_rows = head.y - first_row;
     const int2* rows = c_.shared.scratch[query].rows + first_row;
     float lse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lse[i] = LogSumExp(softmax.max[i], softmax.sum[i], c_.SoftmaxScale());
+    for (int i = 0; i < 2; ++i) lse[i] = StateLse<Variant>(softmax.max[i], softmax.sum[i], c_.SoftmaxScale());
     if (head.x == kFinalRows) {
       if constexpr (Variant::kHasOutput) {
 #pragma unroll

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/attention/change_rows.cuh"
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
@@ -22,9 +23,11 @@ class QueryLoader {
   static constexpr int kRows = Config::kPanelRows;
 
   // `buffer`: this warp's rows in the first query buffer, panels of 64 rows. `full`, `empty`: barriers of the first buffer.
-  __device__ __forceinline__ QueryLoader(const AttentionParams& params, const PlanView& plan, typename Config::SharedMemory& shared,
-                                         uint32_t buffer, uint32_t full, uint32_t empty, int32_t first_row)
+  __device__ __forceinline__ QueryLoader(const AttentionParams& params, const variant::Args& variant, const PlanView& plan,
+                                         typename Config::SharedMemory& shared, uint32_t buffer, uint32_t full, uint32_t empty,
+                                         int32_t first_row)
       : params_(params),
+        variant_(variant),
         plan_(plan),
         shared_(shared),
         buffer_(buffer),
@@ -44,6 +47,13 @@ class QueryLoader {
       if (has_rows) {
         if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
         LoadHead(rows, buffer, is_prefill);
+        if constexpr (Config::kChangesQueries) {
+          __syncwarp();
+          ChangeQueries<Config>(variant_, plan_, work, work.kv_head_begin + h, params_.expected.group_size,
+                                buffer_ + buffer * Config::kQueryBytes, first_row_,
+                                min(work.num_rows - first_row_, is_prefill ? kRows : Config::kDecodeRows));
+        }
+        ptx::FenceProxyAsyncShared();
         rows.Step(params_);
       }
       ptx::MbarrierArrive(full_ + 8 * buffer);
@@ -115,10 +125,10 @@ class QueryLoader {
       }
     }
     ptx::CpAsyncWaitAll();
-    ptx::FenceProxyAsyncShared();
   }
 
   const AttentionParams& params_;
+  const variant::Args& variant_;
   const PlanView& plan_;
   typename Config::SharedMemory& shared_;
   const uint32_t buffer_;

@@ -60,6 +60,34 @@ struct OnlineSoftmax {
   }
 };
 
+// Without softmax: logits are the weights, those of -inf are 0. Partial results add up as those of a softmax do whose maxima are all 0; the
+// sum tells "saw a key" from 0.
+struct PlainWeights {
+  float max[2] = {kNegInf, kNegInf};
+  float sum[2] = {0.f, 0.f};
+
+  template <int kCount>
+  __device__ __forceinline__ void Update(float (&s)[kCount], float, float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float tile_max = kNegInf;
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * i + e];
+          tile_max = x == kNegInf ? tile_max : 0.f;
+          x = x == kNegInf ? 0.f : x;
+        }
+      }
+      max[i] = fmaxf(max[i], QuadMax(tile_max));
+      sum[i] = max[i] == kNegInf ? 0.f : 1.f;
+      rescale[i] = 1.f;
+    }
+  }
+  __device__ __forceinline__ void SumOverQuad() {}
+};
+
 // 1 / sum, and 0 for a row without keys: its O is 0.
 __device__ __forceinline__ float InverseSum(float sum) { return sum == 0.f ? 0.f : ptx::Reciprocal(sum); }
 // Natural logarithm of the sum of exp(sm_scale * s); -inf without keys.

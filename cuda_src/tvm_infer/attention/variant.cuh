@@ -3,6 +3,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/rows.cuh"
@@ -12,7 +13,7 @@
 namespace tvm_infer::attention {
 
 // Attention as it is: the holes are empty, and nothing of this file is left in the kernel.
-struct NoVariant {
+struct NoVariant : variant::Defaults {
   static constexpr bool kHasLogits = false, kHasMask = false, kHasOutput = false;
 };
 
@@ -21,7 +22,27 @@ concept VariantConcept = requires {
   { V::kHasLogits } -> std::convertible_to<bool>;
   { V::kHasMask } -> std::convertible_to<bool>;
   { V::kHasOutput } -> std::convertible_to<bool>;
+  { V::kHasSoftmax } -> std::convertible_to<bool>;
 };
+
+// Whether queries, and keys, are changed in shared memory (change_rows.cuh).
+template <typename Variant>
+inline constexpr bool kChangesQueries = Variant::kHasQuery || Variant::kHasRate;
+template <typename Variant>
+inline constexpr bool kChangesKeys = Variant::kHasKey || Variant::kHasRate;
+
+// A row's state over its keys so far, and what becomes of it at the end.
+template <typename Variant>
+using SoftmaxState = std::conditional_t<Variant::kHasSoftmax, OnlineSoftmax, PlainWeights>;
+template <typename Variant>
+__device__ __forceinline__ float Normaliser(float sum) {
+  return Variant::kHasSoftmax ? InverseSum(sum) : 1.f;
+}
+template <typename Variant>
+__device__ __forceinline__ float StateLse(float max, float sum, float scale_log2) {
+  if (!Variant::kHasSoftmax) return sum == 0.f ? kNegInf : 0.f;
+  return LogSumExp(max, sum, scale_log2);
+}
 
 // What the softmax multiplies logits by: a variant's are in natural units, q . k lacks its scale.
 template <typename Variant>

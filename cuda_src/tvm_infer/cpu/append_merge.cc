@@ -77,7 +77,8 @@ void RunMergeStates(void* context, int64_t unit, ThreadScratch*) {
                             lse,
                             static_cast<char*>(args.o) + (row * args.o_row_stride + head * args.o_head_stride) * ctx.element_size,
                             args.lse == nullptr ? nullptr : args.lse + row * args.lse_row_stride + head * args.lse_head_stride,
-                            nullptr};
+                            nullptr,
+                            /*has_softmax=*/true};
       ctx.kernels.merge_states[static_cast<int>(args.dtype)](job);
     }
   }

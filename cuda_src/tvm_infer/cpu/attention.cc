@@ -142,7 +142,17 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   if (args.variant != nullptr) {
     DescribeRows(ctx, work, s);
     const variant::CpuFunctions& hooks = *args.variant->cpu;
-    variant = {hooks.logits, job.is_partial ? nullptr : hooks.output, args.variant->args, s->variant_rows.data(), group, work.kv_pos_base};
+    variant = {hooks.logits,
+               job.is_partial ? nullptr : hooks.output,
+               args.variant->args,
+               s->variant_rows.data(),
+               group,
+               work.kv_pos_base,
+               hooks.turn,
+               hooks.query,
+               hooks.key,
+               (hooks.rotary_dim == 0 ? args.head_dim : hooks.rotary_dim) / 2,
+               hooks.has_softmax != 0};
     job.variant = &variant;
     if (hooks.logits != nullptr) job.q_scale = args.sm_scale;
   }
@@ -187,12 +197,10 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
   s->lse_values.resize(static_cast<size_t>(num_states));
   const bool has_hook = args.variant != nullptr && args.variant->cpu->output != nullptr;
   variant::Row described{};
-  const VariantJob variant{nullptr,
-                           has_hook ? args.variant->cpu->output : nullptr,
-                           has_hook ? args.variant->args : nullptr,
-                           &described,
-                           ctx.header.group_size,
-                           /*kv_pos_base=*/0};
+  VariantJob variant{};
+  if (has_hook) variant.output = args.variant->cpu->output, variant.args = args.variant->args;
+  variant.rows = &described;
+  variant.group_size = ctx.header.group_size;
   for (int64_t pair = pairs * piece / ctx.pieces_per_merge; pair < pairs * (piece + 1) / ctx.pieces_per_merge; ++pair) {
     for (int32_t i = 0; i < num_states; ++i) {
       const int64_t row = slots[i] + pair;
@@ -211,7 +219,8 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
                     s->lse_values.data(),
                     ctx.ORow(token, head),
                     args.lse == nullptr ? nullptr : ctx.LseRow(token, head),
-                    has_hook ? &variant : nullptr};
+                    has_hook ? &variant : nullptr,
+                    args.variant == nullptr || args.variant->cpu->has_softmax != 0};
     ctx.kernels.merge_partials[static_cast<int>(args.dtype)](job);
   }
 }

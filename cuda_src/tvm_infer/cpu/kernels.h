@@ -27,6 +27,12 @@ struct VariantJob {
   const variant::Row* rows;  // of the first KV head
   int32_t group_size;        // query heads of a KV head
   int32_t kv_pos_base;       // position of the list's key 0
+  // Of queries and keys, or nullptr; num_pairs of channels turn.
+  decltype(variant::CpuFunctions::turn) turn;
+  decltype(variant::CpuFunctions::query) query;
+  decltype(variant::CpuFunctions::key) key;
+  int32_t num_pairs;
+  bool has_softmax;
 };
 
 // The rows of one work: the same rows for each of num_kv_heads KV heads. Pointers are those of the first; head h lies h strides on.
@@ -82,6 +88,7 @@ struct MergeRowJob {
   void* o;
   float* lse;                 // or nullptr
   const VariantJob* variant;  // whose `output` the merged row passes, or nullptr
+  bool has_softmax;           // false: o = sum o_i over the states with lse 0, not -inf
 };
 
 // One head turned by its position: the first rotary_dim elements in pairs (2i, 2i + 1) or (i, i + rotary_dim / 2), the others copied.

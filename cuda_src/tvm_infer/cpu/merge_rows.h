@@ -28,6 +28,7 @@ void MergeRow(const MergeRowJob& job) {
       Store(o + d, Fma(weight, LoadUpTo(in + d, job.head_dim - d), Load(o + d)));
     }
   }
+  if (!job.has_softmax && sum != 0.f) sum = 1.f;
   const float lse = sum == 0.f ? kNothing : max + __builtin_logf(sum);
   Vec factor = Set1(sum == 0.f ? 0.f : 1.f / sum);
   if (job.variant != nullptr) {

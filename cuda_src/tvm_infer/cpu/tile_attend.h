@@ -72,8 +72,14 @@ template <typename V, bool kFetch>
 void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row, int rows, int block, Columns c, float* s, KeyRows<V> v,
                 KeyRows<V> prefetch) {
   const bool has_logits = job.variant != nullptr && job.variant->logits != nullptr;
+  const bool has_softmax = job.variant == nullptr || job.variant->has_softmax;
   for (int r = 0; r < rows; ++r) {
     if (has_logits) ApplyLogits(job, head.kv_head, row + r, block, c.begin, c.end, s + r * kScoreStride);
+    if (!has_softmax) {
+      WeightBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block, job.visible_end[row + r] - block,
+                  &head.softmax[row + r]);
+      continue;
+    }
     const float rescale = SoftmaxBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block,
                                        job.visible_end[row + r] - block, &head.softmax[row + r]);
     if (rescale != 1.f) ScaleRow(head.o + (row + r) * q_stride, q_stride, rescale);
@@ -86,15 +92,15 @@ void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row
   });
 }
 
-// Scores of all rows by dot products; the block's values are prefetched along the first rows.
-template <typename T>
-void DotBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>& b, Block at, KeyRows<T> k, KeyRows<T> v) {
+// Scores of all rows by dot products; the block's values are prefetched along the first rows, if `v` has any.
+template <typename K, typename T>
+void DotBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>& b, Block at, KeyRows<K> k, KeyRows<K> v) {
   for (int row = 0; row < job.num_rows; row += kDotRows) {
     const int rows = job.num_rows - row < kDotRows ? job.num_rows - row : kDotRows;
     const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
     WithRows<kDotRows>(rows, [&]<int R>() {
-      const auto dot_scores = row == 0 ? DotScores<T, R, true> : DotScores<T, R, false>;
+      const auto dot_scores = row == 0 && v.rows != nullptr ? DotScores<K, R, true> : DotScores<K, R, false>;
       dot_scores(head.q + row * b.q_stride, b.q_stride, k, v, c.begin, c.end, job.head_dim, b.s + row * kScoreStride, kScoreStride);
     });
   }
@@ -155,6 +161,7 @@ template <typename T>
 void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
   const int head_begin = b.first.kv_head;
   const bool use_dots = job.num_rows <= kMaxDotRows;
+  const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
   // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
   const bool in_place = b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
   const int64_t k_stride = job.k_head_stride / static_cast<int64_t>(sizeof(T)),
@@ -182,7 +189,11 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
         const bool is_last = h + 1 == num_heads;
         const T* const* next_rows = !is_last ? b.k_rows[current] : next_count >= at.end ? b.k_rows[current ^ 1] : nullptr;
         const KeyRows<T> fetch{next_rows, is_last ? head_begin * k_stride : k_at + k_stride};
-        DotBlock(job, b.Head(h), b, at, k, v);
+        if (has_keys) {
+          DotBlock<float>(job, b.Head(h), b, at, ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k), {nullptr, 0});
+        } else {
+          DotBlock<T>(job, b.Head(h), b, at, k, v);
+        }
         if (in_place) {
           UpdateBlock<T, T>(job, b.Head(h), b, at, v, fetch);
         } else {
@@ -190,7 +201,12 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
           UpdateBlock<T, float>(job, b.Head(h), b, at, {b.widened, 0}, {nullptr, 0});
         }
       } else {
-        PackKeys(k, at.begin, at.end, job.head_dim, b.kt, kBlockKeys);
+        if (has_keys) {
+          PackKeys(ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k), at.begin, at.end, job.head_dim, b.kt,
+                   kBlockKeys);
+        } else {
+          PackKeys(k, at.begin, at.end, job.head_dim, b.kt, kBlockKeys);
+        }
         WidenValues<T>(v, {nullptr, 0}, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
         OuterBlock<T>(job, b.Head(h), b, at, {{b.k_rows[current ^ 1], k_at}, {b.v_rows[current ^ 1], v_at}, next_count});
       }

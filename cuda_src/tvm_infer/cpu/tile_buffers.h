@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "tvm_infer/cpu/kernels.h"
+#include "tvm_infer/cpu/tile_scores.h"
 #include "tvm_infer/cpu/tile_softmax.h"
 #include "tvm_infer/cpu/tile_variant.h"
 #include "tvm_infer/cpu/vec_partial.h"
@@ -44,6 +45,10 @@ struct TileBuffers {
   const T** k_rows[2];    // of this block and the next
   const T** v_rows[2];    //
   const float** widened;  // rows of v
+  // Where a variant changes keys: [kBlockKeys][q_stride] in float, their rows, and [kBlockKeys][2][num_pairs] cosines and sines.
+  float* keys;
+  const float** key_rows;
+  float* turns;
 
   HeadState Head(int h) const {
     const int64_t row = static_cast<int64_t>(h) * num_rows;
@@ -69,7 +74,10 @@ TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   const size_t s = take(static_cast<size_t>(kMaxDotRows) * kScoreStride * sizeof(float));
   const size_t kt = take(static_cast<size_t>(job.head_dim) * kBlockKeys * sizeof(float));
   const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
-  const size_t pointers = take(5 * kBlockKeys * sizeof(void*));
+  const size_t pointers = take(6 * kBlockKeys * sizeof(void*));
+  const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
+  const size_t keys = take(has_keys ? static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float) : 0);
+  const size_t turns = take(has_keys ? static_cast<size_t>(kBlockKeys) * 2 * job.variant->num_pairs * sizeof(float) : 0);
   char* base = scratch->Reserve(bytes);
   b.first = {reinterpret_cast<float*>(base + q), reinterpret_cast<float*>(base + o), reinterpret_cast<SoftmaxState*>(base + softmax), 0};
   b.s = reinterpret_cast<float*>(base + s);
@@ -81,6 +89,9 @@ TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
     b.v_rows[i] = rows_of + (2 * i + 1) * kBlockKeys;
   }
   b.widened = reinterpret_cast<const float**>(rows_of + 4 * kBlockKeys);
+  b.key_rows = reinterpret_cast<const float**>(rows_of + 5 * kBlockKeys);
+  b.keys = reinterpret_cast<float*>(base + keys);
+  b.turns = reinterpret_cast<float*>(base + turns);
   return b;
 }
 
@@ -112,15 +123,41 @@ void LocateKeys(const TileJob& job, int begin, int end, int column, const T** k_
 template <typename T>
 void LoadQueries(const TileJob& job, int q_stride, const HeadState& head) {
   const Vec scale = Set1(job.q_scale);
+  const bool has_hook = job.variant != nullptr && job.variant->query != nullptr;
   for (int r = 0; r < job.num_rows; ++r) {
     const T* q = reinterpret_cast<const T*>(static_cast<const char*>(job.q_rows[r]) + head.kv_head * job.q_head_stride);
+    float* loaded = head.q + r * q_stride;
     for (int d = 0; d < job.head_dim; d += kWidth) {
-      Store(head.q + r * q_stride + d, Mul(LoadUpTo(q + d, job.head_dim - d), scale));
+      Store(loaded + d, has_hook ? LoadUpTo(q + d, job.head_dim - d) : Mul(LoadUpTo(q + d, job.head_dim - d), scale));
       Store(head.o + r * q_stride + d, Zero());
+    }
+    if (has_hook) {
+      ApplyQuery(*job.variant, head.kv_head, r, job.head_dim, loaded);
+      for (int d = 0; d < job.head_dim; d += kWidth) Store(loaded + d, Mul(Load(loaded + d), scale));
     }
     head.softmax[r].max = -__builtin_inff();
     Store(head.softmax[r].sum, Zero());
   }
+}
+
+// Keys of columns [begin, end) of the block that starts at key `block`, changed by the variant, in float. Angles are those of a position:
+// they are computed with the first of the heads.
+template <typename T>
+KeyRows<float> ChangeKeys(const TileJob& job, const TileBuffers<T>& b, int kv_head, bool is_first_head, int block, int begin, int end,
+                          KeyRows<T> k) {
+  const VariantJob& variant = *job.variant;
+  const variant::Row row = RowOfHead(variant, 0, kv_head);
+  for (int c = begin; c < end; ++c) {
+    float* key = b.keys + c * b.q_stride;
+    float* cos = b.turns + c * 2 * variant.num_pairs;
+    const int position = variant.kv_pos_base + block + c;
+    if (is_first_head && variant.turn != nullptr)
+      variant.turn(*variant.args, row, position, variant.num_pairs, cos, cos + variant.num_pairs);
+    for (int d = 0; d < job.head_dim; d += kWidth) Store(key + d, LoadUpTo(k[c] + d, job.head_dim - d));
+    variant.key(*variant.args, row, position, job.head_dim, cos, cos + variant.num_pairs, key);
+    b.key_rows[c] = key;
+  }
+  return {b.key_rows, 0};
 }
 
 template <typename T>

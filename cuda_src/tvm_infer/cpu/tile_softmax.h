@@ -47,4 +47,18 @@ TVM_INFER_INLINE float SoftmaxBlock(float* s, int first, int last, int begin, in
   return rescale;
 }
 
+// The same for a variant without softmax: scores are weights, those of -inf become 0. The state tells "saw a key": max and log2 of the sum
+// are 0 then, O is neither rescaled nor divided.
+TVM_INFER_INLINE void WeightBlock(float* s, int first, int last, int begin, int end, SoftmaxState* state) {
+  first -= first % kWidth;
+  last = (last + kWidth - 1) / kWidth * kWidth;
+  bool sees_key = false;
+  for (int c = first; c < last; ++c) {
+    const bool is_seen = c >= begin && c < end && s[c] != -__builtin_inff();
+    s[c] = is_seen ? s[c] : 0.f;
+    sees_key |= is_seen;
+  }
+  if (sees_key) state->max = 0.f, state->sum[0] = 1.f;
+}
+
 }  // namespace tvm_infer::cpu::TVM_INFER_ISA

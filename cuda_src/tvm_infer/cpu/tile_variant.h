@@ -5,6 +5,8 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
+inline constexpr int kMaxPairs = 128;  // head_dim 256
+
 // Row r of the work's KV head `kv_head`.
 TVM_INFER_INLINE variant::Row RowOfHead(const VariantJob& job, int r, int kv_head) {
   variant::Row row = job.rows[r];
@@ -22,6 +24,14 @@ TVM_INFER_INLINE void ApplyLogits(const TileJob& job, int kv_head, int r, int bl
   end = last < end ? last : end;
   if (begin >= end) return;
   variant.logits(*variant.args, RowOfHead(variant, r, kv_head), variant.kv_pos_base + block + begin, end - begin, s + begin);
+}
+
+// A row of queries, [head_dim] in float, as it enters the product.
+TVM_INFER_INLINE void ApplyQuery(const VariantJob& job, int kv_head, int r, int head_dim, float* q) {
+  float cos[kMaxPairs], sin[kMaxPairs];
+  const variant::Row row = RowOfHead(job, r, kv_head);
+  if (job.turn != nullptr) job.turn(*job.args, row, row.q_pos, job.num_pairs, cos, sin);
+  job.query(*job.args, row, head_dim, cos, sin, q);
 }
 
 // o: a final row, normalised, in float. A row that sees no key stays 0.

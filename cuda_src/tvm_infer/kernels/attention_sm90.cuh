@@ -106,7 +106,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
       const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
-      QueryLoader<Config> loader(params, plan, shared, buffer, query_full, query_empty, first_row);
+      QueryLoader<Config> loader(params, variant, plan, shared, buffer, query_full, query_empty, first_row);
       WorkStream works(plan, blockIdx.x, first);
       ptx::WaitForPriorGrid();
       do {

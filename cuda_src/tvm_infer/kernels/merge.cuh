@@ -89,10 +89,10 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
     lse = first + lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
     load(0);
   }
-  const float factor = attention::InverseSum(sum);
+  const float factor = attention::Normaliser<Variant>(sum);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) o[i] *= factor;
-  const float merged_lse = sum == 0.f ? attention::kNegInf : max + ptx::Log2(sum) * attention::kLn2;
+  const float merged_lse = sum == 0.f ? attention::kNegInf : Variant::kHasSoftmax ? max + ptx::Log2(sum) * attention::kLn2 : 0.f;
   if constexpr (Variant::kHasOutput) {
     attention::ApplyOutput<Variant>(o, c.variant, attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h),
                                     merged_lse);

@@ -31,6 +31,12 @@ __device__ __forceinline__ void PinRegisters(float (&r)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
+// What they held is not needed any more.
+template <int kCount>
+__device__ __forceinline__ void DefineRegisters(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(r[i]));
+}
 template <int kCount>
 __device__ __forceinline__ void PinRegisters(uint32_t (&r)[kCount]) {
 #pragma unroll

@@ -1,13 +1,18 @@
 // What the generated code of an attention variant is given, and what it may call. Included by generated sources for the CPU (any C++17
 // compiler) and for CUDA alike: plain structs, no standard library beyond <cmath>.
 //
-// A generated struct has the members
+// A generated struct derives from Defaults and has the members
 //   static constexpr bool kHasLogits, kHasMask, kHasOutput;
 //   static constexpr bool kReadsByKey;                                                  // a table by kv_pos, which must be good then
 //   static float Logits(const Args& p, const Row& row, int32_t kv_pos, float score, float scale);   // the value: score * scale
 //   static bool Mask(const Args& p, const Row& row, int32_t kv_pos);                   // whether the row sees the key
 //   static bool SeesAll(const Args& p, const Row& row, int32_t first, int32_t last);   // true only if the row sees the keys first … last
 //   static float Output(const Args& p, const Row& row, float lse, float value);        // of an element of O
+// and where a constant of Defaults says so
+//   static float Query(const Args& p, const Row& row, int32_t channel, float mean_square, float value);              // of an element of q
+//   static float Key(const Args& p, const Row& row, int32_t kv_pos, int32_t channel, float mean_square, float value);  // of k
+//   static float Rate(const Args& p, const Row& row, int32_t pair);       // radians a position that the pair turns, after Query and Key
+//   static int32_t Position(const Args& p, const Row& row, int32_t pos);  // what Rate is multiplied by
 // each marked TVM_INFER_VARIANT; those that a variant has not are never called.
 #pragma once
 
@@ -54,6 +59,15 @@ struct Row {
   int32_t q_pos;    // position in the request: kv_len - q_len for the first query of this call
   int32_t q_len;    // the request's queries in this call
   int32_t kv_len;   // its keys
+};
+
+// Constants of a generated struct that it need not have. A row's `qo_head` and `q_pos` mean nothing to Key, Rate and Position.
+struct Defaults {
+  static constexpr bool kHasQuery = false, kHasKey = false, kHasRate = false, kHasPosition = false;
+  static constexpr bool kQueryNeedsSquare = false, kKeyNeedsSquare = false;  // `mean_square`, of the head's elements
+  static constexpr bool kIsInterleaved = false;                              // pair i: channels 2i, 2i + 1; else i, i + kRotaryDim / 2
+  static constexpr int kRotaryDim = 0;                                       // channels that turn, a multiple of 16; 0: all
+  static constexpr bool kHasSoftmax = true;                                  // false: logits are the weights
 };
 
 // Functions of expressions. tanh on CUDA is the hardware's (relative error 2^-11); the others have relative errors of 2e-6 at most.
