@@ -23,6 +23,7 @@ from tvm_infer.variant import functions
 from tvm_infer.variant.code import of_tir
 from tvm_infer.variant.expression import Expr
 from tvm_infer.variant.layer import LayerVariant
+from tvm_infer.variant.lower import Settings
 from tvm_infer.variant.parameters import MAX_SCALARS, MAX_TABLES
 from tvm_infer.variant.variant import Variant
 
@@ -322,7 +323,7 @@ class _Extraction:
         codes = {hole: of_tir(expr.tir) for hole, expr in holes.items()}
         used = set().union(*(code.names for code in codes.values()))
         parameters = {name: p for name, p in writer.parameters.items() if name in used}
-        variant = Variant._of(_NAME, codes, parameters)
+        variant = Variant._of(_NAME, codes, parameters, Settings())
         return LayerVariant(variant, tuple((name, writer.values[name]) for name in parameters))
 
 
