@@ -142,6 +142,22 @@ class Relative(Attention):
         return (scores + causal_bias(q.shape[2], q.dtype)).softmax(-1) @ v
 
 
+class Kerple(Attention):
+    """A penalty of the logarithm of the distance (arXiv 2205.09921), by weights per head; of hidden keys it is no number."""
+
+    rotary = False
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.strength, self.rate = nn.Parameter(torch.rand(HEADS, 1, 1)), nn.Parameter(torch.rand(HEADS, 1, 1))
+
+    def attend(self, q, k, v, position_ids):
+        positions = torch.arange(q.shape[2])
+        distance = torch.abs(positions[:, None] - positions[None, :]).to(q.dtype)
+        bias = -self.strength * torch.log(1.0 + self.rate * distance)
+        return (q @ k.transpose(2, 3) * 0.25 + bias + causal_bias(q.shape[2], q.dtype)).softmax(-1) @ v
+
+
 class Chunked(Attention):
     """Attention inside of chunks of 7 positions (Llama 4) in every other layer."""
 
@@ -151,7 +167,21 @@ class Chunked(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-MODELS = (Gemma2, Bloom, MPT, GptOss, Mistral, Relative, Chunked)
+class Blocks(Attention):
+    """A table of booleans says which blocks of 4 keys a block of 4 queries sees besides its own."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.register_buffer("layout", torch.rand(10, 10, generator=torch.Generator().manual_seed(layer)) < 0.4)
+
+    def attend(self, q, k, v, position_ids):
+        block = torch.arange(q.shape[2]) // 4
+        chosen = self.layout[block[:, None], block[None, :]] | (block[:, None] == block[None, :])
+        scores = (q @ k.transpose(2, 3) * 0.25).masked_fill(~chosen, float("-inf"))
+        return (scores + causal_bias(q.shape[2], q.dtype)).softmax(-1) @ v
+
+
+MODELS = (Gemma2, Bloom, MPT, GptOss, Mistral, Relative, Kerple, Chunked, Blocks)
 
 
 class Decoder(nn.Module):

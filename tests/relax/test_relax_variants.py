@@ -473,7 +473,11 @@ def test_what_is_refused(change):
 @pytest.mark.parametrize(
     "shape, dtype, why",
     [
-        ([HEADS], "int64", "is int64; tables of attention variants are float32, float16, bfloat16, int32, uint8, bool"),
+        (
+            [HEADS],
+            "int64",
+            "is int64; weights that attention variants read are float32, float16, bfloat16, int32, uint8",
+        ),
         ([1, 1, HEADS, 1, 1], "float32", "is of a weight of rank 5; tables of attention variants have rank 1 to 4"),
     ],
 )

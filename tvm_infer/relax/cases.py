@@ -15,6 +15,7 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, relax, tirx
 
+from .conditions import both, either, negation, select
 from .nodes import static_int
 from .scalars import children, constant_value, free_vars, literal
 from .symbolic import Evaluator, TooComplexError
@@ -30,7 +31,6 @@ _COMPARISONS: dict[type, Callable[[float, float], bool]] = {
     tirx.EQ: lambda a, b: a == b,
     tirx.NE: lambda a, b: a != b,
 }
-_NEGATED = {tirx.LT: tirx.GE, tirx.LE: tirx.GT, tirx.GT: tirx.LE, tirx.GE: tirx.LT, tirx.EQ: tirx.NE, tirx.NE: tirx.EQ}
 _ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min, tirx.FloorDiv, tirx.FloorMod)
 
 
@@ -185,9 +185,9 @@ class Cases:
         if isinstance(expr, tirx.Or):
             return either(self.condition(expr.a), self.condition(expr.b))
         if isinstance(expr, tirx.Select):
-            return _select(self.condition(expr.condition), *map(self.condition, (expr.true_value, expr.false_value)))
+            return select(self.condition(expr.condition), *map(self.condition, (expr.true_value, expr.false_value)))
         if isinstance(expr, tirx.Cast):
-            return _spread(_is_not_0, [self.of(expr.value)], _select)
+            return _spread(_is_not_0, [self.of(expr.value)], select)
         if isinstance(expr, ir.Var):
             known = self._known(expr)
             return expr if known is None else known != 0.0
@@ -198,7 +198,7 @@ class Cases:
     def _comparison(self, expr: Any) -> Any:
         if _is_positional(expr, self._evaluator):
             return self._decided(expr)
-        return _spread(lambda a, b: self._compared(expr, a, b), [self.of(expr.a), self.of(expr.b)], _select)
+        return _spread(lambda a, b: self._compared(expr, a, b), [self.of(expr.a), self.of(expr.b)], select)
 
     def _compared(self, expr: Any, a: Any, b: Any) -> Any:
         compare = type(expr)
@@ -212,7 +212,7 @@ class Cases:
         for side, wrap in ((a, lambda x: compare(x, b)), (b, lambda x: compare(a, x))):
             if isinstance(side, tirx.Select) and _is_positional(side.condition, self._evaluator):  # |i - j| <= w
                 parts = [self._compared(expr, *_operands(wrap(part))) for part in (side.true_value, side.false_value)]
-                return _select(self.condition(side.condition), *parts)
+                return select(self.condition(side.condition), *parts)
         return self._decided(compare(a, b))
 
     def _decided(self, expr: Any) -> Any:
@@ -227,7 +227,7 @@ class Cases:
 
     def _visible(self, case: Case) -> Any:
         if isinstance(case, Choice):
-            return _select(case.condition, self._visible(case.yes), self._visible(case.no))
+            return select(case.condition, self._visible(case.yes), self._visible(case.no))
         return not (isinstance(case, float) and self.is_masked(case))
 
     def _masks(self, case: Case) -> bool:
@@ -363,68 +363,6 @@ def _equal(a: Any, b: Any) -> bool:
             and _equal(a.no, b.no)
         )
     return bool(tvm_ffi.structural_equal(a, b))
-
-
-def conjuncts(condition: Any) -> list[Any]:
-    """The conditions that a condition is the conjunction of."""
-    if condition is True:
-        return []
-    if isinstance(condition, tirx.And):
-        return conjuncts(condition.a) + conjuncts(condition.b)
-    return [condition]
-
-
-def both(a: Any, b: Any) -> Any:
-    """a and b, each conjunct once."""
-    if a is False or b is False:
-        return False
-    parts = conjuncts(a)
-    for part in conjuncts(b):
-        if not any(_equal(part, known) for known in parts):
-            parts.append(part)
-    if not parts:
-        return True
-    result = parts[0]
-    for part in parts[1:]:
-        result = tirx.And(result, part)
-    return result
-
-
-def either(a: Any, b: Any) -> Any:
-    """a or b."""
-    if a is True or b is True:
-        return True
-    if a is False or b is False:
-        return b if a is False else a
-    return a if _equal(a, b) else tirx.Or(a, b)
-
-
-def negation(a: Any) -> Any:
-    """Not a; of a comparison of integers the opposite one."""
-    if isinstance(a, bool):
-        return not a
-    if isinstance(a, tirx.Not):
-        return a.a
-    if isinstance(a, tirx.And):
-        return either(negation(a.a), negation(a.b))
-    if isinstance(a, tirx.Or):
-        return both(negation(a.a), negation(a.b))
-    if type(a) in _NEGATED and str(a.a.ty).startswith("int"):
-        return _NEGATED[type(a)](a.a, a.b)
-    return tirx.Not(a)
-
-
-def _select(condition: Any, yes: Any, no: Any) -> Any:
-    """A selection between conditions, as and and or."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    if _equal(yes, no):
-        return yes
-    if yes is True:
-        return either(condition, no)
-    if no is True:
-        return either(negation(condition), yes)
-    return either(both(condition, yes), both(negation(condition), no))
 
 
 def _is_positional(expr: Any, evaluator: Evaluator) -> bool:

@@ -27,14 +27,16 @@ from tvm_infer.variant.lower import Settings
 from tvm_infer.variant.parameters import MAX_SCALARS, MAX_TABLES
 from tvm_infer.variant.variant import Variant
 
-from .cases import Cases, both, conjuncts, either, masked_limit, negation
+from .cases import Cases, masked_limit
+from .conditions import both, conjuncts, either, negation
 from .nodes import same, static_int
 from .printer import format_expr
 from .prove import MaskProof, OpaqueError, Refusal, Region, Resolver, UndecidedError, assumed_masks, assumed_number
 from .scalars import free_vars, literal
 from .symbolic import Evaluator
 from .terms import Term, absolute_argument, depends_on, factors, linear, score_factors, tanh_argument, terms
-from .variant_writer import KEEP_VARIANT, VariantWriter
+from .variant_tables import KEEP_VARIANT
+from .variant_writer import VariantWriter
 
 _NAME = "extracted"
 _SAME_FACTOR = 1e-6
@@ -106,7 +108,7 @@ class _Extraction:
         holes["mask"] = _all([kv_pos <= q_pos, *rest])
         if sink is not None:
             holes["output"] = self._write_sink(writer, sink)
-        assumptions = [*assumed_masks(self._assumed), *self._masked_assumptions(), *writer.assumptions]
+        assumptions = [*assumed_masks(self._assumed), *self._masked_assumptions(), *writer.tables.assumptions]
         variant = None
         if len(holes) > 1 or rest:
             variant = self._variant(writer, holes)
@@ -291,12 +293,12 @@ class _Extraction:
         distance: Any = kv_pos - q_pos
         if total < 0.0:
             total, distance = -total, q_pos - kv_pos
-        writer.role = "slopes"
+        writer.tables.role = "slopes"
         result: Any = None
         for x in parts:
             if x is not by_key[0]:
                 result = writer.floating(x) if result is None else result * writer.floating(x)
-        writer.role = "bias"
+        writer.tables.role = "bias"
         if result is None:
             return total * distance if total != 1.0 else functions.cast(distance, "float32")
         return writer.times(total, result * distance)
@@ -309,22 +311,22 @@ class _Extraction:
                     raise writer.refuse(
                         part, "makes the sink differ from token to token; only sinks of a head are extracted"
                     )
-        writer.role = "sink"
+        writer.tables.role = "sink"
         entry = writer.sum([writer.term(factor, part) for factor, part in sink])
-        writer.role = "bias"
+        writer.tables.role = "bias"
         return writer.name("value") * functions.sigmoid(writer.name("lse") - entry)
 
     def _variant(self, writer: VariantWriter, holes: dict[str, Any]) -> LayerVariant:
-        num_scalars = sum(p.is_scalar for p in writer.parameters.values())
-        num_tables = len(writer.parameters) - num_scalars
+        num_scalars = sum(p.is_scalar for p in writer.tables.parameters.values())
+        num_tables = len(writer.tables.parameters) - num_scalars
         if num_scalars > MAX_SCALARS or num_tables > MAX_TABLES:
             why = f"it reads {num_tables} weights and constants; an attention variant has at most {MAX_TABLES} tables"
             raise Refusal(self.seen, why, KEEP_VARIANT)
         codes = {hole: of_tir(expr.tir) for hole, expr in holes.items()}
         used = set().union(*(code.names for code in codes.values()))
-        parameters = {name: p for name, p in writer.parameters.items() if name in used}
+        parameters = {name: p for name, p in writer.tables.parameters.items() if name in used}
         variant = Variant._of(_NAME, codes, parameters, Settings())
-        return LayerVariant(variant, tuple((name, writer.values[name]) for name in parameters))
+        return LayerVariant(variant, tuple((name, writer.tables.values[name]) for name in parameters))
 
 
 def same_number(a: Any, b: Any) -> bool:

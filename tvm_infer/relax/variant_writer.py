@@ -1,6 +1,7 @@
 """From a scalar expression of (head, query, key) to an expression of an attention variant, with the parameters that it reads.
 
-Positions become q_pos and kv_pos, elements of weights and constants become parameters. What has no counterpart there is refused.
+Positions become q_pos and kv_pos, elements of weights and constants become parameters (variant_tables.py). What has no counterpart
+there is refused.
 """
 
 from __future__ import annotations
@@ -8,29 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from tvm import ir, relax, tirx
 
 from tvm_infer.errors import VariantError
 from tvm_infer.variant import functions
 from tvm_infer.variant.expression import Expr, lift, to_float, to_int
-from tvm_infer.variant.layer import Constant, Value, Weight
-from tvm_infer.variant.parameters import MAX_RANK, TABLE_KINDS, Parameter, per_head, scalar, tensor
-from tvm_infer.variant.table import Table
 from tvm_infer.variant.trace import variable
 
-from .nodes import known_shape, same, static_int
-from .printer import format_expr
-from .prove import Refusal, input_refusal
-from .scalars import constant_value, free_vars
-from .symbolic import Atom, Evaluator
+from .nodes import same, static_int
+from .prove import Refusal
+from .scalars import constant_value
+from .symbolic import Evaluator
 from .terms import factors, is_float, terms
+from .variant_tables import KEEP_VARIANT, VariantTables
 
-KEEP_VARIANT = (
-    'keep this attention with on_unmatched="keep", or export the model without it and give the cache a variant of your own '
-    "(PagedKVCache.set_variant)"
-)
-MAX_CONSTANT_BYTES = 1 << 20  # of an array that goes into the manifest
 _MAX_MULTIPLE = 1024  # of a position: sequences are shorter than 2^21 tokens
 _SAME_FACTOR = 1e-6  # products of float32 constants differ by so much
 _CALLS: dict[str, Callable[..., Expr]] = {
@@ -75,7 +67,7 @@ class VariantWriter:
 
     Attributes
     ----------
-    parameters, values : of the variant so far. assumptions : about positions and tables.
+    tables : the parameters of the variant so far.
     """
 
     def __init__(
@@ -92,16 +84,9 @@ class VariantWriter:
     ) -> None:
         self._evaluator = evaluator
         self._indices = [(h, "qo_head"), (i, "q_pos"), (j, "kv_pos")]
-        self._h, self._heads, self._score, self._scale = h, heads, score, scale
-        self._inputs = inputs
-        self._seen = seen
+        self._score, self._scale = score, scale
         self._variables: dict[str, Expr] = {}
-        self._tables: dict[str, Table] = {}
-        self._names: dict[Any, str] = {}  # what a parameter is made of -> its name
-        self.parameters: dict[str, Parameter] = {}
-        self.values: dict[str, Value] = {}
-        self.assumptions: list[str] = []
-        self.role = "bias"  # what parameters that come are called
+        self.tables = VariantTables(evaluator, h, (i, j), heads, inputs, seen)
 
     # ---- leaves
 
@@ -113,21 +98,14 @@ class VariantWriter:
 
     def number(self, role: str, number: float) -> Expr:
         """A scalar parameter."""
-        name = self._declare(("number", role, number), scalar(), number, role)
+        name = self.tables.number(role, number)
         if name not in self._variables:
             self._variables[name] = variable(name, "float32")
         return self._variables[name]
 
-    def _declare(self, key: Any, parameter: Parameter, value: Value, role: str) -> str:
-        if key not in self._names:
-            count = sum(name.rstrip("0123456789_") == role for name in self.parameters)
-            self._names[key] = name = role if count == 0 else f"{role}_{count + 1}"
-            self.parameters[name], self.values[name] = parameter, value
-        return self._names[key]
-
     def refuse(self, expr: Any, why: str, fix: str = KEEP_VARIANT) -> Refusal:
         """The refusal of a part of the expression."""
-        return Refusal(self._seen, f"`{format_expr(expr, self._evaluator)}` {why}", fix)
+        return self.tables.refuse(expr, why, fix)
 
     # ---- expressions
 
@@ -312,85 +290,7 @@ class VariantWriter:
                 atom.kind
             ]
             raise self.refuse(var, f"is {what}, which no attention variant reads")
-        return self._load(var, atom)
-
-    def _load(self, var: Any, atom: Atom) -> Expr:
-        source = self._evaluator.definition(atom.source)
-        if isinstance(source, ir.GenericConst):
-            return self._constant(var, atom, source.value.numpy())
-        if not isinstance(source, ir.Var):
-            why = "is computed by the model, by an operator that is not written out here"
-            raise self.refuse(
-                var, why, "make it a parameter of the model, or elementwise arithmetic of parameters and positions"
-            )
-        if any(same(source, parameter) for parameter in self._inputs):
-            raise input_refusal(atom, self._seen)
-        shape, dtype = known_shape(source) or (), str(source.ty.dtype)
-        sizes = [static_int(dim) for dim in shape]
-        if dtype not in TABLE_KINDS:
-            raise self.refuse(
-                var, f"is {dtype}; tables of attention variants are {', '.join(TABLE_KINDS)}", "convert the weight"
-            )
-        if any(size is None for size in sizes) or not 1 <= len(sizes) <= MAX_RANK:
-            raise self.refuse(
-                var, f"is of a weight of rank {len(sizes)}; tables of attention variants have rank 1 to {MAX_RANK}"
-            )
-        key = ("weight", str(source.name))
-        return self._element(key, Weight(str(source.name)), dtype, [size or 0 for size in sizes], atom.index, atom.name)
-
-    def _constant(self, var: Any, atom: Atom, data: np.ndarray) -> Expr:
-        kept = [axis for axis, size in enumerate(data.shape) if size != 1] or [data.ndim - 1]
-        array = self._converted(var, data).reshape([data.shape[axis] for axis in kept])
-        if array.ndim > MAX_RANK:
-            raise self.refuse(
-                var, f"is of a constant of rank {array.ndim}; tables of attention variants have rank 1 to {MAX_RANK}"
-            )
-        if array.nbytes > MAX_CONSTANT_BYTES:
-            why = (
-                f"is of a constant of {array.nbytes} bytes; constants of at most {MAX_CONSTANT_BYTES} go into a variant"
-            )
-            raise self.refuse(var, why, "register it as a parameter of the model, or compute it from positions")
-        value = Constant.of(np.ascontiguousarray(array))
-        index = [atom.index[axis] for axis in kept]
-        return self._element(("constant", value), value, value.dtype, list(array.shape), index, "a constant")
-
-    def _converted(self, var: Any, data: np.ndarray) -> np.ndarray:
-        if data.dtype == np.bool_:
-            return data
-        if data.dtype.kind in "iu":
-            if data.size and (data.min() < -(2**31) or data.max() >= 2**31):
-                raise self.refuse(var, "is of a constant that is no int32")
-            return data.astype(np.int32)
-        return data.astype(np.float32)
-
-    def _element(self, key: Any, value: Value, dtype: str, shape: list[int], index: Sequence[Any], name: str) -> Expr:
-        role = self.role if TABLE_KINDS[dtype] == "float32" else "table"
-        if len(shape) == 1 and shape[0] == self._heads and same(index[0], self._h):
-            parameter = self._declare((*key, "per_head"), per_head(dtype), value, role)
-            return self._table(parameter)[self.name("qo_head")]
-        parameter = self._declare((*key, "tensor"), tensor(len(shape), dtype), value, role)
-        places = [self._place(part, size, name, shape) for part, size in zip(index, shape, strict=True)]
-        return self._table(parameter)[tuple(places)]
-
-    def _table(self, parameter: str) -> Table:
-        if parameter not in self._tables:
-            self._tables[parameter] = Table(parameter, self.parameters[parameter])
-        return self._tables[parameter]
-
-    def _place(self, index: Any, size: int, name: str, shape: list[int]) -> Expr:
-        """An index, held inside the table: expressions are computed for keys that the mask hides, too."""
-        if size == 1:
-            return lift(0)
-        index = self._evaluator.simplify(index)
-        bound = self._evaluator.analyzer.const_int_bound(index)
-        place = self.integer(index)
-        if int(bound.max_value) >= size:
-            place = functions.minimum(place, size - 1)
-            if any(same(var, x) for var in free_vars(index) for x, _ in self._indices[1:]):
-                note = f"positions stay within `{name}` {shape}, whose last entry counts for those beyond"
-                if note not in self.assumptions:
-                    self.assumptions.append(note)
-        return place if int(bound.min_value) >= 0 else functions.maximum(place, 0)
+        return self.tables.element(var, atom, self.name, self.integer)
 
 
 def _negated(expr: Any) -> Any | None:
