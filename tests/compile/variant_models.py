@@ -143,7 +143,8 @@ class Relative(Attention):
 
 
 class Kerple(Attention):
-    """A penalty of the logarithm of the distance (arXiv 2205.09921), by weights per head; of hidden keys it is no number."""
+    """A penalty of the logarithm of the distance (arXiv 2205.09921), by weights per head, of hidden keys no number; a mask that is
+    subtracted as a large number."""
 
     rotary = False
 
@@ -155,7 +156,8 @@ class Kerple(Attention):
         positions = torch.arange(q.shape[2])
         distance = torch.abs(positions[:, None] - positions[None, :]).to(q.dtype)
         bias = -self.strength * torch.log(1.0 + self.rate * distance)
-        return (q @ k.transpose(2, 3) * 0.25 + bias + causal_bias(q.shape[2], q.dtype)).softmax(-1) @ v
+        keep = (positions[None, :] <= positions[:, None]).to(q.dtype)
+        return (q @ k.transpose(2, 3) * 0.25 + bias - (1.0 - keep) * 1e9).softmax(-1) @ v
 
 
 class Chunked(Attention):

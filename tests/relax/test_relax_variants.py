@@ -207,7 +207,7 @@ TEXTS = {
     row_maximum: ["logits = cap * tanh(value / cap)"],
     window: ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 6)"],
     window_added_twice: ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 6)"],
-    window_subtracted: ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 6)"],
+    window_subtracted: ["extracted()\n  mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 6)"],
     window_by_absolute_distance: ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos <= 5)"],
     window_of_positions: ["mask = (kv_pos <= q_pos) & (kv_pos > q_pos - 6)"],
     window_of_triangles: ["mask = (kv_pos <= q_pos) & (kv_pos - q_pos > -6)"],
@@ -275,6 +275,10 @@ SINKS = {
     "window": (with_sink(learned, masked=window), ["(q_pos - kv_pos < 6)", "sigmoid(lse - sink[qo_head])"]),
     "cap": (with_sink(learned, masked=soft_cap), ["logits = cap * tanh(value / cap)", "sigmoid(lse - sink[qo_head])"]),
     "alibi": (with_sink(learned, masked=alibi), ["(q_pos - kv_pos)", "sigmoid(lse - sink[qo_head])"]),
+    "mask": (
+        with_sink(learned, masked=window_subtracted),
+        ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 6)\n  output"],
+    ),
     # what a softmax without a sink would not notice
     "keys": (with_sink(learned, masked=alibi_of_keys), ["* kv_pos", "sigmoid(lse - sink[qo_head])"]),
     "scaled": (with_sink(lambda w: op.multiply(learned(w), const(0.5))), ["sigmoid(lse - 0.5 * sink[qo_head])"]),
@@ -439,12 +443,19 @@ def large_constant(w, s):
     return w.causal(op.add(s, op.take(rows, op.arange(0, w.n, 1, "int64"), axis=2)))
 
 
+def large_number(w, s):
+    """Beside it the scores have no digits left, in the model's float32 either."""
+    far = op.less(op.subtract(w.i(), w.j()), const(9, "int64"))
+    return w.causal(op.add(soft_capped(s), op.where(far, const(2e9), op.multiply(s, const(0.0)))))
+
+
 def no_number(w, s):
     return w.causal(op.add(soft_capped(s), op.multiply(op.astype(w.j(), "float32"), const(float("nan")))))
 
 
 REFUSED = {
-    no_number: ([], "it is no attention variant: the constant nan is no float32"),
+    large_number: ([], "the number 2e+09 stays in the scores of keys that are seen"),
+    no_number: ([], "the number nan stays in the scores of keys that are seen"),
     score_threshold: ([], "the mask `not (score * 0.25 < -9) and j <= i` depends on the scores"),
     no_own_key: ([], "`j < i - 3` decides which keys are seen, and it is not proven that a query sees its own key"),
     only_some_rows: ([], "`j < 9` decides which keys are seen, and it is not proven that a query sees its own key"),

@@ -225,56 +225,51 @@ class Cases:
         """The condition under which an expression is not masked: a bool or an expression."""
         return self._visible(self.of(expr))
 
-    def _visible(self, case: Case) -> Any:
+    def _visible(self, case: Case, sign: float = 1.0) -> Any:
         if isinstance(case, Choice):
-            return select(case.condition, self._visible(case.yes), self._visible(case.no))
-        return not (isinstance(case, float) and self.is_masked(case))
-
-    def _masks(self, case: Case) -> bool:
-        return any(isinstance(x, float) and self.is_masked(x) for x in leaves(case))
+            return select(case.condition, self._visible(case.yes, sign), self._visible(case.no, sign))
+        return not (isinstance(case, float) and self.is_masked(sign * case))
 
     def masked_numbers(self, expr: Any) -> list[float]:
         """The numbers that masked parts get."""
         return sorted({x for x in leaves(self.of(expr)) if isinstance(x, float) and self.is_masked(x)})
 
-    def kept(self, expr: Any) -> Any:
-        """An expression that has the same value where it is not masked, without the masks."""
+    def kept(self, expr: Any, sign: float = 1.0) -> Any:
+        """An expression that has the same value where it is not masked, without the masks. sign : -1 for what is subtracted."""
         case = self.of(expr)
-        dtype = str(expr.ty)
-        if not self._masks(case):
-            return expr if _reads_nothing_known(expr, self._known) else as_expression(case, dtype)
+        if not any(isinstance(x, float) and self.is_masked(sign * x) for x in leaves(case)):
+            return expr if _reads_nothing_known(expr, self._known) else as_expression(case, str(expr.ty))
+        result = self._kept_operands(expr, sign)
+        return as_expression(self._without_masked(case, sign), str(expr.ty)) if result is None else result
+
+    def _kept_operands(self, expr: Any, sign: float) -> Any | None:
+        """The same by way of the operands, which keeps the form of the expression; None where it takes the cases."""
         if isinstance(expr, tirx.Select):
             for branch, other in ((expr.true_value, expr.false_value), (expr.false_value, expr.true_value)):
-                if self._visible(self.of(branch)) is False:
-                    return self.kept(other)
-        if isinstance(expr, tirx.Cast):
-            return tirx.Cast(dtype, self.kept(expr.value))
-        if isinstance(expr, tirx.Add | tirx.Sub) and all(self._is_kept_or_masked(x) for x in (expr.a, expr.b)):
-            a, b = self.kept(expr.a), self.kept(expr.b)
-            return (
-                a
-                if constant_value(b) == 0.0
-                else b
-                if constant_value(a) == 0.0 and isinstance(expr, tirx.Add)
-                else type(expr)(a, b)
-            )
-        if isinstance(expr, tirx.Max):
+                if self._visible(self.of(branch), sign) is False:
+                    return self.kept(other, sign)
+        if isinstance(expr, tirx.Cast) and str(expr.value.ty) != "bool":
+            return tirx.Cast(str(expr.ty), self.kept(expr.value, sign))
+        if isinstance(expr, tirx.Add | tirx.Sub):
+            is_sub = isinstance(expr, tirx.Sub)
+            a, b = self.kept(expr.a, sign), self.kept(expr.b, -sign if is_sub else sign)
+            if constant_value(b) == 0.0:
+                return a
+            return b if constant_value(a) == 0.0 and not is_sub else type(expr)(a, b)
+        if isinstance(expr, tirx.Max) and sign > 0.0:
             for operand, bound in ((expr.a, expr.b), (expr.b, expr.a)):
                 number = self.of(bound)
                 if isinstance(number, float) and self.is_masked(number):
                     return self.kept(operand)
-        return as_expression(self._without_masked(case), dtype)
+        return None
 
-    def _is_kept_or_masked(self, expr: Any) -> bool:
-        return self._visible(self.of(expr)) is not False
-
-    def _without_masked(self, case: Case) -> Case:
+    def _without_masked(self, case: Case, sign: float) -> Case:
         if not isinstance(case, Choice):
             return case
         for branch, other in ((case.yes, case.no), (case.no, case.yes)):
-            if self._visible(branch) is False:
-                return self._without_masked(other)
-        yes, no = self._without_masked(case.yes), self._without_masked(case.no)
+            if self._visible(branch, sign) is False:
+                return self._without_masked(other, sign)
+        yes, no = self._without_masked(case.yes, sign), self._without_masked(case.no, sign)
         return yes if _equal(yes, no) else Choice(case.condition, yes, no)
 
 

@@ -32,7 +32,7 @@ from .conditions import both, conjuncts, either, negation
 from .nodes import same, static_int
 from .printer import format_expr
 from .prove import MaskProof, OpaqueError, Refusal, Region, Resolver, UndecidedError, assumed_masks, assumed_number
-from .scalars import free_vars, literal
+from .scalars import free_vars, literal, walk
 from .symbolic import Evaluator
 from .terms import Term, absolute_argument, depends_on, factors, linear, score_factors, tanh_argument, terms
 from .variant_tables import KEEP_VARIANT
@@ -95,7 +95,9 @@ class _Extraction:
         visible = cases.visible(given.value)
         self._prove_causal(visible)
         mask = self._settled_condition(visible)
-        logits, sink = self._shifted(self._settled(cases.kept(given.value)))
+        value = self._settled(cases.kept(given.value))
+        self._check_numbers(value)
+        logits, sink = self._shifted(value)
         scale = self._scale(logits)
         writer = VariantWriter(
             self._evaluator, given.h, given.i, given.j, given.heads, given.score, scale, given.inputs, self.seen
@@ -210,6 +212,17 @@ class _Extraction:
         return tvm_ffi.structural_map(expr, settle)
 
     # ---- logits
+
+    def _check_numbers(self, value: Any) -> None:
+        """A number as large as a mask that is left beside the scores would take their digits away, in float32 as ours are."""
+        limit = abs(masked_limit(self._given.dtype))
+
+        def visit(node: Any) -> None:
+            if isinstance(node, tirx.FloatImm) and not abs(float(node.value)) < limit:
+                why = f"the number {float(node.value):g} stays in the scores of keys that are seen"
+                raise Refusal(self.seen, why, "mask with torch.where or masked_fill, or add 0 and -inf")
+
+        walk(value, visit)
 
     def _shifted(self, expr: Any) -> tuple[list[Term], list[Term] | None]:
         """The terms of the logits, and of the sink if there is one, without what all entries of a row have in common."""
