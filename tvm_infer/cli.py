@@ -131,6 +131,22 @@ def bench_matmul(device: str, peers: str | None, dtype: str | None, json_path: s
             raise SystemExit(1)
 
 
+@bench.command("streaming")
+@click.option("--batch", default=128, show_default=True, help="requests")
+@click.option("--sink", default=4, show_default=True, help="first keys that stay visible")
+@click.option("--window", default=2000, show_default=True, help="keys before its own that a query sees")
+@click.option("--kv", default=8192, show_default=True, help="tokens of each request so far")
+@click.option(
+    "--layers", default=32, show_default=True, help="of the model, of Llama-3-8B's sizes (436 MB of weights each)"
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
+def bench_streaming(batch: int, sink: int, window: int, kv: int, layers: int, json_path: str | None) -> None:
+    """StreamingLLM's decode step: keys turned in attention, and by a kernel of their own (cuda)."""
+    from .bench import streaming
+
+    streaming.run(streaming.Workload(batch, sink, window, kv, layers), json_path)
+
+
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's, else cpu")
 @click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick, variants; default: cpu, on cuda h200")

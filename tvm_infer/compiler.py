@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, _ffi, cache_dir, errors
+from .band import Band
 from .models import LanguageModel, Tokenizer, load_gguf
 from .runtime import library
 from .runtime.executable import Executable
 from .runtime.manifest import Manifest
-from .runtime.variants import MAX_WINDOWS
+from .runtime.variants import MAX_BANDS
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MAX_BATCH = 64
@@ -440,19 +441,20 @@ def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequen
             f"the attention layers of {function!r} differ in heads, head_dim or dtype: {sorted({str(s) for s in specs})}; one cache "
             "serves equal layers only"
         )
-    _check_windows(function, specs)
+    _check_bands(function, specs)
     if any(not s.causal for s in specs):
         raise errors.ModelError(
             f"an attention of {function!r} is not causal: tokens that come one by one cannot see later ones"
         )
 
 
-def _check_windows(function: str, specs: Sequence[Any]) -> None:
-    """A step makes a plan for each window, and has room for so many."""
-    windows = {-1 if s.variant is None else s.variant.window_left for s in specs}
-    if len(windows) > MAX_WINDOWS:
-        widths = sorted("none" if w < 0 else str(w + 1) for w in windows)
+def _check_bands(function: str, specs: Sequence[Any]) -> None:
+    """A step makes a plan for each band (window, chunk, first keys and window) of its layers, and has room for so many."""
+    plain = Band(window_right=0)
+    bands = {plain if s.variant is None else s.variant.band for s in specs}
+    if len(bands) > MAX_BANDS:
+        shown = ", ".join("none" if band == plain else str(band) for band in sorted(bands))
         raise errors.ModelError(
-            f"the attention layers of {function!r} have {len(windows)} different windows ({', '.join(widths)} keys), each of which "
-            f"takes a plan, and a step has at most {MAX_WINDOWS}: export the model with fewer (no window counts as one)"
+            f"the attention layers of {function!r} have {len(bands)} different windows ({shown}), each of which takes a plan, and a "
+            f"step has at most {MAX_BANDS}: export the model with fewer (no window counts as one)"
         )

@@ -166,6 +166,8 @@ _WITH_VARIANT = {
 def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any, num_lists: int) -> None:
     """Call the packed function, or its form with a variant, once that is found to have the plan's band, heads and requests."""
     if variant is None:
+        if isinstance(plan, Plan):
+            variant_call.check_plan_alone(plan)
         _ffi.func(name)(*arguments)
         return
     prepared = variant_call.prepare(variant)
@@ -214,7 +216,7 @@ def attention(
     workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim + 1)``; allocated if None.
         Calls on one stream may share it.
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
-        plain softmax's. Its tables lie on the device of `q`; `plan` has its causal and window_left (``plan(…, variant=variant)``),
+        plain softmax's. Its tables lie on the device of `q`; `plan` has the band of its mask (``plan(…, variant=variant)``),
         and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
         variant once, not before every call. Values of keys that its mask hides must still be
         finite: they are multiplied by 0.
@@ -230,8 +232,9 @@ def attention(
     ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays. Also
         where the variant's tables lie elsewhere than `q`.
     VariantError : the variant is not bound, or its tables have not as many entries as the call has heads or requests.
-    PlanMismatchError : the plan was made for other lengths or heads, or for another band than the variant's (not seen where `plan`
-        is bare device memory). WorkspaceError : `workspace` is too small.
+    PlanMismatchError : the plan was made for other lengths or heads, for another band than the variant's, or for one that needs a
+        variant where there is none (the band is not seen where `plan` is bare device memory). WorkspaceError : `workspace` is
+        too small.
     ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are.
     DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.

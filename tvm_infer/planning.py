@@ -94,15 +94,16 @@ def _as_int(value: Any, name: str) -> int:
         raise ArgumentError(f"argument `{name}` is {value!r}; it must be an integer") from None
 
 
-_SETTINGS = "num_qo_heads num_kv_heads num_ctas causal window_left fixed_split_size".split()
+_SETTINGS = "num_qo_heads num_kv_heads num_ctas fixed_split_size".split()
 
 
 def _refuse_types(error: TypeError, settings: tuple[Any, ...], others: Mapping[str, Any]) -> NoReturn:
     """Raise an error that names the argument whose type a packed function refused, which itself says a number only."""
     if not isinstance(error, TvmInferError):
-        *integers, tile_table = settings
+        *heads, band, fixed_split_size, tile_table = settings
+        named = zip(_SETTINGS, (*heads, fixed_split_size), strict=True)
         table = (("tile_table", value) for value in tile_table)
-        for name, value in (*zip(_SETTINGS, integers, strict=True), *table, *others.items()):
+        for name, value in (*named, *band._asdict().items(), *table, *others.items()):
             _as_int(value, name)
     raise error
 
@@ -149,6 +150,9 @@ def workspace_size(
     dtype: str = "float32",
     causal: bool | None = None,
     window_left: int | None = None,
+    window_right: int | None = None,
+    num_sink: int | None = None,
+    chunk: int | None = None,
     num_ctas: int | None = None,
     fixed_split_size: int = 0,
     tile_table: Any = None,
@@ -176,9 +180,9 @@ def workspace_size(
             f"argument `max_kv_tokens` is None with fixed_split_size {fixed_split_size}; a plan with a fixed split size grows "
             "with the number of keys: say how many there are at most"
         )
-    causal, window_left = variant_call.band(variant, causal, window_left)
+    band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
     num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim)
-    settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
+    settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
     try:
         return _capacity(*settings, *limits.values())
@@ -212,6 +216,9 @@ def plan(
     dtype: str = "float32",
     causal: bool | None = None,
     window_left: int | None = None,
+    window_right: int | None = None,
+    num_sink: int | None = None,
+    chunk: int | None = None,
     num_ctas: int | None = None,
     fixed_split_size: int = 0,
     tile_table: Any = None,
@@ -237,6 +244,10 @@ def plan(
     causal : a query sees no key after its own position; query token t of request r stands at
         ``kv_len[r] - (qo_indptr[r + 1] - t)``. Default: the variant's, else True.
     window_left : keys before its own position that a query sees; -1 for all. Default: the variant's, else -1.
+    window_right : keys after its own position that a query sees; -1 for all, 0 is causal. Default: the variant's, else what `causal`
+        says.
+    num_sink : first keys that a query sees besides those of its window or chunk. chunk : positions a chunk; a query sees no key of
+        another. Default: the variant's, else 0, none. Such plans run with a variant whose mask has them.
     num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
     fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
         not depend on the rest of the batch; -1 never splits.
@@ -247,8 +258,8 @@ def plan(
     device_out : int32 buffer on the device to copy the plan to, contiguous, at least the plan's ``bytes_used``; default: one is
         allocated, by torch where torch is loaded, else by TVM. Memory of a stream of its own is the caller's to order.
     max_partial_rows : partial rows that the workspace at hand has; default: no limit with an allocated plan.
-    variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters, that the plan will run with: `causal` and
-        `window_left` are taken from it. The plan depends on nothing else of it, and serves every variant of the same band.
+    variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters, that the plan will run with: `causal`,
+        windows, sinks and chunks are taken from it. The plan depends on nothing else of it, and serves every variant of the same band.
 
     Returns
     -------
@@ -257,7 +268,7 @@ def plan(
     Raises
     ------
     ArgumentError : an indptr that does not start at 0 or decreases, kv_len shorter than the new tokens, bad heads, a device that
-        is none, lengths that lie on a device, `causal` or `window_left` that contradict the variant.
+        is none, lengths that lie on a device, `causal`, windows, sinks or chunks that contradict the variant or each other.
     WorkspaceError : `out`, `device_out` or `max_partial_rows` is too small; says what is needed.
     ExecutorError : no such device, or no kernels for its architecture, the dtype or head_dim.
     DeviceError : the stream is being captured for a graph, or the driver failed.
@@ -270,9 +281,9 @@ def plan(
                 f"argument `{name}` is {_device.describe(x)}; plans are made by the host: keep the lengths there (`.cpu()` waits "
                 "for the device at every step)"
             )
-    causal, window_left = variant_call.band(variant, causal, window_left)
+    band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim)
-    settings = (num_qo_heads, num_kv_heads, num_ctas, int(causal), window_left, fixed_split_size, tile_table)
+    settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     is_allocated = out is None
     try:
         if out is None:

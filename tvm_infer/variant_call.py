@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _array, _ffi, jit
 from .errors import ArgumentError, PlanMismatchError
-from .schedule import Plan
+from .schedule import Band, Plan
 
 _KEY = "_tvm_infer_prepared"  # in the __dict__ of the variant that was passed: the second call finds everything made
 
@@ -20,16 +20,15 @@ def _package() -> Any:
 class Prepared:
     """A bound variant and the objects that packed functions take, by executor.
 
-    bound : tvm_infer.variant.BoundVariant. causal, window_left : its band. plan_band : the same as ``Plan.band`` has it. is_plain :
-    the band is all of it, and the kernels without a variant do.
+    bound : tvm_infer.variant.BoundVariant. band : of its mask, as ``Plan.band`` has it. is_plain : the band is all of it, and the
+    kernels without a variant do.
     """
 
-    __slots__ = ("_sizes", "bound", "calls", "causal", "is_plain", "plan_band", "window_left")
+    __slots__ = ("_sizes", "band", "bound", "calls", "is_plain")
 
     def __init__(self, bound: Any) -> None:
         self.bound = bound
-        self.causal, self.window_left = bool(bound.band.causal), int(bound.band.window_left)
-        self.plan_band = (self.window_left, 0 if self.causal else -1)
+        self.band: Band = bound.band
         self.is_plain = bool(bound.variant.is_plain)
         self.calls: dict[bool, Any] = {}
         # (num_qo_heads, num_requests, head_dim) that the tables were last found to fit
@@ -49,12 +48,14 @@ class Prepared:
             self._sizes = sizes
         call = self.calls.get(is_cuda)
         if call is None:
-            bound = self.bound
+            bound, digest, functions = self.bound, self.bound.variant.digest, 0
             if is_cuda:
-                jit.register_variant(bound.variant.digest, bound.variant.source())
-            functions = 0 if is_cuda else _package().cpu_functions(bound.variant)
+                digest, source = bound.cuda_struct
+                jit.register_variant(digest, source)
+            else:
+                functions = _package().cpu_functions(bound.variant)
             tables = [_array.as_tensor(x, f"variant.tables[{i}]") for i, x in enumerate(bound.tables)]
-            call = _ffi.func("variant_call")(bound.variant.digest, functions, list(bound.scalars), tables)
+            call = _ffi.func("variant_call")(digest, functions, list(bound.scalars), tables)
             self.calls[is_cuda] = call
         return call
 
@@ -74,34 +75,51 @@ def prepare(variant: Any) -> Prepared:
     return prepared
 
 
-def band(variant: Any, causal: bool | None, window_left: int | None) -> tuple[bool, int]:
-    """(causal, window_left) to plan with: those given, else the variant's, else True and -1."""
+def band(
+    variant: Any,
+    causal: bool | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    num_sink: int | None = None,
+    chunk: int | None = None,
+) -> Band:
+    """The band to plan with: what is given, else the variant's, else causal without a window."""
+    sides = {"window_left": window_left, "window_right": window_right, "num_sink": num_sink, "chunk": chunk}
+    given = {name: value for name, value in sides.items() if value is not None}
     if variant is None:
-        return (True if causal is None else causal), (-1 if window_left is None else window_left)
-    prepared = prepare(variant)
-    for name, given, own in (
-        ("causal", causal, prepared.causal),
-        ("window_left", window_left, prepared.window_left),
-    ):
-        if given is not None and given != own:
+        if causal is None:
+            causal = window_right is None
+        if causal and given.get("window_right", 0) != 0:
             raise ArgumentError(
-                f"argument `{name}` is {given!r}, and `variant` was made with {name}={own!r}; leave `{name}` out, the variant "
-                f"says it, or make the variant with {name}={given!r}"
+                f"argument `window_right` is {window_right!r} with causal={causal!r}, which is window_right=0; leave one of them out"
             )
-    return prepared.causal, prepared.window_left
-
-
-def _band_text(band: tuple[int, int]) -> str:
-    left, right = band
-    return f"causal={right == 0}, window_left={left}"
+        return Band(**{**given, "window_right": 0} if causal else given)
+    own = prepare(variant).band
+    if causal is not None:
+        given = {"causal": causal, **given}
+    for name, value in given.items():
+        if value != getattr(own, name):
+            raise ArgumentError(
+                f"argument `{name}` is {value!r}, and `variant` was made with {name}={getattr(own, name)!r}; leave `{name}` out, the "
+                f"variant says it, or make the variant with {name}={value!r}"
+            )
+    return own
 
 
 def check_plan(variant: Any, plan: Plan) -> None:
     """Raise PlanMismatchError unless the plan's band is the variant's: its executors read no key outside the plan's band."""
     prepared = prepare(variant)
-    if plan.band != prepared.plan_band:
-        own = _band_text(prepared.plan_band)
+    if plan.band != prepared.band:
         raise PlanMismatchError(
-            f"argument `plan` was made with {_band_text(plan.band)}, and `variant` {prepared.bound.variant.digest} has {own}; plan "
-            f"with tvm_infer.plan(…, variant=variant), which takes them from there, or with {own}"
+            f"argument `plan` was made with {plan.band}, and `variant` {prepared.bound.variant.digest} has {prepared.band}; plan "
+            f"with tvm_infer.plan(…, variant=variant), which takes them from there, or with {prepared.band}"
+        )
+
+
+def check_plan_alone(plan: Plan) -> None:
+    """Raise PlanMismatchError where the plan needs a variant, and the call has none: nobody would test its sinks or chunks by row."""
+    if plan.needs_variant:
+        raise PlanMismatchError(
+            f"argument `plan` was made with {plan.band}, and the call has no variant: sinks and chunks are tested by a variant's mask. "
+            "Pass the variant that the plan was made for, or plan without them"
         )

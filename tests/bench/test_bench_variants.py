@@ -25,9 +25,12 @@ class Device(HostDevice):
         return super(HostDevice, self).plan(workload)
 
 
-@pytest.mark.parametrize(("name", "window"), [*((name, -1) for name in variants.NAMES), ("", 5)])
-def test_ours_is_what_the_reference_says_and_plain_attention_is_not(name, window):
-    workload = dataclasses.replace(DRAFTS, variant=name, window=window)
+BANDS = {"sinks": {"window": 5, "num_sink": 3}, "chunks": {"chunk": 4}, "": {"window": 5}}
+
+
+@pytest.mark.parametrize("name", [*variants.NAMES, ""])
+def test_ours_is_what_the_reference_says_and_plain_attention_is_not(name):
+    workload = dataclasses.replace(DRAFTS, variant=name, **BANDS.get(name, {}))
     batch = inputs.device_batch(workload, "cpu")
     if name == "soft cap":
         batch.q.mul_(16)  # logits that a cap of 30 bends
@@ -69,13 +72,21 @@ def test_peers_that_have_no_variants_say_so():
     assert peers.peer("flex", "cuda").takes_variants
 
 
+@pytest.mark.parametrize("band", [{}, {"num_sink": 2}, {"chunk": 4}, {"chunk": 4, "num_sink": 3}], ids=str)
 @pytest.mark.parametrize(("n", "m", "window"), list(itertools.product((1, 5, 9), (9, 12, 30), (-1, 0, 3, 8, 40))))
-def test_what_a_window_leaves(n, m, window):
-    workload = Workload("w", (n,), (m,), window=window)
-    seen = [(i, j) for i in range(m - n, m) for j in range(i + 1) if window < 0 or i - j <= window]
+def test_what_a_band_leaves(n, m, window, band):
+    workload = Workload("w", (n,), (m,), window=window, **band)
+    num_sink, chunk = workload.num_sink, workload.chunk
+
+    def is_near(i, j):
+        return (window < 0 or i - j <= window) and (not chunk or i // chunk == j // chunk)
+
+    seen = [(i, j) for i in range(m - n, m) for j in range(i + 1) if is_near(i, j) or j < num_sink]
     assert workload.visible_pairs == len(seen)
     keys = len({j for _, j in seen})
     assert workload.kv_bytes == 2 * keys * workload.num_kv_heads * workload.head_dim * 4
+    grid = workload.sees(torch.arange(m - n, m)[:, None], torch.arange(m)[None])
+    assert torch.nonzero(grid).add(torch.tensor([m - n, 0])).tolist() == [list(pair) for pair in seen]
 
 
 def test_the_suite_has_each_beside_the_same_without():
@@ -83,5 +94,5 @@ def test_the_suite_has_each_beside_the_same_without():
     names = [w.name for w in rows]
     assert len(set(names)) == len(names)
     for w in rows:
-        assert any(dataclasses.replace(w, name=p.name, variant="", window=-1) == p for p in rows)
+        assert any(dataclasses.replace(w, name=p.name, variant="", window=-1, num_sink=0, chunk=0) == p for p in rows)
     assert {w.variant for w in rows} == {"", *variants.NAMES} and {w.window for w in rows} == {-1, 1024}

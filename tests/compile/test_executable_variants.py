@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from llamas import hf_logits, prompts_of
 from transformers import MistralConfig, MistralForCausalLM
 
-from tvm_infer import variant
+from tvm_infer import errors, variant
+from tvm_infer.runtime import Engine
 
 WINDOW = 6  # of transformers: keys that a query sees, its own among them
 
@@ -53,3 +55,22 @@ def test_layers_apart(executable):
         cache.add_sequence(0)
         results.append(torch.as_tensor(executable.step(cache, [(0, prompt)])[0]))
     assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(results) for b in results[:i])
+
+
+def test_an_engine_runs_texts_longer_than_the_pool_of_a_windowed_cache(executable):
+    """Five requests whose texts would need more pages than there are, and their samples: what a pool of any size gives."""
+
+    def texts(num_pages):
+        cache = executable.new_cache(num_pages=num_pages, page_size=4, max_tokens=16)
+        cache.set_variant(variant.sliding_window.bind(window=WINDOW - 1))
+        engine = Engine(executable, cache)
+        prompts = [(prompt * 30)[:60] for prompt in prompts_of(5, seed=6)]
+        generations = [engine.submit(prompt, max_new_tokens=20, n=1 + i % 2) for i, prompt in enumerate(prompts)]
+        engine.run()
+        assert cache.num_used_pages == 0
+        return [[sample.tokens for sample in samples] for samples in generations]
+
+    assert texts(16) == texts(400)
+    cache = executable.new_cache(num_pages=16, page_size=4, max_tokens=16)
+    with pytest.raises(errors.OutOfPagesError, match="need 20 pages"):
+        Engine(executable, cache).submit([1] * 60, max_new_tokens=20)

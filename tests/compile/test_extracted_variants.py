@@ -123,7 +123,7 @@ def test_models_of_transformers(make, windows):
             if p.ndim == 2:
                 p.mul_(8)
     executable = tvm_infer.compile(model, max_tokens=32)
-    assert [-1 if s.variant is None else s.variant.window_left for s in executable.manifest.layers] == windows
+    assert [-1 if s.variant is None else s.variant.band.window_left for s in executable.manifest.layers] == windows
     hf_check(model, executable)
 
 

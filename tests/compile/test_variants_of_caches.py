@@ -11,7 +11,7 @@ from variant_models import Attention, Gemma2, GptOss, Mistral, causal_bias, deco
 import tvm_infer
 from tvm_infer import errors
 from tvm_infer.runtime.manifest import Manifest
-from tvm_infer.runtime.variants import MAX_WINDOWS
+from tvm_infer.runtime.variants import MAX_BANDS
 
 TEXT = [5, 17, 3, 44, 60, 2, 8, 8, 19, 31, 7]
 
@@ -138,7 +138,7 @@ class WindowsAndSinks(Attention):
 
     def __init__(self, layer):
         super().__init__(layer)
-        self.window = 2 + layer % MAX_WINDOWS
+        self.window = 2 + layer % MAX_BANDS
         self.sinks = torch.nn.Parameter(torch.randn(1, 4, 1, 1))
 
     def attend(self, q, k, v, position_ids):
@@ -148,16 +148,16 @@ class WindowsAndSinks(Attention):
 
 
 def test_more_windows_than_a_step_has_plans():
-    message = r"have 5 different windows \(2, 3, 4, 5, 6 keys\).*at most 4: export the model with fewer"
+    message = r"have 5 different windows \(.*\), each of which takes a plan, and a step has at most 4: export the model with fewer"
     with pytest.raises(errors.ModelError, match=message):
         tvm_infer.compile(exported(decoder(Windows, layers=5)), max_tokens=32)
 
 
 def test_as_many_windows_as_there_may_be():
     """Of twice as many variants: on the way to them there are never more."""
-    model = decoder(WindowsAndSinks, layers=2 * MAX_WINDOWS)
+    model = decoder(WindowsAndSinks, layers=2 * MAX_BANDS)
     executable = tvm_infer.compile(exported(model), max_tokens=32)
-    assert len(executable.manifest.variants) == 2 * MAX_WINDOWS
+    assert len(executable.manifest.variants) == 2 * MAX_BANDS
     assert is_right(executable, executable.new_cache(num_pages=16), model)
 
 

@@ -12,7 +12,7 @@ import pytest
 import tvm_ffi
 
 import tvm_infer
-from tvm_infer import _ffi, errors
+from tvm_infer import _ffi, errors, variant
 from tvm_infer.jit import headers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -824,6 +824,43 @@ def test_cache_copies_shared_pages_in_one_launch(driver):
     assert len(driver.calls("cuMemcpyHtoDAsync")) == 1
     (launch,) = driver.launches()
     assert launch["name"] == "copy_pages" and launch["grid"] == "4,1,1"  # two copies in two layers
+
+
+def test_cache_keeps_the_places_of_pages_that_left_a_window(driver):
+    """The append takes a request's first entry for the end of the one before: those of pages that are gone must have their place."""
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.set_variant(variant.sliding_window.bind(window=20))
+    for seq in (5, 6):
+        cache.add_sequence(seq)
+    for lengths in ([20, 20], [20, 1], [20, 1], [20, 1], [1, 1]):
+        cache.begin_forward([5, 6], lengths)
+        driver.clear()
+        cache.attention(0, *(rows(sum(lengths), h) for h in (HQ, HKV, HKV)), out=rows(sum(lengths), HQ))
+        cache.end_forward()
+    params = driver.params(Params)
+    indptr = words(params.kv_indptr, 3)
+    assert np.diff(indptr).tolist() == [6, 2]  # 81 and 24 tokens
+    table = words(params.kv_page_indices + 4 * int(indptr[0]), 8).tolist()
+    assert table == [*cache.page_table(5), *cache.page_table(6)]
+    assert table[:3] == [-1, -1, -1] and min(table[3:]) >= 0
+
+
+def test_cache_moves_tokens_in_one_launch(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(0)
+    with cache.forward([0], [20]):
+        pass
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 3, [17, 18, 19], [4, 5, 6])
+    (launch,) = driver.launches()
+    assert (
+        launch["name"] == "move_tokens" and launch["grid"] == "1,1,1"
+    )  # 2 layers, 4 heads' planes, 8 vectors of a row
+    assert driver.calls("cuMemcpyHtoDAsync") == []
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 129, [19] * 129, [4] * 129)
+    assert [launch["name"] for launch in driver.launches()] == ["move_tokens"] * 2
+    _ffi.func("kv_cache_move_tokens")(cache, [], [], [])
 
 
 def test_cache_rotates_in_the_launch_that_appends(driver):

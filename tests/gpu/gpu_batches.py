@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ MASKS = {
     "full": (False, -1),
     "fullw40": (False, 40),
 }
+# What plans of a variant are made with instead: its own band.
+VARIANT_BAND: dict[str, Any] = {"causal": None, "window_left": None, "variant": None}
 SPLITS = {"auto": 0, "cut64": 64, "cut96": 96, "cut128": 128, "cut192": 192, "whole": -1}
 LAYOUTS = ("HND", "NHD", "HND2", "NHD2")  # 2: K and V in two tensors
 PAGE_SIZES = (1, 8, 16, 32, 64, 0)  # 0: ragged, no pages
@@ -360,9 +363,9 @@ class Batch:
         return {**{n: getattr(self, n) for n in names}, "kv_layout": self.case.layout[:3]}
 
     def plan(self, **changes: Any) -> tvm_infer.Plan:
-        """The batch's plan, on the device; with views it lies in the middle of a larger buffer."""
+        """The batch's plan, on the device; with views in the middle of a larger buffer, but for plans with other settings."""
         made = make_plan(self.qo_indptr, self.kv, self.case, self.device, **changes)
-        if self.case.views == "plain" or changes:
+        if self.case.views == "plain" or not set(changes) <= VARIANT_BAND.keys():
             return made
         words = made.bytes_used // 4
         buffers = {"out": np.full(words + 64, GARBAGE[0], np.int32)[32 : 32 + words]}
@@ -370,7 +373,7 @@ class Batch:
             base = torch.full((words + 64,), GARBAGE[0], dtype=torch.int32, device=self.device)
             buffers["device_out"] = base[32 : 32 + words]
         rows = made.num_partial_rows
-        return make_plan(self.qo_indptr, self.kv, self.case, self.device, max_partial_rows=rows, **buffers)
+        return make_plan(self.qo_indptr, self.kv, self.case, self.device, max_partial_rows=rows, **buffers, **changes)
 
     def workspace(self, plan: tvm_infer.Plan) -> torch.Tensor:
         """Exactly what the plan needs, NaN; with views it starts 16 bytes into its storage."""
@@ -400,6 +403,22 @@ class Batch:
         if self.case.page_size:
             return tvm_infer.attention(self.q, self.cache, plan, **self.tables, **keywords)
         return tvm_infer.ragged_attention(self.q, self.k, self.v, plan, kv_indptr=self.kv_indptr, **keywords)
+
+    def poison(self, seen: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> int:
+        """NaN in keys that no query of their request sees, by seen(q_pos [n, 1], kv_pos [1, m]); returns how many there are."""
+        count = 0
+        for r, (n, m) in enumerate(zip(self.qo, self.kv, strict=True)):
+            positions = torch.arange(m, device=self.device)
+            hidden = positions[~seen(positions[m - n :, None], positions[None]).any(0)] if n else positions
+            count += len(hidden)
+            if self.case.page_size:
+                pages = self.pages[r][hidden // self.case.page_size]
+                for x in (self.k_pages, self.v_pages):
+                    x[pages, :, hidden % self.case.page_size] = math.nan
+            else:
+                for x in (self.k, self.v):
+                    x[sum(self.kv[:r]) + hidden] = math.nan
+        return count
 
     def assert_margins(self) -> None:
         """Nothing was written around the outputs."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tvm_infer
+from tvm_infer import _ffi, variant
 
 pytestmark = pytest.mark.family("kv_cache")
 
@@ -105,6 +106,62 @@ def test_steps_against_float64(cuda, dtype, heads, head_dim, page_size):
         for layer in range(layers):
             for mine, kept in zip(cache.gather(seq, layer), model.of(seq, layer), strict=True):
                 assert torch.equal(mine, kept)
+
+
+@pytest.mark.parametrize(("page_size", "window"), [(16, 70), (1, 33), (8, 200), (64, 10)])
+def test_windows_give_back_pages_that_no_kernel_reads(cuda, page_size, window):
+    """Texts of four times the pool, in chunks and one by one; what is free holds NaN before each layer."""
+    torch.manual_seed(page_size)
+    layers, hq, hkv, head_dim = 2, 8, 2, 64
+    cache = tvm_infer.PagedKVCache(
+        num_layers=layers, num_qo_heads=hq, num_kv_heads=hkv, head_dim=head_dim, dtype="bfloat16", page_size=page_size,
+        num_pages=1024 // page_size, max_batch=2, max_tokens=200, device="cuda",
+    )  # fmt: skip
+    cache.set_variant(variant.sliding_window.bind(window=window))
+    model, worst, position = Model(layers), 0.0, {0: 0, 1: 0}
+    for seq in position:
+        cache.add_sequence(seq)
+    for lengths in [[100, 100], [1, 199], *([[1, 1]] * 40), *([[150, 50], [1, 1]] * 18), *([[1, 1]] * 90)]:
+        n = sum(lengths)
+        with cache.forward([0, 1], lengths):
+            state = np.asarray(cache._call("debug_state"))
+            free = torch.as_tensor(state[5 : 5 + state[4]], device="cuda")
+            for layer in range(layers):
+                cache.pages(layer)[free] = float("nan")
+                q, k, v = (torch.randn(n, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in (hq, hkv, hkv))
+                out = cache.attention(layer, q, k, v)
+                assert torch.isfinite(out).all()
+                for seq, rows in ((0, slice(0, lengths[0])), (1, slice(lengths[0], n))):
+                    model.append(seq, layer, k[rows], v[rows])
+                for row, seq, place in ((0, 0, position[0]), (n - 1, 1, position[1] + lengths[1] - 1)):
+                    keys, values = (x[max(0, place - window) :] for x in model.of(seq, layer))
+                    expected = reference(q[row], keys, values, min(place, window), head_dim**-0.5)
+                    worst = max(worst, ((out[row].double() - expected).norm() / expected.norm()).item())
+        for seq, length in enumerate(lengths):
+            position[seq] += length
+    assert worst < 4e-3, worst
+    assert cache.seq_len(0) + cache.seq_len(1) > 3600
+    assert cache.num_used_pages <= 2 * ((window + 1 + page_size - 2) // page_size + 1)
+
+
+def test_tokens_move_in_order(cuda):
+    cache = tvm_infer.PagedKVCache(
+        num_layers=3, num_qo_heads=8, num_kv_heads=4, head_dim=128, dtype="float16", num_pages=64, max_batch=1, max_tokens=400,
+        device="cuda",
+    )  # fmt: skip
+    cache.add_sequence(0)
+    with cache.forward([0], [400]) as step:
+        for layer in range(3):
+            step.attention(layer, *(torch.randn(400, h, 128, device="cuda", dtype=torch.float16) for h in (8, 4, 4)))
+    before = [[x.clone() for x in cache.gather(0, layer)] for layer in range(3)]
+    rng = np.random.default_rng(0)
+    src, dst = rng.integers(0, 400, (2, 300))  # three launches; some tokens are moved on
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 300, src.tolist(), dst.tolist())
+    for layer, kept in enumerate(before):
+        for mine, x in zip(cache.gather(0, layer), kept, strict=True):
+            for a, b in zip(src, dst, strict=True):
+                x[b] = x[a]
+            assert torch.equal(mine, x)
 
 
 def test_a_captured_step_is_replayed_with_the_next(cuda):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_batches import Batch, Case, Errors, same_bits
+from gpu_batches import VARIANT_BAND, Batch, Case, Errors, same_bits
 
 import tvm_infer
 from tvm_infer import errors, variant
@@ -343,6 +343,19 @@ def reference(
     return o.permute(2, 0, 1, 3).reshape(n, heads, -1), lse.permute(2, 0, 1).reshape(n, heads)
 
 
+def seen_in(band: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Whether a band shows the key at j to the query at p."""
+
+    def seen(p: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        inside = (j >= p - band.window_left) | (band.window_left < 0)
+        if band.chunk:
+            inside &= torch.div(p, band.chunk, rounding_mode="floor") == torch.div(j, band.chunk, rounding_mode="floor")
+        inside |= j < band.num_sink
+        return inside & ((j <= p + band.window_right) | (band.window_right < 0))
+
+    return seen
+
+
 @dataclass
 class VariantBatch:
     row: Row
@@ -354,8 +367,11 @@ class VariantBatch:
         self.parameters = self.row.parameters(self.batch)
         self.bound = self.row.variant.bind(**{k: v for k, v in self.parameters.items() if k != "rows"})
 
+    def plan(self) -> Any:
+        return self.batch.plan(**VARIANT_BAND | {"variant": self.bound})
+
     def attend(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.batch.attend(variant=self.bound, **changes)
+        return self.batch.attend(self.plan(), variant=self.bound, **changes)
 
     def errors(self, o: torch.Tensor, lse: torch.Tensor) -> Errors:
         total, rows = Errors(), []
@@ -417,8 +433,10 @@ def lse_tolerance(name: str, dtype: str) -> float:
 
 @pytest.mark.parametrize(("name", "case"), cases())
 def test_variant(name, case, device, note):
-    """Every variant on decode, append, mixed and short-prompt batches, cut and whole, paged, gathered and ragged."""
+    """Every variant on decode, append, mixed and short-prompt batches, cut and whole, paged, gathered, ragged; NaN outside its band."""
     batch = VariantBatch(ROWS[name], Batch(case, device))
+    hidden = batch.batch.poison(seen_in(batch.bound.band))
+    assert hidden > 0 or batch.bound.band.window_left < 0
     o, lse = batch.attend()
     errors = batch.errors(o, lse)
     note(errors)
@@ -452,7 +470,7 @@ def test_a_row_does_not_depend_on_its_batch(name, device):
             device,
             requests=[whole.batch.requests[r]],
         )
-        own, own_lse = alone.attend(variant=whole.bound)
+        own, own_lse = alone.attend(alone.plan(**VARIANT_BAND | {"variant": whole.bound}), variant=whole.bound)
         at = slice(whole.batch.qo_indptr[r], whole.batch.qo_indptr[r + 1])
         assert same_bits(own, o[at]) and same_bits(own_lse, lse[at])
 
@@ -520,7 +538,7 @@ def test_append_attention_takes_a_variant(device):
     assert errors.ok and errors.ratio <= 2.0
 
 
-CACHE_LAYERS = ("plain", "window", "soft_cap", "sink")
+CACHE_LAYERS = ("plain", "window", "soft_cap", "sink", "far")
 
 
 def cache_variant(name: str, heads: int, device: str) -> Any:
@@ -530,6 +548,7 @@ def cache_variant(name: str, heads: int, device: str) -> Any:
         "window": variant.sliding_window.bind(window=33),
         "soft_cap": (variant.soft_cap & variant.sliding_window).bind(cap=4.0, window=100),
         "sink": variant.attention_sink.bind(sink=sink),
+        "far": variant.sink_window.bind(sink=4, window=20),
     }[name]
 
 
@@ -542,6 +561,8 @@ def cache_reference(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     hidden = j > i
     if name in ("window", "soft_cap"):
         hidden = hidden | (j < i - (33 if name == "window" else 100))
+    if name == "far":
+        hidden = hidden | ((j >= 4) & (j < i - 20))
     if name == "soft_cap":
         s = 4.0 * torch.tanh(s / 4.0)
     s = s.masked_fill(hidden, -math.inf)
@@ -555,7 +576,7 @@ def cache_reference(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 @pytest.mark.family("kv_cache", "attention_sm90")
 @pytest.mark.parametrize(("page_size", "is_graph"), [(16, False), (1, False), (16, True)])
 def test_layers_of_a_cache(page_size, is_graph, cuda):
-    """Three windows and four variants in one cache: prompts, then decodes, eagerly and by one captured graph."""
+    """Four bands and five variants in one cache: prompts, then decodes, eagerly and by one captured graph."""
     heads, kv_heads, head_dim, prompts = 8, 2, 128, (150, 40, 1)
     cache = tvm_infer.PagedKVCache(
         num_layers=len(CACHE_LAYERS), num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16",

@@ -21,7 +21,7 @@ def test_the_matrix():
     expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 2, 4, 8, 16, 32, 64))} | {
         f"{a}_ragged" for a in attention
     }
-    expected |= {"append_b16", "copy_pages", "read_ceiling"}
+    expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling"}
     expected |= {f"{name}_{e}" for name, e in itertools.product(("rope_append", "gemv"), ("bf16", "fp16"))}
     expected |= {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
     expected |= {"scale_lse"}

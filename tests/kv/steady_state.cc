@@ -1,4 +1,5 @@
-// Counts what the cache manager allocates in the steady state, and times its operations. Prints: allocations, ns per decode step.
+// Counts what the cache manager allocates in the steady state, and times its operations, with all keys or a window. Prints: allocations,
+// ns per decode step.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -18,10 +19,11 @@ void* operator new(size_t size) {
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, size_t) noexcept { std::free(p); }
 
-int main() {
+int main(int argc, char**) {
   using tvm_infer::kv::CacheManager;
   constexpr int kBatch = 64, kPrompt = 1000, kSteps = 500, kRounds = 3;
   CacheManager manager({16, 20000, kBatch, kBatch * kPrompt});
+  if (argc > 1) manager.SetWindow({200});
   std::vector<int64_t> ids(kBatch), prompt(kBatch, kPrompt), one(kBatch, 1), probe(kBatch, 40);
   long allocations = 0;
   long long nanoseconds = 0, total = 0;
@@ -40,7 +42,7 @@ int main() {
         manager.EndForward();
       }
       if (step % 10 == 5) total += manager.PagesAfter(ids.data(), probe.data(), kBatch);
-      if (step % 50 == 25) manager.Pop(ids[step % kBatch], 20);
+      if (step % 50 == 25) manager.Pop(ids[step % kBatch], argc > 1 ? 1 : 20);
     }
     nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count() / kSteps;
     if (round > 0) allocations += g_allocations - before;

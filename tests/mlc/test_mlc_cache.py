@@ -415,12 +415,6 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda c: attention_kv_cache("enable_sliding_window_for_seq", c, 3, 128, 4), "enable_sliding_window_for_seq.*128"),
-            (lambda c: kv_state("begin_forward", c, shape([0]), shape([2]), shape([-1, 0])), "`token_tree_parent_ptr` has 2 entries"),
-            (
-                lambda c: attention_kv_cache("commit_accepted_token_tree_nodes", c, shape([0]), shape([1])),
-                r"commit_accepted_token_tree_nodes\(seq_ids=\[0\], leaf_indices=\[1\]\)",
-            ),
             (lambda c: attention_kv_cache("append_mla_kv", c, 0, to_tvm(np.zeros((2, 16)))), r"append_mla_kv\(layer_id=0"),
             (lambda c: attention_kv_cache("debug_get_kv_mla", c, 0, 0, 1, to_tvm(np.zeros((2, 1, 16)))), "debug_get_kv_mla"),
             (lambda c: tvm.get_global_func("vm.builtin.kv_cache_disagg_prepare_recv")(c, 0, 3), "disagg_prepare_recv.*3"),

@@ -53,6 +53,7 @@ def create(**changes):
         {},
         {"attn_kinds": [0, 0]},
         {"cache_config": [5, 160, 24, 4, 0, 1024]},  # a window for layers that have one: none here
+        {"attn_kinds": [0, 3]},
         {"rope_ext_factors": 0},  # MLC passes a number where there is no tensor
     ],
 )
@@ -61,6 +62,18 @@ def test_creation(changes):
     inner = cache.inner
     assert (inner.num_layers, inner.num_qo_heads, inner.num_kv_heads, inner.head_dim) == (2, 4, 2, 16)
     assert (inner.page_size, inner.num_pages, inner.max_batch, inner.max_tokens) == (4, 41, 5, 24)
+
+
+def test_windows_of_sequences_have_two_pages_more_for_each():
+    cache = MLCPagedKVCache.from_handle(create(cache_config=[5, 160, 24, 4, 1]))
+    assert cache.inner.num_pages == 41 + 2 * 5 and cache.inner.window_left is None
+
+
+def test_windows_of_layers():
+    cache = MLCPagedKVCache.from_handle(create(attn_kinds=[3], cache_config=[5, 160, 24, 4, 0, 17]))
+    assert cache.inner.window_left == 16
+    assert MLCPagedKVCache.from_handle(create(attn_kinds=[3])).inner.window_left == 1023
+    assert MLCPagedKVCache.from_handle(create(attn_kinds=[0, 3])).inner.window_left is None
 
 
 def test_a_batch_larger_than_the_prefill_chunk_decodes():
@@ -73,11 +86,13 @@ def test_a_batch_larger_than_the_prefill_chunk_decodes():
         ({"cache_config": [5, 160, 24, 4]}, r"`cache_config` is \[5, 160, 24, 4\]; it must be \[max_batch_size"),
         ({"cache_config": [0, 160, 24, 4, 0]}, "max_batch_size = 0; it must be from 1"),
         ({"cache_config": [5, 160, 24, 0, 0]}, "page_size = 0"),
-        ({"cache_config": [5, 160, 24, 4, 1]}, "support_sliding_window = 1, and this cache has no sliding windows yet; create"),
+        ({"cache_config": [5, 160, 24, 4, 2]}, "support_sliding_window = 2; it must be 0 or 1"),
+        ({"cache_config": [5, 160, 24, 4, 0, 0]}, "layer_sliding_window_size = 0; it must be from 1"),
+        ({"cache_config": [5, 160, 24, 4, 1], "rope_mode": 1}, "`rope_mode` is 1 with support_sliding_window = 1 .* rotates inline"),
         ({"layer_partition": [0, 1, 2]}, r"`layer_partition` is \[0, 1, 2\] with num_layers = 2.*pipeline_parallel_stages = 1"),
         ({"layer_partition": [0, 3]}, r"`layer_partition` is \[0, 3\]"),
         ({"attn_kinds": [0, 1]}, r"`attn_kinds` is 1 \(mla\) for layer 1"),
-        ({"attn_kinds": [3]}, r"`attn_kinds` is 3 \(mha_sliding\) for layer 0"),
+        ({"attn_kinds": [3, 2]}, r"`attn_kinds` is 2 \(linear\) for layer 1.*mha_sliding \(3\)"),
         ({"attn_kinds": [0, 0, 0]}, "`attn_kinds` has 3 entries with num_layers = 2"),
         ({"v_head_dim": 8}, "`v_head_dim` is 8 and `qk_head_dim` is 16.*pad"),
         ({"mla_original_qk_head_dim": 192}, "`mla_original_qk_head_dim` is 192.*latent"),

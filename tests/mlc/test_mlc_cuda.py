@@ -7,6 +7,8 @@ import pytest
 import tvm
 import tvm_ffi
 from mlc_model import Driver, attend, attention_kv_cache, check, to_numpy, to_tvm
+from test_mlc_trees import WIDE, Trees
+from test_mlc_windows import LayerWindows, SequenceWindows
 
 from tvm_infer import doctor, errors
 
@@ -42,18 +44,63 @@ def test_steps_forks_and_pops(dtype):
     d.check_contents()
 
 
+def test_windows_of_layers(dtype):
+    d = LayerWindows(40, dtype=dtype, **SETTINGS)
+    d.add(0), d.add(1)
+    for ids, lengths in [([0, 1], [150, 30]), ([1, 0], [1, 1]), ([0, 1], [20, 100]), ([0, 1], [1, 1])]:
+        d.step(ids, lengths, padding=3)
+
+
+def test_windows_of_sequences(dtype):
+    d = SequenceWindows(dtype=dtype, **SETTINGS)
+    for seq in (0, 1, 2):
+        d.add(seq)
+    d.enable(0, 60, 7), d.enable(2, 33, 0)
+    for ids, lengths in [
+        ([0, 1, 2], [100, 20, 40]),
+        ([2, 0], [1, 1]),
+        ([0, 1], [150, 5]),
+        *([([1, 2, 0], [1, 1, 1])] * 20),
+    ]:
+        d.step(ids, lengths, padding=2)
+    assert d.held() == 60 + d.length(1) + 33
+
+
+@pytest.mark.parametrize("rope_mode", ["none", "normal"])
+def test_token_trees(dtype, rope_mode):
+    settings = {**SETTINGS, "rope_mode": rope_mode, "rope_theta": 5e5}
+    rotate = None
+    if rope_mode == "normal":
+
+        def rotate(qkv, positions):
+            q, k, v = np.split(qkv, [8, 10], axis=1)
+            return turned(q, positions, 32), turned(k, positions, 32), v
+
+    d = Trees(dtype, rotate=rotate or (lambda qkv, _: np.split(qkv, [8, 10], axis=1)), **settings)
+    d.add(3), d.add(5)
+    d.tree_step([3, 5], [[-1, *range(59)], [-1, *range(20)]])
+    d.commit([3, 5], [59, 20])
+    d.tree_step([5, 3], [WIDE, [-1, -1, 1]])
+    d.tree_step([5], [[3, 8, 8, 9]])
+    d.commit([5, 3], [12, 2])
+    d.tree_step([3, 5], [[-1], WIDE])
+    d.commit([3, 5], [-1, 6])
+    if rope_mode == "none":
+        d.check_contents()
+
+
+def turned(x, positions, pairs):
+    angles = np.asarray(positions)[:, None, None] * 5e5 ** -(np.arange(pairs) / pairs)
+    a, b, rest = np.split(x, [pairs, 2 * pairs], axis=2)
+    return np.concatenate(
+        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles), rest], axis=2
+    )
+
+
 @pytest.mark.parametrize("rotary_dim", [64, 32])
 def test_rope(dtype, rotary_dim):
     d = Driver(dtype, rope_mode="normal", rope_theta=5e5, rotary_dim=rotary_dim, **SETTINGS)
     pairs = rotary_dim // 2
-
-    def turned(x, positions):
-        angles = np.asarray(positions)[:, None, None] * 5e5 ** -(np.arange(pairs) / pairs)
-        a, b, rest = np.split(x, [pairs, rotary_dim], axis=2)
-        return np.concatenate(
-            [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles), rest], axis=2
-        )
-
     d.add(0), d.add(7)
     for ids, lengths in (([0, 7], [90, 33]), ([7, 0], [1, 1]), ([0, 7], [1, 60])):
         positions = np.concatenate([d.length(s) + np.arange(n) for s, n in zip(ids, lengths, strict=True)])
@@ -63,10 +110,10 @@ def test_rope(dtype, rotary_dim):
         d.end()
         q, k, v = np.split(qkv, [8, 10], axis=1)
         for seq, (begin, end) in zip(ids, d.rows(lengths), strict=True):
-            new = np.stack([turned(k, positions)[begin:end], v[begin:end]])[None].repeat(d.layers, axis=0)
+            new = np.stack([turned(k, positions, pairs)[begin:end], v[begin:end]])[None].repeat(d.layers, axis=0)
             d.history[seq] = np.concatenate([d.history[seq], new], axis=2)
         for layer, o in enumerate(outputs):
-            check(o, d.whole(layer, ids, lengths, turned(q, positions)), dtype, f"{ids} + {lengths}")
+            check(o, d.whole(layer, ids, lengths, turned(q, positions, pairs)), dtype, f"{ids} + {lengths}")
 
 
 def test_shared_kv(dtype):

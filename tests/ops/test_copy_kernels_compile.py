@@ -1,4 +1,4 @@
-"""The append, rope, merge and gemv kernels compile for sm_90a, fast, without spills, and say what they are."""
+"""The append, rope, merge, move and gemv kernels compile for sm_90a, fast, without spills, and say what they are."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ FLAGS = (
 )
 # name -> (header, what generated source expands, registers that its CTAs per SM leave a thread)
 KERNELS = {
+    "move_tokens": ("move_tokens", "TVM_INFER_MOVE_TOKENS(move_tokens);", 64),
     "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
     "rope_append_bf16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);", 128),
     "rope_append_fp16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_fp16, Fp16);", 128),

@@ -37,7 +37,7 @@ def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> 
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["append", "merge_states", "rope_append", "scale_lse"])
+@pytest.mark.parametrize("name", ["append", "merge_states", "move_tokens", "rope_append", "scale_lse"])
 def test_kernel_does_what_its_definition_says(name, tmp_path):
     done = run(name, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -62,6 +62,10 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("merge_states", "max == kNegInf ? 0.f : max", "max"),
         ("merge_states", "weights.a == 0.f ? 0.f : ", ""),
         ("merge_states", "__syncwarp();", ""),
+        ("move_tokens", "column % row_vectors * 16", "column % row_vectors * 8"),
+        ("move_tokens", "move.src_page * p", "move.dst_page * p"),
+        ("move_tokens", "move.dst_slot * p.row_bytes", "move.src_slot * p.row_bytes"),
+        ("move_tokens", "i < p.num_moves", "i < p.num_moves - 1"),
         ("scale_lse", "i / p.num_heads * p.stride_row", "i % p.num_heads * p.stride_row"),
         ("scale_lse", "int64_t{gridDim.x} * kScaleLseThreads", "int64_t{kScaleLseThreads}"),
         ("scale_lse", "i < num_elements", "i < num_elements - 1"),

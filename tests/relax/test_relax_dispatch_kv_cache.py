@@ -275,7 +275,6 @@ def test_without_rope_the_kernel_does_not_matter():
     ("changes", "message"),
     [
         ({"rope_mode": tvm_cache.RopeMode.INLINE}, r"rope_mode = INLINE[\s\S]*use RopeMode.NORMAL"),
-        ({"attn_kind": ["mha", "mha_sliding"]}, r"seen: attn_kind = 'mha_sliding'"),
         ({"layer_partition": relax.ShapeExpr([0, 1, 2])}, r"layer_partition = \[0, 1, 2\]"),
         ({"enable_disaggregation": True}, r"enable_disaggregation = True"),
         ({"v_head_dim": 32}, r"v_head_dim = 32"),
@@ -289,6 +288,26 @@ def test_unsupported_arguments_are_refused_by_name(changes, message):
     assert keep(before) is before
     assert len(keep.report.refused) == 1
     assert str(keep.report.refused[0].location).startswith("create/")
+
+
+def test_layers_with_windows_are_passed_on():
+    dispatch = DispatchKVCacheCreation(TARGET)
+    after = dispatch(create_tir(attn_kind=["mha", "mha_sliding"], layer_sliding_window_size=48))
+    assert dispatch.report.creations[0].arguments.attn_kind == ("mha", "mha_sliding")
+    text = after.script()
+    assert "support_sliding_window, 48])" in text and "R.shape([0, 3])" in text
+    plain = DispatchKVCacheCreation(TARGET)(create_tir(layer_sliding_window_size=48)).script()
+    assert "support_sliding_window])" in plain and "R.shape([0, 0])" in plain
+
+
+def test_windows_of_sequences_are_refused_where_tvm_would_rotate_inline():
+    text = Generic.script()
+    assert "chunk, page, window])" in text
+    before = tvm.script.from_source(text.replace("chunk, page, window])", "chunk, page, 1])"))
+    with pytest.raises(
+        MatchError, match=r"rotates inline[\s\S]*support_sliding_window = 1[\s\S]*pass 0, or rotate in the model"
+    ):
+        DispatchKVCacheCreation(TARGET)(before)
 
 
 def test_mlc_arguments_are_refused_by_name():

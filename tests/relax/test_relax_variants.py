@@ -212,7 +212,7 @@ TEXTS = {
     window_of_positions: ["mask = (kv_pos <= q_pos) & (kv_pos > q_pos - 6)"],
     window_of_triangles: ["mask = (kv_pos <= q_pos) & (kv_pos - q_pos > -6)"],
     first_and_near: ["mask = (kv_pos <= q_pos) & ((kv_pos < 2) | (q_pos - kv_pos < 4))"],
-    chunks: ["mask = (kv_pos <= q_pos) & (q_pos - kv_pos < 7) & (q_pos // 7 == kv_pos // 7)"],
+    chunks: ["mask = (kv_pos <= q_pos) & (q_pos // 7 == kv_pos // 7)"],
     every_third: ["mask = (kv_pos <= q_pos) & ((q_pos - kv_pos) % 3 == 0)"],
     windows_of_heads: ["qo_head < 2"],
     blocks: ["table[qo_head, minimum(q_pos // 4, 7), minimum(kv_pos // 4, 7)]"],

@@ -2,7 +2,7 @@
 
 The model knows what a sequence holds (its tokens), which abstract pages it owns, and who shares them. Keys and values are real: a
 token is a number that the step writes, so a page that is lost, shared wrongly or written in place while shared shows in what
-`gather` reads.
+`gather` reads. Free pages are NaN before each layer runs, so that a page that a window gave back too early shows in its result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tvm_infer import errors
+from tvm_infer import errors, variant
 from tvm_infer.runtime import PagedKVCache
 
 HEAD_DIM = 8
@@ -25,7 +25,7 @@ class Pages:
     """Who owns which pages; pages are numbers that are never used again."""
 
     def __init__(self) -> None:
-        self.tables: dict[int, list[int]] = {}
+        self.tables: dict[int, list[int]] = {}  # 0: given back
         self.owners: dict[int, set[int]] = {}
         self.next = 0
 
@@ -42,6 +42,8 @@ class Pages:
         return self.next
 
     def drop(self, seq: int, page: int) -> None:
+        if page == 0:
+            return
         self.owners[page].discard(seq)
         if not self.owners[page]:
             del self.owners[page]
@@ -55,6 +57,7 @@ class Model:
         self.tokens: dict[int, list[int]] = {}
         self.pages = Pages()
         self.before_step: tuple[dict, Pages] | None = None  # what a cancel returns to
+        self.window: int | None = None
         self.fresh = 0
 
     def count(self, length: int) -> int:
@@ -85,9 +88,11 @@ class Model:
         if position < -1 or position > len(self.tokens[parent]):
             return errors.ArgumentError
         length = len(self.tokens[parent]) if position == -1 else position
+        if self.lacks(parent, length):
+            return errors.ArgumentError
         self.tokens[child] = self.tokens[parent][:length]
         self.pages.tables[child] = self.pages.tables[parent][: self.count(length)]
-        for page in self.pages.tables[child]:
+        for page in filter(None, self.pages.tables[child]):
             self.pages.owners[page].add(child)
 
     def pop(self, seq, n):
@@ -95,7 +100,7 @@ class Model:
             return errors.CacheStateError
         if seq not in self.tokens:
             return errors.UnknownSequenceError
-        if not 0 <= n <= len(self.tokens[seq]):
+        if not 0 <= n <= len(self.tokens[seq]) or self.lacks(seq, len(self.tokens[seq]) - n):
             return errors.ArgumentError
         self.shrink(seq, len(self.tokens[seq]) - n)
 
@@ -104,7 +109,7 @@ class Model:
             return errors.CacheStateError
         if seq not in self.tokens:
             return errors.UnknownSequenceError
-        if not 0 <= length <= len(self.tokens[seq]):
+        if not 0 <= length <= len(self.tokens[seq]) or self.lacks(seq, length):
             return errors.ArgumentError
         self.shrink(seq, length)
 
@@ -112,6 +117,37 @@ class Model:
         if self.before_step:
             return errors.CacheStateError
         self.tokens, self.pages = {}, Pages()
+
+    def set_window(self, window):
+        if self.before_step:
+            return errors.CacheStateError
+        if any(self.gone(seq) > self.first_seen(len(self.tokens[seq]), window) for seq in self.tokens):
+            return errors.ArgumentError
+        self.window = window
+
+    def first_seen(self, position, window):
+        """The first position that a token at `position` sees."""
+        return 0 if window is None else max(0, position - window)
+
+    def gone(self, seq):
+        """Positions at its beginning that a sequence has given back."""
+        return self.pages.tables[seq].count(0) * self.page_size
+
+    def lacks(self, seq, length):
+        """Whether a sequence cut to `length` would lack keys that its next token sees."""
+        return length > 0 and self.gone(seq) > self.first_seen(length, self.window)
+
+    def give_back(self, ids):
+        """What the next tokens of these sequences do not see; returns pages in the order in which they go."""
+        dropped = []
+        for seq in ids:
+            table = self.pages.tables[seq]
+            for i in range(self.first_seen(len(self.tokens[seq]), self.window) // self.page_size):
+                if table[i]:
+                    dropped.append((seq, i))
+                self.pages.drop(seq, table[i])
+                table[i] = 0
+        return dropped
 
     def begin(self, ids, lengths):
         if self.before_step:
@@ -123,6 +159,7 @@ class Model:
             return error
         if self.pages_after(ids, lengths) > self.num_pages:
             return errors.OutOfPagesError
+        self.dropped = self.give_back(ids)
         self.before_step = (dict(self.tokens), self.pages.copy())  # token lists are replaced, never changed
         copying = self.copying(ids, lengths)
         for seq, n in zip(ids, lengths, strict=True):
@@ -168,6 +205,14 @@ class Model:
         return result
 
     def pages_after(self, ids, lengths):
+        kept, self.pages = self.pages, self.pages.copy()
+        try:
+            self.give_back(ids)
+            return self.pages_needed(ids, lengths)
+        finally:
+            self.pages = kept
+
+    def pages_needed(self, ids, lengths):
         grown = sum(
             self.count(len(self.tokens[seq]) + n) - len(self.pages.tables[seq])
             for seq, n in zip(ids, lengths, strict=True)
@@ -207,6 +252,7 @@ class Pair:
             "pop": self.cache.pop,
             "truncate": self.cache.truncate,
             "clear": self.cache.clear,
+            "set_window": self.set_window,
             "begin": self.cache.begin_forward,
             "end": self.cache.end_forward,
             "cancel": self.cache.cancel_forward,
@@ -216,6 +262,32 @@ class Pair:
 
     def state(self) -> np.ndarray:
         return np.asarray(self.cache._call("debug_state"))
+
+    def set_window(self, window: int | None) -> None:
+        self.cache.set_variant(None if window is None else variant.sliding_window.bind(window=window))
+        assert self.cache.window_left == window
+
+    def tables(self, state: np.ndarray) -> dict[int, np.ndarray]:
+        """Views of the page lists in a state."""
+        at, tables = 5 + state[4] + state[1], {}
+        while at < len(state):
+            tables[int(state[at])] = state[at + 3 : at + 3 + state[at + 2]]
+            at += 3 + state[at + 2]
+        return tables
+
+    def without(self, state: np.ndarray, dropped: list[tuple[int, int]]) -> np.ndarray:
+        """The state after these entries of page lists were given back, the first of them first."""
+        state = state.copy()
+        tables, counts, freed = self.tables(state), state[5 + state[4] :], []
+        for seq, entry in dropped:
+            page = tables[seq][entry]
+            tables[seq][entry] = -1
+            counts[page] -= 1
+            if counts[page] == 0:
+                freed.append(page)
+        num_free = state[4]
+        state[4] += len(freed)
+        return np.concatenate([state[: 5 + num_free], np.asarray(freed, state.dtype), state[5 + num_free :]])
 
     def do(self, name: str, *args) -> bool:
         """One operation on both. A failure must be the model's, and must change nothing (that includes a cancelled step)."""
@@ -230,7 +302,7 @@ class Pair:
             assert np.array_equal(self.state(), before)
             return False
         if name == "begin":
-            self.step, self.before_step = args, before
+            self.step, self.before_step = args, self.without(before, self.model.dropped)
         if name == "cancel":
             assert np.array_equal(self.state(), self.before_step), (
                 "cancel restores everything, the order of free pages too"
@@ -245,8 +317,15 @@ class Pair:
         )
         k = np.repeat(tokens.astype(np.float32)[:, None, None], HEAD_DIM, axis=2)
         q = np.zeros_like(k)
-        o = self.cache.attention(0, q, k, k + 0.5)
-        assert np.isfinite(o).all()
+        state = self.state()
+        self.memory[state[5 : 5 + state[4]]] = np.nan
+        o = self.cache.attention(0, q, k, k + 0.5)  # the mean of the values that are seen
+        rows = iter(o[:, 0, 0])
+        for s, n in zip(ids, lengths, strict=True):
+            held = np.asarray(self.model.tokens[s], np.float64)
+            for position in range(len(held) - n, len(held)):
+                seen = held[self.model.first_seen(position, self.model.window) : position + 1]
+                assert abs(next(rows) - (seen.mean() + 0.5)) <= 1e-5 * (seen.max() + 1)
         expected = [
             position
             for s, n in zip(ids, lengths, strict=True)
@@ -260,41 +339,46 @@ class Pair:
         model = self.model
         page_size, num_pages, in_forward, num_sequences, num_free = state[:5]
         assert (page_size, num_pages, bool(in_forward)) == (model.page_size, model.num_pages, bool(model.before_step))
-        free, counts, rest = np.split(state[5:], [num_free, num_free + num_pages])
-        tables, at = {}, 0
-        for _ in range(num_sequences):
-            seq, length, size = rest[at : at + 3]
-            tables[int(seq)] = rest[at + 3 : at + 3 + size]
-            assert length == len(model.tokens[seq])
-            at += 3 + size
-        assert at == len(rest)
+        free, counts, _ = np.split(state[5:], [num_free, num_free + num_pages])
+        tables = self.tables(state)
+        assert num_sequences == len(tables)
         assert tables.keys() == model.tokens.keys()
+        assert all(self.cache.seq_len(seq) == len(model.tokens[seq]) for seq in tables)
         # reference counts are the number of lists that contain a page; what no list contains is free, once
-        owned = np.bincount(np.concatenate([np.zeros(0, np.int64), *tables.values()]), minlength=num_pages)
+        entries = np.concatenate([np.zeros(0, np.int64), *tables.values()])
+        owned = np.bincount(entries[entries >= 0], minlength=num_pages)
         assert np.array_equal(owned, counts)
         assert np.array_equal(np.sort(free), np.flatnonzero(counts == 0))
         # pages are shared exactly where the model shares them
-        real_of: dict[int, int] = {}
+        real_of: dict[int, int] = {0: -1}
         for seq, table in tables.items():
             assert len(table) == len(model.pages.tables[seq])
             for real, abstract in zip(table.tolist(), model.pages.tables[seq], strict=True):
                 assert real_of.setdefault(abstract, real) == real
-        assert len(set(real_of.values())) == len(real_of) == num_pages - num_free
+        assert len(set(real_of.values())) == len(real_of) == num_pages - num_free + 1
 
     def check_contents(self, seq: int) -> None:
         """The keys of a sequence are its tokens (outside of a step)."""
-        keys, values = self.cache.gather(seq, 0)
-        tokens = np.asarray(self.model.tokens[seq], np.float32)
+        start = self.model.gone(seq)
+        if start:
+            with pytest.raises(errors.ArgumentError, match=f"take {start} or more"):
+                self.cache.gather(seq, 0, start - 1)
+        keys, values = self.cache.gather(seq, 0, start)
+        tokens = np.asarray(self.model.tokens[seq][start:], np.float32)
         assert np.array_equal(keys[:, 0, 0], tokens)
         assert np.array_equal(values[:, 0, -1], tokens + 0.5)
 
 
 def test_100_000_operations():
-    """Random valid and invalid operations, seeded; small enough a cache that pages run out and forks pile up."""
+    """Random valid and invalid operations, seeded; small enough a cache that pages run out and forks pile up, windows come and go."""
     rng = random.Random(20250101)
     pair = Pair(page_size=4, num_pages=48, max_batch=6, max_tokens=40)
-    model, num_operations, done = pair.model, 100_000, {}
+    model, num_operations, done, num_given_back = pair.model, 100_000, {}, 0
     for i in range(num_operations):
+        if i % 10_000 == 0:  # every other time with windows, under which pages rarely run out
+            if model.before_step:
+                pair.do("cancel")
+            pair.do("clear"), pair.do("set_window", None)
         known = list(model.tokens)
         seq = rng.choice(known) if known and rng.random() < 0.97 else rng.randrange(12)
         if model.before_step and rng.random() < 0.93:
@@ -303,8 +387,8 @@ def test_100_000_operations():
                 pair.write()
         else:
             name = rng.choices(
-                ["add", "remove", "fork", "pop", "truncate", "begin", "end", "cancel", "clear"],
-                [10, 3, 14, 4, 3, 62, 1, 1, 0.05],
+                ["add", "remove", "fork", "pop", "truncate", "begin", "end", "cancel", "clear", "set_window"],
+                [10, 3, 14, 4, 3, 62, 1, 1, 0.05, i // 10_000 % 2],
             )[0]
             length = len(model.tokens.get(seq, ()))
             if name == "begin":
@@ -315,13 +399,20 @@ def test_100_000_operations():
                 if ids and rng.random() < 0.01:
                     args[1][0] = rng.choice([-1, 1000])
             elif name == "fork":
-                args = (seq, rng.randrange(12), rng.choice([-1, -1, rng.randint(-2, length + 1)]))
+                args = (
+                    seq,
+                    rng.randrange(12),
+                    rng.choice([-1, -1, rng.randint(-2, length + 1), max(0, length - rng.randint(0, 9))]),
+                )
             elif name == "add":
                 args = (rng.randrange(12),)
             elif name == "remove":
                 args = (seq,)
+            elif name == "set_window":
+                args = (rng.choice([None, 0, 1, 3, 4, 9, 17, 30, 30]),)
             elif name in ("pop", "truncate"):
-                args = (seq, rng.choice([rng.randint(0, length), rng.randint(-1, length + 1)]))
+                n = rng.choice([rng.randint(0, length), rng.randint(-1, length + 1), rng.randint(0, min(length, 9))])
+                args = (seq, n if name == "pop" else length - n)
             else:
                 args = ()
                 if name == "end" and model.before_step:
@@ -333,6 +424,7 @@ def test_100_000_operations():
             done[name] = done.get(name, 0) + 1
             if name == "begin":
                 assert pair.cache.num_used_pages == predicted
+                num_given_back += len(model.dropped)
         if name == "cancel" or i % 4 == 0:
             pair.check()
         if not model.before_step and model.tokens and i % 3 == 0:
@@ -342,6 +434,7 @@ def test_100_000_operations():
                     pair.check_contents(s)
     # the driver reached every operation and every error, often
     assert min(done[name] for name in ("add", "remove", "fork", "pop", "truncate", "begin", "end", "cancel")) > 1000
+    assert done["set_window"] > 50 and num_given_back > 1000
     assert (
         min(pair.failed[e] for e in ("OutOfPagesError", "UnknownSequenceError", "ArgumentError", "CacheStateError"))
         > 500
@@ -408,6 +501,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def cancel(self):
         self.pair.do("cancel")
+
+    @rule(window=st.none() | st.integers(0, 12))
+    def set_window(self, window):
+        self.pair.do("set_window", window)
 
     @rule()
     def clear(self):

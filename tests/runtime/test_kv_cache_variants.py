@@ -131,6 +131,67 @@ def test_the_plan_of_a_window_reads_no_page_that_it_hides():
     c.step([0], [1])
 
 
+def far(num, left):
+    """Hides what is neither among the first `num` keys nor among the last."""
+    return lambda s, i, j: np.where((j >= num) & (j < i - left), -np.inf, s)
+
+
+learned_sink = variant.Variant(
+    "learned_sink", output=lambda value, lse, logit: value * variant.sigmoid(lse - logit), logit=variant.per_head()
+)
+# Four bands: causal, sinks of two sizes, chunks; layers 1 and 4 share theirs, one with an output that follows the merge.
+FAR_LAYERS = [
+    (None, None, same, same),
+    (variant.sink_window.bind(sink=3, window=5), None, far(3, 5), same),
+    (variant.chunked_local.bind(chunk=7), None, lambda s, i, j: np.where(i // 7 != j // 7, -np.inf, s), same),
+    ((variant.soft_cap & variant.sink_window).bind(cap=1.5, sink=6, window=20), None,
+     lambda s, i, j: far(6, 20)(1.5 * np.tanh(s / 1.5), i, j), same),
+    ((learned_sink & variant.sink_window).bind(logit=SINK, sink=3, window=5), None, far(3, 5),
+     lambda o, lse: o / (1 + np.exp(SINK[:, None] - lse))[..., None]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_ctas", [1, 5, 40])
+def test_layers_with_sinks_and_chunks(num_ctas):
+    """Prompts, decodes, forks and mixtures, near the first keys and far from them."""
+    c = Cache(FAR_LAYERS, num_ctas=num_ctas)
+    c.set_variants()
+    for seq in (3, 4):
+        c.add(seq)
+    c.step([3, 4], [70, 3])
+    for _ in range(8):
+        c.step([4, 3], [1, 1])
+    c.add(5, parent=3)
+    c.step([3, 5, 4], [1, 9, 20])
+    c.step([5, 3], [1, 1])
+
+
+def test_pages_between_sinks_and_window_are_not_read():
+    """NaN in them does not show, in decodes and in appended prompts."""
+    c = Cache(FAR_LAYERS[1:])
+    c.set_variants()
+    c.add(0)
+    c.step([0], [60])
+    for layer in range(4):
+        table = list(c.cache.page_table(0))
+        hidden = {0: (1, 13), 1: (0, 14), 2: (2, 10), 3: (1, 13)}[layer]  # pages of 4 tokens, the next query at 60
+        for page in table[slice(*hidden)]:
+            c.cache.pages(layer)[int(page)] = np.nan
+    c.step([0], [1])
+    c.step([0], [2])
+    c.step([0], [9])
+
+
+def test_a_band_with_sinks_needs_a_variant():
+    c = Cache()
+    with pytest.raises(errors.ArgumentError, match="has 3 sinks and chunks of 0 without a variant"):
+        c.cache._call("set_variant", (0,), None, 1, (5, 0, 3, 0))
+    with pytest.raises(errors.ArgumentError, match="`band` has 2 values; it must have 4"):
+        c.cache._call("set_variant", (0,), None, 1, (5, 0))
+    with pytest.raises(errors.ArgumentError, match="`window_left` is -3; it must be -1"):
+        c.cache._call("set_variant", (0,), None, 1, (-3, 0, 0, 0))
+
+
 def test_set_before_and_between_steps():
     """A variant holds from the next step on, also where the number of plans changes; None takes it away."""
     c = Cache([LAYERS[0], LAYERS[0]])
@@ -142,9 +203,16 @@ def test_set_before_and_between_steps():
     c.cache.set_variant(LAYERS[1][0], layers=[1])
     c.layers = [LAYERS[3], LAYERS[1]]
     c.step([0], [1])
+    with pytest.raises(
+        errors.ArgumentError,
+        match=r"`window_left` is -1, with which .* sequence 0 sees positions from 0 on, but 0 to 23 left",
+    ):
+        c.cache.set_variant(None)
+    c.cache.remove_sequence(0)
     c.cache.set_variant(None)
     c.layers = [LAYERS[0], LAYERS[0]]
-    c.step([0], [1])
+    c.add(0)
+    c.step([0], [30])
 
 
 def test_tables_may_change_between_steps_and_have_an_entry_for_each_sequence():
@@ -183,7 +251,7 @@ def test_more_windows_than_plans():
     c = Cache(layers)
     for i in range(3):
         c.cache.set_variant(layers[i][0], layers=[i])  # layers 3 and 4 have none: with theirs four windows
-    with pytest.raises(errors.ArgumentError, match="would have 5 different windows; a step has at most 4 plans"):
+    with pytest.raises(errors.ArgumentError, match="would have 5 different bands; a step has at most 4 plans"):
         c.cache.set_variant(layers[3][0], layers=[3])
     c.layers = [*layers[:3], LAYERS[0], LAYERS[0]]  # nothing changed
     c.add(0)

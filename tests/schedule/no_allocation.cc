@@ -57,10 +57,12 @@ int main() {
   long before = g_allocations, counts[2];
   for (long& count : counts) {  // the first round grows the scratch
     for (const int32_t fixed_split_size : {kSplitAuto, kSplitNever, 256}) {
-      const PlanParams params{132, 32, 8, {kUnbounded, 0}, fixed_split_size, classes, 2};
-      for (const Batch& batch : batches) {
-        planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
-                     static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+      for (const MaskBand& band : {MaskBand{kUnbounded, 0}, MaskBand{2000, 0, 4}, MaskBand{kUnbounded, 0, 0, 1024}}) {
+        const PlanParams params{132, 32, 8, band, fixed_split_size, classes, 2};
+        for (const Batch& batch : batches) {
+          planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
+                       static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+        }
       }
     }
     count = g_allocations - before;

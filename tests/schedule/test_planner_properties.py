@@ -10,8 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tvm_infer
-from tvm_infer.schedule import reference
-from tvm_infer.testing.plan_checks import check_plan, visible_range
+from tvm_infer.schedule import Band, reference
+from tvm_infer.testing.plan_checks import check_plan, visible_ranges
 
 # rows, kv_granule, fixed, row, kv (picoseconds)
 GPU = (64, 64, 1_500_000, 5_000, 15_300, 128, 128, 2_500_000, 10_000, 11_000)
@@ -32,10 +32,25 @@ class Case:
     window_left: int = -1
     fixed_split_size: int = 0
     tile_table: tuple[int, ...] = GPU
+    window_right: int = -1  # where it is not causal
+    num_sink: int = 0
+    chunk: int = 0
+
+    @property
+    def band(self) -> Band:
+        return Band(self.window_left, 0 if self.causal else self.window_right, self.num_sink, self.chunk)
 
     @property
     def indptr(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.qo_len)]).astype(np.int32)
+
+    @property
+    def has_end(self) -> bool:
+        return self.band.window_right >= 0 or self.chunk > 0
+
+    @property
+    def has_begin(self) -> bool:
+        return self.window_left >= 0 or self.chunk > 0
 
     def plan(self, **kwargs) -> tvm_infer.Plan:
         return tvm_infer.plan(
@@ -44,8 +59,7 @@ class Case:
             num_qo_heads=self.num_kv_heads * self.group,
             num_kv_heads=self.num_kv_heads,
             head_dim=64,
-            causal=self.causal,
-            window_left=self.window_left,
+            **self.band._asdict(),
             num_ctas=self.num_ctas,
             fixed_split_size=self.fixed_split_size,
             tile_table=self.tile_table,
@@ -59,7 +73,7 @@ class Case:
             num_qo_heads=self.num_kv_heads * self.group,
             num_kv_heads=self.num_kv_heads,
             num_ctas=self.num_ctas,
-            band=(self.window_left, 0 if self.causal else -1),
+            band=self.band,
             fixed_split_size=self.fixed_split_size,
             tile_table=self.tile_table,
         )
@@ -73,8 +87,7 @@ class Case:
             max_requests=len(self.qo_len) + requests,
             max_tokens=sum(self.qo_len) + tokens,
             max_kv_tokens=sum(self.kv_len) + keys,
-            causal=self.causal,
-            window_left=self.window_left,
+            **self.band._asdict(),
             num_ctas=self.num_ctas,
             fixed_split_size=self.fixed_split_size,
             tile_table=self.tile_table,
@@ -85,6 +98,11 @@ class Case:
 def cases(draw, max_len=3000, max_requests=40, fixed=(0, 0, 0, -1, 1, 7, 64, 1000)):
     """Batches of decodes, prefills, appends and empty requests, under any settings."""
     causal = draw(st.booleans())
+    window_left = draw(st.sampled_from([-1, -1, 0, 5, 100]))
+    window_right = draw(st.sampled_from([-1, -1, 1, 9]))
+    chunk = draw(st.sampled_from([0, 0, 0, 1, 7, 64, 500]))
+    num_sink = draw(st.sampled_from([0, 0, 1, 4, 70])) if window_left >= 0 or chunk else 0
+    has_end = causal or window_right >= 0 or chunk > 0
     fixed_split_size = draw(st.sampled_from(fixed))
     longest = draw(st.sampled_from([4, 70, max_len]))
     if 0 < fixed_split_size < 10:
@@ -95,12 +113,15 @@ def cases(draw, max_len=3000, max_requests=40, fixed=(0, 0, 0, -1, 1, 7, 64, 100
     qo_len = tuple(q for q, _ in requests)
     return Case(
         qo_len=qo_len,
-        kv_len=tuple(q + k if causal else k for q, k in requests),
+        kv_len=tuple(q + k if has_end else k for q, k in requests),
         num_kv_heads=draw(st.sampled_from([1, 2, 3, 8])),
         group=draw(st.sampled_from([1, 3, 4, 7])),
         num_ctas=draw(st.sampled_from([1, 2, 3, 7, 16, 132])),
         causal=causal,
-        window_left=draw(st.sampled_from([-1, -1, 0, 5, 100])),
+        window_left=window_left,
+        window_right=window_right,
+        num_sink=num_sink,
+        chunk=chunk,
         fixed_split_size=fixed_split_size,
         tile_table=draw(st.sampled_from(TABLES)),
     )
@@ -111,6 +132,15 @@ EXTREMES = {
     "decode of a million keys": Case((1,), (1_000_000,)),
     "a million tokens prefilled": Case((1_000_000,), (1_000_000,), num_kv_heads=1, group=1),
     "a million keys, window": Case((1, 64), (1_000_000, 1_000_000), window_left=4095),
+    "a million keys, window and sinks": Case((1, 64, 3000), (1_000_000, 1_000_000, 5000), window_left=4095, num_sink=4),
+    "one request, window and sinks": Case((1,), (1_000_000,), window_left=8191, num_sink=300),
+    "sinks that touch the window": Case((1, 1, 1, 40), (104, 105, 106, 140), window_left=100, num_sink=4),
+    "sinks before a chunk": Case((1, 300, 1), (8193, 9000, 20), chunk=1024, num_sink=4),
+    "sinks at a fixed size": Case((1, 20, 300), (9000, 500, 7000), window_left=600, num_sink=130, fixed_split_size=64),
+    "sinks at a fixed size, one piece each": Case((1,), (60,), window_left=3, num_sink=4, fixed_split_size=1000),
+    "sinks, never cut": Case((1, 300), (9000, 7000), window_left=600, num_sink=130, fixed_split_size=-1),
+    "chunks that are not causal": Case((1, 300), (9000, 7000), chunk=1000, causal=False),
+    "windows on both sides": Case((1, 300), (9000, 7000), window_left=100, window_right=50, causal=False),
     "a million keys among short ones": Case((1,) * 300, (1_000_000, *range(1, 300))),
     "a million keys at a fixed size": Case((1, 20), (1_000_000, 500), fixed_split_size=512),
     "4096 requests": Case((1,) * 4096, tuple(range(1, 4097))),
@@ -150,8 +180,11 @@ def test_cpp_equals_the_reference(case):
     assert plan.buffer[: plan.bytes_used // 4].tobytes() == case.reference().tobytes()
 
 
+@pytest.mark.parametrize(
+    "band", [{}, {"window_left": 2000, "num_sink": 4}, {"chunk": 3000}], ids=["causal", "sinks", "chunk"]
+)
 @pytest.mark.parametrize("num_requests", [17, 40, 64, 90, 128])
-def test_cpp_equals_the_reference_on_gpu_sized_batches(num_requests):
+def test_cpp_equals_the_reference_on_gpu_sized_batches(num_requests, band):
     """Many heads for each CTA: here a layout with cuts starts from what the one without has in common with it."""
     rng = np.random.default_rng(num_requests)
     merges = 0
@@ -159,18 +192,29 @@ def test_cpp_equals_the_reference_on_gpu_sized_batches(num_requests):
         qo_len = np.ones(num_requests, int)
         qo_len[:long_queries] = rng.integers(2, 400, long_queries)
         kv_len = qo_len + rng.integers(1, 8192, num_requests)
-        case = Case(tuple(qo_len.tolist()), tuple(kv_len.tolist()))
+        case = Case(tuple(qo_len.tolist()), tuple(kv_len.tolist()), **band)
         plan = case.plan()
         check_plan(plan)
         assert plan.buffer[: plan.bytes_used // 4].tobytes() == case.reference().tobytes()
         merges += plan.num_merges
-    assert merges > 0 or num_requests > 64
+    assert merges > 0 or num_requests > (40 if "chunk" in band else 64)
 
 
-@settings(max_examples=60)
+def visible_keys(band, position, key):
+    """Whether the query at `position` sees `key`, broadcast: the definition of a band (plan.h, MaskBand)."""
+    inside = np.ones(np.broadcast_shapes(position.shape, key.shape), bool)
+    if band.window_left >= 0:
+        inside &= key >= position - band.window_left
+    if band.chunk > 0:
+        inside &= key // band.chunk == position // band.chunk
+    inside |= key < band.num_sink
+    return inside & (key <= position + band.window_right) if band.window_right >= 0 else inside
+
+
+@settings(max_examples=200)
 @given(cases(max_len=70, max_requests=6))
 def test_coverage_against_the_mask_itself(case):
-    """check_plan trusts visible_range; here every (packed row, key, head) is counted against the definition of the band."""
+    """check_plan trusts visible_ranges; here every (packed row, key, head) is counted against the definition of the band."""
     plan = case.plan()
     works = plan.works
     for r, (qo_len, kv_len) in enumerate(zip(case.qo_len, case.kv_len, strict=True)):
@@ -178,22 +222,16 @@ def test_coverage_against_the_mask_itself(case):
         in_tile = np.zeros_like(count, bool)
         position = kv_len - qo_len + np.arange(qo_len * case.group)[:, None] // case.group
         key = np.arange(kv_len)[None, :]
-        visible = np.ones((qo_len * case.group, kv_len), bool)
-        if case.causal:
-            visible &= key <= position
-        if case.window_left >= 0:
-            visible &= key >= position - case.window_left
+        visible = visible_keys(case.band, position, key)
         for work in works[works["kv_list"] == r]:
             row = int(work["row_begin"]) - int(plan.qo_indptr[r]) * case.group
             rows, heads = slice(row, row + work["num_rows"]), slice(work["kv_head_begin"], sum(work.item()[2:4]))
             count[rows, work["kv_begin"] : work["kv_end"], heads] += 1
-            # The band's keys of a tile are one range, so a row's tile may compute keys that only other rows of the tile see.
-            begin, end = visible_range(plan, r, row, int(work["num_rows"]))
+            # A row's tile computes the keys that some row of the tile sees, and no other.
             seen = visible[rows].any(axis=0)
-            assert not seen[:begin].any() and not seen[end:].any()
-            if seen.any():
-                assert seen[begin] and seen[end - 1]
-            in_tile[rows, begin:end, heads] = True
+            ranges = visible_ranges(plan, r, row, int(work["num_rows"]))
+            np.testing.assert_array_equal(seen, np.isin(key[0], np.concatenate([np.arange(*keys) for keys in ranges])))
+            in_tile[rows, :, heads] |= seen[None, :, None]
         assert (count[visible] == 1).all()
         assert (count == in_tile).all()
 
@@ -271,6 +309,9 @@ def test_capacity_holds_every_batch_within_the_limits(case, requests, tokens, ke
         (Case((2000,), (2000,)), 2.4, None),
         (Case((1,), (100_000,), fixed_split_size=100), 4.0, 1.1),
         (Case((1,) * 10, (300,) * 10, fixed_split_size=-1), 1.2, None),
+        (Case((1,) * 512, (3000,) * 512, window_left=1000, num_sink=4), 2.8, 1.7),
+        (Case((3000,), (6000,), window_left=1000, num_sink=4), 3.0, 1.4),
+        (Case((1,), (100_000,), fixed_split_size=100, window_left=99_000, num_sink=4), 6.0, 1.1),
     ],
 )
 def test_capacity_is_tight(case, plan_factor, rows_factor):
@@ -293,12 +334,13 @@ def test_capacity_grows_with_the_limits_only_as_it_must():
 def cost_model(case: Case) -> tuple[int, int, int, int, int]:
     """Mean load without cuts, the dearest head, and over the classes in use: overhead, cost of a granule, price of a merge."""
     classes = [reference.TileClass(*case.tile_table[i : i + 5]) for i in range(0, len(case.tile_table), 5)]
-    band = (case.window_left, 0 if case.causal else -1)
-    items = reference.make_items(case.indptr.tolist(), case.kv_len, case.group, band, case.fixed_split_size, classes)
+    items = reference.make_items(
+        case.indptr.tolist(), case.kv_len, case.group, case.band, case.fixed_split_size, classes
+    )
     costs = [item.cost(classes[item.tile_class]) for item in items]
     used = {classes[item.tile_class] for item in items}
     mean = -(-sum(costs) * case.num_kv_heads // case.num_ctas)
-    overhead = max((item.overhead for item in items), default=0)
+    overhead = max((item.overhead + item.sink_cost(classes[item.tile_class]) for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
     merge = max((classes[item.tile_class].merge_price(item.num_rows) for item in items), default=0)
     return mean, max(costs, default=0), overhead, granule, merge
@@ -319,7 +361,7 @@ def test_makespan_with_cuts(case):
     assume(case.num_ctas > 1)
     mean, _, overhead, granule, merge = cost_model(case)
     makespan = int(case.plan().header["makespan"])
-    uncut = overhead + (2 if case.window_left < 0 else 3) * granule
+    uncut = overhead + (3 if case.has_begin else 2) * granule
     assert makespan <= (mean + uncut) * 257 / 256 + merge + mean / 128 + 2
     indivisible = uncut + merge
     if mean >= 4.3 * indivisible or mean <= 0.23 * indivisible:
@@ -372,6 +414,20 @@ def test_kv_is_cut_only_where_it_shortens_the_plan():
     assert long.plan().makespan_us * 10 < whole.makespan_us
 
 
+def test_sinks_and_the_first_keys_of_a_window_are_on_one_cta():
+    """Whoever merges them finds both in its cache. Where sinks and window touch there is neither a second work nor a merge."""
+    plan = Case((1,) * 64, (8192,) * 64, window_left=1000, num_sink=4).plan()
+    cta = np.repeat(np.arange(plan.num_ctas), np.diff(plan.work_indptr))
+    for m in range(plan.num_merges):
+        sinks, window = (
+            np.flatnonzero(plan.works["out"] == slot)[0] for slot in plan.merge_slots[plan.merge_indptr[m] :][:2]
+        )
+        assert plan.works[sinks].item()[5:7] == (0, 4) and plan.works[window]["kv_begin"] == 8191 - 1000
+        assert cta[sinks] == cta[window]
+    touching = Case((1,) * 64, (1005,) * 64, window_left=1000, num_sink=4).plan()
+    assert touching.num_merges == 0 and set(touching.works["kv_begin"].tolist()) == {0}
+
+
 def test_few_long_requests_are_cut_alike():
     """8 heads on 132 CTAs: 16 pieces of 512 keys each."""
     works = Case((1,), (8192,)).plan().works
@@ -396,8 +452,8 @@ def test_fixed_split_size_makes_a_request_independent_of_its_batch(case, others)
 
     batch = dataclasses.replace(
         case,
-        qo_len=case.qo_len + (others.qo_len if case.causal == others.causal else ()),
-        kv_len=case.kv_len + (others.kv_len if case.causal == others.causal else ()),
+        qo_len=case.qo_len + (others.qo_len if others.has_end or not case.has_end else ()),
+        kv_len=case.kv_len + (others.kv_len if others.has_end or not case.has_end else ()),
     )
     together = batch.plan()
     for r in range(len(case.qo_len)):
@@ -406,8 +462,7 @@ def test_fixed_split_size_makes_a_request_independent_of_its_batch(case, others)
     works = together.works
     assert (works["kv_end"] - works["kv_begin"] <= case.fixed_split_size).all()
     inner = works["kv_begin"][works["merge"] >= 0]
-    starts = {visible_range(together, int(w["kv_list"]), 0, 1)[0] for w in works}
-    assert all(k % case.fixed_split_size == 0 or case.window_left >= 0 or k in starts for k in inner.tolist())
+    assert all(k % case.fixed_split_size == 0 or case.has_begin for k in inner.tolist())
 
 
 def test_cuts_are_at_granules():
@@ -432,6 +487,10 @@ def test_capture_key_depends_on_settings_and_not_on_lengths():
         {"group": 8},
         {"causal": False},
         {"window_left": 10},
+        {"window_left": 10, "num_sink": 4},
+        {"window_left": 10, "num_sink": 5},
+        {"chunk": 10},
+        {"causal": False, "window_right": 3},
         {"fixed_split_size": 64},
         {"tile_table": GPU[:5]},
         {"tile_table": (*GPU[:-1], 11_001)},

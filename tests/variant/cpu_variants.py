@@ -17,12 +17,13 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import tvm_infer
 from tvm_infer import errors
+from tvm_infer.schedule import Band
 from tvm_infer.testing import PagedBatch
 
 LIBRARY = "TVM_INFER_TEST_VARIANTS"  # a process that has compiled the library tells those that it starts
@@ -49,11 +50,6 @@ def address(digest: str) -> int:
     return ctypes.addressof(ctypes.c_int.in_dll(library(), f"variant_{digest}_cpu"))
 
 
-class Band(NamedTuple):
-    causal: bool
-    window_left: int
-
-
 class Params:
     """A call's parameters as the numpy functions read them."""
 
@@ -71,6 +67,10 @@ class Kind:
     logits: Callable[..., Any] | None = None
     mask: Callable[..., Any] | None = None
     output: Callable[..., Any] | None = None
+
+    @property
+    def band(self) -> Band:
+        return Band(self.window_left, 0 if self.causal else -1)
 
 
 def _sigmoid(x: Any) -> Any:
@@ -129,6 +129,10 @@ class StandIn(types.SimpleNamespace):
 class Bound(types.SimpleNamespace):
     """As tvm_infer.variant.BoundVariant."""
 
+    @property
+    def cuda_struct(self) -> tuple[str, str]:
+        return self.variant.digest, self.variant.source()
+
     def check_shapes(self, num_qo_heads: int, num_requests: int, head_dim: int) -> None:
         """ "alibi" alone has a table for each head here."""
         if self.variant.digest == KINDS["alibi"].digest and self.tables[0].shape[0] != num_qo_heads:
@@ -143,7 +147,7 @@ def bind(kind: Kind, scalars: list[float | int] = [], tables: list[Any] = []) ->
         variant=variant,
         scalars=[bits(x) for x in scalars],
         tables=list(tables),
-        band=Band(kind.causal, kind.window_left),
+        band=kind.band,
     )
 
 

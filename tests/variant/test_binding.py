@@ -44,7 +44,7 @@ def address(x):
 def test_values_are_in_the_order_of_declaration(mixed):
     given = values()
     bound = mixed.bind(**given)
-    assert bound.variant is mixed and bound.band == (False, -1)
+    assert bound.variant is mixed and bound.band == variant.Band()
     assert bound.scalars == [struct.unpack("I", struct.pack("f", 1.5))[0], 2**32 - 3]
     slopes, flag, bias = bound.tables
     assert str(slopes.dtype) == "bfloat16" and flag.dtype == np.uint8 and bias is given["bias"]
@@ -163,7 +163,7 @@ def test_tables_of_channels_and_pairs_fit_the_head():
 
 
 def test_a_variant_without_parameters_needs_no_bind(mixed):
-    assert variant.as_bound(variant.causal).band == (True, -1)
+    assert variant.as_bound(variant.causal).band == variant.Band(window_right=0)
     assert variant.as_bound(variant.causal) is variant.as_bound(variant.causal)
     bound = mixed.bind(**values())
     assert variant.as_bound(bound) is bound

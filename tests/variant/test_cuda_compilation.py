@@ -8,6 +8,7 @@ import pytest
 
 from tvm_infer import variant
 from tvm_infer.jit import headers, nvcc
+from tvm_infer.variant.cache_masks import CACHE_MASKS
 
 _KERNEL = """
 template <typename V>
@@ -48,7 +49,7 @@ def test_all_standard_variants_and_functions(tmp_path):
         ),
         mask=lambda q_pos: variant.minimum(q_pos * 0.5, float("inf")) > q_pos + -(2**31),
     )
-    structs = {v.digest: v.source() for v in [*variant.STANDARD.values(), every]}
+    structs = {v.digest: v.source() for v in [*variant.STANDARD.values(), *CACHE_MASKS.values(), every]}
     instances = "".join(
         f"template __global__ void Kernel<variant_{digest}>(tvm_infer::variant::Args, tvm_infer::variant::Row, float*);\n"
         for digest in structs

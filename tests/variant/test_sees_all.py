@@ -96,7 +96,7 @@ def test_never_yes_where_a_key_is_hidden():
     assert told > 0
 
 
-@pytest.mark.parametrize("name", ["sink_window", "chunked_local", "tree_mask", "two_sided_window"])
+@pytest.mark.parametrize("name", ["sink_window", "chunked_local", "tree_mask"])
 def test_standard_masks_are_told(name):
     """Kernels skip the mask of most tiles: the test is there, and reads no table."""
     v = variant.STANDARD[name]

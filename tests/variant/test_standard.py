@@ -100,8 +100,9 @@ def rows():
 
 
 def inside(band, q_pos):
-    seen = (keys <= q_pos) if band.causal else keys >= 0
-    return seen & (q_pos - keys <= band.window_left) if band.window_left >= 0 else seen
+    """What executors test of a band."""
+    seen = (keys <= q_pos + band.window_right) if band.window_right >= 0 else keys >= 0
+    return seen & (q_pos - keys <= band.window_left) if band.window_left >= 0 and band.num_sink == 0 else seen
 
 
 def test_every_one_is_here():

@@ -12,6 +12,7 @@ import pytest
 
 import tvm_infer
 from tvm_infer import _ffi, errors, variant_call
+from tvm_infer.schedule import Band
 from tvm_infer.testing import make_paged_batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -140,11 +141,11 @@ def test_a_refused_append_has_written_nothing(batch):
 def test_a_plan_takes_the_band_of_its_variant(batch):
     bound = bind(KINDS["everything"], [2.5, 4])
     plan = tvm_infer.plan(batch.qo_indptr, batch.kv_len, variant=bound, **HEADS)
-    assert plan.band == (90, -1)
+    assert plan.band == Band(90)
     same = tvm_infer.plan(batch.qo_indptr, batch.kv_len, variant=bound, causal=False, window_left=90, **HEADS)
     plain = tvm_infer.plan(batch.qo_indptr, batch.kv_len, causal=False, window_left=90, **HEADS)
     assert plan.buffer.tobytes() == same.buffer.tobytes() == plain.buffer.tobytes()
-    assert tvm_infer.plan(batch.qo_indptr, batch.kv_len, **HEADS).band == (-1, 0)
+    assert tvm_infer.plan(batch.qo_indptr, batch.kv_len, **HEADS).band == Band(window_right=0)
     limits = {"max_requests": 4, "max_tokens": 100, "num_ctas": 8}
     assert tvm_infer.workspace_size(variant=bound, **limits, **HEADS) == tvm_infer.workspace_size(
         causal=False, window_left=90, **limits, **HEADS

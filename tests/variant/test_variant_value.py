@@ -110,7 +110,7 @@ class TestCombine:
         v = variant.soft_cap & variant.sliding_window
         assert str(v).endswith("mask = (kv_pos <= q_pos) & (q_pos - kv_pos <= window)")
         assert v.digest == variant.soft_cap.digest
-        assert v.bind(cap=30, window=5).band == (True, 5)
+        assert v.bind(cap=30, window=5).band == variant.Band(5, 0)
 
     def test_masks_keep_their_order(self):
         first = variant.Variant("first", mask=lambda batch, q_pos: (batch > 1) & (batch > 2) & (q_pos > 3))

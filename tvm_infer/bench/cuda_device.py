@@ -74,6 +74,8 @@ class CudaDevice:
             head_dim=workload.head_dim,
             dtype=workload.dtype,
             window_left=workload.window,
+            num_sink=workload.num_sink,
+            chunk=workload.chunk,
             device=self.torch_device,
         )
 

@@ -130,15 +130,13 @@ class Flex:
         compiled = torch.compile(flex_attention, dynamic=False)
 
         mods = variants_module.flex(batches[0])
-        window, hides = workload.window, mods.mask
+        hides = mods.mask
 
         def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            seen = q_idx + (m - n) >= kv_idx
-            if window >= 0:
-                seen = seen & (q_idx + (m - n) - kv_idx <= window)
+            seen = workload.sees(q_idx + (m - n), kv_idx)
             return seen if hides is None else seen & hides(q_idx, kv_idx)
 
-        needs_mask = n > 1 or window >= 0 or hides is not None
+        needs_mask = n > 1 or workload.window >= 0 or workload.chunk > 0 or hides is not None
         block_mask = create_block_mask(visible, None, None, n, m, device=batches[0].q.device) if needs_mask else None
         scale, gqa = batches[0].sm_scale, workload.num_qo_heads != workload.num_kv_heads
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from .. import _ffi
 from ..errors import ArgumentError
-from ..schedule import Plan
+from ..schedule import Band, Plan
 
 NUM_CTAS, NUM_QO_HEADS, NUM_KV_HEADS = 132, 32, 8
 # An H200-like table (rows, kv_granule, fixed, row, kv): a decode tile reads 512 bytes a key at 1/132 of 4.4 TB/s, a prefill tile of
 # 128 rows does 65,536 FLOP a key at 1/132 of 790 TFLOP/s; a work starts and ends in 1.5 to 2.5 us.
 TILE_TABLE = (64, 64, 1_500_000, 5_000, 15_300, 128, 128, 2_500_000, 10_000, 11_000)
+_CAUSAL = Band(window_right=0)
 _DISTINCT = 20  # batches of a workload, planned in turn: no branch predictor learns one batch by heart
 
 
@@ -61,7 +62,7 @@ def measure(workload: PlanWorkload, repeats: int) -> dict[str, Any]:
 
     make, capacity_of = _ffi.func("plan"), _ffi.func("plan_capacity")
     rng = np.random.default_rng(0)
-    settings = (NUM_QO_HEADS, NUM_KV_HEADS, NUM_CTAS, 1, -1, 0, tvm_ffi.Shape(TILE_TABLE))
+    settings = (NUM_QO_HEADS, NUM_KV_HEADS, NUM_CTAS, tvm_ffi.Shape(_CAUSAL), 0, tvm_ffi.Shape(TILE_TABLE))
     batches = []
     for _ in range(_DISTINCT):
         qo_len, kv_len = workload.make(rng)

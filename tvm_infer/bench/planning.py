@@ -26,7 +26,7 @@ def time_plan(workload: Workload, plan: Plan, calls: int = _CALLS) -> Timing:
 
     make, capacity_of = _ffi.func("plan"), _ffi.func("plan_capacity")
     tile_table = tvm_ffi.Shape(tuple(int(n) for tile in plan.tile_classes.tolist() for n in tile))
-    settings = (workload.num_qo_heads, workload.num_kv_heads, plan.num_ctas, 1, -1, 0, tile_table)
+    settings = (workload.num_qo_heads, workload.num_kv_heads, plan.num_ctas, tvm_ffi.Shape(plan.band), 0, tile_table)
     num_requests, num_tokens = len(workload.qo_lens), sum(workload.qo_lens)
     plan_bytes, partial_rows = capacity_of(*settings, num_requests, num_tokens, sum(workload.kv_lens))
     out = np.zeros(int(plan_bytes) // 4, np.int32)

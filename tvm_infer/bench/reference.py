@@ -69,9 +69,7 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
     k, v = batch.dense(request)
     keys = torch.arange(m, device=q.device)
     position = (tokens + (m - n))[:, None]
-    hidden = keys > position  # [n, kv_len]
-    if w.window >= 0:
-        hidden |= keys < position - w.window
+    hidden = ~w.sees(position, keys)  # [n, kv_len]
     variant = variants.effect(batch, request)
     q, turn_keys = q.double(), None
     if variant is not None:

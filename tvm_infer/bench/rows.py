@@ -26,6 +26,8 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "kv_lens": format_lengths(workload.kv_lens),
         "variant": workload.variant or None,
         "window": workload.window if workload.window >= 0 else None,
+        "num_sink": workload.num_sink or None,
+        "chunk": workload.chunk or None,
     }
 
 

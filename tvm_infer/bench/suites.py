@@ -99,9 +99,9 @@ H200 = (
 )
 
 
-def _variant(workload: Workload, name: str = "", window: int = -1) -> Workload:
-    said = " ".join(part for part in (name, f"window {window}" if window >= 0 else "") if part)
-    return replace(workload, name=f"{workload.name} {said}".rstrip(), variant=name, window=window)
+def _variant(workload: Workload, name: str = "", window: int = -1, **band: int) -> Workload:
+    said = [workload.name, name, *map(str, band.values()), f"window {window}" if window >= 0 else ""]
+    return replace(workload, name=" ".join(filter(None, said)), variant=name, window=window, **band)  # type: ignore[arg-type]
 
 
 # what an attention variant costs: beside each kind of batch without one the same with it
@@ -112,6 +112,8 @@ VARIANTS = (
     *(_variant(w) for w in (*_DECODES, *_PREFILLS)),
     *(_variant(w, window=1024) for w in (*_DECODES, *_PREFILLS)),
     *(_variant(w, name) for name in ("soft cap", "ALiBi", "attention sink") for w in (*_DECODES, *_PREFILLS)),
+    *(_variant(w, "sinks", 1024, num_sink=4) for w in (*_DECODES, *_PREFILLS)),
+    *(_variant(w, "chunks", chunk=1024) for w in (*_DECODES, *_PREFILLS)),
     _variant(_DRAFTS),
     _variant(_DRAFTS, "tree mask"),
     _variant(_ROPE_DECODE),

@@ -30,7 +30,7 @@ class Effect:
         return scores
 
     def hidden(self, tokens: Any, keys: Any) -> Any:
-        """bool [n, kv_len]: what the variant's mask hides, besides the causal mask and the window."""
+        """bool [n, kv_len]: what the variant's mask hides, besides what Workload.sees says."""
         import torch
 
         return torch.zeros((len(tokens), len(keys)), dtype=torch.bool, device=keys.device)
@@ -127,6 +127,18 @@ def _bind_sink(workload: Workload, device: Any) -> Any:
     return attention_sink.bind(sink=4.0 * _slopes(workload, device))
 
 
+def _bind_sinks(workload: Workload, device: Any) -> Any:
+    from ..variant import sink_window
+
+    return sink_window.bind(sink=workload.num_sink, window=workload.window)
+
+
+def _bind_chunks(workload: Workload, device: Any) -> Any:
+    from ..variant import chunked_local
+
+    return chunked_local.bind(chunk=workload.chunk)
+
+
 def _bind_rope(workload: Workload, device: Any) -> Any:
     import torch
 
@@ -139,7 +151,7 @@ def _bind_rope(workload: Workload, device: Any) -> Any:
 
 @dataclass(frozen=True)
 class FlexMods:
-    """What FlexAttention is given. score : its score_mod. mask : (q_idx, kv_idx) -> bool, besides causal mask and window."""
+    """What FlexAttention is given. score : its score_mod. mask : (q_idx, kv_idx) -> bool, besides what Workload.sees says."""
 
     score: Any = None
     mask: Any = None
@@ -179,6 +191,9 @@ _ROWS = {
     "attention sink": _Row(_bind_sink, _Sink),
     "tree mask": _Row(_bind_tree, _Tree, _flex_tree),
     "fused RoPE": _Row(_bind_rope, _Rope),
+    # of these the workload says what they hide
+    "sinks": _Row(_bind_sinks, Effect, lambda batch: FlexMods()),
+    "chunks": _Row(_bind_chunks, Effect, lambda batch: FlexMods()),
 }
 NAMES = tuple(_ROWS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -12,7 +13,9 @@ class Workload:
     """One batch: query and key lengths of its requests, heads, head_dim, page_size, dtype. Causal.
 
     kv_layout : "HND" or "NHD", of the pages. ragged : keys without pages. plan_only : the planner is measured, not the attention.
-    variant : a name of variants.py, "" for plain attention. window : keys before its own that a query sees, -1 for all.
+    variant : a name of variants.py, "" for plain attention. window : keys before its own that a query sees, -1 for all. chunk :
+    positions a chunk, outside of which it sees none, 0 for no chunks. num_sink : first keys that it sees besides. (Those two have
+    their variants.)
     """
 
     name: str
@@ -28,6 +31,8 @@ class Workload:
     plan_only: bool = False
     variant: str = ""
     window: int = -1
+    num_sink: int = 0
+    chunk: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -47,20 +52,34 @@ class Workload:
 
     @property
     def visible_pairs(self) -> int:
-        """(query token, key) pairs under the causal mask and the window; other masks hide keys that count nevertheless."""
-        return sum(self._pairs(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
+        """(query token, key) pairs of the causal mask, window, sinks and chunks; other masks hide keys that count nevertheless."""
+        pairs = 0
+        for n, m in zip(self.qo_lens, self.kv_lens, strict=True):
+            if self.window < 0 and not self.chunk:
+                pairs += n * m - n * (n - 1) // 2
+            else:
+                pairs += sum(p + 1 - self._hidden_from(p) for p in range(m - n, m))
+        return pairs
+
+    def sees(self, position: Any, key: Any) -> Any:
+        """Whether the query at a position sees a key, by the causal mask, window, sinks and chunks; for tensors, broadcast."""
+        near = position >= key
+        if self.window >= 0:
+            near = near & (position - key <= self.window)
+        if self.chunk:
+            near = near & (position // self.chunk == key // self.chunk)
+        return near | ((key < self.num_sink) & (position >= key)) if self.num_sink else near
+
+    def _hidden_from(self, position: int) -> int:
+        """Keys before its own that a query does not see: those between the sinks and its window or chunk."""
+        begin = max(0, position - self.window) if self.window >= 0 else 0
+        if self.chunk:
+            begin = max(begin, position // self.chunk * self.chunk)
+        return begin - min(begin, self.num_sink)
 
     def _hidden_from_all(self, n: int, m: int) -> int:
-        """First keys of a request that are behind the window of every query."""
-        return max(0, m - n - self.window) if self.window >= 0 else 0
-
-    def _pairs(self, n: int, m: int) -> int:
-        causal = n * m - n * (n - 1) // 2
-        if self.window < 0:
-            return causal
-        # the query at position p is without its first p - window keys, m - n <= p < m
-        first, last = max(0, m - n - self.window), max(0, m - 1 - self.window)
-        return causal - (first + last) * (last - first + 1) // 2
+        """Keys of a request that no query sees."""
+        return self._hidden_from(m - n) if n else m
 
     @property
     def flops(self) -> int:

@@ -61,6 +61,7 @@ FAMILIES = (
         takes_variant=True,
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
+    Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
     Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
     Family(
         key="merge states",

@@ -30,6 +30,7 @@ class CacheArguments:
     """Arguments of a KV cache's creation, named as in `tvm.relax.frontend.nn.llm.kv_cache`.
 
     attn_kind : of every layer: "mha", "mla" or "mha_sliding". The five sizes may be symbolic: they come when the cache is made.
+    layer_sliding_window_size : keys that a token sees in "mha_sliding" layers, its own included.
     rope_ext_factors : the tensor of "longrope", None without. rope_scaling : {} without scaling.
     """
 
@@ -55,23 +56,41 @@ class CacheArguments:
     enable_disaggregation: bool = False
     mla_original_qk_head_dim: int = 0
     mla_original_v_head_dim: int = 0
+    layer_sliding_window_size: Any = 1024
 
-    def unsupported(self) -> list[Unsupported]:
-        """Every argument that our cache does not serve; empty if it serves all."""
-        return [*self._unsupported_kinds(), *self._unsupported_sizes(), *self._unsupported_rope()]
+    def unsupported(self, *, has_windows: bool = False) -> list[Unsupported]:
+        """Every argument that our cache does not serve; empty if it serves all.
 
-    def _unsupported_kinds(self) -> Iterator[Unsupported]:
-        for kind in sorted(set(self.attn_kind) - {"mha"}):
-            layers = [i for i, k in enumerate(self.attn_kind) if k == kind]
-            what = "multi-head latent attention" if kind == "mla" else "sliding-window attention"
-            fix = "keep TVM's cache for this model"
-            yield Unsupported(
-                "attn_kind", repr(kind), f"layers {_span(layers)} use {what}, which has no kernel here", fix
-            )
+        has_windows : it is the one behind TVM's builtins, whose layers and sequences may have windows.
+        """
+        windows = [] if has_windows else [*self._unsupported_windows()]
+        rope = [*self._unsupported_rope(), *(self._unsupported_sliding_rope() if has_windows else ())]
+        return [*self._unsupported_kinds(), *windows, *self._unsupported_sizes(), *rope]
+
+    def _unsupported_windows(self) -> Iterator[Unsupported]:
+        layers = [i for i, kind in enumerate(self.attn_kind) if kind == "mha_sliding"]
+        fix = "keep TVM's cache for this model"
+        if layers:
+            why = f"layers {_span(layers)} use sliding-window attention, which models cannot ask of this cache yet"
+            yield Unsupported("attn_kind", "'mha_sliding'", why, fix)
         window = static_int(self.support_sliding_window)
         if window not in (0, None):
             why = "sequences with a sliding window are not supported"
             yield Unsupported("support_sliding_window", str(window), why, "pass 0")
+
+    def _unsupported_sliding_rope(self) -> Iterator[Unsupported]:
+        if static_int(self.support_sliding_window) not in (0, None) and self.rope_mode == ROPE_NORMAL:
+            why = "TVM's cache rotates inline then, by positions within the window, and ours has no inline rotation yet"
+            yield Unsupported("support_sliding_window", "1", why, "pass 0, or rotate in the model (RopeMode.NONE)")
+
+    def _unsupported_kinds(self) -> Iterator[Unsupported]:
+        for kind in sorted(set(self.attn_kind) - {"mha", "mha_sliding"}):
+            layers = [i for i, k in enumerate(self.attn_kind) if k == kind]
+            what = "multi-head latent attention" if kind == "mla" else "another attention"
+            fix = "keep TVM's cache for this model"
+            yield Unsupported(
+                "attn_kind", repr(kind), f"layers {_span(layers)} use {what}, which has no kernel here", fix
+            )
         if self.enable_disaggregation:
             why = "pages are not sent to other machines"
             yield Unsupported("enable_disaggregation", "True", why, "pass False")

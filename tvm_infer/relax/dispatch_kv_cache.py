@@ -182,7 +182,7 @@ class DispatchKVCacheCreation:
         except _Refused as refused:
             self.report.refused.append(Reason(location, *refused.args))
             return None
-        problems = arguments.unsupported()
+        problems = arguments.unsupported(has_windows=True)
         if problems:
             self.report.refused += [Reason(location, f"{p.name} = {p.value}", p.why, p.fix) for p in problems]
             return None
@@ -239,7 +239,7 @@ class DispatchKVCacheCreation:
             rotary_dim=head_dim if self.rotary_dim is None else self.rotary_dim,
             rope_scaling=self.rope_scaling,
         )
-        if arguments.rope_mode != ROPE_NONE and not arguments.unsupported():
+        if arguments.rope_mode != ROPE_NONE and not arguments.unsupported(has_windows=True):
             self._check_rotary_kernel(mod, given[_SPLIT_ROTARY], arguments)
         return arguments
 
@@ -304,9 +304,9 @@ def _generic(given: list[Any]) -> CacheArguments:
 
 
 def _sizes(shape: Any) -> dict[str, Any]:
-    """The five sizes with which both calls begin; TVM's goes on with a window that only sliding layers have."""
+    """The five sizes with which both calls begin; TVM's goes on with the window of sliding layers, which MLC's may leave out."""
     names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
-    return dict(zip(names, shape.values, strict=False))
+    return dict(zip((*names, "layer_sliding_window_size"), shape.values, strict=False))
 
 
 def _globals_of(value: Any) -> set[Any]:

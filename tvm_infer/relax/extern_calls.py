@@ -114,6 +114,9 @@ def kv_cache_query_positions(kv: Any, num_tokens: Any) -> Any:
     return relax.call_pure_packed(KV_CACHE_QUERY_POSITIONS, kv, ty_args=relax.TensorType([num_tokens], "int64"))
 
 
+_ATTN_KINDS = {"mha": 0, "mha_sliding": 3}  # TVM's AttnKind, of what CacheArguments lets through
+
+
 def mlc_kv_cache_create(arguments: CacheArguments, like: Any) -> Any:
     """A cache for models written against TVM's builtins. like : any tensor of the cache's data type, on its device.
 
@@ -124,6 +127,9 @@ def mlc_kv_cache_create(arguments: CacheArguments, like: Any) -> Any:
 
     a, value = arguments, relax.prim_value
     sizes = [a.max_batch_size, a.max_total_seq_len, a.prefill_chunk_size, a.page_size, a.support_sliding_window]
+    if "mha_sliding" in a.attn_kind:
+        sizes.append(a.layer_sliding_window_size)
+    kinds = [_ATTN_KINDS[kind] for kind in a.attn_kind]
     return relax.call_pure_packed(
         MLC_KV_CACHE_CREATE,
         relax.ShapeExpr(sizes),
@@ -133,7 +139,7 @@ def mlc_kv_cache_create(arguments: CacheArguments, like: Any) -> Any:
         value(a.num_key_value_heads),
         value(a.qk_head_dim),
         value(a.v_head_dim),
-        relax.ShapeExpr([0] * a.num_hidden_layers),  # "mha", all that CacheArguments lets through
+        relax.ShapeExpr(kinds),
         value(a.mla_original_qk_head_dim),
         value(a.mla_original_v_head_dim),
         value(a.rope_mode),

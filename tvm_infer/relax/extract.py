@@ -29,7 +29,7 @@ from tvm_infer.variant.variant import Variant
 
 from .cases import Cases, masked_limit
 from .conditions import both, conjuncts, either, negation
-from .nodes import same, static_int
+from .nodes import same
 from .printer import format_expr
 from .prove import MaskProof, OpaqueError, Refusal, Region, Resolver, UndecidedError, assumed_masks, assumed_number
 from .scalars import free_vars, literal, walk
@@ -106,7 +106,7 @@ class _Extraction:
         if not _is_score_alone(logits, given.score):
             holes["logits"] = self._write_logits(writer, logits, scale)
         q_pos, kv_pos = writer.name("q_pos"), writer.name("kv_pos")
-        rest = [writer.condition(part) for part in conjuncts(both(self._chunk_bands(mask), mask))]
+        rest = [writer.condition(part) for part in conjuncts(mask)]
         holes["mask"] = _all([kv_pos <= q_pos, *rest])
         if sink is not None:
             holes["output"] = self._write_sink(writer, sink)
@@ -154,21 +154,6 @@ class _Extraction:
             return error.condition, None
         except OpaqueError as error:
             return error.term, None
-
-    def _chunk_bands(self, mask: Any) -> Any:
-        """i - j < c for each i // c == j // c: that follows, and the planner skips what is outside of a band."""
-        bands: Any = True
-        for part in conjuncts(mask):
-            sides = (part.a, part.b) if isinstance(part, tirx.EQ) else ()
-            if (
-                len(sides) == 2
-                and all(isinstance(x, tirx.FloorDiv) for x in sides)
-                and same_number(sides[0].b, sides[1].b)
-            ):
-                low, high = (x.a for x in sides)
-                if {True} == {any(same(x, y) for x in (low, high)) for y in (self._given.i, self._given.j)}:
-                    bands = both(bands, tirx.LT(self._given.i - self._given.j, sides[0].b))
-        return bands
 
     def _masked_assumptions(self) -> list[str]:
         finite = [x for x in self._cases.masked_numbers(self._given.value) if not math.isinf(x)]
@@ -340,11 +325,6 @@ class _Extraction:
         parameters = {name: p for name, p in writer.tables.parameters.items() if name in used}
         variant = Variant._of(_NAME, codes, parameters, Settings())
         return LayerVariant(variant, tuple((name, writer.tables.values[name]) for name in parameters))
-
-
-def same_number(a: Any, b: Any) -> bool:
-    """Whether two integer literals are one number."""
-    return static_int(a) is not None and static_int(a) == static_int(b)
 
 
 def _is_score_alone(logits: Sequence[Term], score: Any) -> bool:

@@ -123,6 +123,12 @@ class Engine:
         shared = prompt_length // page_size
         return shared + n * (-(-longest // page_size) - shared)
 
+    def _pages_of(self, prompt_length: int, max_new_tokens: int, n: int) -> int:
+        """The same for this cache, whose windows may keep fewer of them."""
+        all_pages = self.pages_needed(prompt_length, max_new_tokens, n, self.cache.page_size)
+        longest = prompt_length + max(max_new_tokens - 1, 0)
+        return min(all_pages, n * self.cache.peak_pages(longest, self._max_step_tokens))
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -147,7 +153,7 @@ class Engine:
         sampler = sampler or Sampler()
         samples = [Generation(request, i, [int(t) for t in tokens]) for i in range(n)]
         streams = [sampler.stream(request, i) for i in range(n)]
-        pages = self.pages_needed(len(tokens), max_new_tokens, n, self.cache.page_size)
+        pages = self._pages_of(len(tokens), max_new_tokens, n)
         stops = frozenset(int(t) for t in stop_tokens)
         self._waiting.append(_Request(tokens, samples, max_new_tokens, sampler, stops, on_token, pages, streams))
         return samples
@@ -174,7 +180,7 @@ class Engine:
                 f"a prompt of {tokens.size} tokens and {max_new_tokens} new ones are {longest}; the model's context is "
                 f"{max_position}: shorten one of them"
             )
-        pages = self.pages_needed(tokens.size, max_new_tokens, n, cache.page_size)
+        pages = self._pages_of(tokens.size, max_new_tokens, n)
         if pages > cache.num_pages:
             raise OutOfPagesError(
                 f"a prompt of {tokens.size} tokens and {n} x {max_new_tokens} new ones need {pages} pages of {cache.page_size} tokens "

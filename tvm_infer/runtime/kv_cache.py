@@ -14,7 +14,7 @@ import tvm_ffi
 from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, DTypeError
 from ..rope import RopeConfig
-from ..schedule import Plan
+from ..schedule import Band, Plan
 from ..spec import AttentionSpec
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -109,6 +109,9 @@ class PagedKVCache:
     >>> with cache.forward([7, 8], [1, 5]) as step:              # 1 token for sequence 7, 5 for sequence 8
     ...     for layer in range(cache.num_layers):
     ...         o = step.attention(layer, q[layer], k[layer], v[layer])      # [6, num_qo_heads, head_dim]
+
+    Where every layer has a window (:meth:`set_variant`), a sequence needs the pages of its window only: a step gives those back that
+    none of its tokens can see any more. Sequences may then be much longer than the pool.
 
     The object can be passed to packed functions and to a Relax VM as it is. An operation that raises has changed nothing. Not
     thread-safe: one thread works on a cache at a time.
@@ -232,16 +235,17 @@ class PagedKVCache:
     def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
         """Start `child` as the first `position` tokens of `parent` (-1: all), sharing its pages. Copies nothing.
 
-        UnknownSequenceError : no such parent, or the child exists. ArgumentError : `position` is past the parent's end.
+        UnknownSequenceError : no such parent, or the child exists. ArgumentError : `position` is past the parent's end, or so far back
+        that the child's next token would see positions that left the window.
         """
         self._call("fork", _integer(parent, "parent"), _integer(child, "child"), _integer(position, "position"))
 
     def pop(self, seq_id: int, num_tokens: int) -> None:
-        """Drop the last `num_tokens` tokens. ArgumentError if there are fewer."""
+        """Drop the last `num_tokens` tokens. ArgumentError if there are fewer, or the next would see what left the window."""
         self._call("pop", _integer(seq_id, "seq_id"), _integer(num_tokens, "num_tokens"))
 
     def truncate(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` tokens. ArgumentError if there are fewer."""
+        """Keep the first `length` tokens. ArgumentError if there are fewer, or the next would see what left the window."""
         self._call("truncate", _integer(seq_id, "seq_id"), _integer(length, "length"))
 
     def clear(self) -> None:
@@ -317,7 +321,10 @@ class PagedKVCache:
         self._call("end_forward")
 
     def cancel_forward(self) -> None:
-        """End the step and take its tokens back: the cache is as it was before. CacheStateError outside of a step."""
+        """End the step and take its tokens back. CacheStateError outside of a step.
+
+        The cache is as it was before, but for pages that no token can see any more, which stay in the pool.
+        """
         self._call("cancel_forward")
 
     @contextlib.contextmanager
@@ -408,23 +415,26 @@ class PagedKVCache:
 
         variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters; None for plain attention. ``per_request`` tables
             have an entry for each of the `max_batch` sequences of a step, in the order of its ids; what tables hold may change between
-            steps. Layers of up to 4 different windows are planned apart, in the one copy of begin_forward.
+            steps. Layers of up to 4 different bands (windows, sinks, chunks) are planned apart, in the one copy of begin_forward.
         layers : which; None: all.
+
+        Where every layer has a window then, sequences give back their pages behind the widest.
 
         Raises
         ------
         VariantError : not bound, or tables of other lengths. ArgumentError : tables on another device, a layer that is none, more
-        than 4 windows. CacheStateError : in a step; on a cache that ran steps for an executable, whose graphs know its kernels.
+        than 4 bands, a wider window than a sequence has kept keys for. CacheStateError : in a step; on a cache that ran steps for an
+        executable, whose graphs know its kernels.
         MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
-        call, causal, window_left = None, -1, -1
+        call, causal, band = None, -1, Band()
         if variant is not None:
             prepared = variant_call.prepare(variant)
-            causal, window_left = int(prepared.causal), prepared.window_left
+            causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
                 call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
-        self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, window_left)
+        self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -487,8 +497,23 @@ class PagedKVCache:
         """Bytes of the pages in use, keys and values of all layers."""
         return int(self._call("bytes"))
 
+    @property
+    def window_left(self) -> int | None:
+        """Keys before its own that a token sees at most, in any layer, sinks apart; None for all. Pages behind go back to the pool."""
+        left = int(self._call("window_left"))
+        return None if left < 0 else left
+
+    def peak_pages(self, length: int, max_append: int | None = None) -> int:
+        """Pages that a sequence has at most on its way to `length` tokens, if it shares none.
+
+        max_append : tokens that it gets in a step, at most; None: max_tokens. ArgumentError : a negative length, max_append below 1.
+        """
+        most = self.max_tokens if max_append is None else _integer(max_append, "max_append")
+        return int(self._call("peak_pages", _integer(length, "length"), most))
+
     def bytes_after(self, ids: Iterable[int], append_lengths: Iterable[int]) -> int:
-        """Exact `bytes` after these sequences grew so far, copies of shared pages counted. Changes nothing.
+        """Exact `bytes` in a step in which these sequences grow so far: copies of shared pages counted, those that leave windows not.
+        Changes nothing.
 
         It may exceed ``num_pages * bytes_per_page``: then a step of these lengths would raise OutOfPagesError.
         """
@@ -510,7 +535,7 @@ class PagedKVCache:
         return int(self._call("seq_len", _integer(seq_id, "seq_id")))
 
     def page_table(self, seq_id: int) -> tuple[int, ...]:
-        """Pages of a sequence, in the order of its tokens."""
+        """Pages of a sequence, in the order of its tokens; -1 for those that left the window and were given back."""
         return tuple(int(p) for p in self._call("page_table", _integer(seq_id, "seq_id")))
 
     def pages(self, layer: int) -> Any:
@@ -528,13 +553,28 @@ class PagedKVCache:
 
         return np.from_dlpack(_ffi.func("view_as")(tensor, "uint16")).view(ml_dtypes.bfloat16)
 
-    def gather(self, seq_id: int, layer: int) -> tuple[Any, Any]:
-        """Keys and values of a sequence at a layer, copied: two arrays [seq_len, num_kv_heads, head_dim] as :meth:`pages` has them."""
-        length = self.seq_len(seq_id)
-        pages = self.pages(layer)[list(self.page_table(seq_id))]  # [pages, 2, heads, page_size, head_dim], a copy
+    def gather(self, seq_id: int, layer: int, start: int = 0) -> tuple[Any, Any]:
+        """Keys and values of a sequence at a layer, from position `start` on, copied.
+
+        Two arrays [seq_len - start, num_kv_heads, head_dim], of the kind that :meth:`pages` gives.
+
+        ArgumentError : there is no such position, or some from there on left the window.
+        """
+        length, begin = self.seq_len(seq_id), _integer(start, "start")
+        if not 0 <= begin <= length:
+            raise ArgumentError(f"argument `start` is {begin}; sequence {seq_id} has positions 0 to {length - 1}")
+        first = begin // self.page_size
+        table = self.page_table(seq_id)[first:]
+        if -1 in table:
+            kept = (first + len(table) - table[::-1].index(-1)) * self.page_size
+            raise ArgumentError(
+                f"argument `start` is {begin}, but sequence {seq_id} gave back positions that left the window: take {kept} or more"
+            )
+        pages = self.pages(layer)[list(table)]  # [pages, 2, heads, page_size, head_dim], a copy
         order = (1, 0, 3, 2, 4)
         keys_first = pages.transpose(order) if self.device == "cpu" else pages.permute(order)
-        rows = keys_first.reshape(2, -1, self.num_kv_heads, self.head_dim)[:, :length]
+        skip = first * self.page_size
+        rows = keys_first.reshape(2, -1, self.num_kv_heads, self.head_dim)[:, begin - skip : length - skip]
         return rows[0], rows[1]
 
     # Ownership

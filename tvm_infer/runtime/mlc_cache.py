@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import _ffi
@@ -13,7 +13,7 @@ from .mlc_library import load
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _ROPE_MODES = {"none": 0, "normal": 1, "inline": 2}
-_MHA = 0  # TVM's AttnKind
+_ATTN_KINDS = {"mha": 0, "mha_sliding": 3}  # TVM's AttnKind
 
 
 class MLCPagedKVCache:
@@ -44,6 +44,9 @@ class MLCPagedKVCache:
     rope_scaling : MLC's dict with a "rope_type" ("llama3", "yarn", "longrope", "gptj", …), or None.
     rope_ext_factors : of "longrope", float32 [rotary_dim], the long factors before the short ones; None for ones.
     rotary_dim : elements of a head that turn; None: all.
+    attn_kinds : "mha" or "mha_sliding" for each layer; None: all "mha".
+    layer_sliding_window_size : keys that a token sees in "mha_sliding" layers, its own included.
+    support_sliding_window : whether sequences may be given windows by `enable_sliding_window_for_seq`, which needs rope_mode "none".
 
     Raises
     ------
@@ -70,12 +73,20 @@ class MLCPagedKVCache:
         rope_scaling: Mapping[str, Any] | None = None,
         rope_ext_factors: Any = None,
         rotary_dim: int | None = None,
+        attn_kinds: Sequence[str] | None = None,
+        layer_sliding_window_size: int = 1024,
+        support_sliding_window: bool = False,
     ) -> None:
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
             raise DTypeError(f"argument `dtype` is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
         if rope_mode not in _ROPE_MODES:
             raise ArgumentError(f"argument `rope_mode` is {rope_mode!r}; it must be one of {', '.join(_ROPE_MODES)}")
+        kinds = ["mha"] if attn_kinds is None else list(attn_kinds)
+        if not set(kinds) <= _ATTN_KINDS.keys():
+            raise ArgumentError(
+                f"argument `attn_kinds` is {attn_kinds!r}; each must be one of {', '.join(_ATTN_KINDS)}"
+            )
         load()
         import tvm
         import tvm_ffi
@@ -87,16 +98,18 @@ class MLCPagedKVCache:
             "prefill_chunk_size": prefill_chunk_size,
             "page_size": page_size,
         }
-        no_sliding_window, no_mla, no_disaggregation = 0, 0, False
+        sizes = [_integer(value, key) for key, value in limits.items()]
+        windows = [int(bool(support_sliding_window)), _integer(layer_sliding_window_size, "layer_sliding_window_size")]
+        no_mla, no_disaggregation = 0, False
         self._handle = _ffi.func("mlc_kv_cache_create")(
-            tvm_ffi.Shape((*(_integer(value, key) for key, value in limits.items()), no_sliding_window)),
+            tvm_ffi.Shape((*sizes, *windows)),
             tvm_ffi.Shape((0, layers)),
             layers,
             _integer(num_qo_heads, "num_qo_heads"),
             _integer(num_kv_heads, "num_kv_heads"),
             width,
             width,
-            tvm_ffi.Shape((_MHA,)),
+            tvm_ffi.Shape(tuple(_ATTN_KINDS[kind] for kind in kinds)),
             no_mla,
             no_mla,
             _ROPE_MODES[rope_mode],

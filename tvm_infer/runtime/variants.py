@@ -14,9 +14,10 @@ from .kv_cache import PagedKVCache
 from .manifest import Manifest
 
 if TYPE_CHECKING:
+    from ..band import Band
     from ..variant.layer import LayerVariant
 
-MAX_WINDOWS = 4  # kMaxPlans of cuda_src/tvm_infer/ffi
+MAX_BANDS = 4  # kMaxPlans of cuda_src/tvm_infer/ffi
 # cache -> what its layers' variants were set from; a cache that is not here has those that its owner set, if any
 _given: weakref.WeakKeyDictionary[PagedKVCache, str] = weakref.WeakKeyDictionary()
 
@@ -38,11 +39,11 @@ def give(manifest: Manifest, cache: PagedKVCache, weight: Callable[[str], Any]) 
     if cache in _given:
         cache.set_variant(None)  # those of another model
     _given.pop(cache, None)
-    by_window: dict[int, list[LayerVariant]] = {}
+    by_band: dict[Band, list[LayerVariant]] = {}
     for variant in manifest.variants:
-        by_window.setdefault(variant.window_left, []).append(variant)
-    for variants in by_window.values():
-        # all layers of a window at once, then each its own: on the way there are no more windows than at the end
+        by_band.setdefault(variant.band, []).append(variant)
+    for variants in by_band.values():
+        # all layers of a band at once, then each its own: on the way there are no more bands than at the end
         layers = [layer for variant in variants for layer in manifest.variants[variant]]
         for variant in variants:
             cache.set_variant(_bound(variant, cache, weight, layers), layers=layers)

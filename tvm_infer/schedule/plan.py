@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..band import Band
 from ..errors import ArgumentError, MissingDependencyError, PlanMismatchError
 
 PLAN_MAGIC = 0x4E4C5054
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 FINAL_ROWS = -1
 NUM_TICKETS = 3  # before those of the merges: PlanTicket
 
@@ -30,12 +31,15 @@ HEADER = np.dtype(
         ("tile_classes_offset", "<i4"),
         ("tickets_offset", "<i4"),
         ("paced_ctas", "<i4"),
-        ("reserved", "<i4", 3),
+        ("window_left", "<i4"),
+        ("num_sink", "<i4"),
+        ("chunk", "<i4"),
     ]
 )
 _HEADER_FIELDS: Any = HEADER.fields
-# The word of band_left; band_right follows. Calls with a variant read both: 0.2 us this way, 2 us through the header.
-_BAND = _HEADER_FIELDS["band_left"][1] // 4
+# Words of the band: its right side; window_left, which num_sink and chunk follow. Calls read all: a fifth of what it takes through
+# the header.
+_RIGHT, _LEFT = _HEADER_FIELDS["band_right"][1] // 4, _HEADER_FIELDS["window_left"][1] // 4
 _WORK_FIELDS = (
     "row_begin num_rows kv_head_begin num_kv_heads kv_list kv_begin kv_end kv_pos_base qo_pos_base tile_class out merge"
 ).split()
@@ -65,7 +69,7 @@ class Plan:
     buffer : int32 array, the whole buffer as the cpu executor takes it.
     device_buffer : the copy that cuda kernels read, or None: the plan is for the cpu.
     num_ctas, num_requests, num_tokens, num_kv_heads, group_size, num_works, num_merges, num_partial_rows, bytes_used : int
-    band : (left, right) keys that a query sees before and after its own position; -1 is all.
+    band : Band, the keys that a query sees by position. header["band_left"] and ["band_right"] are the part that executors test.
     works : structured array, fields of plan.h's Work. CTA c executes ``works[work_indptr[c]:work_indptr[c + 1]]``.
     merges : structured array; merge m joins partials ``merge_slots[merge_indptr[m]:merge_indptr[m + 1]]``.
     tile_classes : structured array, the tile table with its costs in picoseconds.
@@ -147,7 +151,17 @@ class Plan:
 
     makespan_us = property(lambda self: int(self.header["makespan"]) / 1e6)
     total_cost_us = property(lambda self: int(self.header["total_cost"]) / 1e6)
-    band = property(lambda self: (int(self.buffer[_BAND]), int(self.buffer[_BAND + 1])))
+
+    @property
+    def band(self) -> Band:
+        """Keys that a query sees, by position; the plan leaves out what no row of a tile sees."""
+        left, num_sink, chunk = self.buffer[_LEFT : _LEFT + 3].tolist()
+        return Band(left, int(self.buffer[_RIGHT]), num_sink, chunk)
+
+    @property
+    def needs_variant(self) -> bool:
+        """Whether it runs only with a variant, whose mask tests its sinks or chunks row by row."""
+        return bool(self.buffer[_LEFT + 1] or self.buffer[_LEFT + 2])
 
     @property
     def works(self) -> np.ndarray:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..band import Band
 from . import plan as fmt
 
+_CAUSAL = Band(window_right=0)
 _RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
 _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
@@ -49,9 +51,13 @@ class Item(NamedTuple):
     position: int  # of the first row's token
     overhead: int  # cost before the first key
     tile: int  # items of one tile have the same number
+    sink: int = 0  # keys [0, sink) are the item's too, in a work apart
+
+    def sink_cost(self, tile_class: TileClass) -> int:
+        return tile_class.cost(self.overhead, self.sink) if self.sink else 0
 
     def cost(self, tile_class: TileClass) -> int:
-        return tile_class.cost(self.overhead, self.kv_end - self.kv_begin)
+        return tile_class.cost(self.overhead, self.kv_end - self.kv_begin) + self.sink_cost(tile_class)
 
 
 class Placed(NamedTuple):
@@ -77,9 +83,28 @@ class Layout:
     partial_rows: int = 0
 
 
-def make_items(
-    qo_indptr: Any, kv_len: Any, group: int, band: tuple[int, int], fixed: int, classes: list[TileClass]
-) -> list[Item]:
+def keys_seen(band: Band, first: int, last: int, kv: int) -> list[tuple[int, int]]:
+    """Ranges of keys that some of the rows at positions first … last see: (0, 0) if none, else sinks first where they lie apart."""
+    begin = 0 if band.window_left < 0 else max(0, first - band.window_left)
+    end = kv if band.window_right < 0 else min(kv, last + band.window_right + 1)
+    sink = min(band.num_sink, end)
+    if band.chunk > 0:
+        begin = max(begin, first // band.chunk * band.chunk)
+        end = min(end, (last // band.chunk + 1) * band.chunk)
+    if begin >= end:  # sees nothing: one work that writes O = 0, LSE = -inf
+        return [(0, 0)]
+    if sink >= begin:
+        return [(0, max(sink, end))]
+    return [(0, sink), (begin, end)] if sink > 0 else [(begin, end)]
+
+
+def cut_at(fixed: int, begin: int, end: int) -> list[tuple[int, int]]:
+    """A range of keys, cut at the multiples of a fixed split size."""
+    cuts = [k for k in range(0, end, fixed) if begin < k]
+    return list(zip([begin, *cuts], [*cuts, end], strict=True))
+
+
+def make_items(qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, classes: list[TileClass]) -> list[Item]:
     """Row tiles of every request, in order; with a fixed split size, their pieces."""
     items: list[Item] = []
     tile = 0
@@ -90,14 +115,14 @@ def make_items(
         for row in range(0, num_rows, classes[c].rows):
             rows = min(classes[c].rows, num_rows - row)
             first, last = kv - qo_len + row // group, kv - qo_len + (row + rows - 1) // group
-            begin = 0 if band[0] < 0 else max(0, first - band[0])
-            end = kv if band[1] < 0 else min(kv, last + band[1] + 1)
-            if begin >= end:  # sees nothing: one work that writes O = 0, LSE = -inf
-                begin = end = 0
-            cuts = [k for k in range(0, end, fixed) if begin < k] if fixed > 0 else []
             overhead = classes[c].fixed + classes[c].row * rows
-            for b, e in zip([begin, *cuts], [*cuts, end], strict=True):
-                items.append(Item(r, c, qo_indptr[r] * group + row, rows, b, e, first, overhead, tile))
+            ranges = keys_seen(band, first, last, kv)
+            if fixed > 0:
+                parts = [(b, e, 0) for keys in ranges for b, e in cut_at(fixed, *keys)]
+            else:
+                parts = [(*ranges[-1], ranges[0][1] if len(ranges) == 2 else 0)]
+            for b, e, sink in parts:
+                items.append(Item(r, c, qo_indptr[r] * group + row, rows, b, e, first, overhead, tile, sink))
             tile += 1
     return items
 
@@ -119,13 +144,27 @@ def lay(
     shift = max(0, max_load.bit_length() - 63 + (num_ctas - 1).bit_length())
     heap = [(0, cta) for cta in range(num_ctas)]  # the least loaded CTA is the only one that ever changes
 
-    def put(i: int, head: int, n: int, begin: int, end: int, cost: int, *, out_row: int = -1, merge: int = -1) -> None:
+    def put(i: int, head: int, n: int, parts: list[tuple[int, int, int, int]], cost: int) -> None:
+        """Works of a run of heads, (kv_begin, kv_end, out, merge) each, onto the least loaded CTA."""
         cta = heap[0][1]
-        out.placed.append(Placed(i, cta, head, n, begin, end, out_row, merge))
+        out.placed += [Placed(i, cta, head, n, *part) for part in parts]
         out.load[cta] += n * cost
+        _, end, out_row, _ = parts[-1]
         is_cut_short = may_cut and out_row >= 0 and end < items[i].kv_end
         filled[cta] = target if is_cut_short else filled[cta] + n * cost
         heapq.heapreplace(heap, (filled[cta] >> shift, cta))
+
+    def partials(i: int, n: int, ranges: list[tuple[int, int]], slots: list[int]) -> list[tuple[int, int, int, int]]:
+        """Parts of the next merge, in ascending order of keys."""
+        parts = []
+        for keys in ranges:
+            slots.append(out.partial_rows)
+            parts.append((*keys, out.partial_rows, len(out.merges)))
+            out.partial_rows += n * items[i].num_rows
+        return parts
+
+    def end_merge(i: int, head: int, n: int, slots: list[int]) -> None:
+        out.merges.append((items[i].row_begin, items[i].num_rows, head, n, slots))
 
     # Tiles cut at a fixed size: all pieces have the same runs of heads, and their partial rows and merges are known beforehand.
     pieces: dict[int, list[int]] = {}
@@ -139,17 +178,19 @@ def lay(
         runs[tile] = (run, len(out.merges), out.partial_rows)
         row, rows = items[members[0]].row_begin, items[members[0]].num_rows
         for head in range(0, heads, run):
-            slots = [out.partial_rows + (i * heads + head) * rows for i in range(len(members))]
-            out.merges.append((row, rows, head, min(run, heads - head), slots))
+            rows_of = [out.partial_rows + (i * heads + head) * rows for i in range(len(members))]
+            out.merges.append((row, rows, head, min(run, heads - head), rows_of))
         out.partial_rows += len(members) * heads * rows
 
     def cut_head(i: int, head: int) -> bool:
         item = items[i]
         tile_class = classes[item.tile_class]
         granule, granule_cost = tile_class.kv_granule, tile_class.kv * tile_class.kv_granule
-        begin, slots, is_last = item.kv_begin, [], False
+        sink_cost, sinks = item.sink_cost(tile_class), [(0, item.sink)] if item.sink else []
+        begin, is_last = item.kv_begin, False
+        slots: list[int] = []
         while not is_last:
-            room = target - filled[heap[0][1]]
+            room = target - filled[heap[0][1]] - sink_cost
             end = item.kv_end
             is_last = tile_class.cost(item.overhead, end - begin) <= room
             if not is_last:  # as many granules as fit, leaving at least one for the next piece
@@ -157,12 +198,10 @@ def lay(
                 end = min(begin + fit, end - granule) // granule * granule
                 if end < begin + granule:
                     return False
-            cost = tile_class.cost(item.overhead, end - begin)
-            put(i, head, 1, begin, end, cost, out_row=out.partial_rows, merge=len(out.merges))
-            slots.append(out.partial_rows)
-            out.partial_rows += item.num_rows
-            begin = end
-        out.merges.append((item.row_begin, item.num_rows, head, 1, slots))
+            cost = tile_class.cost(item.overhead, end - begin) + sink_cost
+            put(i, head, 1, partials(i, 1, [*sinks, (begin, end)], slots), cost)
+            begin, sink_cost, sinks = end, 0, []  # sinks go with the first piece
+        end_merge(i, head, 1, slots)
         return True
 
     for i in order:
@@ -173,7 +212,7 @@ def lay(
             for h in range(0, heads, run):
                 row = first_row + (piece * heads + h) * item.num_rows
                 n = min(run, heads - h)
-                put(i, h, n, item.kv_begin, item.kv_end, cost, out_row=row, merge=first_merge + h // run)
+                put(i, h, n, [(item.kv_begin, item.kv_end, row, first_merge + h // run)], cost)
             continue
         while head < heads:
             room = target - filled[heap[0][1]]
@@ -186,7 +225,12 @@ def lay(
                     continue
                 # heads that fit, and one on top where none does or where hardly any room is left
                 n = room // cost + (room <= target >> _RUN_CUTS_PER_CTA) if cost <= room else 1
-            put(i, head, n, item.kv_begin, item.kv_end, cost)
+            if item.sink:
+                of_run: list[int] = []
+                put(i, head, n, partials(i, n, [(0, item.sink), (item.kv_begin, item.kv_end)], of_run), cost)
+                end_merge(i, head, n, of_run)
+            else:
+                put(i, head, n, [(item.kv_begin, item.kv_end, -1, -1)], cost)
             head += n
     return out
 
@@ -201,30 +245,39 @@ def regular_target(
         pieces = 0
         for item in items:
             t = classes[item.tile_class]
-            fit = (target - item.overhead) // (t.kv * t.kv_granule) * t.kv_granule
             if item.cost(t) <= target:
                 pieces += 1
-            elif fit < 1:
+                continue
+            room, granule_cost = target - item.overhead, t.kv * t.kv_granule
+            fit = room // granule_cost * t.kv_granule
+            first_fit = (room - item.sink_cost(t)) // granule_cost * t.kv_granule  # beside the sinks
+            if first_fit < 1:
                 return False
-            else:
-                pieces += -(-(item.kv_end - item.kv_begin) // fit)
+            pieces += 1 - (-(item.kv_end - item.kv_begin - first_fit) // fit)
         return pieces * heads <= num_ctas
 
-    low, high = max(1, -((longest.overhead - mean) // step)), (limit - longest.overhead) // step + 1
+    overhead = longest.overhead + longest.sink_cost(classes[longest.tile_class])
+    low, high = max(1, -((overhead - mean) // step)), (limit - overhead) // step + 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(longest.overhead + middle * step) else (middle + 1, high)
-    return min(limit, longest.overhead + low * step)
+        low, high = (low, middle) if is_enough(overhead + middle * step) else (middle + 1, high)
+    return min(limit, overhead + low * step)
 
 
 def choose(
-    items: list[Item], order: list[int], classes: list[TileClass], heads: int, num_ctas: int, fixed: int, window: bool
+    items: list[Item],
+    order: list[int],
+    classes: list[TileClass],
+    heads: int,
+    num_ctas: int,
+    fixed: int,
+    has_begin: bool,
 ) -> Layout:
     """The layout without cuts, unless one with cuts is shorter by more than a merge costs."""
     costs = [item.cost(classes[item.tile_class]) for item in items]
     mean = max(1, -(-sum(costs) * heads // num_ctas))
     used = [classes[c] for c in {item.tile_class for item in items}]
-    overhead = max((item.overhead for item in items), default=0)
+    overhead = max((item.overhead + item.sink_cost(classes[item.tile_class]) for item in items), default=0)
     granule = max((t.kv * t.kv_granule for t in used), default=0)
     slack = overhead + granule
     whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MAX_SLACK_FRACTION), False)
@@ -234,7 +287,7 @@ def choose(
     )
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
         return whole
-    enough = mean + overhead + (3 if window else 2) * granule
+    enough = mean + overhead + (3 if has_begin else 2) * granule
     targets = [mean + slack, enough]
     if len(items) * heads <= 2 * num_ctas:
         targets.append(mean + overhead + granule // 2)
@@ -248,7 +301,7 @@ def choose(
 
 
 def capture_key(
-    num_ctas: int, num_qo_heads: int, num_kv_heads: int, band: tuple[int, int], fixed: int, classes: list[TileClass]
+    num_ctas: int, num_qo_heads: int, num_kv_heads: int, band: Band, fixed: int, classes: list[TileClass]
 ) -> int:
     """The digest of everything but lengths: splitmix64's finaliser over a running state."""
     mask, key = 2**64 - 1, 0
@@ -269,7 +322,7 @@ def plan(
     num_kv_heads: int,
     num_ctas: int,
     tile_table: Any,
-    band: tuple[int, int] = (-1, 0),
+    band: Band = _CAUSAL,
     fixed_split_size: int = 0,
 ) -> np.ndarray:
     """The plan of a batch as int32 words, exactly its bytes_used. Arguments as in :func:`tvm_infer.plan`; they are not checked.
@@ -283,7 +336,9 @@ def plan(
     costs = [item.cost(classes[item.tile_class]) for item in items]
     shift = max(0, max(costs, default=0).bit_length() - 16)  # costs are compared by 16 bits
     order = sorted(range(len(items)), key=lambda i: (-(costs[i] >> shift), i))
-    layout = choose(items, order, classes, num_kv_heads, num_ctas, fixed_split_size, band[0] >= 0)
+    layout = choose(
+        items, order, classes, num_kv_heads, num_ctas, fixed_split_size, band.window_left >= 0 or band.chunk > 0
+    )
 
     # Works of a CTA in the order of items, and of one item in the order they were placed.
     placed = sorted(layout.placed, key=lambda w: (w.cta, w.item))
@@ -322,9 +377,12 @@ def plan(
         "num_merges": len(layout.merges),
         "num_merge_slots": len(arrays["merge_slots"]),
         "num_partial_rows": layout.partial_rows,
-        "band_left": band[0],
-        "band_right": band[1],
+        "band_left": band.window_left if band.num_sink == 0 else -1,
+        "band_right": band.window_right,
         "num_tile_classes": len(classes),
+        "window_left": band.window_left,
+        "num_sink": band.num_sink,
+        "chunk": band.chunk,
         "makespan": max(layout.load),
         "total_cost": sum(layout.load),
         "paced_ctas": len(first) if len(classes) > 1 and all(items[w.item].tile_class == 0 for w in placed) else 0,

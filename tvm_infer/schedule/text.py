@@ -48,8 +48,7 @@ def _runs(plan: Plan, cta: int, limit: int = 2) -> str:
 
 def plan_table(plan: Plan) -> str:
     """A summary, the CTAs with their load, works and pieces of split rows, and the merges; long tables are elided."""
-    left, right = plan.band
-    mask = {(-1, -1): "full", (-1, 0): "causal"}.get((left, right), f"band({left}, {right})")
+    mask = {(-1, -1, 0, 0): "full", (-1, 0, 0, 0): "causal"}.get(plan.band, f"band({plan.band})")
     lines = [
         f"Plan of {plan.num_requests} requests, {plan.num_tokens} query tokens, {int(plan.kv_len.sum(dtype=np.int64))} keys; "
         f"{plan.num_kv_heads} KV heads x group of {plan.group_size}, {mask}; {plan.bytes_used} bytes",

@@ -7,25 +7,33 @@ import numpy as np
 from ..schedule import Plan
 
 
-def visible_range(plan: Plan, request: int, row_begin: int, num_rows: int) -> tuple[int, int]:
-    """Keys [begin, end) that some row of a tile sees; (0, 0) if none. Rows are packed rows within the request."""
+def visible_ranges(plan: Plan, request: int, row_begin: int, num_rows: int) -> list[tuple[int, int]]:
+    """Keys [begin, end) that some row of a tile sees: sinks and others, where they lie apart; [(0, 0)] if none. Rows are packed rows
+    within the request."""
     qo_len = int(plan.qo_indptr[request + 1] - plan.qo_indptr[request])
     kv_len = int(plan.kv_len[request])
-    left, right = plan.band
+    left, right, num_sink, chunk = plan.band
     first = kv_len - qo_len + row_begin // plan.group_size
     last = kv_len - qo_len + (row_begin + num_rows - 1) // plan.group_size
-    begin = max(0, first - left) if left >= 0 else 0
-    end = min(kv_len, last + right + 1) if right >= 0 else kv_len
-    return (begin, end) if begin < end else (0, 0)
+    limit = min(kv_len, last + right + 1) if right >= 0 else kv_len
+    begin, end = max(0, first - left) if left >= 0 else 0, limit
+    if chunk > 0:
+        begin, end = max(begin, first - first % chunk), min(end, last - last % chunk + chunk)
+    sinks = min(num_sink, limit)
+    if begin < end and 0 < sinks < begin:
+        return [(0, sinks), (begin, end)]
+    if sinks > 0:
+        begin, end = 0, max(sinks, end)
+    return [(begin, end) if begin < end else (0, 0)]
 
 
 def check_plan(plan: Plan) -> None:
     """Raise AssertionError where a plan is not one.
 
     Every (packed row, KV head) of the batch has works whose keys follow one another from the first to the last key that the row's tile
-    sees, so each is computed exactly once. Rows with several works are in exactly one merge, which lists these works' partials by
-    ascending key; all others write final rows. Partial rows are disjoint and within num_partial_rows. CTAs, loads, makespan and offsets
-    agree with each other.
+    sees, but for the gap behind sinks: each is computed exactly once, and one that no row of the tile sees not at all. Rows with
+    several works are in exactly one merge, which lists these works' partials by ascending key; all others write final rows. Partial
+    rows are disjoint and within num_partial_rows. CTAs, loads, makespan and offsets agree with each other.
     """
     works, indptr = plan.works, plan.work_indptr
     assert indptr[0] == 0 and indptr[-1] == plan.num_works and (np.diff(indptr) >= 0).all()
@@ -58,7 +66,9 @@ def _check_cover(plan: Plan) -> None:
     starts = np.ones(len(of), bool)  # a new (tile, head) starts here
     starts[1:] = (row[1:] != row[:-1]) | (head[1:] != head[:-1])
     follows = ~starts
-    assert (begin[follows] == end[:-1][follows[1:]]).all(), "keys are skipped or computed twice"
+    gaps = np.flatnonzero(follows)
+    gaps = gaps[begin[gaps] != end[gaps - 1]]
+    gaps_of = np.bincount(np.cumsum(starts)[gaps] - 1, minlength=int(starts.sum()))  # by (tile, head)
     assert (rows[follows] == rows[:-1][follows[1:]]).all(), "pieces of a tile have different rows"
     several = np.zeros(len(of), bool)
     several[follows] = True
@@ -83,9 +93,14 @@ def _check_cover(plan: Plan) -> None:
         assert local >= 0 and local + work["num_rows"] <= (
             (plan.qo_indptr[request + 1] - plan.qo_indptr[request]) * plan.group_size
         ), "a tile holds rows of another request"
-        expected = visible_range(plan, request, local, int(work["num_rows"]))
+        expected = visible_ranges(plan, request, local, int(work["num_rows"]))
         heads = slice(t * plan.num_kv_heads, (t + 1) * plan.num_kv_heads)
-        assert (begin[at[heads]] == expected[0]).all() and (end[last[heads]] == expected[1]).all(), (
+        assert (begin[at[heads]] == expected[0][0]).all() and (end[last[heads]] == expected[-1][1]).all(), (
+            "keys outside the band"
+        )
+        assert (gaps_of[heads] == len(expected) - 1).all(), "keys are skipped or computed twice"
+        inside = gaps[(gaps >= at[heads.start]) & (gaps <= last[heads.stop - 1])] if len(expected) > 1 else gaps[:0]
+        assert (end[inside - 1] == expected[0][1]).all() and (begin[inside] == expected[-1][0]).all(), (
             "keys outside the band"
         )
         position = int(plan.kv_len[request] - (plan.qo_indptr[request + 1] - plan.qo_indptr[request]))

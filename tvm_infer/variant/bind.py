@@ -12,6 +12,8 @@ import numpy as np
 from .. import _array, _device
 from ..errors import ArgumentError, DTypeError, VariantError
 from .band import Band, evaluate_band
+from .interval import are_small
+from .lower import Struct
 from .parameters import Parameter
 from .variant import Variant
 
@@ -21,13 +23,20 @@ class BoundVariant:
     """A variant with values, as calls take it.
 
     scalars : their 32-bit patterns, 0 to 2^32 - 1, in the order of their declaration. tables : tensors as packed functions take them,
-    in order; "bool" as uint8. band : what the plan must be made for.
+    in order; "bool" as uint8. band : what the plan must be made for. has_small_logits : with these scalars logits stay within
+    [-64, 64].
     """
 
     variant: Variant
     scalars: list[int]
     tables: list[Any]
     band: Band
+    has_small_logits: bool = False
+
+    @property
+    def cuda_struct(self) -> Struct:
+        """The generated struct that kernels are compiled with: the variant's, or one that says that logits are small (interval.py)."""
+        return self.variant._struct_of_small_logits if self.has_small_logits else self.variant._struct
 
     def check_shapes(self, num_qo_heads: int, num_requests: int, head_dim: int) -> None:
         """Raise VariantError where a table has not an element for each head, channel or pair of channels of the call, or fewer than
@@ -100,7 +109,8 @@ def bind(variant: Variant, values: Mapping[str, Any]) -> BoundVariant:
     _check_divisors(variant, numbers)
     band = evaluate_band(variant.bands, numbers, variant.name)
     scalars = [_pattern(x, variant.parameters[name].dtype) for name, x in numbers.items()]
-    return BoundVariant(variant, scalars, tables, band)
+    logits = variant.logits
+    return BoundVariant(variant, scalars, tables, band, logits is not None and are_small(logits, numbers))
 
 
 def _number(x: Any, p: Parameter, what: str) -> int | float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VariantError
-from .band import evaluate_band
+from .band import Band, evaluate_band
 from .bind import BoundVariant
 from .text import number
 from .variant import Variant
@@ -60,10 +60,10 @@ class LayerVariant:
     values: tuple[tuple[str, Value], ...] = ()
 
     @property
-    def window_left(self) -> int:
-        """Keys before a query's own that it sees, -1 for all: what it is planned with."""
+    def band(self) -> Band:
+        """The keys around the diagonal that it sees: what it is planned with."""
         numbers = {name: value for name, value in self.values if isinstance(value, (int, float))}
-        return evaluate_band(self.variant.bands, numbers, self.variant.name).window_left
+        return evaluate_band(self.variant.bands, numbers, self.variant.name)
 
     def renamed(self, names: Mapping[str, str]) -> LayerVariant:
         """With weights called as `names` says."""

@@ -72,8 +72,17 @@ class Struct(NamedTuple):
 _PLAIN = Settings()
 
 
-def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter], settings: Settings = _PLAIN) -> Struct:
-    """The struct of a variant whose holes are filled with `holes`; parameters are numbered in the order of their declaration."""
+def lower(
+    holes: Mapping[str, Code | None],
+    parameters: Mapping[str, Parameter],
+    settings: Settings = _PLAIN,
+    *,
+    has_small_logits: bool = False,
+) -> Struct:
+    """The struct of a variant whose holes are filled with `holes`; parameters are numbered in the order of their declaration.
+
+    has_small_logits : see interval.py.
+    """
     present = {hole: code for hole, code in holes.items() if code is not None}
     reads_by_key = any(reads_by_key_of(present[hole]) for hole in ("logits", "mask") if hole in present)
     if not settings.softmax and "logits" not in present:
@@ -86,6 +95,7 @@ def lower(holes: Mapping[str, Code | None], parameters: Mapping[str, Parameter],
         [
             f"  static constexpr bool {flags}, kReadsByKey = {'true' if reads_by_key else 'false'};\n",
             *_settings(present, settings),
+            *(["  static constexpr bool kHasSmallLogits = true;\n"] if has_small_logits else []),
             *(
                 _function(signature, present[hole], parameters, numbers)
                 for hole, signature in (_FUNCTIONS | _TURNING).items()

@@ -9,20 +9,21 @@ standard variant changes (a test says so)::
 from __future__ import annotations
 
 from .. import _ffi
+from .cache_masks import CACHE_MASKS
 from .standard import STANDARD
 from .variant import Variant
 
 _HEAD = """\
 // Generated: `python -m tvm_infer.variant.prebuilt > cuda_src/tvm_infer/variant/standard.inc` writes it anew.
-// The structs of the standard variants (tvm_infer/variant/standard.py), and V(struct) for each; none of those that are a band alone.
+// The structs of the standard variants (tvm_infer/variant/standard.py, cache_masks.py), and V(struct) for each; none of bands alone.
 // To be included within a namespace of one instruction set, inside tvm_infer::variant (cpu/standard_variants.h).
 """
 
 
 def variants() -> dict[str, list[Variant]]:
-    """Digest -> the standard variants that share this code. Plain ones have none."""
+    """Digest -> the standard variants, and the masks of caches, that share this code. Plain ones have none."""
     found: dict[str, list[Variant]] = {}
-    for variant in STANDARD.values():
+    for variant in (*STANDARD.values(), *CACHE_MASKS.values()):
         if not variant.is_plain:
             found.setdefault(variant.digest, []).append(variant)
     return found

@@ -38,8 +38,15 @@ def find(name: str) -> Variant:
 
 def _band(variant: Variant) -> str:
     bands = variant.bands
-    windows = [text.expression(code) for code in bands.windows]
-    parts = [f"causal={bands.causal}", *(f"window_left={w}" for w in windows or ["-1"])]
+    named = (
+        ("window_left", bands.lefts or bands.lefts_beside),
+        ("window_right", bands.rights + bands.rights_tested),
+        ("chunk", bands.chunks or bands.chunks_beside),
+        ("num_sink", bands.sinks),
+    )
+    parts = [f"causal={bands.causal}", *(f"{name}={text.expression(code)}" for name, codes in named for code in codes)]
+    if len(parts) == 1:
+        parts.append("window_left=-1")
     rest = "nothing" if bands.residual is None else text.expression(bands.residual)
     return f"band, for the planner: {', '.join(parts)}\nleft of the mask, for kernels: {rest}"
 

@@ -42,13 +42,10 @@ two_sided_window = Variant(
     right=scalar("int32"),
 )
 
-# Causal within chunks of `chunk` positions (Llama 4). That a chunk is no wider than `chunk` follows from the first condition; it is
-# stated because it is a band, with which the planner skips the chunks before.
+# Causal within chunks of `chunk` positions (Llama 4).
 chunked_local = Variant(
     "chunked_local",
-    mask=lambda q_pos, kv_pos, chunk: (
-        (q_pos // chunk == kv_pos // chunk) & (kv_pos <= q_pos) & (q_pos - kv_pos < chunk)
-    ),
+    mask=lambda q_pos, kv_pos, chunk: (q_pos // chunk == kv_pos // chunk) & (kv_pos <= q_pos),
     chunk=scalar("int32"),
 )
 

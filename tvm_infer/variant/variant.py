@@ -169,6 +169,11 @@ class Variant:
     def _struct(self) -> Struct:
         return lower({**self._holes, "mask": self.residual_mask}, self.parameters, self.settings)
 
+    @functools.cached_property
+    def _struct_of_small_logits(self) -> Struct:
+        holes = {**self._holes, "mask": self.residual_mask}
+        return lower(holes, self.parameters, self.settings, has_small_logits=True)
+
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name the generated code: the same for variants that differ in names or in their bands only."""

@@ -147,9 +147,9 @@ __device__ __forceinline__ void ChangeRows(const HeadRows<Variant, kHeadDim>& he
   }
 }
 
-// A warp's 16 keys of a tile of one head, whose key 0 is at position `kv_pos`; kRows of a lane at a time, as registers allow. Keys behind
-// the last take its position: they are masked.
-template <typename Config, int kRows>
+// A warp's 16 keys of a tile of one head, whose key 0 is at position `kv_pos`, in a Layout like tile::PageBoxes; kRows of a lane at a time,
+// as registers allow. Keys behind the last take its position: they are masked.
+template <typename Config, typename Layout, int kRows>
 __device__ __forceinline__ void ChangeKeys(const variant::Args& args, const variant::Row& row, uint32_t stage, uint32_t warp,
                                            int32_t kv_pos) {
   using Head = HeadRows<typename Config::Variant, Config::kHeadDim>;
@@ -165,8 +165,7 @@ __device__ __forceinline__ void ChangeKeys(const variant::Args& args, const vari
       positions[r] = max(min(kv_pos + static_cast<int32_t>(first) + r * Head::kRowsAtOnce, row.kv_len - 1), 0);
     }
     ChangeRows<typename Config::Element, typename Config::Variant, Config::kHeadDim, true, kRows>(
-        head, args, rows, positions,
-        [&](int r, uint32_t chunk) { return stage + Config::Boxes::Offset(first + r * Head::kRowsAtOnce, chunk); });
+        head, args, rows, positions, [&](int r, uint32_t chunk) { return stage + Layout::Offset(first + r * Head::kRowsAtOnce, chunk); });
   }
 }
 

@@ -119,7 +119,7 @@ class DecodeTile {
 
   // This warp's keys of the tile at the cursor, whose key 0 is at position `kv_pos`.
   __device__ __forceinline__ void ChangeOwnKeys(const VariantRows& rows, int32_t kv_pos) const {
-    ChangeKeys<Config, 2>(c_.variant, rows.rows[0], c_.ring.Data(c_.cursor), c_.Warp(), kv_pos);
+    ChangeKeys<Config, Boxes, 2>(c_.variant, rows.rows[0], c_.ring.Data(c_.cursor), c_.Warp(), kv_pos);
     // NOTE: the next copy into this stage is the async proxy's, and must not pass these stores.
     if constexpr (!Config::kIsGather) ptx::FenceProxyAsyncShared();
     __syncwarp();

@@ -181,7 +181,8 @@ class PrefillTile : private PrefillProducts<Config> {
   __device__ __forceinline__ void WaitKeys(const typename Ring::Cursor& k, const VariantRows& rows, int32_t kv_pos) const {
     if constexpr (Config::kChangesKeys) {
       c_.ring.WaitFull(k);
-      ChangeKeys<Config, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
+      using Panels = tile::PageBoxes<kTileKeys, kHeadDim>;  // as the copies for wgmma leave keys
+      ChangeKeys<Config, Panels, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
       ptx::FenceProxyAsyncShared();
       ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
     } else {
@@ -200,7 +201,11 @@ class PrefillTile : private PrefillProducts<Config> {
     } else if (tile_key + kTileKeys > visible.all.end) {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
-    softmax.Update(s, c_.SoftmaxScale(), rescale);
+    if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Element::kIsBf16) {
+      softmax.UpdateSmall(s, c_.SoftmaxScale(), rescale);
+    } else {
+      softmax.Update(s, c_.SoftmaxScale(), rescale);
+    }
   }
 
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {

@@ -54,6 +54,28 @@ struct OnlineSoftmax {
     }
   }
 
+  // The same for logits that are small by themselves (variant/variant.h): relative to 0 in place of the maximum, so that nothing is ever
+  // rescaled. For weights in a type of float's range.
+  template <int kCount>
+  __device__ __forceinline__ void UpdateSmall(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      max[i] = 0.f;
+      rescale[i] = 1.f;
+      float tile_sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * i + e];
+          x = ptx::Exp2(x * scale_log2);
+          tile_sum += x;
+        }
+      }
+      sum[i] += tile_sum;
+    }
+  }
+
   __device__ __forceinline__ void SumOverQuad() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum[i] = QuadSum(sum[i]);

@@ -239,6 +239,11 @@ void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_thre
                                        << ", but the plan was made for " << header.num_kv_heads * header.group_size << ", "
                                        << header.num_kv_heads << ". Plan again with these heads.";
   }
+  if ((header.num_sink > 0 || header.chunk > 0) && (args.variant == nullptr || args.variant->cpu->logits == nullptr)) {
+    TVM_INFER_THROW(PlanMismatchError) << "the plan was made for " << header.num_sink << " sinks and chunks of " << header.chunk
+                                       << ", which only the mask of a variant tests row by row, and the call has none. Pass the variant "
+                                          "that it was planned for, or plan without sinks and chunks.";
+  }
   if (num_threads > kMaxThreads) {
     TVM_INFER_THROW(ArgumentError) << "num_threads is " << num_threads << ", but must be at most " << kMaxThreads << ".";
   }

@@ -128,6 +128,24 @@ struct CopyPagesParams {
   int32_t num_layers;
 };
 
+inline constexpr int32_t kMovesPerLaunch = 128;  // 2 KiB of a kernel's 4 KiB of parameters
+
+// Tokens that go from one slot of a page to another, one after the other (kernels/move_tokens.cuh).
+struct MoveTokensParams {
+  struct Move {
+    int32_t src_page, src_slot, dst_page, dst_slot;
+  };
+  void* pages;          // of layer 0; those of layer l stand l * layer_bytes behind
+  int64_t layer_bytes;  // all multiples of 16
+  int64_t page_bytes;   // keys and values of one layer
+  int64_t plane_bytes;  // of one head's keys or values in a page
+  int32_t row_bytes;    // of one token in a plane
+  int32_t num_layers;
+  int32_t num_planes;  // 2 * KV heads
+  int32_t num_moves;
+  Move moves[kMovesPerLaunch];  // a kv::TokenMove each
+};
+
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b), row by row (kernels/merge_states.cuh).
 struct MergeStatesParams {
   const void* o_a;  // [num_rows, num_heads, head_dim], head_dim contiguous

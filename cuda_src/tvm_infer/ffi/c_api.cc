@@ -70,7 +70,7 @@ int32_t tvm_infer_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t 
     params.num_ctas = num_ctas;
     params.num_qo_heads = num_qo_heads;
     params.num_kv_heads = num_kv_heads;
-    params.band = {tvm_infer::kUnbounded, causal ? 0 : tvm_infer::kUnbounded};
+    params.band.right = causal ? 0 : tvm_infer::kUnbounded;
     params.fixed_split_size = tvm_infer::kSplitAuto;
     params.tile_classes = cpu::TileTable(tvm_infer::ToDType(dtype), head_dim, &params.num_tile_classes);
     thread_local tvm_infer::Planner planner;

@@ -4,9 +4,11 @@
 
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/rope_checks.h"
 
 namespace tvm_infer::ffi_api {
@@ -67,8 +69,8 @@ void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, d
   });
 }
 
-void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> variant, int64_t causal, int64_t window_left) {
-  Guarded([&] { kv->SetVariant(layers, variant, causal, window_left); });
+void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> variant, int64_t causal, Shape band) {
+  Guarded([&] { kv->SetVariant(layers, variant, causal, MakeBand(band)); });
 }
 
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
@@ -101,6 +103,19 @@ void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens) {
 }
 void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length) {
   Guarded([&] { kv->manager().Truncate(id, length); });
+}
+void KVCacheDropPages(PagedKVCache kv, int64_t id, int64_t first_page, int64_t num_pages) {
+  Guarded([&] { kv->manager().DropPages(id, first_page, num_pages); });
+}
+void KVCacheMoveTokens(PagedKVCache kv, Shape ids, Shape src, Shape dst) {
+  Guarded([&] {
+    for (const auto& [name, shape] : {std::pair{"src", src}, std::pair{"dst", dst}}) {
+      if (shape.size() == ids.size()) continue;
+      TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has " << shape.size() << " entries and `ids` " << ids.size()
+                                     << "; they must have one for each move";
+    }
+    kv->MoveTokens(ids.data(), src.data(), dst.data(), static_cast<int64_t>(ids.size()));
+  });
 }
 void KVCacheClear(PagedKVCache kv) {
   Guarded([&] { kv->manager().Clear(); });
@@ -169,6 +184,17 @@ int64_t KVCacheBytesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
 }
 int64_t KVCachePagesAfter(PagedKVCache kv, Shape ids, Shape append_lengths) {
   return Guarded([&] { return PagesAfter(kv, ids, append_lengths); });
+}
+int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append) {
+  return Guarded([&] {
+    if (length < 0) TVM_INFER_THROW(ArgumentError) << "argument `length` is " << length << "; it must be at least 0";
+    if (max_append < 1) TVM_INFER_THROW(ArgumentError) << "argument `max_append` is " << max_append << "; it must be at least 1";
+    return kv->manager().PeakPages(length, max_append);
+  });
+}
+int64_t KVCacheWindowLeft(PagedKVCache kv) {
+  const kv::KeyWindow& window = kv->manager().window();
+  return window.is_bounded() ? window.max_left() : -1;
 }
 Shape KVCachePageTable(PagedKVCache kv, int64_t id) {
   return Guarded([&] {

@@ -24,6 +24,8 @@
   V(kv_cache_fork, KVCacheFork)                                      \
   V(kv_cache_pop, KVCachePop)                                        \
   V(kv_cache_truncate, KVCacheTruncate)                              \
+  V(kv_cache_drop_pages, KVCacheDropPages)                           \
+  V(kv_cache_move_tokens, KVCacheMoveTokens)                         \
   V(kv_cache_clear, KVCacheClear)                                    \
   V(kv_cache_begin_forward, KVCacheBeginForward)                     \
   V(kv_cache_end_forward, KVCacheEndForward)                         \
@@ -40,6 +42,8 @@
   V(kv_cache_bytes, KVCacheBytes)                                    \
   V(kv_cache_bytes_after, KVCacheBytesAfter)                         \
   V(kv_cache_pages_after, KVCachePagesAfter)                         \
+  V(kv_cache_peak_pages, KVCachePeakPages)                           \
+  V(kv_cache_window_left, KVCacheWindowLeft)                         \
   V(kv_cache_page_table, KVCachePageTable)                           \
   V(kv_cache_pages, KVCachePages)                                    \
   V(kv_cache_config, KVCacheConfigOf)                                \
@@ -66,13 +70,12 @@ void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, tvm::ffi::Tens
 // [rotary_dim / 2] on the host. Once, before the first sequence: rotated keys of one kind do not go with queries of another.
 void KVCacheSetRope(PagedKVCache kv, tvm::ffi::TensorView inv_freq, int64_t interleaved, double magnitude);
 
-// What the attention of `layers` is besides, from the next step on: a variant with its parameters (variant.h), whose band is causal and
-// window_left (keys before its own that a query sees, -1 for all); none: plain attention in this band. causal is what begin_forward must
-// say, -1 for either. Tables
-// by request have an entry for each sequence of a step, in the order of its ids. Before the first step that an executable runs on the
-// cache.
+// What the attention of `layers` is besides, from the next step on: a variant with its parameters (variant.h), whose mask has this band
+// (window_left, window_right, num_sink, chunk, as of `plan`, plan.h); none: plain attention in this band. causal is what begin_forward must
+// say, -1 for either; window_right is for a step that is not causal. Tables by request have an entry for each sequence of a step, in the
+// order of its ids. Before the first step that an executable runs on the cache.
 void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Optional<VariantCall> variant, int64_t causal,
-                       int64_t window_left);
+                       tvm::ffi::Shape band);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.
@@ -85,6 +88,11 @@ void KVCacheRemove(PagedKVCache kv, int64_t id);
 void KVCacheFork(PagedKVCache kv, int64_t parent, int64_t child, int64_t position);  // position -1: all of the parent
 void KVCachePop(PagedKVCache kv, int64_t id, int64_t num_tokens);
 void KVCacheTruncate(PagedKVCache kv, int64_t id, int64_t length);
+// Takes num_pages whole pages out of the sequence, from its page first_page on: later tokens move to lower positions.
+void KVCacheDropPages(PagedKVCache kv, int64_t id, int64_t first_page, int64_t num_pages);
+// Copies keys and values of token src[i] of sequence ids[i] over those at dst[i], in every layer, one after the other; on a device in the
+// order of its stream. What a token tree's accepted nodes need before the others are popped. Pages that are written must not be shared.
+void KVCacheMoveTokens(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape src, tvm::ffi::Shape dst);
 void KVCacheClear(PagedKVCache kv);
 
 // Grows sequence ids[i] by append_lengths[i] tokens and plans the step.
@@ -111,10 +119,15 @@ int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id);
 tvm::ffi::Shape KVCacheSequences(PagedKVCache kv);  // ids, ascending
 int64_t KVCacheNumFreePages(PagedKVCache kv);
 int64_t KVCacheBytes(PagedKVCache kv);  // of the pages in use, all layers
-// Exact use after these sequences grew so far, copies of shared pages counted. Changes nothing; may exceed what the cache has.
+// Exact use in a step in which these sequences grow so far: copies of shared pages counted, those that leave windows not. Changes nothing;
+// may exceed what the cache has.
 int64_t KVCacheBytesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
 int64_t KVCachePagesAfter(PagedKVCache kv, tvm::ffi::Shape ids, tvm::ffi::Shape append_lengths);
-tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);
+// Pages that a sequence has at most on its way to `length` tokens in steps of at most max_append, none of them shared.
+int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append);
+// Keys before its own that a token sees at most, in any layer, sinks apart; -1 for all. Pages behind go back to the pool.
+int64_t KVCacheWindowLeft(PagedKVCache kv);
+tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);  // -1 for pages that were given back
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
 // num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page,
 // device type (DLPack), device id

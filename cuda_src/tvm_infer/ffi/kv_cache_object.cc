@@ -100,26 +100,28 @@ KVMemory PagedKVCacheObj::AllocateMemory() {
     memory.pages.push_back(
         memory.all_pages.as_strided(tvm::ffi::ShapeView(shape, 5), tvm::ffi::ShapeView(strides, 5), layer * c.num_pages * page_elements));
   }
-  AllocateStep(&memory, windows_);
+  AllocateStep(&memory, bands_);
   return memory;
 }
 
 // What depends on the plans of a step.
-void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<int32_t>& windows) const {
+void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const {
   const KVCacheConfig& c = config_;
   // A plan grows with the number of keys only where KV is cut at a fixed size.
   const PlanLimits limits{static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), 0};
   int64_t plan_bytes = 0, partial_rows = 0;
-  for (const int32_t window : windows) {
+  for (const MaskBand& band : bands) {
     for (const bool causal : {true, false}) {
-      const PlanCapacity capacity = ComputeCapacity(Params(causal, window), limits);
+      const PlanCapacity capacity = ComputeCapacity(Params(causal, band), limits);
       plan_bytes = std::max(plan_bytes, capacity.plan_bytes);
       partial_rows = std::max(partial_rows, capacity.partial_rows);
     }
   }
-  const int64_t entries = std::min(c.max_batch * c.num_pages, kMaxPageEntries);
+  // Sequences that give back pages are longer than the pool.
+  const bool is_bounded = std::all_of(bands.begin(), bands.end(), [](const MaskBand& band) { return band.has_begin(); });
+  const int64_t entries = is_bounded ? kMaxPageEntries : std::min(c.max_batch * c.num_pages, kMaxPageEntries);
   memory->layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
-      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(windows.size())});
+      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(bands.size())});
   memory->host_step = AllocateHost({memory->layout->bytes() / 8}, kInt64);
   memory->step =
       executor_->place().is_cuda() ? executor_->Allocate({memory->layout->bytes() / 8}, kInt64, "a step's tables") : memory->host_step;
@@ -128,12 +130,13 @@ void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<int32_t>&
   memory->partial_rows = partial_rows;
 }
 
-PlanParams PagedKVCacheObj::Params(bool causal, int32_t window_left) const {
+PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   PlanParams params;
   params.num_ctas = static_cast<int32_t>(config_.num_ctas);
   params.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
   params.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
-  params.band = Band{window_left, causal ? 0 : kUnbounded};
+  params.band = band;
+  if (causal) params.band.right = 0;
   params.fixed_split_size = kSplitAuto;
   params.tile_classes = tile_classes_;
   params.num_tile_classes = num_tile_classes_;
@@ -161,7 +164,7 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     const kv::StepLayout& layout = *memory_.layout;
     step_.plan_bytes[0] = 0;  // the last step's plan is written over now, also where this step fails
     for (int32_t i = 0; i < layout.limits().num_plans; ++i) {
-      const PlanParams params = Params(causal, windows_[i]);
+      const PlanParams params = Params(causal, bands_[i]);
       next.capture_keys[i] = CaptureKey(params);
       next.plan_bytes[i] = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(i),
                                          layout.limits().plan_bytes, memory_.partial_rows);
@@ -175,6 +178,11 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
   }
   causal_ = causal;
   has_stepped_ = true;
+}
+
+void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) {
+  const std::vector<kv::TokenMove> moves = manager_.Moves(ids, src, dst, num_moves);
+  if (!moves.empty()) executor_->MoveTokens(memory_, moves);
 }
 
 // q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.

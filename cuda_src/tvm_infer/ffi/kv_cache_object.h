@@ -32,6 +32,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void EndForward() { manager_.EndForward(); }
   void CancelForward() { manager_.CancelForward(); }
 
+  // kv::CacheManager::Moves, made.
+  void MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves);
+
   // Stores k and v of the step's tokens at `layer`, then o = attention of q to all keys of its own sequence. Repeatable in a step.
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
                  const TensorView& o);
@@ -39,10 +42,12 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
   // sequences and this is another rotation than theirs.
   void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
-  // What the layers' attention is besides; without a variant plain attention in this band. Layers of other windows get a plan of their own
-  // each step. causal: that begin_forward must say, -1 for either. CacheStateError in a step, and once steps ran for an executable, whose
-  // graphs know kernels and addresses; ArgumentError for more than kMaxPlans windows.
-  void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, int64_t window_left);
+  // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
+  // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
+  // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
+  // ArgumentError for more than kMaxPlans bands. Where every layer's band hides keys before a token, sequences give back pages that leave
+  // the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
+  void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, MaskBand band);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.
   void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
@@ -70,8 +75,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   // The type index is made at first use: a static object, linked into a model, may register nothing when it is loaded. The key carries
   // the ABI (common.h), so that a model built against another layout gets a type error that names both.
-  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v2";
-  static_assert(kAbiVersion == 2, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v3";
+  static_assert(kAbiVersion == 3, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = true;
   static constexpr int32_t _type_child_slots = 0;
@@ -84,11 +89,11 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   struct Layer {
     tvm::ffi::Optional<VariantCall> variant;
     int32_t causal = -1;  // that a step must have; -1: either
-    int32_t plan = 0;     // index in windows_
+    int32_t plan = 0;     // index in bands_
   };
 
-  PlanParams Params(bool causal, int32_t window_left) const;
-  void AllocateStep(KVMemory* memory, const std::vector<int32_t>& windows) const;
+  PlanParams Params(bool causal, const MaskBand& band) const;
+  void AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const;
   LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                    double sm_scale) const;
   KVMemory AllocateMemory();  // sets the executor's tile classes too
@@ -101,7 +106,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   std::unique_ptr<KVExecutor> executor_;
   const TileClass* tile_classes_;
   int32_t num_tile_classes_;
-  std::vector<int32_t> windows_ = {kUnbounded};  // Band::left of each plan of a step
+  std::vector<MaskBand> bands_ = {MaskBand()};  // of each plan of a step that is not causal; in a causal one their right is 0
   std::vector<Layer> layers_;
   bool has_stepped_ = false;
   KVMemory memory_;  // before manager_: what is too large to allocate fails here, untouched

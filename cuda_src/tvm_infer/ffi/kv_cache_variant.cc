@@ -1,15 +1,28 @@
-// Attention variants of a cache's layers, and a plan a step for each window that they have.
+// Attention variants of a cache's layers, and a plan a step for each band that they have.
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "tvm_infer/ffi/kv_cache_object.h"
 
 namespace tvm_infer::ffi_api {
+namespace {
+
+constexpr int32_t kNamed = -1;  // Layer::plan of a layer that is given its band
+
+kv::KeyWindow SeenIn(const MaskBand& band) { return {band.left, band.num_sink, band.chunk}; }
+
+std::string BandText(const MaskBand& b) {
+  return "window_left " + std::to_string(b.left) + ", window_right " + std::to_string(b.right) + ", num_sink " +
+         std::to_string(b.num_sink) + ", chunk " + std::to_string(b.chunk);
+}
+
+}  // namespace
 
 void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal,
-                                 int64_t window_left) {
+                                 MaskBand band) {
   if (manager_.in_forward()) {
     TVM_INFER_THROW(CacheStateError) << "kv_cache_set_variant in a step, which is planned already; end_forward() comes first";
   }
@@ -17,34 +30,38 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
     TVM_INFER_THROW(CacheStateError) << "kv_cache_set_variant on a cache that ran steps for executable " << owner_
                                      << ", whose graphs know its kernels and addresses. Set variants before the first step, on a new cache";
   }
-  if (window_left < kUnbounded || window_left > INT32_MAX) {
-    TVM_INFER_THROW(ArgumentError) << "argument `window_left` is " << window_left << "; it must be -1 (all keys) to " << INT32_MAX;
-  }
   if (causal < -1 || causal > 1) TVM_INFER_THROW(ArgumentError) << "argument `causal` is " << causal << "; it must be -1, 0 or 1";
+  if (causal != 0) band.right = kUnbounded;  // a causal step says it
+  if (!call.has_value() && (band.num_sink > 0 || band.chunk > 0)) {
+    TVM_INFER_THROW(ArgumentError) << "argument `band` has " << band.num_sink << " sinks and chunks of " << band.chunk
+                                   << " without a variant; kernels test them by a variant's mask: pass the variant that has it";
+  }
+  ComputeCapacity(Params(causal == 1, band), PlanLimits{});  // throws for what is no band
   if (call.has_value()) call.value()->At(executor_->place());
   std::vector<Layer> next = layers_;
+  // Layers that were not named keep theirs.
+  std::vector<MaskBand> bands;
   for (const int64_t layer : layers) {
     Pages(layer);
-    next[layer] = {call, static_cast<int32_t>(causal), static_cast<int32_t>(window_left)};  // the window itself, for now
+    next[layer] = {call, static_cast<int32_t>(causal), kNamed};
   }
-  // Layers that were not named keep theirs.
-  std::vector<int32_t> windows;
-  for (size_t i = 0; i < next.size(); ++i) {
-    const bool is_named = std::find(layers.begin(), layers.end(), static_cast<int64_t>(i)) != layers.end();
-    const int32_t window = is_named ? next[i].plan : windows_[next[i].plan];
-    auto found = std::find(windows.begin(), windows.end(), window);
-    if (found == windows.end()) found = windows.insert(windows.end(), window);
-    next[i].plan = static_cast<int32_t>(found - windows.begin());
+  for (Layer& layer : next) {
+    const MaskBand& own = layer.plan == kNamed ? band : bands_[layer.plan];
+    auto found = std::find(bands.begin(), bands.end(), own);
+    if (found == bands.end()) found = bands.insert(bands.end(), own);
+    layer.plan = static_cast<int32_t>(found - bands.begin());
   }
-  if (windows.size() > kMaxPlans) {
-    TVM_INFER_THROW(ArgumentError) << "argument `window_left` is " << window_left << ": layers of the cache would have " << windows.size()
-                                   << " different windows; a step has at most " << kMaxPlans
-                                   << " plans, one for each. Give layers the same "
-                                   << "window where they may";
+  if (bands.size() > kMaxPlans) {
+    TVM_INFER_THROW(ArgumentError) << "argument `band`, " << BandText(band) << ": layers of the cache would have " << bands.size()
+                                   << " different bands; a step has at most " << kMaxPlans
+                                   << " plans, one for each. Give layers the same window, sinks and chunks where they may";
   }
-  if (windows != windows_) {
+  kv::KeyWindow seen = SeenIn(bands.front());  // by all layers together
+  for (const MaskBand& own : bands) seen = kv::Union(seen, SeenIn(own));
+  manager_.CheckWindow(seen);
+  if (bands != bands_) {
     KVMemory memory;  // what cannot be allocated changes nothing
-    AllocateStep(&memory, windows);
+    AllocateStep(&memory, bands);
     memory_.layout = std::move(memory.layout);
     memory_.host_step = memory.host_step;
     memory_.step = memory.step;
@@ -53,7 +70,8 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
     memory_.partial_rows = memory.partial_rows;
     step_ = KVStep();
   }
-  windows_ = std::move(windows);
+  manager_.SetWindow(seen);
+  bands_ = std::move(bands);
   layers_ = std::move(next);
 }
 

@@ -83,6 +83,8 @@ class KVExecutor {
   virtual tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const = 0;
   // Copies shared pages that the step writes to, and brings `range` of the step's block to the device.
   virtual void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) = 0;
+  // One move after the other, in every layer.
+  virtual void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const = 0;
   // Where tensors of a call must be.
   virtual Place place() const = 0;
   // Throws ExecutorError where heads cannot be rotated so.

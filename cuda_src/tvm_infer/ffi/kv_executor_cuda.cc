@@ -1,7 +1,12 @@
 // The KV cache on a CUDA device.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "tvm_infer/cuda/attention.h"
 #include "tvm_infer/cuda/copy_pages.h"
 #include "tvm_infer/cuda/memory.h"
+#include "tvm_infer/cuda/move_tokens.h"
 #include "tvm_infer/cuda/rope_append.h"
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/cuda/tile_table.h"
@@ -58,6 +63,7 @@ class CudaKVExecutor final : public KVExecutor {
   }
   Place place() const override { return {config_.device, "kv"}; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const override;
   void CheckRope(int64_t rotary_dim) const override {
     cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
   }
@@ -105,6 +111,29 @@ void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
   params.num_copies = static_cast<int32_t>(step.step->copies.size());
   params.num_layers = static_cast<int32_t>(config_.num_layers);
   cuda::LaunchCopyPages(scope.device_id(), scope.stream(), params);
+}
+
+void CudaKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
+  const CudaScope scope(config_.device);
+  if (cuda::IsCapturing(scope.stream())) {
+    TVM_INFER_THROW(DeviceError)
+        << "kv_cache_move_tokens on a stream that is being captured for a graph: a replay would move the tokens of "
+           "the capture. Move tokens between steps, outside of the graph";
+  }
+  cuda::MoveTokensParams params{};
+  params.pages = DataPtr<void>(TensorView(memory.all_pages));
+  params.layer_bytes = memory.page_bytes * config_.num_pages;
+  params.page_bytes = memory.page_bytes;
+  params.row_bytes = static_cast<int32_t>(config_.head_dim * (config_.dtype.bits / 8));
+  params.plane_bytes = config_.page_size * params.row_bytes;
+  params.num_layers = static_cast<int32_t>(config_.num_layers);
+  params.num_planes = static_cast<int32_t>(2 * config_.num_kv_heads);
+  static_assert(sizeof(cuda::MoveTokensParams::Move) == sizeof(kv::TokenMove));
+  for (size_t begin = 0; begin < moves.size(); begin += cuda::kMovesPerLaunch) {
+    params.num_moves = static_cast<int32_t>(std::min<size_t>(moves.size() - begin, cuda::kMovesPerLaunch));
+    std::memcpy(params.moves, moves.data() + begin, params.num_moves * sizeof(kv::TokenMove));
+    cuda::LaunchMoveTokens(scope.device_id(), scope.stream(), params);
+  }
 }
 
 void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const {

@@ -58,6 +58,7 @@ class HostKVExecutor final : public KVExecutor {
   }
   Place place() const override { return kHost; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
+  void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const override;
   void CheckRope(int64_t) const override {}  // any even number of elements
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override {
     if (bytes > 0) std::memcpy(DataPtr<void>(TensorView(to)), host, static_cast<size_t>(bytes));
@@ -85,6 +86,22 @@ void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
       char* dst = base + copy.dst * memory.page_bytes;
       for (int64_t plane = 0; plane < num_planes; ++plane) {
         std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, copy.num_tokens * row_bytes);
+      }
+    }
+  }
+}
+
+void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
+  const int64_t row_bytes = config_.head_dim * (config_.dtype.bits / 8);
+  const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
+  for (const tvm::ffi::Tensor& layer : memory.pages) {
+    char* base = DataPtr<char>(TensorView(layer));
+    for (const kv::TokenMove& move : moves) {
+      const char* src = base + move.src_page * memory.page_bytes + move.src_slot * row_bytes;
+      char* dst = base + move.dst_page * memory.page_bytes + move.dst_slot * row_bytes;
+      if (src == dst) continue;
+      for (int64_t plane = 0; plane < 2 * config_.num_kv_heads; ++plane) {
+        std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, row_bytes);
       }
     }
   }

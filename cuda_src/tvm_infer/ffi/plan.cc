@@ -3,6 +3,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tvm_infer/cuda/staging.h"
@@ -12,6 +13,7 @@ namespace tvm_infer::ffi_api {
 namespace {
 
 constexpr int kTileFields = 5;
+constexpr int kBandFields = 4;
 
 int32_t CheckedInt32(int64_t value, const char* name) {
   if (value < INT32_MIN || value > INT32_MAX) {
@@ -21,8 +23,8 @@ int32_t CheckedInt32(int64_t value, const char* name) {
 }
 
 // Tile classes of the last call are kept per thread, so that planning step after step allocates nothing.
-PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
-                      int64_t fixed_split_size, const tvm::ffi::Shape& tile_table) {
+PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, const tvm::ffi::Shape& band, int64_t fixed_split_size,
+                      const tvm::ffi::Shape& tile_table) {
   thread_local std::vector<TileClass> classes;
   const int64_t num_values = static_cast<int64_t>(tile_table.size());
   if (num_values == 0 || num_values % kTileFields != 0) {
@@ -40,14 +42,11 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
     }
     classes[i] = TileClass{CheckedInt32(v[0], "tile_table rows"), CheckedInt32(v[1], "tile_table kv_granule"), v[2], v[3], v[4]};
   }
-  if (window_left < -1) {
-    TVM_INFER_THROW(ArgumentError) << "argument `window_left` is " << window_left << "; it must be -1 (no window) or at least 0";
-  }
   PlanParams params;
   params.num_ctas = CheckedInt32(num_ctas, "num_ctas");
   params.num_qo_heads = CheckedInt32(num_qo_heads, "num_qo_heads");
   params.num_kv_heads = CheckedInt32(num_kv_heads, "num_kv_heads");
-  params.band = Band{CheckedInt32(window_left, "window_left"), causal ? 0 : kUnbounded};
+  params.band = MakeBand(band);
   params.fixed_split_size = CheckedInt32(fixed_split_size, "fixed_split_size");
   params.tile_classes = classes.data();
   params.num_tile_classes = static_cast<int32_t>(classes.size());
@@ -58,25 +57,39 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
 
 int64_t AbiVersion() { return kAbiVersion; }
 
-int64_t MakePlan(TensorView qo_indptr, TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal,
-                 int64_t window_left, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows, TensorView plan_out) {
+MaskBand MakeBand(const tvm::ffi::Shape& band) {
+  if (band.size() != kBandFields) {
+    TVM_INFER_THROW(ArgumentError) << "argument `band` has " << band.size()
+                                   << " values; it must have 4: window_left, window_right, num_sink, chunk";
+  }
+  for (const auto& [name, i] : {std::pair{"window_left", 0}, {"window_right", 1}}) {
+    if (band[i] < -1) {
+      TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` is " << band[i] << "; it must be -1 (no window) or at least 0";
+    }
+  }
+  return {CheckedInt32(band[0], "window_left"), CheckedInt32(band[1], "window_right"), CheckedInt32(band[2], "num_sink"),
+          CheckedInt32(band[3], "chunk")};
+}
+
+int64_t MakePlan(TensorView qo_indptr, TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
+                 tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
+                 TensorView plan_out) {
   return Guarded([&] {
     CheckIndex(qo_indptr, "qo_indptr");
     CheckIndex(kv_len, "kv_len");
     CheckIndex(plan_out, "plan_out");
     CheckDim(qo_indptr, "qo_indptr", 0, kv_len.size(0) + 1, "one more than kv_len has entries");
-    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, causal, window_left, fixed_split_size, tile_table);
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
     thread_local Planner planner;
     return planner.Plan(params, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), CheckedInt32(kv_len.size(0), "number of requests"),
                         DataPtr<void>(plan_out), plan_out.numel() * static_cast<int64_t>(sizeof(int32_t)), max_partial_rows);
   });
 }
 
-tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
-                               int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
-                               int64_t max_kv_tokens) {
+tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
+                               tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens) {
   return Guarded([&] {
-    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, causal, window_left, fixed_split_size, tile_table);
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
     const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens};
     const PlanCapacity capacity = ComputeCapacity(params, limits);
     return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});

@@ -20,21 +20,25 @@ namespace tvm_infer::ffi_api {
 
 int64_t AbiVersion();
 
+// (window_left, window_right, num_sink, chunk). ArgumentError: not four, or none of 32 bits.
+MaskBand MakeBand(const tvm::ffi::Shape& band);
+
 // Writes the plan of a batch and returns the bytes used.
 //   qo_indptr      int32[num_requests + 1], kv_len int32[num_requests]
-//   window_left    keys before the query that it sees; -1: all. causal != 0: no key after it
+//   band           window_left, window_right: keys before and after the query's own position that it sees, -1 for all (causal: 0 after
+//                  it); num_sink: first keys that it sees besides; chunk: positions a chunk, outside of which it sees none, 0 for no
+//                  chunks. With sinks or chunks the plan runs with a variant that masks them
 //   fixed_split_size  0 automatic, -1 never, > 0: KV is cut at its multiples
 //   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds)
 //   max_partial_rows  rows of the partial buffers that this plan will run with
 //   plan_out       int32, contiguous: receives the plan
 int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
-                 int64_t causal, int64_t window_left, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
+                 tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
                  tvm::ffi::TensorView plan_out);
 
 // (plan bytes, partial rows) that suffice for every batch within the limits.
-tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, int64_t causal, int64_t window_left,
-                               int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
-                               int64_t max_kv_tokens);
+tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
+                               tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens);
 
 // Copies a plan to a cuda device, in the order of the current stream: its bytes_used, through pinned memory, so that plan_host may be
 // written again at once.

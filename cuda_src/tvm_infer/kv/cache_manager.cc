@@ -8,7 +8,7 @@
 namespace tvm_infer::kv {
 namespace {
 
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
+constexpr size_t kMaxEntries = std::numeric_limits<int32_t>::max();
 
 const CacheLimits& Checked(const CacheLimits& limits) {
   const struct {
@@ -35,6 +35,7 @@ CacheManager::CacheManager(const CacheLimits& limits) : limits_(Checked(limits))
   step_.page_indptr.assign(1, 0);
   scratch_.writers.assign(limits.num_pages, 0);
   scratch_.keeper.assign(limits.num_pages, -1);
+  scratch_.leavers.assign(limits.num_pages, 0);
 }
 
 // ---- Sequences ----
@@ -69,18 +70,23 @@ void CacheManager::Fork(int64_t parent, int64_t child, int64_t position) {
                                    << " tokens; it must be from 0 to " << parent_length << ", or -1 for all of them";
   }
   const int32_t length = position == kWholeLength ? parent_length : static_cast<int32_t>(position);
+  CheckReach(sequences_[parent_slot], length, "position", position);
   const int32_t slot = NewSlot();  // may move sequences_
   Reserve2x(&sequences_[slot].pages, NumPages(length));
   slot_of_.emplace(child, slot);
 
   free_slots_.pop_back();
-  const std::vector<int32_t>& shared = sequences_[parent_slot].pages;
+  const Sequence& shared = sequences_[parent_slot];
   Sequence& sequence = sequences_[slot];
   sequence.id = child;
   sequence.length = length;
   sequence.is_live = true;
-  sequence.pages.assign(shared.begin(), shared.begin() + NumPages(length));
-  for (int32_t page : sequence.pages) pool_.Share(page);
+  sequence.pages.assign(shared.pages.begin(), shared.pages.begin() + NumPages(length));
+  sequence.gone_begin = std::min(shared.gone_begin, NumPages(length));
+  sequence.gone_end = std::min(shared.gone_end, NumPages(length));
+  for (int32_t page : sequence.pages) {
+    if (page != kNoPage) pool_.Share(page);
+  }
 }
 
 void CacheManager::Pop(int64_t id, int64_t num_tokens) {
@@ -90,6 +96,7 @@ void CacheManager::Pop(int64_t id, int64_t num_tokens) {
     TVM_INFER_THROW(ArgumentError) << "argument `n` of pop is " << num_tokens << " but sequence " << id << " has " << sequence.length
                                    << " tokens; it must be from 0 to " << sequence.length;
   }
+  CheckReach(sequence, sequence.length - num_tokens, "n", num_tokens);
   ShrinkTo(&sequence, sequence.length - static_cast<int32_t>(num_tokens));
 }
 
@@ -100,6 +107,7 @@ void CacheManager::Truncate(int64_t id, int64_t new_length) {
     TVM_INFER_THROW(ArgumentError) << "argument `length` of truncate is " << new_length << " but sequence " << id << " has "
                                    << sequence.length << " tokens; it must be from 0 to " << sequence.length;
   }
+  CheckReach(sequence, new_length, "length", new_length);
   ShrinkTo(&sequence, static_cast<int32_t>(new_length));
 }
 
@@ -126,11 +134,13 @@ int32_t CacheManager::NewSlot() {
 }
 
 void CacheManager::ShrinkTo(Sequence* sequence, int32_t new_length) noexcept {
-  const size_t keep = NumPages(new_length);
-  while (sequence->pages.size() > keep) {
-    pool_.Release(sequence->pages.back());
+  const int32_t keep = NumPages(new_length);
+  while (static_cast<int32_t>(sequence->pages.size()) > keep) {
+    if (sequence->pages.back() != kNoPage) pool_.Release(sequence->pages.back());
     sequence->pages.pop_back();
   }
+  sequence->gone_begin = std::min(sequence->gone_begin, keep);
+  sequence->gone_end = std::min(sequence->gone_end, keep);
   sequence->length = new_length;
 }
 
@@ -140,8 +150,9 @@ const Step& CacheManager::BeginForward(const int64_t* ids, const int64_t* append
   CheckIdle("begin_forward");
   CheckStep(append_lengths, num_requests);
   const Growth growth = Measure(ids, append_lengths, num_requests);
-  if (growth.new_pages + growth.copies > pool_.num_free()) ThrowOutOfPages(growth);
+  if (growth.new_pages + growth.copies > pool_.num_free() + growth.freed) ThrowOutOfPages(growth);
   Reserve(append_lengths, num_requests);
+  GiveBack();
   Grow(append_lengths, num_requests);
   FillStep(append_lengths, num_requests);
   in_forward_ = true;
@@ -178,58 +189,6 @@ const Step& CacheManager::step() const {
   return step_;
 }
 
-// What a step would take, and (in scratch_) which slots it meets and who keeps a page that several sequences write into.
-//
-// A shared, partly filled last page is copied by each sequence that appends to it. If all its owners append in this step, one of them
-// may keep it; it must be the longest, so that it writes beyond what the others hold: then the page still has everybody's tokens if the
-// step is cancelled.
-CacheManager::Growth CacheManager::Measure(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const {
-  Scratch& s = scratch_;
-  s.slots.resize(num_requests);
-  s.contested.reserve(num_requests);
-  ++s.measurement;
-  for (int64_t i = 0; i < num_requests; ++i) {
-    const int32_t slot = s.slots[i] = Find(ids[i]);
-    if (s.seen[slot] == s.measurement) {
-      TVM_INFER_THROW(ArgumentError) << "argument `ids` names sequence " << ids[i]
-                                     << " twice; a step appends to a sequence once: join its tokens, or take two steps";
-    }
-    s.seen[slot] = s.measurement;
-    if (append_lengths[i] < 0) {
-      TVM_INFER_THROW(ArgumentError) << "argument `append_lengths` is " << append_lengths[i] << " for sequence " << ids[i]
-                                     << "; it must be at least 0 (pop() takes tokens away)";
-    }
-    if (append_lengths[i] > kMaxLength - sequences_[slot].length) {
-      TVM_INFER_THROW(ArgumentError) << "argument `append_lengths` is " << append_lengths[i] << " for sequence " << ids[i] << ", which has "
-                                     << sequences_[slot].length << " tokens; a sequence holds at most " << kMaxLength;
-    }
-  }
-
-  Growth growth;
-  for (int64_t i = 0; i < num_requests; ++i) {
-    if (append_lengths[i] == 0) continue;
-    const Sequence& sequence = sequences_[s.slots[i]];
-    growth.new_pages += NumPages(sequence.length + append_lengths[i]) - static_cast<int32_t>(sequence.pages.size());
-    if (sequence.length % limits_.page_size == 0) continue;
-    const int32_t last = sequence.pages.back();
-    if (pool_.ref_count(last) == 1) continue;
-    if (s.writers[last]++ == 0) {
-      s.contested.push_back(last);
-      s.keeper[last] = s.slots[i];
-    } else if (sequence.length > sequences_[s.keeper[last]].length) {
-      s.keeper[last] = s.slots[i];
-    }
-  }
-  for (int32_t page : s.contested) {
-    const bool all_owners_write = s.writers[page] == pool_.ref_count(page);
-    growth.copies += s.writers[page] - (all_owners_write ? 1 : 0);
-    if (!all_owners_write) s.keeper[page] = -1;
-    s.writers[page] = 0;
-  }
-  s.contested.clear();
-  return growth;
-}
-
 // All that a step allocates, before it changes anything.
 void CacheManager::Reserve(const int64_t* append_lengths, int64_t num_requests) {
   size_t num_indices = 0;
@@ -239,9 +198,9 @@ void CacheManager::Reserve(const int64_t* append_lengths, int64_t num_requests) 
     Reserve2x(&sequence.pages, num_pages);
     num_indices += num_pages;
   }
-  if (num_indices > static_cast<size_t>(kMaxLength)) {
+  if (num_indices > kMaxEntries) {
     TVM_INFER_THROW(ArgumentError) << "argument `ids`: the page lists of the step's " << num_requests << " sequences have " << num_indices
-                                   << " entries together; at most " << kMaxLength << " fit. Take the sequences in several steps";
+                                   << " entries together; at most " << kMaxEntries << " fit. Take the sequences in several steps";
   }
   Reserve2x(&undo_, num_requests);
   Reserve2x(&step_.qo_indptr, num_requests + 1);
@@ -291,11 +250,6 @@ void CacheManager::FillStep(const int64_t* append_lengths, int64_t num_requests)
     step_.page_indices.insert(step_.page_indices.end(), sequence.pages.begin(), sequence.pages.end());
     step_.page_indptr[i + 1] = static_cast<int32_t>(step_.page_indices.size());
   }
-}
-
-int64_t CacheManager::PagesAfter(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const {
-  const Growth growth = Measure(ids, append_lengths, num_requests);
-  return pool_.num_used() + growth.new_pages + growth.copies;
 }
 
 }  // namespace tvm_infer::kv

@@ -1,8 +1,13 @@
 // Which sequence owns which pages. Pure bookkeeping: no page memory, no kernels, no threads (callers hold their own lock).
 //
 // A sequence is an id, a length in tokens and the pages that hold them: token t is slot t % page_size of pages[t / page_size], and
-// there are exactly ceil(length / page_size) pages. Forks share pages; a page is written by a step only when one sequence owns it
+// there are exactly ceil(length / page_size) entries. Forks share pages; a page is written by a step only when one sequence owns it
 // (copy-on-write), or when every owner writes it in this step and the longest of them keeps it (below).
+//
+// Where all layers have a window (SetWindow), a step first gives back the pages of its sequences that none of its tokens, nor a later
+// one, can see. Their entries stay in the list, as kNoPage, so that positions keep their places. Not at the end of a step: tokens that
+// a model proposed and rejects are popped then, and the window moves back with them. Nor does a cancelled step take them back: another
+// sequence may own them alone by then, and write.
 //
 // Strong guarantee: an operation that throws has changed nothing. Errors are Error(kind) of error.h:
 //   UnknownSequenceError  an id that is not there, or is there already        CacheStateError  an operation between begin and end
@@ -13,11 +18,13 @@
 #include <unordered_map>
 #include <vector>
 
+#include "tvm_infer/kv/key_window.h"
 #include "tvm_infer/kv/page_pool.h"
 
 namespace tvm_infer::kv {
 
 inline constexpr int64_t kWholeLength = -1;  // Fork(): at the parent's end
+inline constexpr int32_t kNoPage = -1;       // in place of a page that was given back
 
 struct CacheLimits {
   int32_t page_size;  // tokens a page
@@ -31,12 +38,17 @@ struct PageCopy {
   int32_t src, dst, num_tokens;
 };
 
+// A token's keys and values, in every layer, go from one slot to another.
+struct TokenMove {
+  int32_t src_page, src_slot, dst_page, dst_slot;
+};
+
 // What executors read in a step. Row r is the r-th id given to BeginForward().
 struct Step {
   std::vector<int32_t> qo_indptr;     // [num_requests + 1]: new tokens of request r are [qo_indptr[r], qo_indptr[r + 1])
   std::vector<int32_t> kv_len;        // [num_requests], new tokens included
   std::vector<int32_t> page_indptr;   // [num_requests + 1]: request r owns page_indices[page_indptr[r] … page_indptr[r + 1])
-  std::vector<int32_t> page_indices;  // a shared page appears once for each owner
+  std::vector<int32_t> page_indices;  // a shared page appears once for each owner; kNoPage where no token looks
   std::vector<PageCopy> copies;
 
   int32_t num_requests() const { return static_cast<int32_t>(kv_len.size()); }
@@ -54,7 +66,17 @@ class CacheManager {
   void Fork(int64_t parent, int64_t child, int64_t position);
   void Pop(int64_t id, int64_t num_tokens);       // drops the last tokens
   void Truncate(int64_t id, int64_t new_length);  // drops all tokens from new_length on
+  // Takes whole pages out of a sequence, `num_pages` from its page `first_page` on: its later tokens move to lower positions.
+  void DropPages(int64_t id, int64_t first_page, int64_t num_pages);
+  // Token src[i] of sequence ids[i] is to stand at dst[i], too, one move after the other; pages written must be the sequence's own. The
+  // tokens' places are as before; whoever has the memory moves them.
+  std::vector<TokenMove> Moves(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) const;
   void Clear();
+
+  // Which keys tokens see, from the next step on. ArgumentError where a sequence gave back pages that its next token would see.
+  void SetWindow(const KeyWindow& window);
+  void CheckWindow(const KeyWindow& window) const;  // the same, without setting it
+  const KeyWindow& window() const { return window_; }
 
   // A step: every sequence grows by its append length, and has pages for it, until EndForward() confirms or CancelForward() takes all
   // of it back (lengths, pages, copies, even the order of free pages). ids must differ; a length of 0 attends nothing.
@@ -67,19 +89,22 @@ class CacheManager {
   const Step& step() const;
   const Step& last_step() const { return step_; }
 
-  // Pages in use after these sequences grew by so many tokens, copies counted. Exact; changes nothing; may exceed num_pages.
+  // Pages in use in a step in which these sequences grow by so many tokens: copies counted, those that leave windows not. Exact; changes
+  // nothing; may exceed num_pages.
   int64_t PagesAfter(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
+  // Pages that a sequence has at most while it grows to `length` tokens, in steps of at most max_append tokens, all its own.
+  int64_t PeakPages(int64_t length, int64_t max_append) const;
 
   const CacheLimits& limits() const { return limits_; }
   const PagePool& pool() const { return pool_; }
   int64_t num_sequences() const { return static_cast<int64_t>(slot_of_.size()); }
   bool Has(int64_t id) const { return slot_of_.count(id) != 0; }
   int32_t Length(int64_t id) const { return sequences_[Find(id)].length; }
-  const std::vector<int32_t>& Pages(int64_t id) const { return sequences_[Find(id)].pages; }
-  std::vector<int64_t> Ids() const;  // ascending
+  const std::vector<int32_t>& Pages(int64_t id) const { return sequences_[Find(id)].pages; }  // kNoPage among them
+  std::vector<int64_t> Ids() const;                                                           // ascending
 
   // Everything, as integers, for tests: page_size, num_pages, in_forward, number of sequences, number of free pages, the free pages
-  // (next one last), the reference count of every page, then for each sequence (ascending id) its id, length, number of pages, pages.
+  // (next one last), the reference count of every page, then for each sequence (ascending id) its id, length, number of entries, pages.
   std::vector<int64_t> DumpState() const;
 
  private:
@@ -87,7 +112,8 @@ class CacheManager {
     int64_t id = 0;
     int32_t length = 0;
     bool is_live = false;
-    std::vector<int32_t> pages;  // keeps its capacity when the slot is used again
+    std::vector<int32_t> pages;            // keeps its capacity when the slot is used again
+    int32_t gone_begin = 0, gone_end = 0;  // entries of pages that are kNoPage
   };
   // How to undo one request of the step.
   struct Undo {
@@ -97,6 +123,11 @@ class CacheManager {
   struct Growth {
     int64_t new_pages = 0;  // for new tokens
     int64_t copies = 0;     // of shared pages
+    int64_t freed = 0;      // that no owner can see any more
+  };
+  struct Entries {
+    int32_t begin, end;
+    int32_t size() const { return end - begin; }
   };
   // Scratch of a measurement; as large as the largest step so far.
   struct Scratch {
@@ -106,6 +137,8 @@ class CacheManager {
     std::vector<int32_t> writers;    // [num_pages]: requests that write into this shared page; 0 between measurements
     std::vector<int32_t> keeper;     // [num_pages], where writers > 0: the slot that writes in place, or -1
     std::vector<int32_t> contested;  // pages with writers > 0
+    std::vector<int32_t> leavers;    // [num_pages]: requests behind whose windows this page lies; 0 between measurements
+    std::vector<int32_t> left;       // pages with leavers > 0
   };
 
   int32_t NumPages(int64_t length) const { return static_cast<int32_t>((length + limits_.page_size - 1) / limits_.page_size); }
@@ -115,14 +148,21 @@ class CacheManager {
   void CheckNew(int64_t id, const char* argument) const;
   void CheckStep(const int64_t* append_lengths, int64_t num_requests) const;
   void ShrinkTo(Sequence* sequence, int32_t new_length) noexcept;
+  // Of its pages, those that no token from its end on sees and that are not given back yet.
+  Entries Leaving(const Sequence& sequence) const;
+  void CheckReach(const Sequence& sequence, int64_t new_length, const char* argument, int64_t value) const;
   Growth Measure(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
+  void MeasureRequests(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests) const;
+  void MeasureLeavers(Growth* growth) const;
   void Reserve(const int64_t* append_lengths, int64_t num_requests);
+  void GiveBack() noexcept;
   void Grow(const int64_t* append_lengths, int64_t num_requests) noexcept;
   void FillStep(const int64_t* append_lengths, int64_t num_requests) noexcept;
   [[noreturn]] void ThrowOutOfPages(const Growth& growth) const;
   [[noreturn]] void ThrowUnknown(int64_t id) const;
 
   CacheLimits limits_;
+  KeyWindow window_;
   PagePool pool_;
   std::unordered_map<int64_t, int32_t> slot_of_;
   std::vector<Sequence> sequences_;

@@ -75,7 +75,8 @@ void CacheManager::ThrowOutOfPages(const Growth& growth) const {
   std::vector<std::pair<int64_t, int64_t>> freed;  // (pages, id)
   for (const Sequence& sequence : sequences_) {
     if (!sequence.is_live) continue;
-    const int64_t sole = std::count_if(sequence.pages.begin(), sequence.pages.end(), [&](int32_t p) { return pool_.ref_count(p) == 1; });
+    const int64_t sole =
+        std::count_if(sequence.pages.begin(), sequence.pages.end(), [&](int32_t p) { return p != kNoPage && pool_.ref_count(p) == 1; });
     if (sole > 0) freed.emplace_back(sole, sequence.id);
   }
   std::sort(freed.begin(), freed.end(),
@@ -92,9 +93,10 @@ void CacheManager::ThrowOutOfPages(const Growth& growth) const {
     remedy << " (pop() and truncate() free them from the end)";
   }
   TVM_INFER_THROW(OutOfPagesError) << "begin_forward needs " << needed << " page" << (needed == 1 ? "" : "s") << " (" << growth.new_pages
-                                   << " for new tokens, " << growth.copies << " to copy shared pages) but " << pool_.num_free() << " of "
-                                   << limits_.num_pages << " are free, " << limits_.page_size << " tokens a page: " << remedy.str()
-                                   << "; or create the cache with more pages";
+                                   << " for new tokens, " << growth.copies << " to copy shared pages) but "
+                                   << pool_.num_free() + growth.freed << " of " << limits_.num_pages << " are free"
+                                   << (growth.freed > 0 ? ", those that leave windows in this step counted, " : ", ") << limits_.page_size
+                                   << " tokens a page: " << remedy.str() << "; or create the cache with more pages";
 }
 
 std::vector<int64_t> CacheManager::DumpState() const {

@@ -16,6 +16,9 @@ std::string ShapeText(const Shape& shape) {
 
 namespace {
 
+constexpr int64_t kMha = 0, kMhaSliding = 3;  // TVM's AttnKind
+constexpr int64_t kLayerWindow = 1024;        // TVM's, where cache_config does not say
+
 const char* AttnKindName(int64_t kind) {
   constexpr std::array<const char*, 4> names = {"mha", "mla", "linear", "mha_sliding"};
   return kind >= 0 && kind < static_cast<int64_t>(names.size()) ? names[kind] : "no kind";
@@ -33,10 +36,23 @@ void CheckCacheConfig(const Shape& config) {
       TVM_FFI_THROW(ArgumentError) << "argument `cache_config` has " << names[i] << " = " << config[i] << "; it must be from 1 to 2^31 - 1";
     }
   }
-  if (config[4] != 0) {
-    TVM_FFI_THROW(ArgumentError) << "argument `cache_config` has support_sliding_window = " << config[4]
-                                 << ", and this cache has no sliding windows yet; create it with 0, or keep TVM's own cache for this model";
+  if (config[4] != 0 && config[4] != 1) {
+    TVM_FFI_THROW(ArgumentError) << "argument `cache_config` has support_sliding_window = " << config[4] << "; it must be 0 or 1";
   }
+  if (config.size() == 6 && (config[5] < 1 || config[5] > INT32_MAX)) {
+    TVM_FFI_THROW(ArgumentError) << "argument `cache_config` has layer_sliding_window_size = " << config[5]
+                                 << "; it must be from 1 to 2^31 - 1: the keys that a token sees, its own included";
+  }
+}
+
+// TVM's cache rotates by positions within the window then, anew in every step, whatever the mode it was created with.
+void CheckSlidingRope(const CreationArgs& args) {
+  if (args.cache_config[4] == 0 || args.rope_mode == 0) return;
+  TVM_FFI_THROW(ArgumentError)
+      << "argument `rope_mode` is " << args.rope_mode
+      << " with support_sliding_window = 1 in `cache_config`, for which TVM rotates inline (2), by positions within "
+      << "the window, and this cache has no inline rotation yet; rotate in the model (rope_mode 0), give layers "
+      << "windows (attn_kinds 3, mha_sliding), or keep TVM's own cache for this model";
 }
 
 void CheckLayers(const CreationArgs& args) {
@@ -51,10 +67,10 @@ void CheckLayers(const CreationArgs& args) {
                                  << " entries with num_layers = " << args.num_layers << "; it must have one, or one for each layer";
   }
   for (size_t layer = 0; layer < args.attn_kinds.size(); ++layer) {
-    if (args.attn_kinds[layer] != 0) {
+    if (args.attn_kinds[layer] != kMha && args.attn_kinds[layer] != kMhaSliding) {
       TVM_FFI_THROW(ArgumentError) << "argument `attn_kinds` is " << args.attn_kinds[layer] << " (" << AttnKindName(args.attn_kinds[layer])
                                    << ") for layer " << layer
-                                   << ", and this cache has mha (0) only so far; keep TVM's own cache for this model";
+                                   << ", and this cache has mha (0) and mha_sliding (3) so far; keep TVM's own cache for this model";
     }
   }
 }
@@ -83,6 +99,7 @@ Config CheckedConfig(const CreationArgs& args) {
   CheckCacheConfig(args.cache_config);
   CheckLayers(args);
   CheckHeads(args);
+  CheckSlidingRope(args);
   const Shape& c = args.cache_config;
   Config config{};
   config.num_layers = args.num_layers;
@@ -95,6 +112,13 @@ Config CheckedConfig(const CreationArgs& args) {
   config.max_batch = c[0];
   // A decode step has a token for each sequence, whatever the prefill chunk.
   config.max_tokens = std::max(c[2], c[0]);
+  for (int64_t layer = 0; layer < args.num_layers; ++layer) {
+    if (args.attn_kinds[args.attn_kinds.size() == 1 ? 0 : layer] == kMhaSliding) config.sliding_layers.push_back(layer);
+  }
+  config.layer_window = c.size() == 6 ? c[5] : kLayerWindow;
+  // As in TVM, where layers with windows take the place of sequences with windows.
+  config.has_sequence_windows = c[4] != 0 && config.sliding_layers.empty();
+  if (c[4] != 0) config.num_pages += 2 * config.max_batch;  // a window and sinks that begin and end within pages
   config.dtype = args.init->dtype;
   config.device = args.init->device;
   return config;

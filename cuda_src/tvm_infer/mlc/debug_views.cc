@@ -65,6 +65,23 @@ void WaitForDevice(const Config& config) {
 
 Tensor PagesOf(const tvm::ffi::Any& cache, int64_t layer) { return Library().kv_cache_pages(cache, layer).cast<Tensor>(); }
 
+// Positions of the cache below are those of the sequence only where nothing is hidden between its sinks and its window.
+void CheckContiguous(const char* operation, int64_t seq_id, int64_t num_hidden) {
+  if (num_hidden == 0) return;
+  TVM_FFI_THROW(CacheStateError)
+      << "operation " << operation << " on sequence " << seq_id
+      << ", whose window has slid, is not supported yet by tvm_infer's cache; look at it before its window is full";
+}
+
+// All pages that are touched are there.
+void CheckKept(const Shape& page_table, const Range& range, int64_t page_size) {
+  for (int64_t i = range.begin / page_size; i * page_size < range.end; ++i) {
+    if (page_table[i] >= 0) continue;
+    TVM_FFI_THROW(ArgumentError) << "argument `start_pos` is " << range.begin << ", but positions " << i * page_size << " to "
+                                 << (i + 1) * page_size - 1 << " left the window of all layers and were given back";
+  }
+}
+
 class DenseCopy {
  public:
   DenseCopy(const Config& config, const Range& range)
@@ -125,16 +142,18 @@ std::vector<int64_t> ReferenceCounts(const tvm::ffi::Any& cache) {
 
 void MLCPagedKVCacheObj::DebugGetKV(int64_t seq_id, int64_t start_pos, int64_t end_pos, Tensor k_data, Tensor v_data) {
   const Range range{start_pos, end_pos};
+  CheckContiguous("debug_get_kv", seq_id, windows_.num_hidden(seq_id));
   CheckRange(range, Length(seq_id));
   CheckDense(k_data, "k_data", config_, end_pos - start_pos);
   CheckDense(v_data, "v_data", config_, end_pos - start_pos);
   WaitForDevice(config_);
+  const Shape page_table = Library().kv_cache_page_table(cache_, seq_id).cast<Shape>();
+  CheckKept(page_table, range, config_.page_size);
   DenseCopy copy(config_, range);
-  copy.ForEachPage(cache_, Library().kv_cache_page_table(cache_, seq_id).cast<Shape>(),
-                   [&](const Page& page, char* host, int64_t layer, int64_t i) {
-                     page.Read(host);
-                     copy.Move(host, layer, i, false);
-                   });
+  copy.ForEachPage(cache_, page_table, [&](const Page& page, char* host, int64_t layer, int64_t i) {
+    page.Read(host);
+    copy.Move(host, layer, i, false);
+  });
   Tensor::CopyFromBytes(k_data.GetDLTensorPtr(), copy.k(), copy.bytes());
   Tensor::CopyFromBytes(v_data.GetDLTensorPtr(), copy.v(), copy.bytes());
 }
@@ -144,8 +163,10 @@ void MLCPagedKVCacheObj::DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_
   CheckDense(k_data, "k_data", config_, length);
   CheckDense(v_data, "v_data", config_, length);
   const Range range{start_pos, start_pos + length};
+  CheckContiguous("debug_set_kv", seq_id, windows_.num_hidden(seq_id));
   CheckRange(range, Length(seq_id));
   const Shape page_table = Library().kv_cache_page_table(cache_, seq_id).cast<Shape>();
+  CheckKept(page_table, range, config_.page_size);
   const std::vector<int64_t> references = ReferenceCounts(cache_);
   for (int64_t i = start_pos / config_.page_size; i * config_.page_size < range.end; ++i) {
     if (references[page_table[i]] > 1) {

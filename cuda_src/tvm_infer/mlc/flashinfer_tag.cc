@@ -71,8 +71,8 @@ int64_t MakePlan(const Tensor& float_workspace, const Tensor& int_workspace, Ten
   const Executor executor = ExecutorOf(int_workspace->device, s.head_dim);
   const int64_t max_partial_rows = float_workspace->shape[0] / 4 / (s.head_dim + 1);
   const int64_t words = Library()
-                            .plan(qo_indptr, kv_len, s.num_qo_heads, s.num_kv_heads, executor.num_ctas, s.causal, s.window_left,
-                                  s.fixed_split_size, executor.tile_table, max_partial_rows, host)
+                            .plan(qo_indptr, kv_len, s.num_qo_heads, s.num_kv_heads, executor.num_ctas,
+                                  BandOf(s.window_left, s.causal != 0), s.fixed_split_size, executor.tile_table, max_partial_rows, host)
                             .cast<int64_t>() /
                         4;
   if (int_workspace->device.device_type == kDLCUDA) {

@@ -25,7 +25,11 @@ tvm::ffi::Any CreateCache(const Config& c) {
 }  // namespace
 
 MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
-    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_) {
+    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_), masks_(config) {
+  if (!config_.sliding_layers.empty()) {
+    const Shape layers(config_.sliding_layers.begin(), config_.sliding_layers.end());
+    Library().kv_cache_set_variant(cache_, layers, nullptr, int64_t{-1}, BandOf(config_.layer_window - 1, true));
+  }
   if (rope_.is_active() && rope_.is_fixed()) {
     Library().kv_cache_set_rope(cache_, rope_.host_inv_freq(), rope_.interleaved(), rope_.magnitude());
   }
@@ -49,35 +53,63 @@ void MLCPagedKVCacheObj::CheckLayer(const char* name, int64_t layer) const {
 
 int64_t MLCPagedKVCacheObj::Length(int64_t seq_id) const { return Library().kv_cache_seq_len(cache_, seq_id).cast<int64_t>(); }
 
+int64_t MLCPagedKVCacheObj::VisibleLength(int64_t seq_id) const { return Length(seq_id) - windows_.num_hidden(seq_id); }
+
 void MLCPagedKVCacheObj::Clear() {
   EndForward();  // TVM clears at any time
   Library().kv_cache_clear(cache_);
+  trees_.Clear();
+  windows_.Clear();
   has_step_ = false;
 }
 
 void MLCPagedKVCacheObj::AddSequence(int64_t seq_id) { Library().kv_cache_add(cache_, seq_id); }
-void MLCPagedKVCacheObj::RemoveSequence(int64_t seq_id) { Library().kv_cache_remove(cache_, seq_id); }
+void MLCPagedKVCacheObj::RemoveSequence(int64_t seq_id) {
+  Library().kv_cache_remove(cache_, seq_id);
+  trees_.Forget(seq_id);
+  windows_.Forget(seq_id);
+}
 void MLCPagedKVCacheObj::ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) {
+  trees_.CheckCommitted(parent_seq_id, "fork_sequence");
+  if (config_.has_sequence_windows && windows_.Find(parent_seq_id) != nullptr) {
+    windows_.CheckFork(parent_seq_id, Length(parent_seq_id), fork_pos);
+  }
   Library().kv_cache_fork(cache_, parent_seq_id, child_seq_id, fork_pos);
 }
-void MLCPagedKVCacheObj::PopN(int64_t seq_id, int32_t n) { Library().kv_cache_pop(cache_, seq_id, int64_t{n}); }
+void MLCPagedKVCacheObj::PopN(int64_t seq_id, int32_t n) {
+  if (config_.has_sequence_windows) windows_.CheckPop(seq_id, Length(seq_id), n);
+  Library().kv_cache_pop(cache_, seq_id, int64_t{n});
+  trees_.Pop(seq_id, n);
+}
+
+void MLCPagedKVCacheObj::EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size, int32_t attn_sink_size) {
+  if (!config_.has_sequence_windows && config_.sliding_layers.empty()) {
+    TVM_FFI_THROW(ArgumentError) << "operation enable_sliding_window_for_seq(seq_id=" << seq_id
+                                 << ", sliding_window_size=" << sliding_window_size << ", attn_sink_size=" << attn_sink_size
+                                 << ") on a cache that was created with support_sliding_window = 0; create it with 1";
+  }
+  Length(seq_id);  // throws where there is no such sequence
+  windows_.Enable(seq_id, sliding_window_size, attn_sink_size);
+}
 
 void MLCPagedKVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_lengths, const Optional<Shape>& token_tree_parent_ptr) {
-  if (token_tree_parent_ptr.has_value()) {
-    TVM_FFI_THROW(ArgumentError)
-        << "argument `token_tree_parent_ptr` has " << token_tree_parent_ptr.value().size()
-        << " entries, and token trees (speculative decoding) are not supported yet by tvm_infer's cache; begin the "
-        << "step without it, or keep TVM's own cache for this model";
-  }
+  std::vector<TokenTree> trees = trees_.Grown(seq_ids, append_lengths, token_tree_parent_ptr);
+  CheckTrees(trees);
   EndForward();
-  Step step{seq_ids, append_lengths, {}, 0, true};
+  Step step{seq_ids, append_lengths};
   step.start.reserve(seq_ids.size());
   for (int64_t id : seq_ids) step.start.push_back(Length(id));
-  Library().kv_cache_begin_forward(cache_, seq_ids, append_lengths, int64_t{1});
+  step.is_decode = !config_.has_sequence_windows;  // with windows of sequences TVM stores new keys behind attention
   for (int64_t length : append_lengths) {
     step.num_tokens += length;
     step.is_decode = step.is_decode && length == 1;
   }
+  if (append_lengths.size() == seq_ids.size()) {  // else the call below says so
+    SetPositions(trees, &step);
+    SetMask(trees, &step);
+  }
+  Library().kv_cache_begin_forward(cache_, seq_ids, append_lengths, int64_t{1});
+  for (size_t r = 0; r < trees.size(); ++r) trees_.Set(seq_ids[r], std::move(trees[r]));
   step_ = std::move(step);
   has_step_ = true;
   has_positions_ = false;
@@ -85,7 +117,13 @@ void MLCPagedKVCacheObj::BeginForward(const Shape& seq_ids, const Shape& append_
 }
 
 void MLCPagedKVCacheObj::EndForward() {
-  if (InForward()) Library().kv_cache_end_forward(cache_);
+  if (!InForward()) return;
+  Library().kv_cache_end_forward(cache_);
+  if (!config_.has_sequence_windows) return;
+  for (int64_t id : step_.ids) {
+    const Slide slide = windows_.SlideTo(id, Length(id), config_.page_size);
+    if (slide.num_pages > 0) Library().kv_cache_drop_pages(cache_, id, slide.first_page, slide.num_pages);
+  }
 }
 
 bool MLCPagedKVCacheObj::Empty() const { return Library().kv_cache_sequences(cache_).cast<Shape>().empty(); }
@@ -94,11 +132,11 @@ int32_t MLCPagedKVCacheObj::GetNumAvailablePages() const { return Library().kv_c
 
 int32_t MLCPagedKVCacheObj::GetTotalSequenceLength() const {
   int64_t total = 0;
-  for (int64_t id : Library().kv_cache_sequences(cache_).cast<Shape>()) total += Length(id);
+  for (int64_t id : Library().kv_cache_sequences(cache_).cast<Shape>()) total += VisibleLength(id);
   return static_cast<int32_t>(total);
 }
 
-int32_t MLCPagedKVCacheObj::GetSequenceLength(int64_t seq_id) const { return static_cast<int32_t>(Length(seq_id)); }
+int32_t MLCPagedKVCacheObj::GetSequenceLength(int64_t seq_id) const { return static_cast<int32_t>(VisibleLength(seq_id)); }
 
 void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask, Tensor o_data, double sm_scale) {
   if (mask.has_value()) {
@@ -111,6 +149,11 @@ void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data
   CheckTokens(o_data, "o_data", config_, h_q, "num_qo_heads", step.num_tokens, true);
   const TokensView q(qkv_data, step.num_tokens, 0, h_q), k(qkv_data, step.num_tokens, h_q, h_kv),
       v(qkv_data, step.num_tokens, h_q + h_kv, h_kv), o(o_data, step.num_tokens, 0, h_q);
+  if (step.has_mask()) {
+    CheckLayer("layer_id", layer_id);
+    MaskedAttention(layer_id, q, k, v, sm_scale, o);
+    return;
+  }
   if (!rope_.is_active()) {
     Library().attention_with_kv_cache(cache_, layer_id, TensorView(q), TensorView(k), TensorView(v), sm_scale, int64_t{1}, TensorView(o));
     return;
@@ -122,8 +165,7 @@ void MLCPagedKVCacheObj::AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data
   }
   CheckLayer("layer_id", layer_id);
   if (step.num_tokens == 0) return;
-  if (!rotated_q_.defined()) rotated_q_ = Tensor::Empty({config_.max_tokens, h_q, config_.head_dim}, config_.dtype, config_.device);
-  const TokensView rotated(rotated_q_, step.num_tokens, 0, h_q);
+  const TokensView rotated(Rotated(&rotated_q_, h_q), step.num_tokens, 0, h_q);
   side_plans_.RopeAppend(step, layer_id, rope_, q, k, v, rotated);
   side_plans_.Whole(step, layer_id, rotated, sm_scale, o);
 }
@@ -132,6 +174,7 @@ void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k
                                        double sm_scale) {
   const Step& step = ActiveStep("self_attention");
   CheckLayer("layer_id", layer_id);
+  CheckParts("self_attention", "layer_id", layer_id);
   CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckTokens(k_data, "k_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
   CheckTokens(v_data, "v_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
@@ -144,6 +187,7 @@ void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k
 void MLCPagedKVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor o_data, Tensor lse_data, double sm_scale) {
   const Step& step = ActiveStep("cross_attention");
   CheckLayer("layer_id", layer_id);
+  CheckParts("cross_attention", "layer_id", layer_id);
   CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckLse(lse_data, "lse_data", config_, step.num_tokens);
@@ -193,13 +237,8 @@ Tensor MLCPagedKVCacheObj::GetQueryPositions() {
   if (!positions_.defined()) positions_ = Tensor::Empty({config_.max_tokens}, kInt32, config_.device);
   Tensor view = positions_.CreateView({step_.num_tokens}, kInt32);
   if (has_positions_ || step_.num_tokens == 0) return view;
-  std::vector<int32_t> values;
-  values.reserve(step_.num_tokens);
-  for (int64_t r = 0; r < step_.num_requests(); ++r) {
-    for (int64_t t = 0; t < step_.append_lengths[r]; ++t) values.push_back(static_cast<int32_t>(step_.start[r] + t));
-  }
   DLTensor host = *view.GetDLTensorPtr();
-  host.data = values.data();
+  host.data = step_.positions.data();
   host.byte_offset = 0;
   host.device = {kDLCPU, 0};
   // From pageable memory: the driver has taken the values when this returns.

@@ -9,9 +9,12 @@
 #include <tvm/ffi/any.h>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/masks.h"
 #include "tvm_infer/mlc/rope.h"
+#include "tvm_infer/mlc/sequence_windows.h"
 #include "tvm_infer/mlc/side_plans.h"
 #include "tvm_infer/mlc/step.h"
+#include "tvm_infer/mlc/token_trees.h"
 
 namespace tvm_infer::mlc {
 
@@ -28,6 +31,12 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   void RemoveSequence(int64_t seq_id) override;
   void ForkSequence(int64_t parent_seq_id, int64_t child_seq_id, int64_t fork_pos) override;
   void PopN(int64_t seq_id, int32_t n) override;
+
+  // The sequence keeps its first and last keys from the end of the next step on: sequence_windows.h. In a cache whose layers have windows
+  // there is nothing to it.
+  void EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size, int32_t attn_sink_size) override;
+  // Of the trees that steps since the last commit made: keeps the nodes from a root to the leaf, drops the others; -1: drops all.
+  void CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape& leaf_indices) override;
 
   // A begin ends the step before it, since TVM's EndForward() may be left out; outside of a step EndForward() does nothing.
   void BeginForward(const Shape& seq_ids, const Shape& append_lengths, const Optional<Shape>& token_tree_parent_ptr) override;
@@ -56,8 +65,6 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   void DebugSetKV(int64_t seq_id, int64_t start_pos, Tensor k_data, Tensor v_data) override;
 
   // Refused by name: unsupported.cc.
-  void EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size, int32_t attn_sink_size) override;
-  void CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape& leaf_indices) override;
   Shape DisaggPrepareRecv(int64_t seq_id, int length) override;
   void DisaggMarkSend(int64_t seq_id, int64_t begin, const Shape& compressed_remote_position_map, int32_t recver_pe_offset) override;
   void AppendMLAKV(int64_t layer_id, Tensor kv_data) override;
@@ -76,7 +83,14 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   bool InForward() const;
   const Step& ActiveStep(const char* operation) const;  // throws CacheStateError
   void CheckLayer(const char* name, int64_t layer) const;
-  int64_t Length(int64_t seq_id) const;
+  int64_t Length(int64_t seq_id) const;         // tokens in the cache below
+  int64_t VisibleLength(int64_t seq_id) const;  // without those that a window hides
+  void CheckTrees(const std::vector<TokenTree>& trees) const;
+  void SetMask(const std::vector<TokenTree>& trees, Step* step);
+  void MaskedAttention(int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o);
+  void SetPositions(const std::vector<TokenTree>& trees, Step* step) const;
+  void CheckParts(const char* operation, const char* name, int64_t layer) const;
+  Tensor& Rotated(Tensor* tensor, int64_t heads) const;
 
   const Config config_;
   const Rope rope_;
@@ -84,8 +98,11 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   bool has_step_ = false;
   Step step_;
   SidePlans side_plans_;
-  Tensor rotated_q_;  // [max_tokens, num_qo_heads, head_dim], where queries are rotated; allocated at the first use
-  Tensor positions_;  // int32 [max_tokens], allocated when first asked for
+  TokenTrees trees_;
+  SequenceWindows windows_;
+  Masks masks_;
+  Tensor rotated_q_, rotated_k_;  // [max_tokens, heads, head_dim], where queries and keys are rotated; allocated at the first use
+  Tensor positions_;              // int32 [max_tokens], allocated when first asked for
   bool has_positions_ = false;
 };
 

@@ -2,7 +2,10 @@
 // adapter, built on the user's machine, serves the library that is loaded.
 #pragma once
 
+#include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/function.h>
+
+#include <cstdint>
 
 #define TVM_INFER_MLC_CALLS(V)         \
   V(attention_with_kv_cache)           \
@@ -18,9 +21,11 @@
   V(kv_cache_config)                   \
   V(kv_cache_create)                   \
   V(kv_cache_debug_state)              \
+  V(kv_cache_drop_pages)               \
   V(kv_cache_end_forward)              \
   V(kv_cache_fork)                     \
   V(kv_cache_in_forward)               \
+  V(kv_cache_move_tokens)              \
   V(kv_cache_num_free_pages)           \
   V(kv_cache_page_table)               \
   V(kv_cache_pages)                    \
@@ -28,6 +33,7 @@
   V(kv_cache_remove)                   \
   V(kv_cache_seq_len)                  \
   V(kv_cache_sequences)                \
+  V(kv_cache_set_variant)              \
   V(merge)                             \
   V(paged_attention)                   \
   V(plan)                              \
@@ -36,7 +42,10 @@
   V(cuda_info)                         \
   V(ragged_attention)                  \
   V(rope_append_paged)                 \
-  V(scale_lse)
+  V(scale_lse)                         \
+  V(variant_append_attention)          \
+  V(variant_call)                      \
+  V(variant_paged_attention)
 
 namespace tvm_infer::mlc {
 
@@ -48,5 +57,8 @@ struct Calls {
 
 // Looked up at the first call; throws where libtvm_infer.so is not loaded.
 const Calls& Library();
+
+// The `band` of plan and plan_capacity: window_left, window_right, num_sink, chunk. -1 for all keys of a side, 0 for none.
+inline tvm::ffi::Shape BandOf(int64_t window_left, bool is_causal) { return {window_left, is_causal ? 0 : -1, 0, 0}; }
 
 }  // namespace tvm_infer::mlc

@@ -3,6 +3,7 @@
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "tvm_infer/mlc/registry.h"
@@ -37,23 +38,23 @@ SidePlans::SidePlans(const Config& config, tvm::ffi::Any cache)
       tile_table_(TileTable(config)) {}
 
 void SidePlans::NewStep() {
-  has_query_indptr_ = has_page_table_ = false;
-  self_.is_ready = cross_.is_ready = whole_.is_ready = false;
+  has_query_indptr_ = has_page_table_ = has_positions_ = false;
+  self_.is_ready = cross_.is_ready = whole_.is_ready = sliding_.is_ready = false;
 }
 
 // Buffers for any step within the cache's limits, when the first fine-grained call comes: most models make none.
 void SidePlans::Allocate() {
   if (workspace_.defined()) return;
   int64_t plan_bytes = 0;
-  for (int64_t causal : {0, 1}) {
+  for (const Shape& band : {BandOf(kAllKeys, false), BandOf(kAllKeys, true), BandOf(config_.layer_window - 1, true)}) {
     const Shape capacity = Library()
-                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, causal, kAllKeys, kSplitAuto,
-                                              tile_table_, config_.max_batch, config_.max_tokens, int64_t{0})
+                               .plan_capacity(config_.num_qo_heads, config_.num_kv_heads, num_ctas_, band, kSplitAuto, tile_table_,
+                                              config_.max_batch, config_.max_tokens, int64_t{0})
                                .cast<Shape>();
     plan_bytes = std::max(plan_bytes, capacity[0]);
     partial_rows_ = std::max(partial_rows_, capacity[1]);
   }
-  for (Planned* planned : {&self_, &cross_, &whole_}) {
+  for (Planned* planned : {&self_, &cross_, &whole_, &sliding_}) {
     planned->plan = Tensor::Empty({plan_bytes / 4}, {kDLInt, 32, 1}, {kDLCPU, 0});
     planned->device_plan = config_.is_cuda() ? Tensor::Empty({plan_bytes / 4}, {kDLInt, 32, 1}, config_.device) : planned->plan;
   }
@@ -64,8 +65,9 @@ void SidePlans::Prepare(const Step& step, bool needs_page_table) {
   // A replay would find the plan of the step that was captured: begin_forward does not know these plans.
   if (config_.is_cuda() && Library().stream_is_capturing(config_.device).cast<bool>()) {
     TVM_FFI_THROW(CacheStateError)
-        << "attention in parts, and rotations that the number of tokens chooses (longrope), cannot be captured for a "
-           "CUDA graph: their plans are made within the step. Call them by TVM's own names (vm.builtin.*), which TVM "
+        << "attention in parts, rotations that the number of tokens chooses (longrope), token trees and windows of "
+           "sequences cannot be captured for a CUDA graph: their plans are made within the step. Call them by TVM's own names "
+           "(vm.builtin.*), which TVM "
            "leaves out of its graphs, or build the model without relax.backend.use_cuda_graph";
   }
   Allocate();
@@ -80,7 +82,8 @@ void SidePlans::Prepare(const Step& step, bool needs_page_table) {
   page_indices_.host().clear();
   for (int64_t id : step.ids) {
     const Shape pages = Library().kv_cache_page_table(cache_, id).cast<Shape>();
-    page_indices_.host().insert(page_indices_.host().end(), pages.begin(), pages.end());
+    // Pages that left the window of all layers are read by nobody, but entries must name a page.
+    for (const int64_t page : pages) page_indices_.host().push_back(static_cast<int32_t>(std::max<int64_t>(page, 0)));
     page_indptr_.host().push_back(static_cast<int32_t>(page_indices_.host().size()));
   }
   page_indptr_.Publish(config_.device);
@@ -89,11 +92,11 @@ void SidePlans::Prepare(const Step& step, bool needs_page_table) {
 }
 
 // From planned->kv_len.
-void SidePlans::MakePlan(bool is_causal, Planned* planned) {
+void SidePlans::MakePlan(bool is_causal, int64_t window_left, Planned* planned) {
   planned->kv_len.Publish({kDLCPU, 0});
   const int64_t bytes = Library()
                             .plan(qo_indptr_.OnHost(), planned->kv_len.OnHost(), config_.num_qo_heads, config_.num_kv_heads, num_ctas_,
-                                  int64_t{is_causal}, kAllKeys, kSplitAuto, tile_table_, partial_rows_, planned->plan)
+                                  BandOf(window_left, is_causal), kSplitAuto, tile_table_, partial_rows_, planned->plan)
                             .cast<int64_t>();
   planned->words = bytes / 4;
   if (config_.is_cuda()) {
@@ -107,7 +110,7 @@ void SidePlans::Self(const Step& step, TensorView q, TensorView k, TensorView v,
   Prepare(step, false);
   if (!self_.is_ready) {
     self_.kv_len.host().assign(step.append_lengths.begin(), step.append_lengths.end());
-    MakePlan(true, &self_);
+    MakePlan(true, kAllKeys, &self_);
   }
   const PlanView plan(self_.device_plan, self_.words);
   Library().ragged_attention(TensorView(plan), q, k, v, qo_indptr_.Here(), sm_scale, workspace_, o, lse);
@@ -121,41 +124,90 @@ void SidePlans::Cross(const Step& step, int64_t layer, TensorView q, double sm_s
     if (step.is_decode) {
       for (int32_t& length : kv_len) ++length;
     }
-    MakePlan(false, &cross_);
+    MakePlan(false, kAllKeys, &cross_);
   }
-  Paged(cross_, layer, q, sm_scale, o, &lse);
+  Paged(step, cross_, layer, q, sm_scale, o, &lse);
 }
 
-void SidePlans::PlanWhole(const Step& step) {
+SidePlans::Planned& SidePlans::PlanWhole(const Step& step, int64_t layer) {
   Prepare(step, true);
-  if (whole_.is_ready) return;
-  std::vector<int32_t>& kv_len = whole_.kv_len.host();
+  const bool is_sliding = config_.is_sliding(layer);
+  Planned& planned = is_sliding ? sliding_ : whole_;
+  if (planned.is_ready) return planned;
+  std::vector<int32_t>& kv_len = planned.kv_len.host();
   kv_len.clear();
   for (int64_t r = 0; r < step.num_requests(); ++r) kv_len.push_back(static_cast<int32_t>(step.start[r] + step.append_lengths[r]));
-  MakePlan(true, &whole_);
+  MakePlan(true, is_sliding ? config_.layer_window - 1 : kAllKeys, &planned);
+  return planned;
 }
 
 void SidePlans::RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out) {
-  PlanWhole(step);
+  const Planned& planned = PlanWhole(step, layer);
   const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
-  const PlanView plan(whole_.device_plan, whole_.words);
+  const PlanView plan(planned.device_plan, planned.words);
   const tvm::ffi::Any none = nullptr;
   Library().rope_append_paged(q, k, v, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), TensorView(plan), none, none,
                               pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), q_out);
 }
 
-void SidePlans::Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o) {
-  PlanWhole(step);
-  Paged(whole_, layer, q, sm_scale, o, nullptr);
+// By the function that rotates and stores, with each token a request of its own, whose last token it is, and a row of k_out as its one
+// page: all slots of the page are the row, so that it is written wherever the token stands.
+void SidePlans::Rotate(const Step& step, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out,
+                       const Tensor& k_out) {
+  Prepare(step, false);
+  if (!has_positions_) {
+    token_indptr_.host().resize(step.num_tokens + 1);
+    std::iota(token_indptr_.host().begin(), token_indptr_.host().end(), 0);
+    token_indices_.host().assign(token_indptr_.host().begin(), token_indptr_.host().end() - 1);
+    position_ends_.host().clear();
+    for (const int32_t position : step.positions) position_ends_.host().push_back(position + 1);
+    for (IndexArray* array : {&token_indptr_, &token_indices_, &position_ends_}) array->Publish(config_.device);
+    has_positions_ = true;
+  }
+  if (!values_.defined())
+    values_ = Tensor::Empty({config_.max_tokens, config_.num_kv_heads, config_.head_dim}, config_.dtype, config_.device);
+  int64_t shape[] = {step.num_tokens, config_.num_kv_heads, INT32_MAX, config_.head_dim};
+  int64_t strides[] = {config_.num_kv_heads * config_.head_dim, config_.head_dim, 0, 1};
+  const auto as_pages = [&](const Tensor& rows) {
+    DLTensor pages = *rows.GetDLTensorPtr();
+    pages.ndim = 4;
+    pages.shape = shape;
+    pages.strides = strides;
+    return pages;
+  };
+  DLTensor k_pages = as_pages(k_out), v_pages = as_pages(values_);
+  const tvm::ffi::Any none = nullptr;
+  Library().rope_append_paged(q, k, v, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), none, token_indptr_.Here(),
+                              position_ends_.Here(), TensorView(&k_pages), TensorView(&v_pages), kHeadsFirst, token_indptr_.Here(),
+                              token_indices_.Here(), q_out);
 }
 
-void SidePlans::Paged(const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse) {
+void SidePlans::AppendMasked(const Step& step, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o) {
+  const Planned& planned = PlanWhole(step, layer);
   const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
   const PlanView plan(planned.device_plan, planned.words);
-  const tvm::ffi::Any no_tensor = nullptr;
-  const tvm::ffi::Any lse_or_none = lse == nullptr ? no_tensor : tvm::ffi::Any(*lse);
-  Library().paged_attention(TensorView(plan), q, pages, no_tensor, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale,
-                            workspace_, o, lse_or_none);
+  const tvm::ffi::Any none = nullptr;
+  Library().variant_append_attention(TensorView(plan), q, k, v, pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(),
+                                     sm_scale, workspace_, o, none, step.mask);
+}
+
+void SidePlans::Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o) {
+  Paged(step, PlanWhole(step, layer), layer, q, sm_scale, o, nullptr);
+}
+
+void SidePlans::Paged(const Step& step, const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o,
+                      const Tensor* lse) {
+  const Tensor pages = Library().kv_cache_pages(cache_, layer).cast<Tensor>();
+  const PlanView plan(planned.device_plan, planned.words);
+  const tvm::ffi::Any none = nullptr;
+  const tvm::ffi::Any lse_or_none = lse == nullptr ? none : tvm::ffi::Any(*lse);
+  if (step.has_mask()) {
+    Library().variant_paged_attention(TensorView(plan), q, pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale,
+                                      workspace_, o, lse_or_none, step.mask);
+    return;
+  }
+  Library().paged_attention(TensorView(plan), q, pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale, workspace_,
+                            o, lse_or_none);
 }
 
 }  // namespace tvm_infer::mlc

@@ -1,5 +1,5 @@
-// Plans and page tables for the fine-grained calls (self, cross and shared attention), which attend to other keys than the step's own plan
-// in the cache object. Made when a step first needs them; all layers share them.
+// Plans and page tables for what the cache object's own plan of a step does not serve: the fine-grained calls (self, cross and shared
+// attention) and steps with a mask. Made when a step first needs them; all layers share them.
 #pragma once
 
 #include <tvm/ffi/any.h>
@@ -28,7 +28,11 @@ class SidePlans {
   void Cross(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor& lse);
   // Stores the step's k, rotated, and v at `layer`; q rotated goes to q_out.
   void RopeAppend(const Step& step, int64_t layer, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out);
-  // They attend to the keys in the cache at `layer`, the new ones included, causally.
+  // Turns q and k by the step's positions, for steps in which tokens stand elsewhere than at their positions.
+  void Rotate(const Step& step, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out, const Tensor& k_out);
+  // Stores k and v at `layer`; q attends to the keys there, under the step's mask.
+  void AppendMasked(const Step& step, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o);
+  // They attend to the keys in the cache at `layer`, the new ones included: causally, within the layer's window, under the step's mask.
   void Whole(const Step& step, int64_t layer, TensorView q, double sm_scale, TensorView o);
 
  private:
@@ -40,9 +44,9 @@ class SidePlans {
   };
   void Allocate();
   void Prepare(const Step& step, bool needs_page_table);
-  void MakePlan(bool is_causal, Planned* planned);
-  void PlanWhole(const Step& step);
-  void Paged(const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse);
+  void MakePlan(bool is_causal, int64_t window_left, Planned* planned);
+  Planned& PlanWhole(const Step& step, int64_t layer);
+  void Paged(const Step& step, const Planned& planned, int64_t layer, TensorView q, double sm_scale, TensorView o, const Tensor* lse);
 
   const Config config_;
   const tvm::ffi::Any cache_;
@@ -52,7 +56,10 @@ class SidePlans {
   Tensor workspace_;
   bool has_query_indptr_ = false, has_page_table_ = false;
   IndexArray qo_indptr_, page_indptr_, page_indices_;
-  Planned self_, cross_, whole_;
+  Planned self_, cross_, whole_, sliding_;  // sliding_: whole_, of layers that have a window
+  bool has_positions_ = false;
+  IndexArray token_indptr_, token_indices_, position_ends_;  // each token a request of its own
+  Tensor values_;                                            // where rotation puts values, which nobody needs
 };
 
 }  // namespace tvm_infer::mlc

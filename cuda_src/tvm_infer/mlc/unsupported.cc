@@ -20,17 +20,6 @@ constexpr const char* kOwnCache = "keep TVM's own cache for models that need it"
 
 }  // namespace
 
-void MLCPagedKVCacheObj::EnableSlidingWindowForSeq(int64_t seq_id, int32_t sliding_window_size, int32_t attn_sink_size) {
-  ThrowUnsupported("enable_sliding_window_for_seq(" + Number("seq_id", seq_id) + ", " + Number("sliding_window_size", sliding_window_size) +
-                       ", " + Number("attn_sink_size", attn_sink_size) + ")",
-                   "leave the window out (all keys are kept), or keep TVM's own cache for this model");
-}
-
-void MLCPagedKVCacheObj::CommitAcceptedTokenTreeNodes(const Shape& seq_ids, const Shape& leaf_indices) {
-  ThrowUnsupported("commit_accepted_token_tree_nodes(seq_ids=" + ShapeText(seq_ids) + ", leaf_indices=" + ShapeText(leaf_indices) + ")",
-                   "decode without token trees; rejected tokens of a chain are dropped by kv_state_popn");
-}
-
 Shape MLCPagedKVCacheObj::DisaggPrepareRecv(int64_t seq_id, int length) {
   ThrowUnsupported("disagg_prepare_recv(" + Number("seq_id", seq_id) + ", " + Number("length", length) + ")", kOwnCache);
 }

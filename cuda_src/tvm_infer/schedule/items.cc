@@ -13,7 +13,7 @@ constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Sums of a few costs stay within int64. 2^60 ps are 13 days.
 constexpr double kMaxTotalCost = 1152921504606846976.0;
 
-[[noreturn]] void ThrowBadRequest(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t r) {
+[[noreturn]] void ThrowBadRequest(const int32_t* qo_indptr, const int32_t* kv_len, int32_t r) {
   if (qo_indptr[r + 1] < qo_indptr[r]) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr[" << r + 1 << "] is " << qo_indptr[r + 1] << ", less than qo_indptr[" << r
                                    << "] = " << qo_indptr[r] << "; qo_indptr must not decrease: it is the running sum of query lengths";
@@ -21,8 +21,8 @@ constexpr double kMaxTotalCost = 1152921504606846976.0;
   if (kv_len[r] < 0) TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << "; lengths must be at least 0";
   TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << ", less than the request's "
                                  << qo_indptr[r + 1] - qo_indptr[r]
-                                 << " query tokens; a band with an end on the right (causal: " << p.band.right
-                                 << ") needs kv_len >= qo_len: kv_len counts the new tokens too";
+                                 << " query tokens; a band with an end on the right (causal, a right window, chunks) "
+                                 << "needs kv_len >= qo_len: kv_len counts the new tokens too";
 }
 
 // Checks all lengths and returns the largest kv_len.
@@ -30,7 +30,7 @@ int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_
   if (qo_indptr[0] != 0) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr[0] is " << qo_indptr[0] << "; it must be 0: requests are packed from the first token on";
   }
-  const bool needs_keys = p.band.right != kUnbounded;
+  const bool needs_keys = p.band.has_end();
   int32_t max_kv_len = 0;
   bool bad = false;  // one branch for all requests
   for (int32_t r = 0; r < num_requests; ++r) {
@@ -38,11 +38,37 @@ int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_
     bad |= (qo_len < 0) | (kv_len[r] < 0) | (needs_keys & (kv_len[r] < qo_len));
     max_kv_len = std::max(max_kv_len, kv_len[r]);
   }
+  if (p.band.right > 0 && max_kv_len > kMaxInt32 - p.band.right - 1) {  // executors add positions and the width in 32 bits
+    TVM_INFER_THROW(ArgumentError) << "window_right is " << p.band.right << " with a request of " << max_kv_len
+                                   << " keys; the two must stay below 2^31 together: -1 is a window of all keys";
+  }
   for (int32_t r = 0; bad && r < num_requests; ++r) {
     const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
-    if (qo_len < 0 || kv_len[r] < 0 || (needs_keys && kv_len[r] < qo_len)) ThrowBadRequest(p, qo_indptr, kv_len, r);
+    if (qo_len < 0 || kv_len[r] < 0 || (needs_keys && kv_len[r] < qo_len)) ThrowBadRequest(qo_indptr, kv_len, r);
   }
   return max_kv_len;
+}
+
+// Keys that some row of a tile sees: [begin, end), and sinks [0, sink) that do not touch these. All 0 for rows that see nothing.
+struct SeenKeys {
+  int32_t sink;
+  int32_t begin;
+  int32_t end;
+};
+
+// Rows at positions first … last, of a request of `kv` keys. With each position the band moves on or stays, so that what one of the rows
+// sees besides the sinks is one range: from where the first begins to where the last ends.
+SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
+  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
+  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
+  const int64_t sink = std::min<int64_t>(band.num_sink, end);
+  if (band.chunk > 0) {
+    begin = std::max(begin, first / band.chunk * band.chunk);
+    end = std::min(end, (last / band.chunk + 1) * band.chunk);
+  }
+  if (begin >= end) return {0, 0, 0};
+  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
 }
 
 int32_t ClassOf(const PlanParams& p, int64_t num_rows) {
@@ -55,12 +81,13 @@ int32_t ClassOf(const PlanParams& p, int64_t num_rows) {
 int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_kv_len) {
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t rows = qo_indptr[num_requests] * group;
+  const int64_t sinks = p.band.num_sink > 0 ? 1 : 0;  // a piece more for each tile, or a work
   int64_t bound = MaxTiles(p, std::min<int64_t>(num_requests, qo_indptr[num_requests]), rows);
   if (p.fixed_split_size > 0) {  // far below tiles * pieces of the longest, where one long request stands among many short ones
     bound = 0;
     for (int32_t r = 0; r < num_requests; ++r) {
       const int64_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
-      if (qo_len > 0) bound += MaxTiles(p, 1, qo_len * group) * std::max<int64_t>(1, CeilDiv(kv_len[r], p.fixed_split_size));
+      if (qo_len > 0) bound += MaxTiles(p, 1, qo_len * group) * (std::max<int64_t>(1, CeilDiv(kv_len[r], p.fixed_split_size)) + sinks);
     }
   }
   double max_cost = 1;
@@ -69,11 +96,12 @@ int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
     max_cost = std::max(max_cost, static_cast<double>(t.fixed) + static_cast<double>(t.row) * t.rows +
                                       static_cast<double>(t.kv) * static_cast<double>(ChargedKeys(t, max_kv_len)));
   }
-  const double max_total = max_cost * static_cast<double>(bound) * p.num_kv_heads;
-  if (rows > kMaxInt32 || bound > kMaxInt32 / p.num_kv_heads || max_total > kMaxTotalCost) {
+  const int64_t max_bound = kMaxInt32 / p.num_kv_heads >> sinks;
+  const double max_total = max_cost * static_cast<double>((bound + 1) << sinks) * p.num_kv_heads;
+  if (rows > kMaxInt32 || bound > max_bound || max_total > kMaxTotalCost) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr and kv_len make a batch too large for one plan: " << rows << " packed rows (limit "
-                                   << kMaxInt32 << "), up to " << bound << " tiles (limit " << kMaxInt32 / p.num_kv_heads
-                                   << "), cost up to " << max_total << " ps (limit " << kMaxTotalCost
+                                   << kMaxInt32 << "), up to " << bound << " tiles (limit " << max_bound << "), cost up to " << max_total
+                                   << " ps (limit " << kMaxTotalCost
                                    << "); plan fewer requests or tokens at once, or use a larger fixed_split_size";
   }
   return bound;
@@ -86,12 +114,12 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
   const int64_t max_items = BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
   work.Reserve(max_items);
   cost.Reserve(max_items);
+  sink.Reserve(max_items);
   cut_tiles.Reserve(p.fixed_split_size > 0 ? max_items / 2 : 0);
   count = num_cut_tiles = num_cut_items = 0;
   total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
 
   const int32_t group = p.num_qo_heads / p.num_kv_heads;
-  const Band band = p.band;
   for (int32_t r = 0; r < num_requests; ++r) {
     const int32_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
     if (qo_len == 0) continue;
@@ -107,31 +135,23 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
       const bool is_whole = rows == num_rows;
       const int64_t first = is_whole ? pos0 : pos0 + row / group;
       const int64_t last = is_whole ? kv - 1 : pos0 + (row + rows - 1) / group;
-      int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
-      int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
-      if (begin >= end) begin = end = 0;  // sees nothing
+      const SeenKeys keys = KeysSeen(p.band, first, last, kv);
       const Work tile{.row_begin = row0 + row,
                       .num_rows = rows,
                       .kv_head_begin = 0,
                       .num_kv_heads = p.num_kv_heads,
                       .kv_list = r,
-                      .kv_begin = static_cast<int32_t>(begin),
-                      .kv_end = static_cast<int32_t>(end),
+                      .kv_begin = keys.begin,
+                      .kv_end = keys.end,
                       .kv_pos_base = 0,
                       .qo_pos_base = static_cast<int32_t>(first),
                       .tile_class = tile_class,
                       .out = kFinalRows,
                       .merge = kNoMerge};
-      const int64_t overhead = t.fixed + t.row * rows;
-      max_overhead = std::max(max_overhead, overhead);
       if (p.fixed_split_size > 0) {
-        AddPieces(p, tile, t);
+        AddPieces(p, tile, keys.sink);
       } else {
-        const int64_t c = CostOf(t, overhead, end - begin);
-        work[count] = tile;
-        cost[count++] = c;
-        total_cost += c;
-        max_cost = std::max(max_cost, c);
+        AddTile(p, tile, keys.sink);
       }
       row += rows;
     }
@@ -139,29 +159,52 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
   Sort();
 }
 
+void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  const int64_t overhead = t.fixed + t.row * tile.num_rows;
+  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
+  max_overhead = std::max(max_overhead, overhead + sink_cost);
+  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
+  work[count] = tile;
+  sink[count] = tile_sink;
+  cost[count++] = c;
+  total_cost += c;
+  max_cost = std::max(max_cost, c);
+}
+
 // The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.
-void Items::AddPieces(const PlanParams& p, const Work& tile, const TileClass& t) {
+void Items::AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  max_overhead = std::max(max_overhead, t.fixed + t.row * tile.num_rows);
   const int32_t first_item = count;
-  int64_t max_piece = 0;
-  int32_t begin = tile.kv_begin;
-  do {
-    const int64_t next_cut = (int64_t{begin} / p.fixed_split_size + 1) * p.fixed_split_size;
-    const auto end = static_cast<int32_t>(std::min<int64_t>(tile.kv_end, next_cut));
-    const int64_t c = CostOf(t, t.fixed + t.row * tile.num_rows, end - begin);
-    work[count] = tile;
-    work[count].kv_begin = begin;
-    work[count].kv_end = end;
-    cost[count++] = c;
-    total_cost += c;
-    max_piece = std::max(max_piece, c);
-    begin = end;
-  } while (begin < tile.kv_end);
-  max_cost = std::max(max_cost, max_piece);
+  const int64_t max_sink_piece = tile_sink == 0 ? 0 : AddPiecesOf(p, tile, 0, tile_sink);
+  const int64_t max_piece = std::max(max_sink_piece, AddPiecesOf(p, tile, tile.kv_begin, tile.kv_end));
   const int32_t pieces = count - first_item;
   if (pieces == 1) return;
   for (int32_t i = first_item; i < count; ++i) work[i].merge = num_cut_tiles;
   cut_tiles[num_cut_tiles++] = {first_item, pieces, max_piece};
   num_cut_items += pieces;
+}
+
+// Returns what the dearest of them costs. At least one, also of no keys.
+int64_t Items::AddPiecesOf(const PlanParams& p, const Work& tile, int32_t begin, int32_t end) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  int64_t max_piece = 0;
+  do {
+    const int64_t next_cut = (int64_t{begin} / p.fixed_split_size + 1) * p.fixed_split_size;
+    const auto piece_end = static_cast<int32_t>(std::min<int64_t>(end, next_cut));
+    const int64_t c = CostOf(t, t.fixed + t.row * tile.num_rows, piece_end - begin);
+    work[count] = tile;
+    work[count].kv_begin = begin;
+    work[count].kv_end = piece_end;
+    sink[count] = 0;
+    cost[count++] = c;
+    total_cost += c;
+    max_piece = std::max(max_piece, c);
+    begin = piece_end;
+  } while (begin < end);
+  max_cost = std::max(max_cost, max_piece);
+  return max_piece;
 }
 
 // Longest first, ties by index. Costs are compared in units of 2^shift, at most max_cost / 2^15: two counting passes instead of a

@@ -1,5 +1,6 @@
 // Items: the units that a plan lays onto CTAs. An item is a row tile of one request with the keys it sees, or one piece of these keys
-// where a fixed split size cuts them. All KV heads of an item cost the same, so it stands for num_kv_heads equal works.
+// where a fixed split size cuts them. All KV heads of an item cost the same, so it stands for num_kv_heads equal works. Sinks that lie
+// apart from the other keys are a second work of each head, and a piece of their own under a fixed split size.
 #pragma once
 
 #include <algorithm>
@@ -38,24 +39,33 @@ struct CutTile {
 
 struct Items {
   ScratchArray<Work> work;      // everything but heads; `merge` is the index of the item's cut tile, or kNoMerge
-  ScratchArray<int64_t> cost;   // of one KV head, >= 1
+  ScratchArray<int64_t> cost;   // of one KV head, >= 1; its sinks included
+  ScratchArray<int32_t> sink;   // keys [0, sink) are the item's too, in a work apart; 0: none
   ScratchArray<int32_t> order;  // longest first
   ScratchArray<CutTile> cut_tiles;
   int32_t count, num_cut_tiles, num_cut_items;
   int64_t total_cost;  // one KV head of every item
   int64_t max_cost;
-  // Over the tile classes in use: what a piece costs before its first key, what a granule of keys costs, what a merge costs.
+  // Over the tile classes in use: what a piece costs before its first key (sinks are such a cost of an item's first), what a granule of
+  // keys costs, what a merge costs.
   int64_t max_overhead, max_granule_cost, max_merge;
 
   // Checks lengths (ArgumentError naming the index) and makes the items, in the order of requests, tiles, keys. Then sorts them.
   void Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
 
  private:
-  void AddPieces(const PlanParams& p, const Work& tile, const TileClass& t);
+  void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);
+  void AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink);
+  int64_t AddPiecesOf(const PlanParams& p, const Work& tile, int32_t begin, int32_t end);
   void Sort();
   ScratchArray<int32_t> order_tmp_;
   ScratchArray<uint16_t> sort_key_;
 };
+
+// What an item's sinks cost, of one KV head: a work of their own, with its overhead.
+inline int64_t SinkCost(const TileClass& t, int32_t num_rows, int32_t num_sink) {
+  return num_sink == 0 ? 0 : CostOf(t, t.fixed + t.row * num_rows, num_sink);
+}
 
 // At most this many tiles for `num_requests` requests with `num_rows` packed rows together, none of them empty: a request of p rows
 // has ceil(p / rows) <= 1 + (p - 1) / rows tiles of the last class, or one of a smaller class.

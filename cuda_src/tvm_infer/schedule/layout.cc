@@ -13,22 +13,31 @@ namespace tvm_infer {
 //   CTA at or above the target, and while items are left some CTA is below). Never more than one for each head.
 // cuts (CutHead): each CTA takes at most one piece that is not its head's last (it is closed then, and takes no overflow), so at most
 //   num_ctas of these, of at most num_ctas heads, whose last pieces come on top. One CTA has room for everything: no cut.
+// sinks: a run of heads is two placements then, both partial, and a merge; a cut head has one placement more.
 // cut items: with c the largest piece of a tile, runs have R heads, R = 1 or R >= T / (2 * kRunsPerTarget * c), T the target. Items
 //   with R < num_kv_heads have num_kv_heads * c > T / kRunsPerTarget, and then ceil(num_kv_heads / R) - 1 is at most
-//   2 * kRunsPerTarget * num_kv_heads * c / T. Of a tile's pieces only the last can be short (and with a window the first), so its
-//   pieces times c are at most 2 (3) times their cost, and all cost together is at most num_ctas * T.
+//   2 * kRunsPerTarget * num_kv_heads * c / T. Of a tile's pieces only the last can be short (with a window the first, too, and with sinks
+//   their last), so its pieces times c are at most 2 (3, 4) times their cost, and all cost together is at most num_ctas * T.
 LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_items) {
   const int64_t ctas = p.num_ctas, heads = p.num_kv_heads;
+  const bool has_sink = p.band.num_sink > 0;
   LayoutBounds b{};
   const int64_t overflow_or_cut = ctas;
-  b.placements = std::min(whole_items * heads, whole_items + ctas * kRunCutsPerCta + overflow_or_cut);
+  const int64_t runs = std::min(whole_items * heads, whole_items + ctas * kRunCutsPerCta + overflow_or_cut);
+  b.placements = runs;
   if (p.fixed_split_size == kSplitAuto && ctas > 1) {
     b.merges = std::min(whole_items * heads, ctas);
+    b.cut_partials = ctas;
     b.partials = ctas + b.merges;
     b.placements = std::min(whole_items * heads + ctas, whole_items + ctas * kRunCutsPerCta + overflow_or_cut + b.merges);
   }
+  if (has_sink && p.fixed_split_size <= 0) {  // a cut head is a run less
+    b.merges = std::min(whole_items * heads, runs + b.merges);
+    b.placements += b.merges;
+    b.partials = b.cut_partials + 2 * b.merges;
+  }
   if (cut_items > 0) {
-    const int64_t short_pieces = p.band.left == kUnbounded ? 2 : 3;
+    const int64_t short_pieces = has_sink ? 4 : p.band.has_begin() ? 3 : 2;
     const int64_t cut_works = std::min(cut_items * heads, cut_items + short_pieces * 2 * kRunsPerTarget * ctas);
     b.placements += cut_works;
     b.partials += cut_works;
@@ -51,14 +60,22 @@ void Layout::Start(const PlanParams& p, const Items& items, int64_t target, cons
   num_placements = num_partials = num_merges = 0;
   num_partial_rows = 0;
   merge_indptr[0] = 0;
-  misfit_ = {.order_index = -1, .head = 0, .num_placements = 0, .first_of_item = 0};
+  misfit_ = Misfit();
   if (whole == nullptr) {
     std::fill_n(load_.data(), p.num_ctas, int64_t{0});
   } else {
-    num_placements = whole->misfit_.num_placements;
+    const Misfit& from = whole->misfit_;
+    num_placements = from.num_placements;
+    num_partials = from.num_partials;
+    num_merges = from.num_merges;
+    num_partial_rows = from.num_partial_rows;
     std::copy_n(whole->placements.data(), num_placements, placements.data());
     std::copy_n(whole->of_item.data(), items.count, of_item.data());
     std::copy_n(whole->misfit_load_.data(), p.num_ctas, load_.data());
+    std::copy_n(whole->partials.data(), num_partials, partials.data());
+    std::copy_n(whole->merge_slots.data(), num_partials, merge_slots.data());
+    std::copy_n(whole->merges.data(), num_merges, merges.data());
+    std::copy_n(whole->merge_indptr.data(), num_merges + 1, merge_indptr.data());
   }
   std::copy_n(load_.data(), p.num_ctas, filled_.data());
   tree_.Reset(load_.data(), p.num_ctas, target + items.max_cost * p.num_kv_heads);
@@ -90,13 +107,13 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
           continue;
         }
         if (!fits && misfit_.order_index < 0) {
-          misfit_ = {k, head, num_placements, first_of_item};
+          misfit_ = {k, head, num_placements, first_of_item, num_partials, num_merges, num_partial_rows};
           std::copy_n(load_.data(), p.num_ctas, misfit_load_.data());
         }
         // Heads that fit, and one on top where none does or where hardly any room is left: a CTA exceeds the target at most once.
         n = fits ? static_cast<int32_t>(room / cost) + (room <= min_room) : 1;
       }
-      placements[num_placements++] = {cta, head, n, -1};
+      PlaceRun(items, item, cta, head, n);
       load_[cta] += n * cost;
       filled_[cta] += n * cost;
       tree_.Set(cta, filled_[cta]);
@@ -114,16 +131,50 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
   return true;
 }
 
-// Spreads one head's keys over the least loaded CTAs. A CTA that takes a piece other than the last is filled by it, up to a granule.
+// Heads whose keys are computed whole: one work, or two partial ones where sinks lie apart. Both on one CTA, whose cache still holds the
+// first's results when it merges them with the second's.
+void Layout::PlaceRun(const Items& items, int32_t item, int32_t cta, int32_t head, int32_t num_heads) {
+  if (items.sink[item] == 0) {
+    placements[num_placements++] = {cta, head, num_heads, -1};
+    return;
+  }
+  const Work& work = items.work[item];
+  AddPartial(work, cta, head, num_heads, 0, items.sink[item]);
+  AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
+  EndMerge(work, head, num_heads);
+}
+
+// A partial of the merge that EndMerge will end; they come in ascending order of keys.
+void Layout::AddPartial(const Work& work, int32_t cta, int32_t head, int32_t num_heads, int64_t kv_begin, int64_t kv_end) {
+  const auto slot = static_cast<int32_t>(num_partial_rows);
+  placements[num_placements++] = {cta, head, num_heads, num_partials};
+  partials[num_partials] = {static_cast<int32_t>(kv_begin), static_cast<int32_t>(kv_end), slot, num_merges};
+  merge_slots[num_partials++] = slot;
+  num_partial_rows += int64_t{num_heads} * work.num_rows;
+  if (num_partial_rows > std::numeric_limits<int32_t>::max()) {
+    TVM_INFER_THROW(ArgumentError) << "qo_indptr makes a batch of more than " << std::numeric_limits<int32_t>::max()
+                                   << " partial rows, two for each query head of a token that sees sinks; plan fewer tokens at once";
+  }
+}
+
+void Layout::EndMerge(const Work& work, int32_t head, int32_t num_heads) {
+  merges[num_merges++] = {work.row_begin, work.num_rows, head, num_heads};
+  merge_indptr[num_merges] = num_partials;
+}
+
+// Spreads one head's keys over the least loaded CTAs. A CTA that takes a piece other than the last is filled by it, up to a granule. Sinks
+// go with the first piece.
 bool Layout::CutHead(const PlanParams& p, const Items& items, int64_t target, int32_t item, int32_t head) {
   const Work& work = items.work[item];
   const TileClass& t = p.tile_classes[work.tile_class];
   const int64_t overhead = t.fixed + t.row * work.num_rows;
   const int64_t granule = t.kv_granule;
+  const int32_t sink = items.sink[item];
+  int64_t sink_cost = SinkCost(t, work.num_rows, sink);
   int64_t begin = work.kv_begin;
-  for (bool is_last = false; !is_last;) {
+  for (bool is_last = false; !is_last; sink_cost = 0) {
     const int32_t cta = tree_.Min();
-    const int64_t room = target - filled_[cta];
+    const int64_t room = target - filled_[cta] - sink_cost;
     int64_t end = work.kv_end;
     is_last = CostOf(t, overhead, end - begin) <= room;
     if (!is_last) {
@@ -132,19 +183,15 @@ bool Layout::CutHead(const PlanParams& p, const Items& items, int64_t target, in
       end = std::min(begin + fit, end - granule) / granule * granule;
       if (end < begin + granule) return false;
     }
-    const int64_t cost = CostOf(t, overhead, end - begin);
-    const auto slot = static_cast<int32_t>(num_partial_rows);
-    placements[num_placements++] = {cta, head, 1, num_partials};
-    partials[num_partials] = {static_cast<int32_t>(begin), static_cast<int32_t>(end), slot, num_merges};
-    merge_slots[num_partials++] = slot;
-    num_partial_rows += work.num_rows;
+    if (sink_cost > 0) AddPartial(work, cta, head, 1, 0, sink);
+    AddPartial(work, cta, head, 1, begin, end);
+    const int64_t cost = CostOf(t, overhead, end - begin) + sink_cost;
     load_[cta] += cost;
     filled_[cta] = is_last ? filled_[cta] + cost : target;
     tree_.Set(cta, filled_[cta]);
     begin = end;
   }
-  merges[num_merges++] = {work.row_begin, work.num_rows, head, 1};
-  merge_indptr[num_merges] = num_partials;
+  EndMerge(work, head, 1);
   return true;
 }
 

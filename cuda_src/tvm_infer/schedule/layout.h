@@ -48,13 +48,18 @@ struct Layout {
  private:
   // Where laying stood when a head fitted nowhere for the first time: before this head of items.order[order_index].
   struct Misfit {
-    int32_t order_index, head;
-    int32_t num_placements, first_of_item;
+    int32_t order_index = -1, head = 0;
+    int32_t num_placements = 0, first_of_item = 0;
+    int32_t num_partials = 0, num_merges = 0;
+    int64_t num_partial_rows = 0;
   };
   Misfit misfit_;
   ScratchArray<int64_t> misfit_load_;
 
   void Start(const PlanParams& p, const Items& items, int64_t target, const Layout* whole);
+  void PlaceRun(const Items& items, int32_t item, int32_t cta, int32_t head, int32_t num_heads);
+  void AddPartial(const Work& work, int32_t cta, int32_t head, int32_t num_heads, int64_t kv_begin, int64_t kv_end);
+  void EndMerge(const Work& work, int32_t head, int32_t num_heads);
   bool CutHead(const PlanParams& p, const Items& items, int64_t target, int32_t item, int32_t head);
   void PlaceCutTiles(const PlanParams& p, const Items& items, int64_t target);
   void PlacePiece(const PlanParams& p, const Items& items, int32_t item);
@@ -79,6 +84,7 @@ inline constexpr int64_t kRunsPerTarget = 4;
 // Upper bounds on any layout of `whole_items` items and `cut_items` more that are pieces of tiles cut at a fixed size.
 struct LayoutBounds {
   int64_t placements, merges, partials;
+  int64_t cut_partials;  // of the partials those of automatic cuts, but for each cut head's last one and its sinks
 };
 LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_items);
 

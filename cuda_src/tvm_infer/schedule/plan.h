@@ -19,15 +19,32 @@
 namespace tvm_infer {
 
 inline constexpr int32_t kPlanMagic = 0x4e4c5054;  // "TPLN"
-inline constexpr int32_t kPlanVersion = 2;
+inline constexpr int32_t kPlanVersion = 3;
 inline constexpr int32_t kFinalRows = -1;  // Work::out of a work that writes final rows
 inline constexpr int32_t kNoMerge = -1;    // Work::merge of the same
-inline constexpr int32_t kUnbounded = -1;  // Band::left, Band::right
+inline constexpr int32_t kUnbounded = -1;  // left, right
 
-// Key at position j is visible to the query at position p when p - left <= j <= p + right. Causal is right = 0.
+// What executors test of every row and key: key at position j is visible to the query at position p when p - left <= j <= p + right.
+// Causal is right = 0.
 struct Band {
   int32_t left;   // keys before the query's own position; kUnbounded for all
   int32_t right;  // keys after it; kUnbounded for all
+};
+
+// What a plan is made for: key j is visible to the query at p when j <= p + right, and j < num_sink, or p - left <= j and both positions
+// are in one chunk (p / chunk == j / chunk). Of sinks and chunks executors know nothing: the plan leaves out what no row of a tile sees,
+// and for the rest a variant's mask tests each row.
+struct MaskBand {
+  int32_t left = kUnbounded;
+  int32_t right = kUnbounded;
+  int32_t num_sink = 0;  // first keys, which are visible whatever left and chunk say; 0: none
+  int32_t chunk = 0;     // positions a chunk; 0: no chunks
+
+  bool has_begin() const { return left != kUnbounded || chunk > 0; }
+  bool has_end() const { return right != kUnbounded || chunk > 0; }
+  // The part that executors can test; it hides no visible key.
+  Band Tested() const { return {num_sink > 0 ? kUnbounded : left, right}; }
+  bool operator==(const MaskBand& b) const { return left == b.left && right == b.right && num_sink == b.num_sink && chunk == b.chunk; }
 };
 
 // One kernel shape, and what it costs there. A work of `rows` rows and `kv` keys costs fixed + row * rows + kv_cost * kv for each of
@@ -70,7 +87,7 @@ struct Merge {
 struct PlanHeader {
   int32_t magic;    // kPlanMagic
   int32_t version;  // kPlanVersion
-  // Digest of what a captured graph bakes in: tile table, CTA count, head counts, band, split size (CaptureKey() in planner.h).
+  // Digest of what a captured graph bakes in: tile table, CTA count, head counts, mask band, split size (CaptureKey() in planner.h).
   // Two words of one uint64.
   uint32_t capture_key[2];
   int32_t bytes_used;  // header and arrays; multiple of 16
@@ -84,7 +101,7 @@ struct PlanHeader {
   int32_t num_merges;
   int32_t num_merge_slots;
   int32_t num_partial_rows;  // rows of the fp32 partial buffers (O: [num_partial_rows, head_dim], LSE: [num_partial_rows])
-  Band band;
+  Band band;                 // MaskBand::Tested()
   int32_t num_tile_classes;
   // Offsets from the header, in bytes, multiples of 16. 0: the array is absent.
   int32_t works_offset;         // Work[num_works], those of one CTA together
@@ -102,7 +119,10 @@ struct PlanHeader {
   // CTAs with works, if the plan is bound by bandwidth alone: every work is of class 0, where the table has others. Such CTAs get unequal
   // shares of the bandwidth, and an executor may let them keep pace with each other (attention/pace.cuh). 0: no pacing.
   int32_t paced_ctas;
-  int32_t reserved[3];  // 0
+  // The MaskBand, whose right is band.right. With sinks or chunks the plan runs with a variant whose mask tests them.
+  int32_t window_left;
+  int32_t num_sink;
+  int32_t chunk;
 };
 static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
 // Right behind the header: Work first_works[num_ctas], a copy of each CTA's first work; num_rows == 0 for a CTA without any.

@@ -38,6 +38,17 @@ void CheckParams(const PlanParams& p) {
     TVM_INFER_THROW(ArgumentError) << "band is (" << p.band.left << ", " << p.band.right
                                    << "); each side must be a number of keys, at least 0, or -1 for all";
   }
+  if (p.band.num_sink < 0) {
+    TVM_INFER_THROW(ArgumentError) << "num_sink is " << p.band.num_sink << "; it must be a number of keys, at least 0";
+  }
+  if (p.band.chunk < 0) {
+    TVM_INFER_THROW(ArgumentError) << "chunk is " << p.band.chunk << "; it must be a number of positions, or 0 for no chunks";
+  }
+  if (p.band.num_sink > 0 && !p.band.has_begin()) {
+    TVM_INFER_THROW(ArgumentError) << "num_sink is " << p.band.num_sink
+                                   << " with window_left -1 and no chunk; sinks are seen beside a window or a chunk: give one of them, "
+                                      "or num_sink 0, where all keys are seen";
+  }
   if (p.num_tile_classes < 1) {
     TVM_INFER_THROW(ArgumentError) << "tile_classes is empty; a plan needs at least one tile class of its executor";
   }
@@ -79,15 +90,23 @@ int64_t RegularTarget(const PlanParams& p, const Items& items, int64_t mean, int
     for (int32_t i = 0; i < items.count; ++i) {
       const Work& work = items.work[i];
       const TileClass& t = p.tile_classes[work.tile_class];
-      const int64_t fit = (target - t.fixed - t.row * work.num_rows) / (t.kv * t.kv_granule) * t.kv_granule;
-      if (items.cost[i] > target && fit < 1) return kMaxInt32;
-      pieces += items.cost[i] <= target ? 1 : CeilDiv(work.kv_end - work.kv_begin, fit);
+      if (items.cost[i] <= target) {
+        ++pieces;
+        continue;
+      }
+      const int64_t room = target - t.fixed - t.row * work.num_rows, granule_cost = t.kv * t.kv_granule;
+      const int64_t fit = room / granule_cost * t.kv_granule;
+      // The first piece, beside the sinks.
+      const int64_t first_fit = (room - SinkCost(t, work.num_rows, items.sink[i])) / granule_cost * t.kv_granule;
+      if (first_fit < 1) return kMaxInt32;
+      pieces += 1 + CeilDiv(work.kv_end - work.kv_begin - first_fit, fit);
     }
     return pieces * p.num_kv_heads;
   };
   const Work& longest = items.work[items.order[0]];
   const TileClass& t = p.tile_classes[longest.tile_class];
-  const int64_t overhead = t.fixed + t.row * longest.num_rows, step = t.kv * t.kv_granule;
+  const int64_t overhead = t.fixed + t.row * longest.num_rows + SinkCost(t, longest.num_rows, items.sink[items.order[0]]);
+  const int64_t step = t.kv * t.kv_granule;
   int64_t low = std::max<int64_t>(1, CeilDiv(mean - overhead, step)), high = (limit - overhead) / step + 1;  // in granules
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -163,7 +182,7 @@ const Layout& Planner::Scratch::Choose(const PlanParams& p) {
   const int64_t min_gain = items.max_merge + mean / kMinGainFraction;
   if (p.fixed_split_size != kSplitAuto || p.num_ctas == 1 || whole.makespan <= mean + min_gain) return whole;
 
-  const int64_t enough = mean + items.max_overhead + (p.band.left == kUnbounded ? 2 : 3) * items.max_granule_cost;
+  const int64_t enough = mean + items.max_overhead + (p.band.has_begin() ? 3 : 2) * items.max_granule_cost;
   const int64_t num_heads = int64_t{items.count} * p.num_kv_heads;
   int64_t targets[4] = {mean + slack, enough};
   int num_targets = 2;
@@ -218,7 +237,7 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   if (num_requests < 0) TVM_INFER_THROW(ArgumentError) << "num_requests is " << num_requests << "; it must be at least 0";
   scratch_->items.Build(params, qo_indptr, kv_len, num_requests);
   const Layout& layout = scratch_->Choose(params);
-  const int64_t bytes = PlanBytes(params, {layout.num_placements, layout.num_merges, layout.num_partials}, num_requests);
+  const int64_t bytes = PlanBytes(params, {layout.num_placements, layout.num_merges, layout.num_partials, 0}, num_requests);
   if (bytes > out_bytes || bytes > kMaxInt32) {
     TVM_INFER_THROW(WorkspaceError)
         << "the plan buffer holds " << std::min(out_bytes, kMaxInt32) << " bytes, but the plan of this batch takes " << bytes
@@ -246,7 +265,10 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
   header.num_merges = layout.num_merges;
   header.num_merge_slots = layout.num_partials;
   header.num_partial_rows = static_cast<int32_t>(layout.num_partial_rows);
-  header.band = params.band;
+  header.band = params.band.Tested();
+  header.window_left = params.band.left;
+  header.num_sink = params.band.num_sink;
+  header.chunk = params.band.chunk;
   header.num_tile_classes = params.num_tile_classes;
   header.makespan = layout.makespan;
   header.total_cost = layout.total_cost;
@@ -273,8 +295,8 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
 
 uint64_t CaptureKey(const PlanParams& p) {
   uint64_t key = Mix(0, static_cast<uint64_t>(kPlanVersion));
-  for (const int32_t value :
-       {p.num_ctas, p.num_qo_heads, p.num_kv_heads, p.band.left, p.band.right, p.fixed_split_size, p.num_tile_classes}) {
+  for (const int32_t value : {p.num_ctas, p.num_qo_heads, p.num_kv_heads, p.band.left, p.band.right, p.band.num_sink, p.band.chunk,
+                              p.fixed_split_size, p.num_tile_classes}) {
     key = Mix(key, static_cast<uint64_t>(value));
   }
   for (int32_t c = 0; c < p.num_tile_classes; ++c) {
@@ -285,10 +307,10 @@ uint64_t CaptureKey(const PlanParams& p) {
 }
 
 // MaxTiles grows with requests and rows, BoundLayout with items, so the largest batch bounds all. Partial rows without a fixed size:
-// partials times the rows of a tile. With a fixed size S: a tile of request r has at most ceil(kv_len[r] / S) <= 1 + kv_len[r] / S
-// pieces. Let request r have 1 + a tiles and 1 + b pieces for each: sum(a) <= tiles - requests and sum(b) <= B = max_kv_tokens / S, so
-// items, sum((1 + a) * (1 + b)), are at most tiles + B + B * sum(a), most where all rows are one request's. Of its rows likewise: sum(rows
-// * (1 + b)) <= rows * (1 + B).
+// partials times the rows of a tile; with sinks every row of a head has two, and the pieces of cut heads come on top. With a fixed size
+// S: a tile of request r has at most ceil(kv_len[r] / S) <= 1 + kv_len[r] / S pieces, with sinks one more. Let request r have 1 + a tiles
+// and 1 + b pieces for each: sum(a) <= tiles - requests and sum(b) <= B = max_kv_tokens / S, so items, sum((1 + a) * (1 + b)), are at most
+// tiles + B + B * sum(a), most where all rows are one request's. Of its rows likewise: sum(rows * (1 + b)) <= rows * (1 + B).
 PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits) {
   CheckParams(params);
   if (limits.max_requests < 0 || limits.max_tokens < 0 || limits.max_kv_tokens < 0) {
@@ -298,17 +320,21 @@ PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits)
   const int64_t rows = int64_t{limits.max_tokens} * (params.num_qo_heads / params.num_kv_heads);
   const int64_t active = std::min(limits.max_requests, limits.max_tokens);  // requests with a query token
   if (active == 0) return {PlanBytes(params, {}, limits.max_requests), 0};
+  const bool has_sink = params.band.num_sink > 0;
   const int64_t tiles = MaxTiles(params, active, rows);
   LayoutBounds bounds = BoundLayout(params, tiles, 0);
-  int64_t partial_rows = bounds.partials * std::min<int64_t>(rows, params.tile_classes[params.num_tile_classes - 1].rows);
-  const int64_t more_pieces = params.fixed_split_size > 0 ? limits.max_kv_tokens / params.fixed_split_size : 0;
-  if (more_pieces > 0) {
+  const int64_t tile_rows = std::min<int64_t>(rows, params.tile_classes[params.num_tile_classes - 1].rows);
+  int64_t partial_rows = has_sink ? 2 * rows * params.num_kv_heads + bounds.cut_partials * tile_rows : bounds.partials * tile_rows;
+  if (params.fixed_split_size <= 0) return {PlanBytes(params, bounds, limits.max_requests), partial_rows};
+
+  const int64_t more_pieces = limits.max_kv_tokens / params.fixed_split_size, sink_pieces = has_sink ? 1 : 0;
+  if (more_pieces + sink_pieces > 0) {
     // Any of the items may be cut: one work an item and the slack of each kind, but never more than one work a head.
-    const int64_t items = tiles + more_pieces * MaxTiles(params, 1, rows);
+    const int64_t items = tiles * (1 + sink_pieces) + more_pieces * MaxTiles(params, 1, rows);
     const LayoutBounds cut = BoundLayout(params, 0, items);
     const int64_t whole_slack = bounds.placements - tiles;
-    bounds = {std::min(items * params.num_kv_heads, cut.placements + whole_slack), cut.merges, cut.partials};
-    partial_rows = rows * (1 + more_pieces) * params.num_kv_heads;
+    bounds = {std::min(items * params.num_kv_heads, cut.placements + whole_slack), cut.merges, cut.partials, 0};
+    partial_rows = rows * (1 + sink_pieces + more_pieces) * params.num_kv_heads;
   }
   return {PlanBytes(params, bounds, limits.max_requests), partial_rows};
 }

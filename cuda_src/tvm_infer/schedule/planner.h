@@ -18,7 +18,7 @@ struct PlanParams {
   int32_t num_ctas;
   int32_t num_qo_heads;
   int32_t num_kv_heads;
-  Band band;
+  MaskBand band;
   int32_t fixed_split_size;  // kSplitAuto, kSplitNever, or > 0: KV is cut at its multiples, so a row's result does not depend on the batch
   const TileClass* tile_classes;  // ascending in rows; a request uses the first class that holds all its packed rows, else the last
   int32_t num_tile_classes;
@@ -51,7 +51,7 @@ class Planner {
 
   // Writes the plan of a batch into `out` (16-byte aligned, host memory) and returns header.bytes_used.
   //   qo_indptr  int32[num_requests + 1], starts at 0, not decreasing: query tokens of each request
-  //   kv_len     int32[num_requests], keys of each request, its new tokens included; kv_len[r] >= qo_len[r] when band.right != unbounded
+  //   kv_len     int32[num_requests], keys of each request, its new tokens included; kv_len[r] >= qo_len[r] when the band has an end
   // Throws Error("ArgumentError") naming the argument, its value and the limit; Error("WorkspaceError") if `out` is too small or
   // more than max_partial_rows partial rows would be needed. Nothing is written to `out` then.
   int64_t Plan(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,

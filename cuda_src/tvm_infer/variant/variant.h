@@ -68,6 +68,7 @@ struct Defaults {
   static constexpr bool kIsInterleaved = false;                              // pair i: channels 2i, 2i + 1; else i, i + kRotaryDim / 2
   static constexpr int kRotaryDim = 0;                                       // channels that turn, a multiple of 16; 0: all
   static constexpr bool kHasSoftmax = true;                                  // false: logits are the weights
+  static constexpr bool kHasSmallLogits = false;  // they stay within [-64, 64]: their exponentials need no maximum taken off
 };
 
 // Functions of expressions. tanh on CUDA is the hardware's (relative error 2^-11); the others have relative errors of 2e-6 at most.
