@@ -17,15 +17,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, _ffi, cache_dir, errors
+from .band import Band
 from .models import LanguageModel, Tokenizer, load_gguf
 from .runtime import library
 from .runtime.executable import Executable
 from .runtime.manifest import Manifest
+from .runtime.variants import MAX_BANDS
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MAX_BATCH = 64
 Progress = Callable[[str, float], None]  # (step, fraction done)
-_KEYED = ("compiler.py", "spec.py", "rope.py", "runtime/manifest.py", "runtime/library.py")  # beside relax/ and models/
+_KEYED = (
+    "compiler.py",
+    "spec.py",
+    "rope.py",
+    "runtime/manifest.py",
+    "runtime/library.py",
+    "variant/*.py",
+)  # beside relax/ and models/
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,10 @@ def compile(
 ) -> Executable:
     """Compile a model whose attention reads a paged KV cache.
 
-    Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, logits are computed only for rows that sample,
-    matrix products go to the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the
-    model, the options and all versions; weights are shared with the model.
+    Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, with the windows, soft caps, biases and sinks that
+    it has (docs/variants.md), logits are computed only for rows that sample, matrix products go to the packaged BLAS, TVM compiles the
+    rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
+    the model.
 
     Parameters
     ----------
@@ -94,8 +104,9 @@ def compile(
 
     Raises
     ------
-    ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs.
-    MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the extra.
+    ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs, more than 4
+    different windows. MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the
+    extra.
     """
     progress = progress or (lambda step, fraction: None)
     if max_tokens < 1:
@@ -332,7 +343,7 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         target_kind=str(target.kind.name),
     )
     inputs, weights, vocab_size = pipeline.entry_signature(mod, options.function)
-    specs = reports.attention.specs()
+    specs = [spec.with_weight_names(names) for spec in reports.attention.specs()]
     _check_entry(options.function, inputs, specs)
     if decode_rows:
         _check_cuda_inputs(options.function, inputs)
@@ -430,7 +441,20 @@ def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequen
             f"the attention layers of {function!r} differ in heads, head_dim or dtype: {sorted({str(s) for s in specs})}; one cache "
             "serves equal layers only"
         )
+    _check_bands(function, specs)
     if any(not s.causal for s in specs):
         raise errors.ModelError(
             f"an attention of {function!r} is not causal: tokens that come one by one cannot see later ones"
+        )
+
+
+def _check_bands(function: str, specs: Sequence[Any]) -> None:
+    """A step makes a plan for each band (window, chunk, first keys and window) of its layers, and has room for so many."""
+    plain = Band(window_right=0)
+    bands = {plain if s.variant is None else s.variant.band for s in specs}
+    if len(bands) > MAX_BANDS:
+        shown = ", ".join("none" if band == plain else str(band) for band in sorted(bands))
+        raise errors.ModelError(
+            f"the attention layers of {function!r} have {len(bands)} different windows ({shown}), each of which takes a plan, and a "
+            f"step has at most {MAX_BANDS}: export the model with fewer (no window counts as one)"
         )

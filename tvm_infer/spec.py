@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .variant.layer import LayerVariant
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class AttentionSpec:
     dtype : "float32", "float16" or "bfloat16".
     causal : a query at position p sees keys at positions <= p; otherwise it sees all keys.
     sm_scale : factor on q·k before softmax.
+    variant : what it computes besides (soft cap, window, biases, sinks, …), and of which weights; None for nothing.
     """
 
     num_qo_heads: int
@@ -24,15 +30,21 @@ class AttentionSpec:
     dtype: str = "float32"
     causal: bool = True
     sm_scale: float = 0.0
+    variant: LayerVariant | None = None
 
     @property
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_qo_heads // self.num_kv_heads
 
+    def with_weight_names(self, names: Mapping[str, str]) -> AttentionSpec:
+        """The same, with the weights of its variant called as `names` says."""
+        return self if self.variant is None else replace(self, variant=self.variant.renamed(names))
+
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
+        variant = "" if self.variant is None else ", with a variant"
         return (
             f"attention({self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim}, {self.dtype}, "
-            f"{mask}, sm_scale {self.sm_scale:.6g})"
+            f"{mask}, sm_scale {self.sm_scale:.6g}{variant})"
         )

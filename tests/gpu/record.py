@@ -54,7 +54,7 @@ FAMILIES = {
     "rope_append": Family("rope_append.cuh", ("rope_append",), ("test_gpu_rope.py",)),
     "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
     "kv_cache": Family("copy_pages.cuh", ("copy_pages", "memory", "staging"), ("test_gpu_kv_cache.py",)),
-    "compiled_model": Family(None, (), ("test_gpu_model.py", "prepare_models.py")),
+    "compiled_model": Family(None, (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
     "matmul": Family(None, ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),
     "gemv": Family("gemv.cuh", ("gemv",), ("test_gpu_gemv.py", "gpu_products.py")),
 }

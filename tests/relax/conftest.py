@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import tvm_ffi
 from tvm import relax
 
 from tvm_infer.relax import extern_calls
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 FAKE_ATTENTION = "test.relax.attention_with_kv_cache"
 

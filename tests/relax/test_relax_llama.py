@@ -108,22 +108,46 @@ def test_weights_are_named_shared_and_not_copied():
     assert len(tied & set(imported.torch_names.values())) == 1, "tied weights are one parameter"
 
 
-def test_sliding_window_models_are_refused():
-    config = transformers.MistralConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=11,
-        sliding_window=4,
+def tiny_mistral(**settings):
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
-    model = transformers.MistralForCausalLM(config).eval()
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, vocab_size=11, **settings)).eval()
+
+
+def refused(model, match):
+    """The export raises a ModelError, as it is or in what torch makes of it, and leaves the model as it was."""
     before = model.config._attn_implementation
-    with pytest.raises(Exception, match="sliding_window") as caught:
+    with pytest.raises(Exception, match=match) as caught:
         export_hf(model)
     assert isinstance(caught.value, ModelError) or "ModelError" in str(caught.value)
     assert model.config._attn_implementation == before
+
+
+def test_layers_of_other_types_are_refused():
+    model = tiny_mistral(sliding_window=None)
+    model.config.layer_types = ["chunked_attention"]
+    refused(model, r"layers of type \['chunked_attention'\]; only full_attention and sliding_attention")
+
+
+def test_a_window_that_is_not_the_masks_is_refused():
+    model = tiny_mistral(sliding_window=4)
+    forward = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *args, **kwargs: forward(
+        *args, **{**kwargs, "attention_mask": None}
+    )
+    refused(model, "uses sliding_window=4, and its mask has none")
+
+
+def test_a_mask_or_bias_of_its_own_is_refused():
+    model = tiny_mistral(sliding_window=None)
+    forward = model.model.layers[0].self_attn.forward
+    for changed, match in (
+        ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "got a mask of its own"),
+        ({"position_bias": torch.zeros(2, 7, 7)}, "uses position_bias"),
+    ):
+        model.model.layers[0].self_attn.forward = lambda *args, c=changed, **kwargs: forward(*args, **{**kwargs, **c})
+        refused(model, match)
 
 
 @pytest.mark.parametrize("thing", [object(), torch.nn.Linear(2, 2)])

@@ -88,12 +88,26 @@ def _filled(number: int) -> Callable[[Evaluator, Any, Index], Any]:
 
 
 def _arange(ev: Evaluator, call: Any, index: Index) -> Any:
-    if len(call.args) < 3 or any(dtype_class(str(argument.ty)) != "int" for argument in call.args[:3]):
+    if len(call.args) < 3:
         return None
-    start, _, step = (tirx.Cast("int64", x) if str(x.ty) != "int64" else x for x in call.args[:3])
+    start, step = (_whole(argument) for argument in (call.args[0], call.args[2]))
+    if start is None or step is None:
+        return None
     value = ev.simplify(start + index[0] * step)
     dtype = dtype_of(call)
     return value if dtype == "int64" else tirx.Cast(dtype, value)
+
+
+def _whole(number: Any) -> Any | None:
+    """An integer, or a literal that is one, as int64; None for others."""
+    if dtype_class(str(number.ty)) == "int":
+        return number if str(number.ty) == "int64" else tirx.Cast("int64", number)
+    value = constant_value(number)
+    return int_imm(int(value)) if value is not None and value % 1 == 0.0 else None
+
+
+def _of_integers(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: function(a, b) if all(dtype_class(str(x.ty)) == "int" for x in (a, b)) else None
 
 
 def _triangle(keep_upper: bool) -> Callable[[Evaluator, Any, Index], Any]:
@@ -146,6 +160,8 @@ ELEMENT_RULES: dict[str, Callable[[Evaluator, Any, Index], Any]] = {
     "relax.divide": _binary(_divide),
     "relax.maximum": _binary(tirx.Max),
     "relax.minimum": _binary(tirx.Min),
+    "relax.floor_divide": _binary(_of_integers(tirx.floordiv)),
+    "relax.floor_mod": _binary(_of_integers(tirx.floormod)),
     "relax.power": _binary(lambda a, b: tirx.power(a, b) if dtype_class(str(a.ty)) == "float" else None),
     "relax.less": _binary(tirx.LT),
     "relax.less_equal": _binary(tirx.LE),

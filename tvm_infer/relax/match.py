@@ -7,6 +7,7 @@ movement to the deepest tensor whose axes are tokens, heads and head_dim, so tha
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tvm import ir, relax, tirx
 
 from tvm_infer.spec import AttentionSpec
 
+from .extract import Input, extract
 from .movement import VIEW_RULES, broadcast_index
 from .nodes import (
     Index,
@@ -32,10 +34,10 @@ from .nodes import (
     used_vars,
 )
 from .printer import format_expr
-from .prove import MaskProof, Refusal, prove_mask, resolve_probability
+from .prove import MaskProof, NotPlainError, Refusal, prove_mask, resolve_probability
 from .report import Location, NotAttention, Reason
 from .scalars import free_vars, literal, walk
-from .symbolic import Evaluator, TooComplexError, View
+from .symbolic import Evaluator, TooComplexError, View, decided
 
 KEEP = (
     'keep this attention with on_unmatched="keep", or rewrite it as softmax(scale * q @ k^T + mask) @ v over the tokens'
@@ -92,11 +94,18 @@ class Matcher:
     Parameters
     ----------
     mod, name : the module and the function in it. num_tokens : the symbolic number of packed tokens, n of input_ids [1, n].
-    inputs : parameters that change with every call (not weights). assume_full : names of mask inputs that mask nothing.
+    inputs : parameters that change with every call (not weights). positions : the one of them that counts the tokens of a sequence.
+    assume_full : names of mask inputs that mask nothing.
     """
 
     def __init__(
-        self, mod: tvm.IRModule, name: str, num_tokens: Any, inputs: Sequence[Any], assume_full: Set[str]
+        self,
+        mod: tvm.IRModule,
+        name: str,
+        num_tokens: Any,
+        inputs: Sequence[Any],
+        positions: Any,
+        assume_full: Set[str],
     ) -> None:
         func = mod[name]
         self._mod = mod
@@ -104,6 +113,7 @@ class Matcher:
         self._num_tokens = num_tokens
         self._n = format_expr(num_tokens)
         self._inputs = list(inputs)
+        self._positions = positions
         self._assume_full = assume_full
         self._bindings = bindings_of(func)
         self._definitions = {binding.var: binding.value for binding in self._bindings}
@@ -159,11 +169,12 @@ class Matcher:
         axis = int(call.attrs.axis) % len(shape)
         extent = shape[axis]
         products, escapes = self._consumers(var)
-        evaluator = Evaluator(self._definitions)
+        evaluator = Evaluator(self._definitions, self._positions)
         if static_int(extent) is not None:
             return self._static_softmax(evaluator, call, shape, axis, products, location)
         seen = f"softmax over axis {axis} of {format_shape(shape)}"
-        if not evaluator.equal(extent, self._num_tokens):
+        has_sink = evaluator.equal(extent, self._num_tokens + 1)
+        if not has_sink and not evaluator.equal(extent, self._num_tokens):
             raise Refusal(
                 seen,
                 f"its keys number {format_expr(extent)}, not the {self._n} current tokens (cross attention, or keys from elsewhere)",
@@ -178,16 +189,21 @@ class Matcher:
             )
 
         h, i, j, heads, index = self._axes(evaluator, shape, axis, seen)
-        value = evaluator.element(call.args[0], index)
+        evaluator.read_positions = False
+        value, sink = evaluator.element(call.args[0], index), None
+        if has_sink:
+            index, value, sink = self._sink(evaluator, call.args[0], axis, index, value, seen)
+        reads_positions = evaluator.read_positions
         score = self._score(evaluator, value, seen)
         q_views, k_views, depth, head_dim = self._score_operands(evaluator, score, i, j)
         axes = _Axes(h, i, j, depth)
         q, q_factor = self._operand(evaluator, q_views, axes, i, "q", heads, seen)
         k, k_factor = self._operand(evaluator, k_views, axes, j, "k", heads, seen)
-        proof = prove_mask(evaluator, value, score, i, j, dtype_of(call.args[0]), self._assume_full)
+        given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), sink, self._inputs, self._assume_full)
+        proof = self._proof(evaluator, given, reads_positions)
         context = _Context(evaluator, h, i, j, heads, index, var, score, proof, head_dim)
         v, output_axes, extents = self._product(context, products[0], seen)
-        safe = "safe softmax" if len(self._users[var]) > 1 else "softmax"
+        safe = "softmax with a sink" if has_sink else "safe softmax" if len(self._users[var]) > 1 else "softmax"
         return self._attention(
             context,
             (q, k, v),
@@ -198,6 +214,46 @@ class Matcher:
             location,
             q_factor * k_factor,
             seen,
+        )
+
+    def _proof(self, ev: Evaluator, given: Input, reads_positions: bool) -> MaskProof:
+        """What the softmax input means: plain where that can be proven, else the variant that it is."""
+        if given.sink is None:
+            try:
+                proof = prove_mask(
+                    ev, given.value, given.score, given.i, given.j, given.dtype, given.assume_full, self._is_input
+                )
+            except NotPlainError:
+                proof = extract(ev, given)
+        else:
+            proof = extract(ev, given)
+        if not reads_positions:
+            return proof
+        note = f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
+        return dataclasses.replace(proof, assumptions=(*proof.assumptions, note))
+
+    def _is_input(self, source: Any) -> bool:
+        return any(same(source, parameter) for parameter in self._inputs)
+
+    def _sink(
+        self, ev: Evaluator, scores: Any, axis: int, index: Index, value: Any, seen: str
+    ) -> tuple[Index, Any, Any]:
+        """(index of key j, softmax input there, the entry without a key) of n + 1 entries, one of which is none of a matmul."""
+
+        def at(place: Any) -> tuple[Index, Any]:
+            moved = (*index[:axis], place, *index[axis + 1 :])
+            return moved, decided(ev, ev.element(scores, moved))
+
+        for keys, sink in ((index[axis], self._num_tokens), (ev.simplify(index[axis] + 1), int_imm(0))):
+            (moved, value), (_, entry) = at(keys), at(sink)
+            if any(ev.atoms[var].kind == "dot" for var in free_vars(value) if var in ev.atoms) and not any(
+                ev.atoms[var].kind == "dot" for var in free_vars(entry) if var in ev.atoms
+            ):
+                return moved, value, entry
+        raise Refusal(
+            seen,
+            f"its entries number {self._n} + 1, and neither the first nor the last is one without a key (a sink)",
+            KEEP,
         )
 
     def _static_softmax(
@@ -431,7 +487,7 @@ class Matcher:
 
     def _fused(self, var: Any, call: Any, location: Location) -> Attention:
         """R.nn.attention(q, k, v, [bias]) in BSHD layout: written out as a softmax input, then proven like any other."""
-        ev = Evaluator(self._definitions)
+        ev = Evaluator(self._definitions, self._positions)
         shapes = [shape_of(argument) for argument in call.args[:3]]
         seen = "R.nn.attention of " + ", ".join(format_shape(shape) for shape in shapes)
         q_shape, k_shape, v_shape = shapes
@@ -460,8 +516,10 @@ class Matcher:
             list(ev.views(argument, (int_imm(0), row, head, column)))
             for argument, row, head in zip(call.args[:3], (i, j, j), (h, kv_head, kv_head), strict=True)
         ]
+        ev.read_positions = False
         value, score = self._fused_value(ev, var, call, h, i, j, depth)
-        proof = prove_mask(ev, value, score, i, j, dtype_of(call.args[0]), self._assume_full)
+        given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), None, self._inputs, self._assume_full)
+        proof = self._proof(ev, given, ev.read_positions)
         context = _Context(ev, h, i, j, heads, (), var, score, proof, depth)
         axes = _Axes(h, i, j, column)
         v_views = [view for view in views[2] if view.factor == 1.0]
@@ -519,8 +577,9 @@ class Matcher:
         scale = snap_scale(context.proof.scale * operand_factor, context.head_dim)
         if not scale > 0.0:
             raise Refusal(seen, f"the factor on the score is {scale:g}, not positive", "use a positive softmax scale")
-        spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, context.proof.causal, scale)
-        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, context.proof.assumptions)
+        proof = context.proof
+        spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, proof.causal, scale, proof.variant)
+        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, proof.assumptions)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tvm import relax, tirx
+from tvm import ir, relax, sym, tirx
 
 from .nodes import Index, dtype_class, int_imm, known_shape, op_name, static_int
 from .scalars import free_vars
@@ -239,7 +239,18 @@ def _reshape_run(ev: Evaluator, inputs: list[Any], outputs: list[Any], index: In
     flat = ev.simplify(flat)
     stride = int_imm(1)
     for position, (axis, dim) in enumerate(reversed(inputs)):
-        quotient = tirx.floordiv(flat, stride)
         is_leading = position == len(inputs) - 1
-        result[axis] = ev.simplify(quotient if is_leading else tirx.floormod(quotient, dim))
+        quotient = _divided(ev, flat, stride)[0]
+        result[axis] = quotient if is_leading else _divided(ev, quotient, dim)[1]
         stride = ev.simplify(stride * dim)
+
+
+def _divided(ev: Evaluator, number: Any, divisor: Any) -> tuple[Any, Any]:
+    """(number // divisor, number % divisor). `a * n + b` is taken apart here where b is within n: the analyzer divides by constants."""
+    if isinstance(divisor, ir.Var):
+        linear = sym.detect_linear_equation(ev.simplify(number), [divisor])
+        if len(linear) == 2:
+            rest = ev.simplify(linear[1])
+            if ev.analyzer.can_prove(tirx.And(rest >= 0, rest < divisor)):
+                return ev.simplify(linear[0]), rest
+    return ev.simplify(tirx.floordiv(number, divisor)), ev.simplify(tirx.floormod(number, divisor))

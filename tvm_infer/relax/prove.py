@@ -14,15 +14,19 @@ import math
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import ir, sym, tirx
 from tvm.sym.analyzer import ProofStrength
 
+from .cases import Cases, masked_limit
 from .nodes import int_imm, same, static_int
 from .printer import format_expr
 from .scalars import children, constant_value, free_vars, substitute
 from .symbolic import Atom, Evaluator
+
+if TYPE_CHECKING:
+    from tvm_infer.variant.layer import LayerVariant
 
 
 class Refusal(Exception):
@@ -33,7 +37,11 @@ class Refusal(Exception):
         self.seen, self.why, self.fix = seen, why, fix
 
 
-class _UndecidedError(Exception):
+class NotPlainError(Refusal):
+    """A softmax input that is not scale * score under a causal or full mask; it may be a variant (extract.py)."""
+
+
+class UndecidedError(Exception):
     """A condition that holds for some (i, j) of a region and fails for others, or that depends on data."""
 
     def __init__(self, condition: Any) -> None:
@@ -41,7 +49,7 @@ class _UndecidedError(Exception):
         self.condition = condition
 
 
-class _OpaqueError(Exception):
+class OpaqueError(Exception):
     """A term that is neither a constant nor a multiple of the score."""
 
     def __init__(self, term: Any) -> None:
@@ -59,11 +67,12 @@ class _Affine:
 
 @dataclass(frozen=True)
 class MaskProof:
-    """The proven meaning of a softmax input: factor on the score, causal or full, and what was assumed."""
+    """The proven meaning of a softmax input: factor on the score, causal or full, what was assumed, and what it does besides."""
 
     scale: float
     causal: bool
     assumptions: tuple[str, ...] = ()
+    variant: LayerVariant | None = None
 
 
 class Region:
@@ -141,7 +150,7 @@ class Resolver:
         self.assumed: set[str] = set()
 
     def affine(self, expr: Any) -> _Affine:
-        """The expression as coefficient * score + constant; raises _UndecidedError or _OpaqueError."""
+        """The expression as coefficient * score + constant; raises UndecidedError or OpaqueError."""
         constant = constant_value(expr)
         if constant is not None:
             return _Affine(0.0, constant)
@@ -150,7 +159,7 @@ class Resolver:
         if isinstance(expr, ir.Var):
             return self._variable(expr)
         if str(expr.ty).startswith("int") and _is_index_arithmetic(expr, self._evaluator):
-            raise _OpaqueError(expr)  # a position: no constant
+            raise OpaqueError(expr)  # a position: no constant
         if isinstance(expr, tirx.Cast):
             return self.affine(expr.value)
         if isinstance(expr, tirx.Select):
@@ -158,28 +167,28 @@ class Resolver:
         if isinstance(expr, tirx.Add | tirx.Sub | tirx.Mul | tirx.Div | tirx.Max | tirx.Min):
             try:
                 return self._combine(expr, self.affine(expr.a), self.affine(expr.b))
-            except _OpaqueError as error:
+            except OpaqueError as error:
                 raise self._widened(error, expr) from None
-        raise _OpaqueError(expr)
+        raise OpaqueError(expr)
 
-    def _widened(self, error: _OpaqueError, expr: Any) -> _OpaqueError:
+    def _widened(self, error: OpaqueError, expr: Any) -> OpaqueError:
         """Name the whole product or sum that stands in the way, unless it holds the score or the term is an input."""
         has_score = any(self._is_score(var) for var in free_vars(expr))
-        return error if has_score or _input_atom(self._evaluator, error.term) is not None else _OpaqueError(expr)
+        return error if has_score or _input_atom(self._evaluator, error.term) is not None else OpaqueError(expr)
 
     def _variable(self, var: Any) -> _Affine:
         if self._is_score(var):
             return _Affine(1.0, 0.0)
         atom = self._evaluator.atoms.get(var)
-        if atom is not None and atom.kind == "load" and atom.name in self._assume_full:
+        number = None if atom is None else assumed_number(atom, var, self._assume_full)
+        if number is not None and atom is not None:
             self.assumed.add(atom.name)
-            # floating masks are added to the scores, so that 0 hides nothing; integer ones are 1 where a key is kept
-            return _Affine(0.0, 0.0 if str(var.ty).startswith(("float", "bfloat")) else 1.0)
+            return _Affine(0.0, number)
         if atom is not None and atom.kind == "reduce" and self._reduction is not None:
             value = self._reduction(atom)
             if value is not None:
                 return _Affine(0.0, value)
-        raise _OpaqueError(var)
+        raise OpaqueError(var)
 
     def _combine(self, expr: Any, a: _Affine, b: _Affine) -> _Affine:
         if isinstance(expr, tirx.Add):
@@ -188,12 +197,12 @@ class Resolver:
             return _Affine(a.coefficient - b.coefficient, a.constant - b.constant)
         if isinstance(expr, tirx.Mul):
             if a.coefficient and b.coefficient:
-                raise _OpaqueError(expr)
+                raise OpaqueError(expr)
             factor, value = (b.constant, a) if b.coefficient == 0.0 else (a.constant, b)
             return _scaled(value, factor, expr)
         if isinstance(expr, tirx.Div):
             if b.coefficient or b.constant == 0.0:
-                raise _OpaqueError(expr)
+                raise OpaqueError(expr)
             return _scaled(a, 1.0 / b.constant, expr)
         if a.coefficient == 0.0 and b.coefficient == 0.0:
             pick = max if isinstance(expr, tirx.Max) else min
@@ -202,10 +211,10 @@ class Resolver:
         value, bound = (a, b) if b.coefficient == 0.0 else (b, a)
         if isinstance(expr, tirx.Max) and bound.coefficient == 0.0 and bound.constant <= masked_limit(str(expr.ty)):
             return _Affine(0.0, bound.constant) if is_masked(value, str(expr.ty)) else value
-        raise _OpaqueError(expr)
+        raise OpaqueError(expr)
 
     def condition(self, expr: Any) -> bool:
-        """The truth of a boolean expression on the region; raises _UndecidedError where it varies."""
+        """The truth of a boolean expression on the region; raises UndecidedError where it varies."""
         number = static_int(expr)
         if number is not None:
             return bool(number)
@@ -221,7 +230,7 @@ class Resolver:
             return self._mask_entry(expr)
         if isinstance(expr, tirx.LT | tirx.LE | tirx.GT | tirx.GE | tirx.EQ | tirx.NE):
             return self._comparison(expr)
-        raise _UndecidedError(expr)
+        raise UndecidedError(expr)
 
     def _junction(self, expr: Any) -> bool:
         """And / or: one operand may be undecided where the other settles it."""
@@ -231,7 +240,7 @@ class Resolver:
             try:
                 if self.condition(operand) == settles:
                     return settles
-            except (_UndecidedError, _OpaqueError) as error:
+            except (UndecidedError, OpaqueError) as error:
                 undecided = error
         if undecided is not None:
             raise undecided
@@ -247,13 +256,13 @@ class Resolver:
             value = self._reduction(atom)
             if value is not None:
                 return value != 0.0
-        raise _OpaqueError(var)
+        raise OpaqueError(var)
 
     def _comparison(self, expr: Any) -> bool:
         if _is_index_arithmetic(expr, self._evaluator):
             decided = self._region.decide(expr)
             if decided is None:
-                raise _UndecidedError(expr)
+                raise UndecidedError(expr)
             return decided
         a, b = self.affine(expr.a), self.affine(expr.b)
         if a.coefficient == 0.0 and b.coefficient == 0.0:
@@ -264,13 +273,13 @@ class Resolver:
             return isinstance(expr, tirx.NE)
         if a.constant == b.constant and math.isinf(a.constant) and isinstance(expr, tirx.EQ | tirx.NE):
             return isinstance(expr, tirx.EQ)
-        raise _UndecidedError(expr)
+        raise UndecidedError(expr)
 
 
 def _scaled(value: _Affine, factor: float, expr: Any) -> _Affine:
     result = _Affine(value.coefficient * factor, value.constant * factor)
     if math.isnan(result.coefficient) or math.isnan(result.constant):
-        raise _OpaqueError(expr)  # 0 * inf
+        raise OpaqueError(expr)  # 0 * inf
     return result
 
 
@@ -297,9 +306,14 @@ def _has_select(expr: Any) -> bool:
     return isinstance(expr, tirx.Select) or any(_has_select(child) for child in children(expr))
 
 
-def masked_limit(dtype: str) -> float:
-    """A score at or below this number counts as masked."""
-    return -6e4 if dtype == "float16" else -1e9
+def assumed_number(atom: Atom, var: Any, assume_full: Set[str]) -> float | None:
+    """What an element of a mask input that is assumed to hide nothing stands for, None for other atoms.
+
+    Floating masks are added to the scores, so that 0 hides nothing; integer ones are 1, and conditions true, where a key is kept.
+    """
+    if atom.kind != "load" or atom.name not in assume_full:
+        return None
+    return 0.0 if str(var.ty).startswith(("float", "bfloat")) else 1.0
 
 
 def is_masked(value: _Affine, dtype: str) -> bool:
@@ -308,9 +322,17 @@ def is_masked(value: _Affine, dtype: str) -> bool:
 
 
 def prove_mask(
-    evaluator: Evaluator, value: Any, score: Any, i: Any, j: Any, dtype: str, assume_full: Set[str]
+    evaluator: Evaluator,
+    value: Any,
+    score: Any,
+    i: Any,
+    j: Any,
+    dtype: str,
+    assume_full: Set[str],
+    is_input: Callable[[Any], bool] = lambda source: True,
 ) -> MaskProof:
-    """Prove that softmax input `value` is a causal or full attention over `score`, or raise Refusal."""
+    """Prove that softmax input `value` is a causal or full attention over `score`, or raise Refusal; NotPlainError where it may be
+    another attention. is_input : whether a parameter of the function changes with every call (and is not a weight)."""
     seen = f"softmax input[h, i, j] = {format_expr(value, evaluator)}"
 
     def resolve(kind: str) -> tuple[_Affine, set[str]]:
@@ -319,29 +341,33 @@ def prove_mask(
 
     try:
         everywhere, assumed = resolve("all")
-    except (_UndecidedError, _OpaqueError):
-        return _prove_causal(evaluator, resolve, seen, dtype)
+    except (UndecidedError, OpaqueError):
+        return _prove_causal(evaluator, resolve, seen, dtype, is_input)
     if is_masked(everywhere, dtype):
         raise Refusal(seen, "every key is masked", "check the mask: no query sees any key")
-    return MaskProof(_positive(everywhere, seen), causal=False, assumptions=_assumed_masks(assumed))
+    return MaskProof(_positive(everywhere, seen), causal=False, assumptions=assumed_masks(assumed))
 
 
 def _prove_causal(
-    evaluator: Evaluator, resolve: Callable[[str], tuple[_Affine, set[str]]], seen: str, dtype: str
+    evaluator: Evaluator,
+    resolve: Callable[[str], tuple[_Affine, set[str]]],
+    seen: str,
+    dtype: str,
+    is_input: Callable[[Any], bool],
 ) -> MaskProof:
     supported = "this pass proves causal (key j <= query i) and full attention"
     try:
         visible, assumed = resolve("visible")
         hidden, assumed_hidden = resolve("hidden")
-    except _UndecidedError as error:
+    except UndecidedError as error:
         condition = format_expr(error.condition, evaluator)
-        raise Refusal(
+        raise NotPlainError(
             seen,
             f"the mask is neither causal nor full: `{condition}` decides which keys are seen",
             f'{supported}; keep this attention with on_unmatched="keep", or change the mask',
         ) from None
-    except _OpaqueError as error:
-        raise _opaque_refusal(evaluator, error.term, seen) from None
+    except OpaqueError as error:
+        raise _opaque_refusal(evaluator, error.term, seen, is_input) from None
     if is_masked(visible, dtype):
         raise Refusal(
             seen,
@@ -356,13 +382,13 @@ def _prove_causal(
             f"(masked means -inf or <= {limit:g})",
             f"{supported}; mask with -inf",
         )
-    assumptions = _assumed_masks(assumed | assumed_hidden)
+    assumptions = assumed_masks(assumed | assumed_hidden)
     if not math.isinf(hidden.constant):
         assumptions += (f"masked scores get {hidden.constant:g}, taken as -inf",)
     return MaskProof(_positive(visible, seen), causal=True, assumptions=assumptions)
 
 
-def _assumed_masks(names: set[str]) -> tuple[str, ...]:
+def assumed_masks(names: set[str]) -> tuple[str, ...]:
     return tuple(f"mask input `{name}` masks nothing (assume_full)" for name in sorted(names))
 
 
@@ -385,21 +411,26 @@ def _input_atom(evaluator: Evaluator, term: Any) -> Atom | None:
     return atom if is_input and atom is not None and atom.kind == "load" else None
 
 
-def _opaque_refusal(evaluator: Evaluator, term: Any, seen: str) -> Refusal:
+def _opaque_refusal(evaluator: Evaluator, term: Any, seen: str, is_input: Callable[[Any], bool]) -> Refusal:
     """The reason for a term that is no constant and no multiple of the score."""
     shown = format_expr(term, evaluator)
     atom = _input_atom(evaluator, term)
-    if atom is not None:
-        return Refusal(
-            seen,
-            f"the mask depends on the function input `{atom.name}`, so what it hides is not known when compiling",
-            f'if `{atom.name}` hides nothing but what the causal mask hides, pass assume_full=["{atom.name}"]; otherwise export '
-            "the model without it",
-        )
-    return Refusal(
+    if atom is not None and is_input(atom.source):
+        return input_refusal(atom, seen)
+    return NotPlainError(
         seen,
         f"`{shown}` is neither a constant nor a multiple of the score: the softmax input is not scale * score + mask",
         'this attention variant (soft cap, ALiBi, bias, …) is not rewritten; keep it with on_unmatched="keep"',
+    )
+
+
+def input_refusal(atom: Atom, seen: str) -> Refusal:
+    """The reason for an element of a function input."""
+    return Refusal(
+        seen,
+        f"the mask depends on the function input `{atom.name}`, so what it hides is not known when compiling",
+        f'if `{atom.name}` hides nothing but what the causal mask hides, pass assume_full=["{atom.name}"]; otherwise export '
+        "the model without it",
     )
 
 
@@ -420,9 +451,17 @@ def row_is_never_empty(
     if str(flag.ty) != "bool":
         return None
     resolver = Resolver(evaluator, Region(evaluator, "own", i, j), is_score, assume_full)
+
+    def known(var: Any) -> float | None:
+        known_atom = evaluator.atoms.get(var)
+        return None if known_atom is None else assumed_number(known_atom, var, assume_full)
+
     try:
-        reached = float(resolver.condition(flag))
-    except (_UndecidedError, _OpaqueError):
+        condition = Cases(evaluator, -math.inf, known).condition(
+            flag
+        )  # which comparisons with -inf are ones of positions
+        reached = float(condition if isinstance(condition, bool) else resolver.condition(condition))
+    except (UndecidedError, OpaqueError):
         return None
     return reached if reached == (1.0 if atom.reducer == "max" else 0.0) else None
 
@@ -446,5 +485,5 @@ def resolve_probability(
     )
     try:
         return resolver.affine(expr) == _Affine(1.0, 0.0)
-    except (_UndecidedError, _OpaqueError):
+    except (UndecidedError, OpaqueError):
         return False

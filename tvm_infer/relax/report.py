@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tvm_infer.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from tvm_infer.variant.layer import LayerVariant
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,18 @@ class RewriteReport:
         """The spec of every layer, in program order."""
         return [match.spec for match in self.matched]
 
+    def _variants(self) -> list[str]:
+        """What layers compute besides, layers of equal variants together."""
+        layers: dict[LayerVariant, list[int]] = {}
+        for match in self.matched:
+            if match.spec.variant is not None:
+                layers.setdefault(match.spec.variant, []).append(match.layer)
+        lines = []
+        for variant, numbers in layers.items():
+            what = "layer" if len(numbers) == 1 else "layers"
+            lines.append(f"variant of {what} {', '.join(map(str, numbers))}: {variant}".replace("\n", "\n  "))
+        return lines
+
     def __str__(self) -> str:
         lines = [
             f"{len(self.matched)} attention(s) rewritten, {len(self.refused)} refused, "
@@ -91,7 +107,8 @@ class RewriteReport:
                     f"{match.spec.num_qo_heads}/{match.spec.num_kv_heads}",
                     str(match.spec.head_dim),
                     match.spec.dtype,
-                    "causal" if match.spec.causal else "full",
+                    ("causal" if match.spec.causal else "full")
+                    + (", variant" if match.spec.variant is not None else ""),
                     f"{match.spec.sm_scale:.6g}",
                     match.form,
                     str(match.location),
@@ -103,6 +120,7 @@ class RewriteReport:
                 "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
                 for row in [header, *rows]
             ]
+        lines += self._variants()
         lines += [f"refused: {reason}" for reason in self.refused]
         lines += [f"not attention: {item.location}: {item.why}" for item in self.not_attention]
         assumptions = list(self.assumptions)

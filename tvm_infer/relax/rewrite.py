@@ -133,7 +133,8 @@ class RewritePagedAttention:
                 f"kv_param_name {self.kv_param_name!r} is a parameter of {name!r} already; choose another name"
             )
         num_tokens = _num_tokens(func)
-        found = Matcher(mod, name, num_tokens, func.params[:num_input], set(self.assume_full)).run()
+        positions = next(param for param in func.params if str(param.name) == PACKED_INPUTS[1])
+        found = Matcher(mod, name, num_tokens, func.params[:num_input], positions, set(self.assume_full)).run()
         attentions: list[Attention] = []
         for item in found:
             if isinstance(item, Attention):

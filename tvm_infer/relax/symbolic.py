@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tvm_ffi
 from tvm import ir, relax, sym, tirx
 
 from .elements import ELEMENT_RULES, closed_form
@@ -67,11 +68,18 @@ class Evaluator:
 
     Parameters
     ----------
-    definitions : variable -> the expression that it is bound to.
+    definitions : variable -> the expression that it is bound to. positions : the input [1, n] that counts the tokens of the row, whose
+        element (0, x) is x; None where there is none.
+
+    Attributes
+    ----------
+    read_positions : whether an element of `positions` was needed so far.
     """
 
-    def __init__(self, definitions: Mapping[Any, Any]) -> None:
+    def __init__(self, definitions: Mapping[Any, Any], positions: Any = None) -> None:
         self.definitions = definitions
+        self.positions = positions
+        self.read_positions = False
         self.analyzer = sym.Analyzer()
         self.atoms: dict[Any, Atom] = {}
         self.stops: set[Any] = set()
@@ -130,6 +138,9 @@ class Evaluator:
         tensor = self.root(tensor)
         if tensor in self.stops:
             return self.atom("load", tensor, index)
+        if self.positions is not None and same(tensor, self.positions):
+            self.read_positions = True
+            return index[-1] if dtype_of(tensor) == "int64" else tirx.Cast(dtype_of(tensor), index[-1])
         value = self.definition(tensor)
         if isinstance(value, ir.GenericConst):
             return self._constant(tensor, value, index)
@@ -256,3 +267,15 @@ class Evaluator:
             return constant_value(self._element(expr, tuple(int_imm(0) for _ in shape)))
         except TooComplexError:
             return None
+
+
+def decided(evaluator: Evaluator, expr: Any) -> Any:
+    """An expression without the selections that the ranges of its indices decide (which piece of a concat an element is of)."""
+
+    def decide(node: Any) -> Any:
+        number = static_int(evaluator.simplify(node.condition)) if isinstance(node, tirx.Select) else None
+        if number is None:
+            return node
+        return node.true_value if number else node.false_value
+
+    return tvm_ffi.structural_map(expr, decide)

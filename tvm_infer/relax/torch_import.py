@@ -15,10 +15,11 @@ from tvm.sym.analyzer import ProofStrength
 
 from tvm_infer.errors import ArgumentError, MissingDependencyError, ModelError
 
-from . import torch_matmul
+from . import torch_integers, torch_matmul
 from .nodes import bindings_of, known_shape, op_name, shape_of, static_int, used_vars
 
 _HF_ATTENTION = "tvm_infer"  # name under which transformers knows our attention and mask functions
+_HF_LAYERS = ("full_attention", "sliding_attention")
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 7, 3  # lengths while tracing: torch.export fixes dimensions of length 0 and 1
 
 
@@ -69,7 +70,7 @@ def from_torch(
 def _import(program: Any, keep_attention: bool) -> tvm.IRModule:
     from tvm.relax.frontend.torch import from_exported_program
 
-    converters = dict(torch_matmul.CONVERTERS)
+    converters = {**torch_matmul.CONVERTERS, **torch_integers.CONVERTERS}
     options: dict[str, Any] = {"keep_params_as_input": True, "custom_convert_map": converters}
     if keep_attention:
         import torch
@@ -94,8 +95,9 @@ def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool
     """Export a Hugging Face causal language model (LlamaForCausalLM and its kin) for packed tokens.
 
     `main(input_ids [1, num_tokens] int64, position_ids [1, num_tokens] int64, logit_indices [num_logits] int64, *weights)` returns a
-    tuple of the logits [1, num_logits, vocab_size] of the rows that `logit_indices` names. Attention is causal over the row of tokens
-    and has no mask input, ready for RewritePagedAttention. The model is left as it was.
+    tuple of the logits [1, num_logits, vocab_size] of the rows that `logit_indices` names. Attention is causal over the row of tokens,
+    with the model's sliding windows, soft caps and sinks, and has no mask input, ready for RewritePagedAttention. The model is left as
+    it was.
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool
     Raises
     ------
     MissingDependencyError : torch or transformers is not installed. ModelError : the model is no causal language model, or one of its
-    layers has an attention that is not plain causal (sliding window, soft cap, sinks).
+    layers has an attention that is none of these (chunked, bidirectional, position biases or a mask of its own).
     """
     _require("torch", "torch")
     _require("transformers", "llm")
@@ -137,7 +139,7 @@ def export_hf(model: Any, *, max_tokens: int | None = None, keep_attention: bool
         torch.arange(_EXAMPLE_LOGITS, device=device),
     )
     shapes = {"input_ids": {1: num_tokens}, "position_ids": {1: num_tokens}, "logit_indices": {0: num_logits}}
-    with _plain_causal(model), torch.no_grad(), _quiet_torch():
+    with _packed_attention(model), torch.no_grad(), _quiet_torch():
         program = torch.export.export(Packed().eval(), inputs, dynamic_shapes=shapes)
     imported = from_torch(
         program,
@@ -159,7 +161,7 @@ def _require(package: str, extra: str) -> None:
 
 
 def _check_model(model: Any) -> None:
-    """Refuse what is no causal language model of plain causal layers."""
+    """Refuse what is no causal language model of layers that `_hf_attention` knows."""
     config = getattr(model, "config", None)
     kind = type(model).__name__
     if (
@@ -170,14 +172,14 @@ def _check_model(model: Any) -> None:
         raise ModelError(f"{kind} is not a Hugging Face causal language model: it has no config with an output head")
     if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind} is not a causal decoder; only those can be served from a KV cache of past tokens")
-    layers = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    layers = sorted(set(getattr(config, "layer_types", None) or []) - set(_HF_LAYERS))
     if layers:
-        raise ModelError(f"{kind} has layers of type {layers}; only full_attention layers are supported")
+        raise ModelError(f"{kind} has layers of type {layers}; only {' and '.join(_HF_LAYERS)} layers are supported")
 
 
 @contextmanager
-def _plain_causal(model: Any) -> Iterator[None]:
-    """Give the model, for the time of the export, an attention that is causal by itself and a mask function that makes no mask."""
+def _packed_attention(model: Any) -> Iterator[None]:
+    """Give the model, for the time of the export, an attention that is causal by itself and a mask function that makes no tensor."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_HF_ATTENTION, _hf_attention)
@@ -192,27 +194,81 @@ def _plain_causal(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _hf_mask(*args: Any, **kwargs: Any) -> None:
-    """No mask: packed tokens have no padding, and which keys a token sees is the KV cache's affair."""
+@dataclass(frozen=True)
+class _LocalMask:
+    """What stands for the mask of layers with a sliding window. size : keys that a query sees, its own among them."""
+
+    size: int
+
+
+def _hf_mask(*args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any) -> _LocalMask | None:
+    """No tensor: packed tokens have no padding, and which keys of other sequences a token sees is the KV cache's affair."""
+    if use_vmap:
+        raise ModelError(
+            "the model has a mask function of its own; only causal masks and sliding windows are supported"
+        )
+    return None if local_size is None else _LocalMask(int(local_size))
 
 
 def _hf_attention(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> Any:
-    """Causal attention, query [1, heads, n, head_dim], key and value [1, kv_heads, n, head_dim]; refuses every other kind."""
+    """Causal attention, query [1, heads, n, head_dim], key and value [1, kv_heads, n, head_dim], with sliding_window, softcap and s_aux
+    (sinks [heads]) as transformers' models pass them; refuses every other kind."""
     import torch
 
-    for option in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if kwargs.get(option) is not None:
-            raise ModelError(f"{type(module).__name__} uses {option}: only plain causal attention is supported")
+    kind = type(module).__name__
+    if kwargs.get("position_bias") is not None:
+        raise ModelError(
+            f"{kind} uses position_bias, which export_hf does not know: export the model by hand (from_torch)"
+        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ModelError(f"{type(module).__name__} is not causal: only plain causal attention is supported")
-    if attention_mask is not None:
-        raise ModelError(f"{type(module).__name__} got a mask of its own: only plain causal attention is supported")
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+        raise ModelError(f"{kind} is not causal: only causal attention is supported")
+    window = _window(kind, attention_mask, kwargs.get("sliding_window"))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if window is None and softcap is None and sinks is None:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    else:
+        output = _written_attention(query, key, value, scaling, window, softcap, sinks)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _window(kind: str, mask: Any, named: int | None) -> int | None:
+    """The window of a layer, which its mask and the model's own argument must say alike."""
+    if not (mask is None or isinstance(mask, _LocalMask)):
+        raise ModelError(f"{kind} got a mask of its own: only causal masks and sliding windows are supported")
+    size = None if mask is None else mask.size
+    if named is not None and named != size:
+        raise ModelError(
+            f"{kind} uses sliding_window={named}, and its mask has {'none' if size is None else f'a window of {size}'}: export the "
+            "model by hand (from_torch)"
+        )
+    return size
+
+
+def _written_attention(
+    query: Any, key: Any, value: Any, scaling: float | None, window: int | None, softcap: float | None, sinks: Any
+) -> Any:
+    """The same written out, for the pass to take apart; [1, heads, n, head_dim]."""
+    import torch
+
+    heads, n = query.shape[1], query.shape[2]
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    positions = torch.arange(n, device=query.device)
+    distance = positions[:, None] - positions[None, :]
+    hidden = distance < 0
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, heads, 1, 1).expand(1, heads, n, 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights if sinks is None else weights[..., :-1]) @ value
 
 
 def _convert_attention(node: Any, importer: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import _ffi
 from ..errors import ArgumentError, CacheStateError, ModelError
-from . import library, ranges, weights_file
+from . import library, ranges, variants, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .manifest import Manifest
@@ -162,6 +162,14 @@ class Executable:
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
+        layers = [i for i, x in enumerate(m.layers) if x.variant is not None and not x.variant.variant.is_plain]
+        if layers:
+            made = (
+                "compiled at the first step"
+                if m.device_kind == "cuda"
+                else "the library's own, or compiled by new_cache"
+            )
+            lines.append(f"layers {', '.join(map(str, layers))}: their variant's code is in the kernels, {made}")
         return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
 
     def explain(self) -> str:
@@ -196,7 +204,8 @@ class Executable:
         Raises
         ------
         ArgumentError : a path in no folder, an unknown architecture or page size. MissingDependencyError : no C++ compiler to link
-        with, no nvcc, no BLAS to include. CompileError : what they printed.
+        with, no nvcc, no BLAS to include. CompileError : what they printed. ModelError : layers have attention variants, which a
+        library does not hold.
         """
         weights = [
             (name, tuple(int(n) for n in tensor.shape), str(tensor.dtype))
@@ -239,6 +248,9 @@ class Executable:
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
         step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
+
+        Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
+        MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be.
         """
         spec, m = self.manifest.layers[0], self.manifest
         cache = PagedKVCache.for_spec(
@@ -257,7 +269,17 @@ class Executable:
                 int(m.rope["interleaved"]),
                 float(m.rope["magnitude"]),
             )
+        self._give_variants(cache)
         return cache
+
+    def _give_variants(self, cache: PagedKVCache) -> None:
+        """The variants that the model's layers have, with its weights."""
+        names = self.manifest.weights
+
+        def weight(name: str) -> Any:
+            return self._device_weights(cache.device)[names.index(name)]
+
+        variants.give(self.manifest, cache, weight)
 
     def bind(self, cache: PagedKVCache) -> None:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
@@ -281,6 +303,10 @@ class Executable:
                 f"{m.decode_rows}: make it with max_batch={m.decode_rows} or less, or compile with max_batch={cache.max_batch}"
             )
         cache.bind(self._number)
+        if not variants.has(self.manifest, cache):
+            cache.release(self._number)  # of a cache that is bound the kernels are settled
+            self._give_variants(cache)
+            cache.bind(self._number)
 
     def release(self, cache: PagedKVCache) -> None:
         """Give the cache back, so that another executable of the same shape may take it. Its graphs go, a new use captures anew."""

@@ -144,6 +144,7 @@ def export(
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}; there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}, which is a folder; name a file: model.so")
+    _refuse_variants(model)
     if model.about is not None:
         _copy(model, path, archs, page_sizes)
         return
@@ -178,6 +179,17 @@ def export(
         blas_prefix=blas.PACKAGED_PREFIX,
     )
     linker.link(objects, contents, path)
+
+
+def _refuse_variants(model: CompiledModel) -> None:
+    """A library has the kernels of plain attention, and its program makes a cache that knows of no variant."""
+    layers = [number for number, spec in enumerate(model.manifest["layers"]) if spec["variant"] is not None]
+    if layers:
+        raise errors.ModelError(
+            f"the layers {layers} of the model have attention variants (soft caps, windows, biases, sinks: Executable.explain shows "
+            "them), which an exported library cannot hold: its attention would be plain. Run the model in Python with "
+            "tvm_infer.compile, which keeps the compiled code in its cache folder"
+        )
 
 
 # In what TVM packs: the kind of a module, the size of what it saved, and first in that the format of its code.

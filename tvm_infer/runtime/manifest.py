@@ -6,14 +6,17 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import _ffi
 from ..errors import AbiError
 from ..spec import AttentionSpec
 from . import library
+
+if TYPE_CHECKING:
+    from ..variant.layer import LayerVariant
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Manifest:
 
     inputs : (name, dtype) of the function's inputs; the cache comes after them, then `weights`, named as in the model's state_dict.
     weight_types : "dtype [shape]" of each weight.
-    layers : the attention of every layer. max_tokens : tokens of one step, at most.
+    layers : the attention of every layer, with its variant. max_tokens : tokens of one step, at most.
     decode_function : of CUDA targets, the function that is captured whole; "" where there is none. decode_rows : its rows, at most.
     rope : how the cache rotates q and k of fused calls (inv_freq, interleaved, magnitude), of models that leave it to the cache.
     buckets : numbers of rows that it is captured for. logits_dtype, logits_rank : of its logits, [rows, vocab] or [1, rows, vocab].
@@ -45,13 +48,28 @@ class Manifest:
     rope: Mapping[str, Any] | None = None
 
     @property
+    def variants(self) -> Mapping[LayerVariant, tuple[int, ...]]:
+        """The variants that layers have, and which; layers of plain attention are left out."""
+        layers: dict[LayerVariant, tuple[int, ...]] = {}
+        for number, spec in enumerate(self.layers):
+            if spec.variant is not None:
+                layers[spec.variant] = (*layers.get(spec.variant, ()), number)
+        return layers
+
+    @property
     def device_kind(self) -> str:
         """ "cpu" or "cuda"."""
         return "cuda" if json.loads(self.target)["kind"] == "cuda" else "cpu"
 
     def save(self, folder: pathlib.Path) -> None:
         """Write into `folder`."""
-        (folder / library.MANIFEST).write_text(json.dumps(asdict(self), indent=1))
+        variants = list(self.variants)  # each once, however large its tables
+        layers = [
+            {**vars(spec), "variant": None if spec.variant is None else variants.index(spec.variant)}
+            for spec in self.layers
+        ]
+        fields = {**vars(self), "layers": layers, "variants": [variant.to_fields() for variant in variants]}
+        (folder / library.MANIFEST).write_text(json.dumps(fields, indent=1))
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> Manifest:
@@ -68,7 +86,7 @@ class Manifest:
                 f"the model in {where} was compiled for tvm_infer ABI {fields['abi_version']}, this library has ABI "
                 f"{have}: compile it again"
             )
-        known = {field.name for field in dataclass_fields(cls)}
+        known = {"variants", *(field.name for field in dataclass_fields(cls))}
         if set(fields) != known:
             raise AbiError(
                 f"the model in {where} was compiled by another version of tvm_infer: its manifest has {sorted(set(fields) - known)} "
@@ -78,5 +96,15 @@ class Manifest:
         fields["weights"] = tuple(fields["weights"])
         fields["weight_types"] = tuple(fields["weight_types"])
         fields["buckets"] = tuple(fields["buckets"])
-        fields["layers"] = tuple(AttentionSpec(**spec) for spec in fields["layers"])
+        variants = [_layer_variant(stored) for stored in fields.pop("variants")]
+        fields["layers"] = tuple(
+            AttentionSpec(**{**spec, "variant": None if spec["variant"] is None else variants[spec["variant"]]})
+            for spec in fields["layers"]
+        )
         return cls(**fields)
+
+
+def _layer_variant(stored: Mapping[str, Any]) -> LayerVariant:
+    from ..variant.layer import LayerVariant
+
+    return LayerVariant.from_fields(stored)

@@ -1,0 +1,70 @@
+"""The attention variants of a compiled model's layers, given to its caches."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import VariantError
+from .kv_cache import PagedKVCache
+from .manifest import Manifest
+
+if TYPE_CHECKING:
+    from ..band import Band
+    from ..variant.layer import LayerVariant
+
+MAX_BANDS = 4  # kMaxPlans of cuda_src/tvm_infer/ffi
+# cache -> what its layers' variants were set from; a cache that is not here has those that its owner set, if any
+_given: weakref.WeakKeyDictionary[PagedKVCache, str] = weakref.WeakKeyDictionary()
+
+
+def has(manifest: Manifest, cache: PagedKVCache) -> bool:
+    """Whether a cache was given the variants of the model's layers, or has none where the model has none."""
+    return _given.get(cache, "") == _identity(manifest)
+
+
+def give(manifest: Manifest, cache: PagedKVCache, weight: Callable[[str], Any]) -> None:
+    """Let the layers of a cache that no executable has compute what the model's do, those with equal variants bound once.
+
+    weight : name -> tensor on the cache's device.
+
+    Raises
+    ------
+    As PagedKVCache.set_variant and Variant.bind; VariantError names the layers.
+    """
+    if cache in _given:
+        cache.set_variant(None)  # those of another model
+    _given.pop(cache, None)
+    by_band: dict[Band, list[LayerVariant]] = {}
+    for variant in manifest.variants:
+        by_band.setdefault(variant.band, []).append(variant)
+    for variants in by_band.values():
+        # all layers of a band at once, then each its own: on the way there are no more bands than at the end
+        layers = [layer for variant in variants for layer in manifest.variants[variant]]
+        for variant in variants:
+            cache.set_variant(_bound(variant, cache, weight, layers), layers=layers)
+            layers = [layer for layer in layers if layer not in manifest.variants[variant]]
+    _given[cache] = _identity(manifest)
+
+
+def _identity(manifest: Manifest) -> str:
+    """The same for manifests of the same variants at the same layers; "" of plain attention."""
+    if not manifest.variants:
+        return ""
+    return json.dumps([[layers, variant.to_fields()] for variant, layers in manifest.variants.items()])
+
+
+def _bound(variant: LayerVariant, cache: PagedKVCache, weight: Callable[[str], Any], layers: list[int]) -> Any:
+    import tvm
+
+    def place(array: np.ndarray) -> Any:
+        return tvm.runtime.tensor(np.ascontiguousarray(array), tvm.device(cache.device))
+
+    try:
+        return variant.bind(weight, place)
+    except VariantError as error:
+        raise VariantError(f"the attention variant of the layers {layers} cannot be bound: {error}") from error
