@@ -24,12 +24,13 @@ class Prepared:
     kernels without a variant do.
     """
 
-    __slots__ = ("_sizes", "band", "bound", "calls", "is_plain")
+    __slots__ = ("_sizes", "band", "bound", "calls", "is_plain", "rotates")
 
     def __init__(self, bound: Any) -> None:
         self.bound = bound
         self.band: Band = bound.band
         self.is_plain = bool(bound.variant.is_plain)
+        self.rotates = bool(getattr(bound.variant, "rotates", False))
         self.calls: dict[bool, Any] = {}
         # (num_qo_heads, num_requests, head_dim) that the tables were last found to fit
         self._sizes: tuple[int, int, int] | None = None

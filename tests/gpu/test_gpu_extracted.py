@@ -1,11 +1,15 @@
-"""Models of transformers whose attention the pass extracts, on the GPU: Gemma 2, GPT-OSS (its experts left out), Mistral, beside torch.
+"""Models whose attention the pass extracts, on the GPU, beside torch: decoders in plain torch (tests/compile/variant_models.py), and of
+transformers Gemma 2, GPT-OSS (its experts left out) and Mistral, where that is installed.
 
-Needs TVM with its compiler, and transformers. The models are small and random.
+Needs TVM with its compiler. The models are small and random.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +17,12 @@ import torch
 
 import tvm_infer
 
-transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "compile"))
+import variant_models
+
+if importlib.util.find_spec("transformers") is not None:
+    import transformers
+
 pytestmark = pytest.mark.family("compiled_model")
 
 WIDTH, WINDOW = 256, 24  # a window of transformers: keys that a query sees, its own among them
@@ -69,22 +78,49 @@ def rounded(model):
     return model.eval()
 
 
-def logits_of(model, text):
+def hf_logits(model, text):
     with torch.inference_mode():
         return model(torch.tensor([text], device="cuda")).logits[0].double().cpu()
 
 
+def plain_logits(model, text):
+    with torch.inference_mode(), torch.device("cuda"):
+        return model(torch.tensor([text]), torch.arange(len(text))[None])[0].double().cpu()
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("make", [gemma2, gpt_oss, mistral])
-def test_logits_beside_torch(cuda, make, head_dim):
-    """‖ours - float32‖ is at most twice what torch's bfloat16 loses: prompts in pieces, then decode steps by graphs."""
+def test_models_of_transformers(cuda, make, head_dim):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
     torch.manual_seed(0)
     low = rounded(make(head_dim))
-    executable = tvm_infer.compile(low, target="cuda", max_tokens=128, max_batch=4)
+    check(low, low, copy.deepcopy(low).float(), hf_logits, 512)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("attention", variant_models.MODELS, ids=lambda attention: attention.__name__)
+def test_plain_decoders(cuda, attention, head_dim, monkeypatch):
+    for name, value in (("WIDTH", WIDTH), ("DIM", head_dim), ("WINDOW", WINDOW)):
+        monkeypatch.setattr(variant_models, name, value)
+    frequencies = torch.tensor([2.0 ** -(k % 12) for k in range(head_dim // 2)])
+    monkeypatch.setattr(variant_models, "INV_FREQ", frequencies)
+    high = variant_models.decoder(attention)
+    for p in high.parameters():
+        p.data = p.data.bfloat16().float()
+    low = copy.deepcopy(high).bfloat16()
+    program = variant_models.exported(low)
+    monkeypatch.setattr(variant_models, "INV_FREQ", frequencies.cuda())
+    check(program, low, high, plain_logits, variant_models.VOCABULARY)
+
+
+def check(source, low, high, logits_of, vocabulary):
+    """‖ours - float32‖ is at most twice what torch's bfloat16 loses: prompts in pieces, then decode steps by graphs."""
+    executable = tvm_infer.compile(source, target="cuda", max_tokens=128, max_batch=4)
     assert any(spec.variant is not None for spec in executable.manifest.layers)
-    low, high = low.cuda(), copy.deepcopy(low).float().cuda()
+    low, high = low.cuda(), high.cuda()
     rng = np.random.default_rng(1)
-    texts = [rng.integers(0, 512, n).tolist() for n in (101, 37, 3)]
+    texts = [rng.integers(0, vocabulary, n).tolist() for n in (101, 37, 3)]
     cache = executable.new_cache(num_pages=32)
     for seq in range(len(texts)):
         cache.add_sequence(seq)

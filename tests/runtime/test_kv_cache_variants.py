@@ -278,3 +278,47 @@ def test_what_is_refused():
     fresh = Cache().cache
     fresh.bind(12)
     fresh.set_variant(cap)  # an executable that has not run yet knows nothing of it
+
+
+def test_keys_that_lie_unturned():
+    """A cache of unturned keys with `rope` gives what one of turned keys gives without: prompt, piece, decode."""
+    config = RopeConfig(DIM)
+    sizes = dict(num_qo_heads=HQ, num_kv_heads=HKV, head_dim=DIM, page_size=4, num_pages=32, max_batch=2, max_tokens=64)
+    unturned, turned = PagedKVCache(num_layers=1, **sizes), PagedKVCache(num_layers=1, **sizes)
+    unturned.set_variant(variant.rope.bind(inv_freq=config.inv_freq(), magnitude=1.0))
+
+    def turn(x, positions):
+        angle = positions[:, None, None] * config.inv_freq().astype(np.float64)
+        a, b = np.split(x.astype(np.float64), 2, -1)
+        pair = (a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle))
+        return np.concatenate(pair, -1).astype(np.float32)
+
+    rng = np.random.default_rng(3)
+    for cache in (unturned, turned):
+        cache.add_sequence(0), cache.add_sequence(1)
+    done = np.zeros(2, int)
+    for counts in ((11, 3), (7, 1), (1, 1), (1, 9)):
+        positions = np.concatenate([d + np.arange(n) for d, n in zip(done, counts, strict=True)])
+        q, k, v = (rng.standard_normal((sum(counts), heads, DIM)).astype(np.float32) for heads in (HQ, HKV, HKV))
+        outputs = []
+        for cache, f in ((unturned, lambda x, _: x), (turned, turn)):
+            cache.begin_forward([0, 1], list(counts))
+            outputs.append(cache.attention(0, f(q, positions), f(k, positions), v))
+            cache.end_forward()
+        np.testing.assert_allclose(outputs[0], outputs[1], rtol=2e-5, atol=2e-5)
+        done += counts
+
+
+def test_turned_twice_is_refused():
+    cache = PagedKVCache(
+        num_layers=2, num_qo_heads=HQ, num_kv_heads=HKV, head_dim=DIM, page_size=4, num_pages=8, max_batch=1, max_tokens=8
+    )
+    config = RopeConfig(DIM)
+    cache.set_rope(config)
+    cache.set_variant(variant.rope.bind(inv_freq=config.inv_freq(), magnitude=1.0), layers=[1])
+    cache.add_sequence(0)
+    cache.begin_forward([0], [1])
+    qkv = np.zeros((1, HQ + 2 * HKV, DIM), np.float32)
+    cache.attention_fused_qkv(0, qkv)
+    with pytest.raises(errors.CacheStateError, match=r"`layer` is 1, whose variant turns .* call attention"):
+        cache.attention_fused_qkv(1, qkv)

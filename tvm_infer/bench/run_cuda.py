@@ -10,7 +10,7 @@ from .cuda_device import CudaDevice
 from .inputs import DeviceBatch, device_batch
 from .peers import measure_peer, peer
 from .planning import time_plan
-from .reference import LSE_TOLERANCE, PEER_TOLERANCE, TOLERANCE, Reference, reference
+from .reference import PEER_TOLERANCE, TOLERANCE, Reference, lse_tolerance, reference
 from .rows import WrongResult, shape_of, vs_best_peer
 from .timing import REST_S
 from .workloads import Workload
@@ -34,10 +34,11 @@ METHOD = (
 def _check(reference_: Reference, batch: DeviceBatch, when: str) -> tuple[float, float]:
     error, lse_error = reference_.error(batch.out), reference_.lse_error(batch.lse)
     limit = TOLERANCE[batch.workload.dtype]
-    if not (error <= limit and lse_error <= LSE_TOLERANCE):
+    lse_limit = lse_tolerance(batch.workload)
+    if not (error <= limit and lse_error <= lse_limit):
         raise WrongResult(
             f"wrong result {when}: relative error {error:.2e} (allowed {limit:.0e}), LSE off by {lse_error:.2e} "
-            f"(allowed {LSE_TOLERANCE:.0e})"
+            f"(allowed {lse_limit:.0e})"
         )
     return error, lse_error
 

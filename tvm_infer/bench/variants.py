@@ -203,6 +203,11 @@ def bound(workload: Workload, device: Any) -> Any:
     return _ROWS[workload.variant].bind(workload, device) if workload.variant else None
 
 
+def rounds_again(workload: Workload) -> bool:
+    """Whether its variant changes queries and keys, which are rounded to their type again."""
+    return bool(workload.variant) and _ROWS[workload.variant].effect.turned is not Effect.turned
+
+
 def effect(batch: Any, request: int) -> Effect | None:
     """What the batch's variant does to a request."""
     name = batch.workload.variant

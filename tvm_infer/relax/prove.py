@@ -4,7 +4,8 @@
 everywhere else, or raises `Refusal` with what stands in the way.
 
 What counts as -inf: minus infinity itself, or a finite number so low that its exponential is 0 beside any visible score. The limit is
--1e9 (float32, bfloat16) and -6e4 (float16, whose lowest number is -65504); a finite one is an assumption that the report shows.
+-1e9 (float32; bfloat16: what that rounds to) and -6e4 (float16, whose lowest number is -65504); a finite one is an assumption that the
+report shows.
 Every causal row sees at least its own key (j = i), so a masked score never decides a row's maximum.
 """
 

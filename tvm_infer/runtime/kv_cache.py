@@ -12,7 +12,7 @@ import numpy as np
 import tvm_ffi
 
 from .. import _array, _device, _ffi, variant_call
-from ..errors import ArgumentError, DTypeError
+from ..errors import ArgumentError, CacheStateError, DTypeError
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
@@ -183,6 +183,8 @@ class PagedKVCache:
             dtype=spec.dtype,
             **settings,
         )
+
+    _rotating: frozenset[int] = frozenset()  # layers whose variant this object set, and which rotates
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -418,7 +420,8 @@ class PagedKVCache:
             steps. Layers of up to 4 different bands (windows, sinks, chunks) are planned apart, in the one copy of begin_forward.
         layers : which; None: all.
 
-        Where every layer has a window then, sequences give back their pages behind the widest.
+        Where every layer has a window then, sequences give back their pages behind the widest. A variant that rotates turns keys as
+        they are read: give :meth:`attention` queries and keys that are not turned.
 
         Raises
         ------
@@ -435,6 +438,8 @@ class PagedKVCache:
             if not prepared.is_plain:
                 call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
+        rotates = variant is not None and prepared.rotates
+        self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -446,8 +451,13 @@ class PagedKVCache:
 
         Raises
         ------
-        As :meth:`attention`, and CacheStateError before :meth:`set_rope`.
+        As :meth:`attention`, and CacheStateError before :meth:`set_rope`, or where the layer's variant rotates, too.
         """
+        if _integer(layer, "layer") in self._rotating:
+            raise CacheStateError(
+                f"argument `layer` is {layer}, whose variant turns queries and keys as attention reads them; attention_fused_qkv would "
+                "turn them before: call attention, or set a variant without a rotation"
+            )
         if out is None:
             out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
         _ffi.func("attention_with_kv_cache_fused_qkv")(
