@@ -55,7 +55,8 @@ def causal_bias(n, dtype, window=None):
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
     if window is not None:
         hidden = hidden | torch.ones(n, n, dtype=torch.bool).tril(-window)
-    return torch.zeros(n, n, dtype=dtype).masked_fill(hidden, torch.finfo(torch.float32).min)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    return torch.zeros(n, n, dtype=dtype).masked_fill(hidden, lowest)
 
 
 class Gemma2(Attention):
@@ -174,7 +175,7 @@ class Blocks(Attention):
 
     def __init__(self, layer):
         super().__init__(layer)
-        self.register_buffer("layout", torch.rand(10, 10, generator=torch.Generator().manual_seed(layer)) < 0.4)
+        self.register_buffer("layout", torch.rand(32, 32, generator=torch.Generator().manual_seed(layer)) < 0.4)
 
     def attend(self, q, k, v, position_ids):
         block = torch.arange(q.shape[2]) // 4

@@ -30,17 +30,17 @@ RECORD = pathlib.Path(__file__).resolve().parent / "record.json"
 
 @dataclass(frozen=True)
 class Family:
-    """`kernel` in kernels/ (None: of a library); files in cuda/ with one of `words` in their names are this family's alone (of several,
-    the longest word decides); `tests` in tests/gpu."""
+    """`kernels` in kernels/ (none: of a library); files in cuda/ with one of `words` in their names are this family's alone (of
+    several, the longest word decides); `tests` in tests/gpu."""
 
-    kernel: str | None
+    kernels: tuple[str, ...]
     words: tuple[str, ...]
     tests: tuple[str, ...]
 
 
 FAMILIES = {
     "attention_sm90": Family(
-        "attention_sm90.cuh",
+        ("attention_sm90.cuh",),
         ("attention", "tile_table"),
         (
             "test_gpu_attention.py",
@@ -50,13 +50,17 @@ FAMILIES = {
             "test_gpu_streams.py",
         ),
     ),
-    "append": Family("append.cuh", ("append",), ("test_gpu_append.py",)),
-    "rope_append": Family("rope_append.cuh", ("rope_append",), ("test_gpu_rope.py",)),
-    "merge_states": Family("merge_states.cuh", ("merge",), ("test_gpu_merge.py",)),
-    "kv_cache": Family("copy_pages.cuh", ("copy_pages", "memory", "staging"), ("test_gpu_kv_cache.py",)),
-    "compiled_model": Family(None, (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
-    "matmul": Family(None, ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),
-    "gemv": Family("gemv.cuh", ("gemv",), ("test_gpu_gemv.py", "gpu_products.py")),
+    "append": Family(("append.cuh",), ("append",), ("test_gpu_append.py",)),
+    "rope_append": Family(("rope_append.cuh",), ("rope_append",), ("test_gpu_rope.py",)),
+    "merge_states": Family(("merge_states.cuh",), ("merge",), ("test_gpu_merge.py",)),
+    "kv_cache": Family(
+        ("copy_pages.cuh", "move_tokens.cuh"),
+        ("copy_pages", "move_tokens", "memory", "staging"),
+        ("test_gpu_kv_cache.py",),
+    ),
+    "compiled_model": Family((), (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
+    "matmul": Family((), ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),
+    "gemv": Family(("gemv.cuh",), ("gemv",), ("test_gpu_gemv.py", "gpu_products.py")),
 }
 COMMON_TESTS = ("conftest.py", "gpu_batches.py", "test_gpu_errors.py")
 LAUNCHER_FOLDERS = ("cuda", "ffi")  # where the walk from the ffi's CUDA files stays
@@ -81,9 +85,9 @@ def walk(source: pathlib.Path, begin: Iterable[pathlib.Path], follow: Any) -> se
 
 
 def kernel_files(root: pathlib.Path, family: Family) -> set[pathlib.Path]:
-    """The kernel and all headers that it includes."""
+    """The kernels and all headers that they include."""
     source = root / "cuda_src"
-    kernels = [source / "tvm_infer" / "kernels" / family.kernel] if family.kernel else []
+    kernels = [source / "tvm_infer" / "kernels" / kernel for kernel in family.kernels]
     return walk(source, [k for k in kernels if k.exists()], lambda p: p.suffix in {".h", ".cuh"})
 
 

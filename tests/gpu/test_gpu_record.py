@@ -41,7 +41,7 @@ def test_place_and_times_do_not_matter(tree):
 def test_every_family_has_its_kernel_its_launchers_and_its_tests():
     for name, family in record.FAMILIES.items():
         files = {p.relative_to(record.ROOT).as_posix() for p in record.family_files(record.ROOT, name)}
-        assert family.kernel is None or f"{KERNELS}/{family.kernel}" in files
+        assert {f"{KERNELS}/{kernel}" for kernel in family.kernels} <= files
         assert {"cuda_src/tvm_infer/cuda/driver.cc", "cuda_src/tvm_infer/ffi/attention_cuda.cc"} <= files
         assert {f"tests/gpu/{t}" for t in (*record.COMMON_TESTS, *family.tests)} <= files
         assert not any(part in f for f in files for part in ("/cpu/", "/kv/", "planner", "read_ceiling"))

@@ -311,7 +311,14 @@ def test_keys_that_lie_unturned():
 
 def test_turned_twice_is_refused():
     cache = PagedKVCache(
-        num_layers=2, num_qo_heads=HQ, num_kv_heads=HKV, head_dim=DIM, page_size=4, num_pages=8, max_batch=1, max_tokens=8
+        num_layers=2,
+        num_qo_heads=HQ,
+        num_kv_heads=HKV,
+        head_dim=DIM,
+        page_size=4,
+        num_pages=8,
+        max_batch=1,
+        max_tokens=8,
     )
     config = RopeConfig(DIM)
     cache.set_rope(config)
