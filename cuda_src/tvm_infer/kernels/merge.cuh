@@ -30,15 +30,33 @@ struct MergeJob {
   }
 };
 
+// A lane's columns of the weighted sum of a row's partials, whose largest LSE is `max`, to the final row.
+template <typename Config, int kColumns>
+__device__ __forceinline__ void StoreMerged(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row, float max,
+                                            float sum, float (&o)[kColumns]) {
+  using Element = typename Config::Element;
+  using Variant = typename Config::Variant;
+  const PlanView& plan = c.plan;
+  const int32_t lane = c.ThreadAnew() % 32;
+  const float factor = attention::Normaliser<Variant>(sum);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) o[i] *= factor;
+  const float merged_lse = sum == 0.f ? attention::kNegInf : Variant::kHasSoftmax ? max + ptx::Log2(sum) * attention::kLn2 : 0.f;
+  if constexpr (Variant::kHasOutput) {
+    attention::ApplyOutput<Variant>(o, c.variant, attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h),
+                                    merged_lse);
+  }
+  const attention::OutputRow out = attention::FinalRow<Element>(c.params, plan, job.merge.row_begin + row, job.merge.kv_head_begin + h);
+  attention::StoreColumns<Element>(out, true, lane * kColumns, o);
+  if (lane == 0 && out.lse != nullptr) *out.lse = merged_lse;
+}
+
 // One warp merges row `row` of KV head number `h` of a merge. Partials were written by other CTAs of this launch: they are read from L2,
 // after an acquire of the caller's.
 template <typename Config>
 __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row) {
-  using Element = typename Config::Element;
-  using Variant = typename Config::Variant;
   constexpr int kHeadDim = Config::kHeadDim;
   const attention::AttentionParams& params = c.params;
-  const PlanView& plan = c.plan;
   constexpr int kColumns = kHeadDim / 32;  // a lane's
   constexpr int kLoads = 8;                // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
@@ -89,22 +107,63 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
     lse = first + lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
     load(0);
   }
-  const float factor = attention::Normaliser<Variant>(sum);
+  StoreMerged(c, job, h, row, max, sum, o);
+}
+
+// The same for kRows rows of two partials each, `first` and every `step`-th after it, counted over heads and rows: a row alone waits for
+// memory twice and keeps little of it busy. What a row adds up to is the same to the bit.
+template <typename Config, int kRows>
+__device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
+  constexpr int kColumns = Config::kHeadDim / 32;
+  constexpr float kLog2e = 1.4426950408889634f;
+  using Vector = std::conditional_t<kColumns == 4, float4, float2>;
+  const attention::AttentionParams& params = c.params;
+  const int32_t total = job.merge.num_rows * job.merge.num_kv_heads;
+  const int32_t slots[2] = {__shfl_sync(0xffffffff, job.my_slot, 0), __shfl_sync(0xffffffff, job.my_slot, 1)};
+  const float* columns = params.partial_o + c.ThreadAnew() % 32 * kColumns;
+  float lse[kRows][2];
+  Vector v[kRows][2];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) o[i] *= factor;
-  const float merged_lse = sum == 0.f ? attention::kNegInf : Variant::kHasSoftmax ? max + ptx::Log2(sum) * attention::kLn2 : 0.f;
-  if constexpr (Variant::kHasOutput) {
-    attention::ApplyOutput<Variant>(o, c.variant, attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h),
-                                    merged_lse);
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t row = min(first + r * step, total - 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      lse[r][i] = __ldcg(params.partial_lse + slots[i] + row);
+      v[r][i] = __ldcg(reinterpret_cast<const Vector*>(columns + static_cast<int64_t>(slots[i] + row) * Config::kHeadDim));
+    }
   }
-  const attention::OutputRow out = attention::FinalRow<Element>(params, plan, job.merge.row_begin + row, job.merge.kv_head_begin + h);
-  attention::StoreColumns<Element>(out, true, lane * kColumns, o);
-  if (lane == 0 && out.lse != nullptr) *out.lse = merged_lse;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t row = first + r * step;
+    if (row >= total) break;
+    const float max = fmaxf(lse[r][0], lse[r][1]), offset = max == attention::kNegInf ? 0.f : max;
+    float sum = 0.f, o[kColumns] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float w = ptx::Exp2((lse[r][i] - offset) * kLog2e);
+      sum += w;
+      o[0] += w * v[r][i].x;
+      o[1] += w * v[r][i].y;
+      if constexpr (kColumns == 4) {
+        o[2] += w * v[r][i].z;
+        o[3] += w * v[r][i].w;
+      }
+    }
+    StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, max, sum, o);
+  }
 }
 
 // All rows of a merge, shared out among `num_warps` warps.
 template <typename Config>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
+  if (job.num_slots == 2) {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += kAtOnce * num_warps) {
+      MergePairs<Config, kAtOnce>(c, job, i, num_warps);
+    }
+    return;
+  }
 #pragma unroll 1
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
     MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
