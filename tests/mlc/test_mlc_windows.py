@@ -142,6 +142,21 @@ class SequenceWindows(Driver):
         return attention_kv_cache("get_total_sequence_length", self.cache)
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_sinks_are_not_popped_once_the_window_has_slid(page_size):
+    """With pages of one token nothing hidden is left behind: what has slid is remembered all the same."""
+    d = SequenceWindows(max_total_seq_len=400, page_size=page_size)
+    d.add(0)
+    d.enable(0, 3, 1)
+    d.step([0], [9])
+    assert d.length(0) == 3
+    with pytest.raises(errors.ArgumentError, match="from 0 to 2"):
+        d.popn(0, 3)
+    d.popn(0, 2)
+    d.step([0], [4])
+    assert d.held() == d.length(0) == 3
+
+
 @pytest.mark.parametrize(("size", "sink"), [(1, 0), (7, 0), (9, 1), (13, 4), (12, 7), (16, 8)])
 def test_sequences_with_windows(size, sink):
     """One with a window, one without, in one step; chunks longer than the window."""

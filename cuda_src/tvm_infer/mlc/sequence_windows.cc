@@ -18,7 +18,7 @@ void SequenceWindows::Enable(int64_t seq_id, int64_t size, int64_t sink) {
     TVM_FFI_THROW(CacheStateError) << "operation enable_sliding_window_for_seq on sequence " << seq_id << ", which has a window of "
                                    << Find(seq_id)->size << " tokens already; a sequence gets one once";
   }
-  windows_[seq_id] = {size, sink, sink};
+  windows_[seq_id] = {size, sink, sink, false};
 }
 
 const SequenceWindow* SequenceWindows::Find(int64_t seq_id) const {
@@ -35,7 +35,9 @@ Slide SequenceWindows::SlideTo(int64_t seq_id, int64_t length, int64_t page_size
   const auto found = windows_.find(seq_id);
   if (found == windows_.end()) return {};
   SequenceWindow& window = found->second;
-  window.first += std::max<int64_t>(0, length - window.num_hidden() - window.size);
+  const int64_t leaving = std::max<int64_t>(0, length - window.num_hidden() - window.size);
+  window.first += leaving;
+  window.has_slid |= leaving > 0;
   Slide slide{(window.sink + page_size - 1) / page_size, 0};
   slide.num_pages = std::max<int64_t>(0, window.first / page_size - slide.first_page);
   window.first -= slide.num_pages * page_size;
@@ -44,7 +46,7 @@ Slide SequenceWindows::SlideTo(int64_t seq_id, int64_t length, int64_t page_size
 
 void SequenceWindows::CheckPop(int64_t seq_id, int64_t length, int64_t n) const {
   const SequenceWindow* window = Find(seq_id);
-  if (window == nullptr || window->num_hidden() == 0 || n <= length - window->first) return;
+  if (window == nullptr || !window->has_slid || n <= length - window->first) return;
   TVM_FFI_THROW(ArgumentError) << "argument `n` of popn is " << n << " but sequence " << seq_id << " has " << length - window->first
                                << " tokens behind its " << window->sink << " sinks, and those between have left its window of "
                                << window->size << "; it must be from 0 to " << length - window->first;

@@ -13,6 +13,7 @@ namespace tvm_infer::mlc {
 struct SequenceWindow {
   int64_t size, sink;
   int64_t first;  // sink as long as nothing is hidden
+  bool has_slid;  // keys behind the sinks have left, hidden or dropped with their pages
 
   int64_t num_hidden() const { return first - sink; }
 };
