@@ -22,43 +22,16 @@ class Row(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("batch", "qo_head", "kv_head", "q_pos", "q_len", "kv_len")]
 
 
-FLOATS = ctypes.POINTER(ctypes.c_float)
-LOGITS = ctypes.CFUNCTYPE(
-    None, ctypes.POINTER(Args), ctypes.POINTER(Row), ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p
-)
-OUTPUT = ctypes.CFUNCTYPE(
-    None, ctypes.POINTER(Args), ctypes.POINTER(Row), ctypes.c_float, ctypes.c_int32, ctypes.c_void_p
-)
+def hook(*numbers_and_pointers: type) -> type:
+    """A function of args, row and these."""
+    return ctypes.CFUNCTYPE(None, ctypes.POINTER(Args), ctypes.POINTER(Row), *numbers_and_pointers)
 
 
-QUERY = ctypes.CFUNCTYPE(
-    None,
-    ctypes.POINTER(Args),
-    ctypes.POINTER(Row),
-    ctypes.c_int32,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-)
-KEY = ctypes.CFUNCTYPE(
-    None,
-    ctypes.POINTER(Args),
-    ctypes.POINTER(Row),
-    ctypes.c_int32,
-    ctypes.c_int32,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-)
-TURN = ctypes.CFUNCTYPE(
-    None,
-    ctypes.POINTER(Args),
-    ctypes.POINTER(Row),
-    ctypes.c_int32,
-    ctypes.c_int32,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-)
+LOGITS = hook(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+OUTPUT = hook(ctypes.c_float, ctypes.c_int32, ctypes.c_void_p)
+QUERY = hook(ctypes.c_int32, *[ctypes.c_void_p] * 3)
+KEY = hook(ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * 3)
+TURN = hook(ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * 2)
 ABI = 2
 
 
