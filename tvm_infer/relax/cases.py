@@ -15,7 +15,7 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, relax, tirx
 
-from .conditions import both, either, negation, select
+from .conditions import COMPARISONS, both, either, negation, select
 from .nodes import static_int
 from .scalars import children, constant_value, free_vars, literal
 from .symbolic import Evaluator, TooComplexError
@@ -23,14 +23,6 @@ from .symbolic import Evaluator, TooComplexError
 # A mask of more cases than this is none that a kernel should evaluate for every key.
 MAX_CASES = 64
 
-_COMPARISONS: dict[type, Callable[[float, float], bool]] = {
-    tirx.LT: lambda a, b: a < b,
-    tirx.LE: lambda a, b: a <= b,
-    tirx.GT: lambda a, b: a > b,
-    tirx.GE: lambda a, b: a >= b,
-    tirx.EQ: lambda a, b: a == b,
-    tirx.NE: lambda a, b: a != b,
-}
 _ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min, tirx.FloorDiv, tirx.FloorMod)
 
 
@@ -192,7 +184,7 @@ class Cases:
         if isinstance(expr, ir.Var):
             known = self._known(expr)
             return expr if known is None else known != 0.0
-        if type(expr) in _COMPARISONS:
+        if type(expr) in COMPARISONS:
             return self._comparison(expr)
         return expr
 
@@ -204,7 +196,7 @@ class Cases:
     def _compared(self, expr: Any, a: Any, b: Any) -> Any:
         compare = type(expr)
         if isinstance(a, float) and isinstance(b, float):
-            return _COMPARISONS[compare](a, b)
+            return COMPARISONS[compare](a, b)
         number = a if isinstance(a, float) else b if isinstance(b, float) else None
         if number is not None and math.isinf(number) and compare in (tirx.EQ, tirx.NE):
             return compare is tirx.NE  # a score is finite

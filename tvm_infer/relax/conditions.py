@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
 from tvm import tirx
 
 _NEGATED = {tirx.LT: tirx.GE, tirx.LE: tirx.GT, tirx.GT: tirx.LE, tirx.GE: tirx.LT, tirx.EQ: tirx.NE, tirx.NE: tirx.EQ}
+
+# Of numbers, and of expressions of variants, which overload the operators.
+COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
+    tirx.LT: operator.lt,
+    tirx.LE: operator.le,
+    tirx.GT: operator.gt,
+    tirx.GE: operator.ge,
+    tirx.EQ: operator.eq,
+    tirx.NE: operator.ne,
+}
 
 
 def alike(a: Any, b: Any) -> bool:

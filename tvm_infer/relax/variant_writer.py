@@ -16,6 +16,7 @@ from tvm_infer.variant import functions
 from tvm_infer.variant.expression import Expr, lift, to_float, to_int
 from tvm_infer.variant.trace import variable
 
+from .conditions import COMPARISONS
 from .nodes import same, static_int
 from .prove import Refusal
 from .scalars import constant_value
@@ -38,14 +39,6 @@ _CALLS: dict[str, Callable[..., Expr]] = {
     "rsqrt": lambda x: 1.0 / functions.sqrt(x),
     "fabs": functions.absolute,
     "abs": functions.absolute,
-}
-_COMPARE: dict[type, Callable[[Any, Any], Expr]] = {
-    tirx.LT: lambda a, b: a < b,
-    tirx.LE: lambda a, b: a <= b,
-    tirx.GT: lambda a, b: a > b,
-    tirx.GE: lambda a, b: a >= b,
-    tirx.EQ: lambda a, b: a == b,
-    tirx.NE: lambda a, b: a != b,
 }
 _ARITHMETIC: dict[type, Callable[[Any, Any], Expr]] = {
     tirx.Add: lambda a, b: a + b,
@@ -257,7 +250,7 @@ class VariantWriter:
             return self.condition(expr.a) & self.condition(expr.b)
         if isinstance(expr, tirx.Or):
             return self.condition(expr.a) | self.condition(expr.b)
-        if type(expr) in _COMPARE:
+        if type(expr) in COMPARISONS:
             return self._comparison(expr)
         if isinstance(expr, tirx.Select):
             return functions.where(
@@ -270,9 +263,9 @@ class VariantWriter:
 
     def _comparison(self, expr: Any) -> Expr:
         if str(expr.a.ty) == "bool":
-            return _COMPARE[type(expr)](self.condition(expr.a), self.condition(expr.b))
+            return COMPARISONS[type(expr)](self.condition(expr.a), self.condition(expr.b))
         a, b = self.number_of(expr.a), self.number_of(expr.b)
-        return _COMPARE[type(expr)](a, b)
+        return COMPARISONS[type(expr)](a, b)
 
     # ---- variables and tables
 
