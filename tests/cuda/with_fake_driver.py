@@ -262,6 +262,19 @@ def test_ragged_launch(driver):
     assert p.kv_indptr == addresses[id(a["kv_indptr"])] and p.kv_page_indices is None and p.max_kv_lists == 2
 
 
+@pytest.mark.parametrize(
+    ("dim", "sizes", "box"),
+    [(80, "80,23,1", "64,128,1"), (256, "64,23,4", "64,64,4")],  # one axis of columns, or one of panels; keys of a tile
+)
+def test_maps_of_other_widths(driver, dim, sizes, box):
+    q, k = tensor((ROWS, HQ, dim)), tensor((23, HKV, dim))
+    ragged(q=q, o=tensor((ROWS, HQ, dim)), k=k, v=tensor((23, HKV, dim)), workspace=tensor((7 * (dim + 1),), "float32"))
+    assert driver.launches()[0]["name"] == f"attention_bf16_h{dim}_ragged"
+    k_map, _ = driver.maps()
+    assert (k_map["sizes"], k_map["box"]) == (f"{sizes},{HKV},1", f"{box},1,1")
+    assert k_map["strides"].split(",")[0] == str(HKV * dim * 2)
+
+
 def test_no_tokens_no_pages(driver):
     empty = tensor((0, HQ, DIM))
     attend(q=empty, o=tensor((0, HQ, DIM)), lse=None)
@@ -457,8 +470,8 @@ ERRORS = [
     (
         "head_dim",
         errors.ExecutorError,
-        ["`q`", "head_dim 96", "64 and 128"],
-        lambda: {"q": tensor((ROWS, HQ, 96)), "o": tensor((ROWS, HQ, 96))},
+        ["`q`", "head_dim 40", "64, 80, 96, 128, 192 and 256"],
+        lambda: {"q": tensor((ROWS, HQ, 40)), "o": tensor((ROWS, HQ, 40))},
     ),
     (
         "page_size",
@@ -906,7 +919,7 @@ def test_cache_rotates_in_the_launch_that_appends(driver):
     ("change", "error", "words_"),
     [
         ({"dtype": "float32"}, errors.ExecutorError, ["float32", "bfloat16"]),
-        ({"head_dim": 96}, errors.ExecutorError, ["96", "64 and"]),
+        ({"head_dim": 104}, errors.ExecutorError, ["104", "192 and 256"]),
         ({"page_size": 24}, errors.ExecutorError, ["`page_size` is 24", "16"]),
         ({"device": "cuda:2"}, errors.ExecutorError, ["`device` is cuda:2", "sm_80"]),
         ({"device": "cuda:7"}, errors.ExecutorError, ["`device` is cuda:7"]),

@@ -19,7 +19,7 @@ from . import variants
 # in names -> in source (ptx/element.cuh)
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 ATTENTION_ELEMENTS = ("bf16", "fp16")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
 
 
@@ -107,12 +107,14 @@ class KernelSpec:
         return plain if self.variant is None else f"{plain}_v{self.variant}"
 
     def source(self) -> str:
-        """What nvcc compiles: one include, the variant's struct if there is one, and one macro."""
+        """What nvcc compiles: one include, the variant's struct if there is one, and one macro. Raises ExecutorError for a variant
+        that kernels of this head_dim cannot have."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:
+            variants.check_head_dim(self.variant, int(str(values["head_dim"])))
             macro, struct = f"{macro}_VARIANT", variants.source_of(self.variant)
             arguments.append(variants.struct_name(self.variant))
         expanded = f"TVM_INFER_{macro}({', '.join(part for part in arguments if part)});"

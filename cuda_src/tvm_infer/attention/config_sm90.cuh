@@ -25,12 +25,13 @@ struct ConfigSm90 {
   static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput || kChangesQueries || kChangesKeys;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPageSize = kPageSize_;
-  static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");
+  static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "products of 16 columns, accumulators of 256");
   static constexpr bool kIsRagged = kPageSize == kRagged;
   static constexpr bool kIsGather = !kIsRagged && kPageSize < 8;  // by cp.async, since a swizzled box holds whole groups of 8 tokens
   static_assert(kIsRagged || (kPageSize <= 64 && (kPageSize & (kPageSize - 1)) == 0), "pages of 1, 2, 4, 8, 16, 32 or 64 tokens");
 
-  static constexpr int kTileKeys = 128;
+  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers.
+  static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kTileAlign = kIsRagged || kIsGather ? 1 : kPageSize;        // where in its list a tile may start
   static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
@@ -46,20 +47,26 @@ struct ConfigSm90 {
   static constexpr int kProducerRegisters = kIsGather || kChangesQueries ? 56 : 40;
   static constexpr int kConsumerRegisters = kIsGather || kChangesQueries ? 224 : 232;
 
-  static constexpr int kPanels = kHeadDim / tile::kPanelElements;
+  static constexpr int kPanels = tile::Panels(kHeadDim);
+  static constexpr int kRowWidth = kPanels * tile::kPanelElements;   // elements of a row in shared memory; those behind kHeadDim are not used
+  static constexpr bool kIsPadded = kRowWidth != kHeadDim;           // copies fill whole panels, one by one
+  static constexpr int kLoadLanes = kPanels * 8 <= 8 ? 8 : kPanels * 8 <= 16 ? 16 : 32;  // of a row by 16-byte chunks: a power of two
   using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed.
-  static constexpr int kQueryBuffers = 2;
-  static constexpr int kQueryBytes = kPrefillRows * kHeadDim * 2;
+  // Queries of the next head arrive while the last tiles of this one are computed. Those of the widest heads would leave three stages to
+  // the ring, too few bytes in flight: one buffer, and prefill drains at the end of a head.
+  static constexpr int kQueryBuffers = kHeadDim <= 192 ? 2 : 1;
+  static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
   // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
   // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
-  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
-  static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
+  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally. Tiles of head_dim 64 are so small that 112 KB are better (64 requests of 2048 keys, on an H100: 92.7 us, 93.8
+  // with 128 KB, 94.6 with 144).
+  static constexpr int kStageBytes = kTileKeys * kRowWidth * 2;
   static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes) / kStageBytes;
-  static constexpr int kDecodeStages = 131072 / kStageBytes;
-  static_assert(kDecodeStages < kStages);
+  static constexpr int kDecodeBytes = kHeadDim == 64 ? 114688 : 131072;
+  static constexpr int kDecodeStages = kDecodeBytes / kStageBytes < kStages ? kDecodeBytes / kStageBytes : kStages;
+  static_assert(kStages >= 3, "prefill holds K of a tile and V of the one before, while the next arrives");
   using Ring = tile::Ring<kStages, kStageBytes>;
   static constexpr int kFullArrivals = kIsGather ? 64 : 1;  // of a stage: the threads that gather, or one that expects bytes
   // NOTE: where threads write what threads read, all of them arrive. One lane after a __syncwarp would do for the memory model, but
@@ -93,7 +100,7 @@ struct ConfigSm90 {
     int32_t is_last_arrival;
   };
   static constexpr uint32_t kQueryOffset = kStages * kStageBytes;  // of `query` in it
-  static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
+  static_assert(kTileKeys / 16 * 8 * kRowWidth * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };
 

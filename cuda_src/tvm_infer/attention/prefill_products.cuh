@@ -17,6 +17,7 @@ class PrefillProducts {
   using Element = typename Config::Element;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
 
   __device__ __forceinline__ explicit PrefillProducts(Consumer<Config>& c)
       : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
@@ -25,9 +26,9 @@ class PrefillProducts {
   __device__ __forceinline__ void PassTurn() { ptx::BarrierArrive(Config::kBarrierTurn + 1 - warpgroup_, Config::kConsumerThreads); }
 
   // s = Q @ K^T, asynchronous.
-  __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
+  __device__ __forceinline__ void IssueLogits(float (&s)[kLogits], uint32_t query, uint32_t k_stage) {
     const ptx::Descriptor q =
-        tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
+        tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     // NOTE: the first product overwrites s. Said so where registers are short, for the weights before would live until here; elsewhere the
     // compiler's order of things is better without.
@@ -37,15 +38,15 @@ class PrefillProducts {
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
       const int panel = d / tile::kPanelElements, bytes = d % tile::kPanelElements * 2;
-      ptx::Wgmma64x128x16<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
+      ptx::WgmmaSharedA<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
                                    tile::Advance(k, panel * kTileKeys * tile::kPanelRowBytes + bytes), d > 0);
     }
     ptx::WgmmaCommit();
     ptx::PinRegisters(s);
   }
 
-  // o (+)= P @ V, asynchronous. Of a tile with at most 64 keys only that half.
-  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[32], uint32_t v_stage, bool accumulate,
+  // o (+)= P @ V, asynchronous. Of a tile that is at most half full only that half.
+  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[kLogits / 2], uint32_t v_stage, bool accumulate,
                                               int32_t num_keys) {
     using Boxes = typename Config::Boxes;
     // Pages of 8 tokens: the next 8 keys are the next page.
@@ -71,9 +72,9 @@ class PrefillProducts {
     ptx::PinRegisters(o);
   }
 
-  __device__ __forceinline__ static void PackWeights(uint32_t (&p)[32], const float (&s)[64]) {
+  __device__ __forceinline__ static void PackWeights(uint32_t (&p)[kLogits / 2], const float (&s)[kLogits]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kLogits / 2; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
   }
 
   // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its box (keys of the tile). Whole boxes

@@ -1,4 +1,4 @@
-// The prefill class: 128 packed rows, 64 for each of two warpgroups, against tiles of 128 keys; both products on wgmma.
+// The prefill class: 128 packed rows, 64 for each of two warpgroups, against tiles of 128 or 64 keys; both products on wgmma.
 //
 // Two overlaps keep the tensor cores busy during the exponentials (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2): the
 // warpgroups take turns issuing products, so that one's softmax runs under the other's products; and within a warpgroup the logits of
@@ -25,6 +25,7 @@ class PrefillTile : private PrefillProducts<Config> {
   using Variant = typename Config::Variant;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
 
   __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : PrefillProducts<Config>(c) {}
 
@@ -32,16 +33,51 @@ class PrefillTile : private PrefillProducts<Config> {
   // keys; returns the index of the last one done.
   //
   // One stream of tiles, across heads and works: nothing drains at a head's end, the next head's first logits are under way before this
-  // head's last values.
+  // head's last values. With one query buffer a stream ends with its head.
   __device__ __forceinline__ int32_t Run(const WorkQueue& queue, int32_t index, Work work) {
-    float s[64], o[kOutputs], rescale[2];
-    uint32_t p[32];
+    if constexpr (Config::kQueryBuffers > 1) return RunStream(queue, index, work, 0);
+#pragma unroll 1
+    for (int32_t head = 0; head < work.num_kv_heads; ++head) RunStream(queue, index, work, head);
+    return index;
+  }
+  // A work whose rows see no key: O = 0, LSE = -inf.
+  __device__ __forceinline__ void RunEmpty(const Work& work) {
+    const float zero[2] = {0.f, 0.f};
+    for (int32_t h = 0; h < work.num_kv_heads; ++h) {
+      c_.ReleaseQuery(c_.WaitQuery());
+#pragma unroll 1
+      for (int32_t row = c_.Warp(); row < work.num_rows; row += Config::kConsumerWarps) {
+        const OutputRow out = RowOf(work, h, row);
+#pragma unroll 1
+        for (int32_t column = 2 * c_.Lane(); column < kHeadDim; column += 64) {
+          StoreColumns<Element>(out, work.out == kFinalRows, column, zero);
+        }
+        if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = kNegInf;
+      }
+    }
+  }
+
+  // Before the first work: warpgroup 0 has the first turn.
+  __device__ __forceinline__ void GiveFirstTurn() {
+    if (warpgroup_ == 1) ptx::BarrierArrive(Config::kBarrierTurn + 0, Config::kConsumerThreads);
+  }
+
+ private:
+  using Products = PrefillProducts<Config>;
+  using Products::c_, Products::warpgroup_;
+  using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
+  using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
+
+  // From head `head` of the first work on.
+  __device__ __forceinline__ int32_t RunStream(const WorkQueue& queue, int32_t index, Work work, int32_t head) {
+    float s[kLogits], o[kOutputs], rescale[2];
+    uint32_t p[kLogits / 2];
     SoftmaxState<Variant> softmax;
     Tiles tiles(work);
     Visible visible = VisibleTo(work);
     VariantRows rows, done_rows;
-    EnterVariant(rows, work);
-    int32_t head = 0, tile = 0;
+    EnterVariant(rows, work, head);
+    int32_t tile = 0;
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
@@ -66,6 +102,7 @@ class PrefillTile : private PrefillProducts<Config> {
       done_rows = rows;
       const bool ends_head = ++tile == tiles.count;
       if (ends_head) {
+        if constexpr (Config::kQueryBuffers == 1) break;
         tile = 0;
         if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
         if (++head == work.num_kv_heads) {
@@ -75,7 +112,7 @@ class PrefillTile : private PrefillProducts<Config> {
           if (work.tile_class == kDecodeClass || work.kv_end <= work.kv_begin) break;
           tiles = Tiles(work);
           visible = VisibleTo(work);
-          EnterVariant(rows, work);
+          EnterVariant(rows, work, 0);
         }
         query = c_.WaitQuery();
       }
@@ -128,34 +165,6 @@ class PrefillTile : private PrefillProducts<Config> {
     return done_index;
   }
 
-  // A work whose rows see no key: O = 0, LSE = -inf.
-  __device__ __forceinline__ void RunEmpty(const Work& work) {
-    const float zero[2] = {0.f, 0.f};
-    for (int32_t h = 0; h < work.num_kv_heads; ++h) {
-      c_.ReleaseQuery(c_.WaitQuery());
-#pragma unroll 1
-      for (int32_t row = c_.Warp(); row < work.num_rows; row += Config::kConsumerWarps) {
-        const OutputRow out = RowOf(work, h, row);
-#pragma unroll 1
-        for (int32_t column = 2 * c_.Lane(); column < kHeadDim; column += 64) {
-          StoreColumns<Element>(out, work.out == kFinalRows, column, zero);
-        }
-        if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = kNegInf;
-      }
-    }
-  }
-
-  // Before the first work: warpgroup 0 has the first turn.
-  __device__ __forceinline__ void GiveFirstTurn() {
-    if (warpgroup_ == 1) ptx::BarrierArrive(Config::kBarrierTurn + 0, Config::kConsumerThreads);
-  }
-
- private:
-  using Products = PrefillProducts<Config>;
-  using Products::c_, Products::warpgroup_;
-  using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
-  using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
-
   // Which keys this thread's rows see, and which all rows of the warpgroup see: tiles inside need no mask.
   struct Visible {
     KeyRange keys[2];
@@ -171,9 +180,14 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // This thread's rows, as the variant sees them.
-  __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work) const {
-    const int32_t thread = c_.ThreadAnew();
-    if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, thread / 32 * 16 + thread % 32 / 4);
+  __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work, int32_t head) const {
+    const int32_t thread = c_.ThreadAnew(), group = c_.params.expected.group_size;
+    if constexpr (Config::kHasVariant) {
+      rows.Enter(c_.plan, work, group, thread / 32 * 16 + thread % 32 / 4);
+      if constexpr (Config::kQueryBuffers == 1) {
+        for (int32_t h = 0; h < head; ++h) rows.NextHead(group);
+      }
+    }
   }
 
   // Until the tile of keys at `k`, whose first is at position `kv_pos`, is there, and is what the variant makes of it: each warp
@@ -182,7 +196,7 @@ class PrefillTile : private PrefillProducts<Config> {
     if constexpr (Config::kChangesKeys) {
       c_.ring.WaitFull(k);
       using Panels = tile::PageBoxes<kTileKeys, kHeadDim>;  // as the copies for wgmma leave keys
-      ChangeKeys<Config, Panels, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
+      if (c_.Warp() < kTileKeys / 16) ChangeKeys<Config, Panels, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
       ptx::FenceProxyAsyncShared();
       ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
     } else {
@@ -191,7 +205,7 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // Logits of one tile to weights.
-  __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, const VariantRows& rows, const Work& work,
+  __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const Work& work,
                                           int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
       ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
@@ -215,7 +229,6 @@ class PrefillTile : private PrefillProducts<Config> {
 
   // Stores a head's rows and gives its query buffer back, through which final rows pass.
   __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, SoftmaxState<Variant> softmax, float (&o)[kOutputs]) {
-    static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
     softmax.SumOverQuad();
     float factor[2] = {Normaliser<Variant>(softmax.sum[0]), Normaliser<Variant>(softmax.sum[1])};
     const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
@@ -241,7 +254,7 @@ class PrefillTile : private PrefillProducts<Config> {
           factor[i] = 1.f;
         }
       }
-      const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
+      const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
       StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
       int32_t at[2];
 #pragma unroll

@@ -13,14 +13,13 @@
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int kPanelElements = 64;         // 128 bytes: the swizzle's span
-constexpr uint32_t kRaggedTileKeys = 128;  // of one copy, attention/config_sm90.cuh
+constexpr int kPanelElements = 64;  // 128 bytes: the swizzle's span
 
 constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
 
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
 constexpr int32_t kPageSizes[] = {kRagged, 1, 2, 4, 8, 16, 32, 64};
-constexpr int32_t kHeadDims[] = {64, 128};
+constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};
 constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
 constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
 constexpr int kNumHeadDims = sizeof(kHeadDims) / sizeof(kHeadDims[0]);
@@ -83,31 +82,35 @@ struct KvView {
 // The stride of an axis of one entry is never used, but the driver holds it to its rules all the same; tensors have anything there.
 uint64_t StrideBytes(int64_t stride, uint64_t size, int32_t head_dim) { return 2 * static_cast<uint64_t>(size > 1 ? stride : head_dim); }
 
-TensorMap EncodeKv(const AttentionLaunch& launch, const KvView& view, uint32_t box_panels) {
-  const bool ragged = launch.page_size == kRagged;
-  const uint64_t panels = static_cast<uint64_t>(launch.head_dim / kPanelElements);
+// Heads of whole panels have an axis of them; others are one axis, whose end the copy engine knows (cuda/params.h).
+bool HasWholePanels(int32_t head_dim) { return head_dim % kPanelElements == 0; }
+
+TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, const KvView& view, uint32_t box_panels) {
+  const bool ragged = launch.page_size == kRagged, whole = HasWholePanels(launch.head_dim);
+  const uint64_t panels = whole ? static_cast<uint64_t>(launch.head_dim / kPanelElements) : 1;
+  const uint64_t columns = whole ? kPanelElements : static_cast<uint64_t>(launch.head_dim);
   const uint64_t num_pages = launch.num_pages > 0 ? static_cast<uint64_t>(launch.num_pages) : 1;
   const uint64_t heads = static_cast<uint64_t>(launch.params.expected.num_kv_heads);
   const uint64_t tokens = ragged ? num_pages : static_cast<uint64_t>(launch.page_size);
   const uint64_t pages = ragged ? 1 : num_pages;
   // A pool without pages has no address; no key is read then, but a map must have one.
   const void* base = launch.num_pages > 0 ? view.base : launch.params.q;
-  return EncodeTensorMap(launch.dtype == DTypeTag::kBFloat16, base, {kPanelElements, tokens, panels, heads, pages},
+  return EncodeTensorMap(launch.dtype == DTypeTag::kBFloat16, base, {columns, tokens, panels, heads, pages},
                          {StrideBytes(view.stride_token, tokens, launch.head_dim), 2 * kPanelElements,
                           StrideBytes(view.stride_head, heads, launch.head_dim), StrideBytes(view.stride_page, pages, launch.head_dim)},
-                         {kPanelElements, ragged ? kRaggedTileKeys : static_cast<uint32_t>(launch.page_size), box_panels, 1, 1});
+                         {kPanelElements, static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
 }
 
-KvTensorMaps EncodeMaps(const AttentionLaunch& launch) {
+KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {
   const AttentionParams& p = launch.params;
   const KvView k{p.k, p.k_stride_page, p.k_stride_head, p.k_stride_token};
   const KvView v{p.v, p.v_stride_page, p.v_stride_head, p.v_stride_token};
-  const auto panels = static_cast<uint32_t>(launch.head_dim / kPanelElements);
+  const uint32_t panels = HasWholePanels(launch.head_dim) ? static_cast<uint32_t>(launch.head_dim / kPanelElements) : 1;
   KvTensorMaps maps;
-  maps.k_pages = EncodeKv(launch, k, panels);
-  maps.v_pages = EncodeKv(launch, v, panels);
-  // A page of head_dim 64 is one panel; ragged keys do not use the third map, but the kernel prefetches all of them.
-  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, k, 1);
+  maps.k_pages = EncodeKv(launch, kernel, k, panels);
+  maps.v_pages = EncodeKv(launch, kernel, v, panels);
+  // Boxes of one panel are those of pages already; ragged keys do not use the third map, but the kernel prefetches all of them.
+  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, kernel, k, 1);
   return maps;
 }
 
@@ -147,7 +150,7 @@ void LaunchAttention(const AttentionLaunch& launch) {
   CheckSpans(launch);
   KvTensorMaps maps{};  // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
-    maps = EncodeMaps(launch);
+    maps = EncodeMaps(launch, kernel.info);
   }
   AttentionParams params = launch.params;
   variant::Args args{};

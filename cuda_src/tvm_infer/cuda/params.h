@@ -16,8 +16,9 @@ struct KernelInfo {
   int32_t threads;       // in a CTA
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
+  int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
-inline constexpr int32_t kKernelAbi = 7;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 8;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -59,9 +60,10 @@ struct AttentionParams {
 };
 
 // Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
-// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows.
+// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows, KernelInfo::tile_keys a box.
+// A head_dim that is no multiple of 64 is one axis of so many elements, and that of panels has one entry.
 struct KvTensorMaps {
-  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1); ragged: (64, 128, head_dim / 64, 1, 1)
+  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)
   TensorMap v_pages;   // the same of V
   TensorMap k_panels;  // box: one panel of a page (64, page_size, 1, 1, 1); ragged: unused
 };

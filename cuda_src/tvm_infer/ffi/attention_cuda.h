@@ -3,7 +3,7 @@
 // Validate, make the device current, take the environment's stream, launch. No device memory is allocated, nothing synchronises and
 // no state is kept, so calls may be captured; a kernel's first call, which loads it, must come before. Beyond attention.h:
 //   plan       on the device (tvm_infer.plan_upload); the kernel refuses one that does not fit and says why (tvm_infer.plan_status)
-//   q, o       float16 or bfloat16, head_dim 64 or 128; may have more rows than the plan has tokens (rows behind are not written)
+//   q, o       float16 or bfloat16, head_dim as in cuda/tile_table.cc; may have more rows than the plan has tokens (rows behind are not written)
 //   lse        contiguous
 //   workspace  holds numel / (head_dim + 1) partial rows
 //   sm_scale   > 0: it is folded into the exponent's base

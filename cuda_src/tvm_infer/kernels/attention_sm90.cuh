@@ -105,7 +105,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       producer.Finish();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
-      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
+      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kRowWidth * 2;
       QueryLoader<Config> loader(params, variant, plan, shared, buffer, query_full, query_empty, first_row);
       WorkStream works(plan, blockIdx.x, first);
       ptx::WaitForPriorGrid();
@@ -150,7 +150,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
 
@@ -162,6 +162,6 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
   }                                                                                                                                  \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
   TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)
