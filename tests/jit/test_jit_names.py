@@ -64,7 +64,9 @@ def test_variants_that_change_rows_are_for_some_widths():
     jit.register_variant(standard.digest, standard.source())
     with pytest.raises(errors.ExecutorError, match=r"changes queries, and the call has head_dim 96.*64, 128, 256"):
         parse(f"attention_bf16_h96_p16_v{standard.digest}").source()
-    with pytest.raises(errors.ExecutorError, match=r"changes keys, and the call has head_dim 256.*for head_dim 64, 128\."):
+    with pytest.raises(
+        errors.ExecutorError, match=r"changes keys, and the call has head_dim 256.*for head_dim 64, 128\."
+    ):
         parse(f"attention_bf16_h256_p16_v{standard.digest}").source()
     capped = variant.STANDARD["soft_cap"]
     jit.register_variant(capped.digest, capped.source())
