@@ -1,18 +1,21 @@
 // The decode class: up to 16 packed rows. Bound by the bytes of K and V, so nothing may wait for anything but them.
 //
 // The eight warps share a tile of 128 keys, 16 keys each (of 64 keys in tiles of wide heads two warps have the same 16, and each half of
-// O's columns), and never synchronise inside a work: each has its own max, sum and O over its keys. With mma.sync the weights stay in registers between the two products (no shared memory, no barrier); a page costs a warp about
-// 200 instructions, an eighth of what the schedulers can issue while it arrives. At the end of a head the eight states are merged.
+// O's columns), and never synchronise inside a work: each has its own max, sum and O over its keys. With mma.sync the weights stay in
+// registers between the two products (no shared memory, no barrier); a page costs a warp about 200 instructions, an eighth of what the
+// schedulers can issue while it arrives. At the end of a head the eight states are merged.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tvm_infer/attention/change_rows.cuh"
 #include "tvm_infer/attention/consumer.cuh"
+#include "tvm_infer/attention/decode_products.cuh"
+#include "tvm_infer/attention/decode_products_scaled.cuh"
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
 #include "tvm_infer/attention/softmax.cuh"
-#include "tvm_infer/ptx/mma.cuh"
 
 namespace tvm_infer::attention {
 
@@ -27,7 +30,9 @@ class DecodeTile {
   static constexpr int kSlices = kTileKeys / kWarpKeys, kColumnGroups = Config::kConsumerWarps / kSlices;
   static_assert(kSlices * kColumnGroups == Config::kConsumerWarps);
   static_assert(kColumnGroups == 1 || !Config::kChangesKeys, "variants that change keys are for head_dim 64 and 128");
-  static constexpr int kOwnColumns = kHeadDim / kColumnGroups;  // a warp's, of O
+  static constexpr int kOwnColumns = Config::kDecodeColumns;  // a warp's, of O
+  static_assert(kOwnColumns * kColumnGroups == kHeadDim);
+  using Products = std::conditional_t<Config::kIsScaled, ScaledDecodeProducts<Config>, DecodeProducts<Config>>;
 
   __device__ __forceinline__ explicit DecodeTile(Consumer<Config>& c) : c_(c) {}
 
@@ -45,40 +50,25 @@ class DecodeTile {
       float o[kOwnColumns / 8][4];
       SoftmaxState<Variant> softmax;
       const uint32_t query = c_.WaitQuery();
-      RunHead(work, tiles, keys, seen_by_all, rows, query, o, softmax);
+      RunHead(work, work.kv_head_begin + h, tiles, keys, seen_by_all, rows, query, o, softmax);
       Merge(work, h, query, o, softmax);
       if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
     }
   }
 
  private:
-  // Queries in registers from tile to tile leave too few to change keys; those of wide heads are too many beside what prefill needs.
-  static constexpr bool kReloadsQuery = Config::kChangesKeys || kHeadDim > 128;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
-  // Rows behind the work's last repeat it: their results are not used.
-  __device__ __forceinline__ void LoadQuery(uint32_t (&q)[4], uint32_t query, int d) const {
-    const uint32_t row = c_.Lane() % 16, chunk = c_.Lane() / 16;
-    const int panel = d * 16 / tile::kPanelElements * Config::kPanelRows * tile::kPanelRowBytes;
-    ptx::LoadMatrixX4(q, c_.QueryAddress(query) + panel + tile::SwizzledOffset(row, d * 2 % 8 + chunk));
-  }
-
-  __device__ __forceinline__ void RunHead(const Work& work, const Tiles& tiles, const KeyRange (&keys)[2], const KeyRange& seen_by_all,
-                                          const VariantRows& rows, uint32_t query, float (&o)[kOwnColumns / 8][4],
-                                          SoftmaxState<Variant>& softmax) {
-    uint32_t q[kHeadDim / 16][4];
-    if constexpr (!kReloadsQuery) {
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) LoadQuery(q[d], query, d);
-    }
+  __device__ __forceinline__ void RunHead(const Work& work, int32_t kv_head, const Tiles& tiles, const KeyRange (&keys)[2],
+                                          const KeyRange& seen_by_all, const VariantRows& rows, uint32_t query,
+                                          float (&o)[kOwnColumns / 8][4], SoftmaxState<Variant>& softmax) {
+    typename Products::Query q;
+    Products::LoadQuery(q, c_.QueryAddress(query), c_.KeyScale(kv_head));
 #pragma unroll
     for (int j = 0; j < kOwnColumns / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 
-    // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8 of 16 columns. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V
-    // blocks, transposed while loading: (0, 0) (1, 0) (0, 1) (1, 1).
     const int32_t warp = c_.Warp() % kSlices, first_column = c_.Warp() / kSlices * kOwnColumns;
-    const uint32_t block = c_.Lane() / 8, first = warp * kWarpKeys + c_.Lane() % 8;
-    const uint32_t k_offset = Boxes::Offset(first + block / 2 * 8, block % 2), v_offset = Boxes::Offset(first + block % 2 * 8, block / 2);
+    const uint32_t k_offset = Products::KeyOffset(warp * kWarpKeys), v_offset = Products::ValueOffset(warp * kWarpKeys);
     for (int32_t t = 0; t < tiles.count; ++t) {
       const int32_t key = tiles.base + t * kTileKeys + warp * kWarpKeys;
       const bool has_keys = key < work.kv_end && key + kWarpKeys > work.kv_begin;
@@ -87,7 +77,7 @@ class DecodeTile {
       if constexpr (Config::kChangesKeys) {
         if (has_keys) ChangeOwnKeys(rows, warp, work.kv_pos_base + tiles.base + t * kTileKeys);
       }
-      if (has_keys) Logits(s, q, query, c_.ring.Data(c_.cursor) + k_offset);
+      if (has_keys) Products::Logits(s, q, c_.ring.Data(c_.cursor) + k_offset);
       __syncwarp();
       c_.Release(c_.cursor);
       c_.cursor.Advance();
@@ -100,7 +90,7 @@ class DecodeTile {
         float rescale[2];
         softmax.Update(s, c_.SoftmaxScale(), rescale);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
+        for (int i = 0; i < 4; ++i) p[i] = ptx::Pack<typename Products::Weight>(s[2 * i], s[2 * i + 1]);
         if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
           for (int j = 0; j < kOwnColumns / 8; ++j) {
@@ -112,7 +102,7 @@ class DecodeTile {
         }
       }
       c_.ring.WaitFull(c_.cursor);
-      if (has_keys) Values(o, p, c_.ring.Data(c_.cursor) + v_offset, first_column, work.kv_begin - key, work.kv_end - key);
+      if (has_keys) Products::Values(o, p, c_.ring.Data(c_.cursor) + v_offset, first_column, work.kv_begin - key, work.kv_end - key);
       __syncwarp();
       c_.Release(c_.cursor);
       c_.cursor.Advance();
@@ -128,55 +118,13 @@ class DecodeTile {
     __syncwarp();
   }
 
-  // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
-  __device__ __forceinline__ void Logits(float (&s)[8], uint32_t (&q)[kHeadDim / 16][4], uint32_t query, uint32_t address) const {
-    float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t k[4];
-      if constexpr (kReloadsQuery) LoadQuery(q[d], query, d);
-      ptx::LoadMatrixX4(k, Boxes::Columns(address, 16 * d));
-      ptx::Mma16x8x16<Element>(s0, q[d], k[0], k[1]);
-      ptx::Mma16x8x16<Element>(s1, q[d], k[2], k[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[i] = s0[i];
-      s[4 + i] = s1[i];
-    }
-  }
-
-  // Keys outside [begin, end) may hold NaN in V, and 0 * NaN is NaN: their values become 0.
-  __device__ __forceinline__ static void Values(float (&o)[kOwnColumns / 8][4], const uint32_t (&p)[4], uint32_t address,
-                                                int32_t first_column, int32_t begin, int32_t end) {
-    uint32_t keep[2] = {0xffffffff, 0xffffffff};
-    const bool is_edge = begin > 0 || end < kWarpKeys;
-    if (is_edge) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t k = 8 * i + threadIdx.x % 4 * 2;
-        keep[i] = (k >= begin && k < end ? 0xffffu : 0u) | (k + 1 >= begin && k + 1 < end ? 0xffff0000u : 0u);
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < kOwnColumns / 16; ++d) {
-      uint32_t v[4];
-      ptx::LoadMatrixX4Transposed(v, Boxes::Columns(address, (kColumnGroups == 1 ? 0 : first_column) + 16 * d));
-      if (is_edge) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] &= keep[i % 2];
-      }
-      ptx::Mma16x8x16<Element>(o[2 * d], p, v[0], v[1]);
-      ptx::Mma16x8x16<Element>(o[2 * d + 1], p, v[2], v[3]);
-    }
-  }
-
   // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
   // buffer goes back.
   __device__ __forceinline__ void Merge(const Work& work, int32_t h, uint32_t query, const float (&o)[kOwnColumns / 8][4],
                                         const SoftmaxState<Variant>& softmax) {
     auto& shared = c_.shared;
-    auto* scratch = reinterpret_cast<float*>(shared.query[query]);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
+    auto* scratch =
+        reinterpret_cast<float*>(shared.query[query]);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     const int32_t slice = warp % kSlices, first_block = warp / kSlices * (kOwnColumns / 8);
     if (t == 0 && warp < kSlices) {
@@ -194,11 +142,7 @@ class DecodeTile {
       // NOTE: the first time, too: a warp may be here before another has read its query.
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       if (8 * pass + g < head.y) {
-        float* mine = scratch + (slice * 8 + g) * Config::kRowWidth + 2 * t;
-#pragma unroll
-        for (int j = 0; j < kOwnColumns / 8; ++j) {
-          *reinterpret_cast<float2*>(mine + (first_block + j ^ g) * 8) = make_float2(o[j][2 * pass], o[j][2 * pass + 1]);
-        }
+        Products::StoreRow(scratch + (slice * 8 + g) * Config::kRowWidth, o, pass, first_block, g, t);
       }
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
       const int32_t row = 8 * pass + warp;
@@ -232,7 +176,7 @@ class DecodeTile {
         for (int i = 0; i < Columns::kVector; ++i) o[p][i] += weight * part[i];
       }
     }
-    const float factor = Normaliser<Variant>(sum);
+    const float factor = Normaliser<Variant>(sum) * c_.ValueScale(work.kv_head_begin + h);
 #pragma unroll
     for (int p = 0; p < Columns::kPieces; ++p) {
 #pragma unroll

@@ -54,17 +54,17 @@ class KvBoxes {
 
   // To an empty stage; `full` is its barrier.
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
-    if (!is_prefill || Config::kBoxKeys == Config::kTileKeys) {
+    if (!is_prefill || Config::kBoxKeys == Config::kTileKeys || Config::kIsScaled) {
       CopyPages(maps_.k_pages, tile, tile.count, head, stage, full, is_prefill);
     } else {
       Expect(full, tile.count);
-      CopyPanels<Config::kTileKeys * tile::kPanelRowBytes, Config::Boxes::kPanelBytes>(
-          Config::kIsPadded ? maps_.k_pages : maps_.k_panels, tile.place, tile.count, head, stage, full, true);
+      CopyPanels<Config::kTileKeys * tile::kPanelRowBytes, Config::Boxes::kPanelBytes>(Config::kIsPadded ? maps_.k_pages : maps_.k_panels,
+                                                                                       tile.place, tile.count, head, stage, full, true);
     }
   }
   __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
     // Prefill multiplies whole tiles: what lies outside the tensor arrives as zeros, since a weight of 0 times NaN is NaN.
-    CopyPages(maps_.v_pages, tile, is_prefill ? Config::kBoxesPerTile : tile.count, head, stage, full, is_prefill);
+    CopyPages(maps_.v_pages, tile, is_prefill && !Config::kIsScaled ? Config::kBoxesPerTile : tile.count, head, stage, full, is_prefill);
   }
   __device__ __forceinline__ void Finish() const {}
 

@@ -84,7 +84,7 @@ __device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const
 template <int kHeadDim, int kPanelRows>
 struct StagedRows {
   static constexpr int kChunks = kHeadDim / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // of a row
-  static constexpr int kRowsAtOnce = 32 / kLanes, kSteps = 4;                                           // 1, 2 or 4 rows at once
+  static constexpr int kRowsAtOnce = 32 / kLanes, kSteps = 4;                                        // 1, 2 or 4 rows at once
   static constexpr int kRowsHeld = kSteps * kRowsAtOnce;
   uint4 data[kSteps];
   uint32_t offset[kSteps];

@@ -66,6 +66,7 @@ class PrefillTile : private PrefillProducts<Config> {
   using Products = PrefillProducts<Config>;
   using Products::c_, Products::warpgroup_;
   using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
+  using Products::Widen, Products::Keys, Products::Values, Products::Release;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
   // From head `head` of the first work on.
@@ -81,15 +82,19 @@ class PrefillTile : private PrefillProducts<Config> {
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
-    WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
+    if constexpr (Config::kIsScaled) {
+      Widen(&c_.cursor, nullptr, 0, 0);
+    } else {
+      WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
+    }
     WaitTurn();
-    IssueLogits(s, query, c_.ring.Data(c_.cursor));
+    IssueLogits(s, query, Keys(c_.cursor));
     PassTurn();
     ptx::WgmmaWait<0>();
     ptx::PinRegisters(s);
-    c_.Release(c_.cursor);
+    Release(c_.cursor);
     c_.cursor.Advance();
-    Softmax(s, visible, rows, work, tiles.base, softmax, rescale);
+    Softmax(s, visible, rows, work, head, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
     bool accumulate = false;  // o holds earlier values of this head
@@ -118,30 +123,34 @@ class PrefillTile : private PrefillProducts<Config> {
       }
       const typename Ring::Cursor k = c_.cursor;
       c_.cursor.Advance();
-      if (ends_head || values_begin > 0) {
-        c_.WaitFullForWgmma(c_.cursor);
-        CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+      if constexpr (Config::kIsScaled) {
+        Widen(&k, &c_.cursor, values_begin, values_end);
+      } else {
+        if (ends_head || values_begin > 0) {
+          c_.WaitFullForWgmma(c_.cursor);
+          CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+        }
+        WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
       }
-      WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
       WaitTurn();
-      IssueLogits(s, query, c_.ring.Data(k));
-      c_.WaitFullForWgmma(c_.cursor);
-      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
+      IssueLogits(s, query, Keys(k));
+      if constexpr (!Config::kIsScaled) c_.WaitFullForWgmma(c_.cursor);
+      IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
       PassTurn();
       ptx::WgmmaWait<1>();
       ptx::PinRegisters(s);
-      c_.Release(k);
+      Release(k);
       if (ends_head) {
         // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
-        Store(query ^ 1, done_rows, softmax, o);
+        Store(query ^ 1, done_rows, 0, softmax, o);
         softmax = SoftmaxState<Variant>();
       }
-      Softmax(s, visible, rows, work, tiles.base + tile * kTileKeys, softmax, rescale);
+      Softmax(s, visible, rows, work, head, tiles.base + tile * kTileKeys, softmax, rescale);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(o);
-      c_.Release(c_.cursor);
+      Release(c_.cursor);
       c_.cursor.Advance();
       PackWeights(p, s);  // NOTE: before the branch, so that it runs between the exponentials
       if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
@@ -152,16 +161,20 @@ class PrefillTile : private PrefillProducts<Config> {
     }
 
     // The last tile: no later logits to go with its values.
-    c_.WaitFullForWgmma(c_.cursor);
-    CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
+    if constexpr (Config::kIsScaled) {
+      Widen(nullptr, &c_.cursor, values_begin, values_end);
+    } else {
+      c_.WaitFullForWgmma(c_.cursor);
+      CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+    }
+    IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
     ptx::WgmmaWait<0>();
     ptx::PinRegisters(o);
-    c_.Release(c_.cursor);
+    Release(c_.cursor);
     c_.cursor.Advance();
     // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-    Store(query, done_rows, softmax, o);
+    Store(query, done_rows, work.kv_head_begin + head, softmax, o);
     return done_index;
   }
 
@@ -206,7 +219,8 @@ class PrefillTile : private PrefillProducts<Config> {
 
   // Logits of one tile to weights.
   __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const Work& work,
-                                          int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
+                                          int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
+    const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
       ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
     }
@@ -216,9 +230,9 @@ class PrefillTile : private PrefillProducts<Config> {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
     if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Element::kIsBf16) {
-      softmax.UpdateSmall(s, c_.SoftmaxScale(), rescale);
+      softmax.UpdateSmall(s, scale, rescale);
     } else {
-      softmax.Update(s, c_.SoftmaxScale(), rescale);
+      softmax.Update(s, scale, rescale);
     }
   }
 
@@ -227,17 +241,19 @@ class PrefillTile : private PrefillProducts<Config> {
                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
   }
 
-  // Stores a head's rows and gives its query buffer back, through which final rows pass.
-  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, SoftmaxState<Variant> softmax, float (&o)[kOutputs]) {
+  // Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its scales.
+  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, int32_t kv_head, SoftmaxState<Variant> softmax,
+                                        float (&o)[kOutputs]) {
     softmax.SumOverQuad();
-    float factor[2] = {Normaliser<Variant>(softmax.sum[0]), Normaliser<Variant>(softmax.sum[1])};
+    const float scale = c_.SoftmaxScale() * c_.KeyScale(kv_head), value_scale = c_.ValueScale(kv_head);
+    float factor[2] = {Normaliser<Variant>(softmax.sum[0]) * value_scale, Normaliser<Variant>(softmax.sum[1]) * value_scale};
     const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
     const int2 head = c_.shared.head[query];
     const int32_t num_rows = head.y - first_row;
     const int2* rows = c_.shared.scratch[query].rows + first_row;
     float lse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lse[i] = StateLse<Variant>(softmax.max[i], softmax.sum[i], c_.SoftmaxScale());
+    for (int i = 0; i < 2; ++i) lse[i] = StateLse<Variant>(softmax.max[i], softmax.sum[i], scale);
     if (head.x == kFinalRows) {
       if constexpr (Variant::kHasOutput) {
 #pragma unroll
@@ -254,7 +270,8 @@ class PrefillTile : private PrefillProducts<Config> {
           factor[i] = 1.f;
         }
       }
-      const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
+      const uint32_t staging =
+          c_.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
       StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
       int32_t at[2];
 #pragma unroll

@@ -53,6 +53,10 @@ struct AttentionParams {
   int64_t v_stride_page;
   int64_t v_stride_head;
   int64_t v_stride_token;
+  // Of 8-bit keys and values, value = element * scale; where they have no scale these are null and 1.
+  const float* k_scales;  // [num_kv_heads], device; null: k_scale, v_scale of all heads
+  const float* v_scales;
+  float k_scale, v_scale;
   ExpectedPlan expected;
   float sm_scale_log2;  // sm_scale * log2(e), > 0
   float sm_scale;

@@ -154,6 +154,18 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
 
+// Keys and values of 8 bits, E4m3 or E5m2.
+#define TVM_INFER_ATTENTION_SM90_SCALED(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
+                                                        tvm_infer::ptx::KV_ELEMENT>;                                                   \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
+  }                                                                                                                                    \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
+
 #define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
   extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                            \

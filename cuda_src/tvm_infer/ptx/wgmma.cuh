@@ -53,20 +53,25 @@ __device__ __forceinline__ void PinRegisters(uint32_t (&r)[kCount]) {
 #define TVM_INFER_REGISTERS_64 TVM_INFER_REGISTERS_32, TVM_INFER_C32(32)
 #define TVM_INFER_REGISTERS_96 TVM_INFER_REGISTERS_64, TVM_INFER_C32(64)
 #define TVM_INFER_REGISTERS_128 TVM_INFER_REGISTERS_96, TVM_INFER_C32(96)
-#define TVM_INFER_LIST_32 \
+#define TVM_INFER_LIST_32                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TVM_INFER_LIST_40 TVM_INFER_LIST_32 \
+#define TVM_INFER_LIST_40 \
+  TVM_INFER_LIST_32       \
   ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define TVM_INFER_LIST_48 TVM_INFER_LIST_40 \
+#define TVM_INFER_LIST_48 \
+  TVM_INFER_LIST_40       \
   ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define TVM_INFER_LIST_64 TVM_INFER_LIST_32 \
+#define TVM_INFER_LIST_64                                                            \
+  TVM_INFER_LIST_32                                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TVM_INFER_LIST_96 TVM_INFER_LIST_64 \
+#define TVM_INFER_LIST_96                                                            \
+  TVM_INFER_LIST_64                                                                  \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define TVM_INFER_LIST_128 TVM_INFER_LIST_96 \
+#define TVM_INFER_LIST_128                                                                       \
+  TVM_INFER_LIST_96                                                                              \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // clang-format off
