@@ -80,7 +80,7 @@ def test_it_is_not_rotation_before_storing():
 @pytest.mark.parametrize("rope_mode", ["normal", "inline"])
 @pytest.mark.parametrize(("size", "sink"), [(1, 0), (7, 0), (9, 1), (13, 4), (12, 7), (16, 8)])
 def test_sequences_with_windows(size, sink, rope_mode):
-    """Keys turn by where they stand in the window, anew in every step; one with a window, one without, chunks longer than the window."""
+    """Keys turn by where they stand in the window, anew in each step; one with a window, one without, chunks longer than the window."""
     d = InlineSequenceWindows(max_total_seq_len=400, rope_mode=rope_mode)
     for seq in (0, 1, 2):
         d.add(seq)
@@ -326,7 +326,7 @@ def test_attention_in_parts_as_tvm_has_it(lengths, slides):
 
 @pytest.mark.parametrize("theta", [1e4, 500.0])
 def test_layers_with_windows_as_tvm_has_them(theta):
-    """Of other bases than 10000 TVM's decode steps only: its chunks turn the step's own keys by the cache's base, past ones by 10000."""
+    """Of other bases than 10000 TVM's decode steps only: its chunks turn the step's own keys by the cache's base, others by 10000."""
     b = both(kinds=("mha", "mha_sliding"), theta=theta)
     for seq in (3, 4):
         b.state("add_sequence", seq)

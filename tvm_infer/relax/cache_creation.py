@@ -86,7 +86,9 @@ class CacheArguments:
         why = "attention rotates heads and parts of them whose size is a multiple of 16"
         for name in ("qk_head_dim", "rotary_dim"):
             if getattr(self, name) % 16:
-                yield Unsupported(name, str(getattr(self, name)), why, "use RopeMode.NORMAL without windows of sequences")
+                yield Unsupported(
+                    name, str(getattr(self, name)), why, "use RopeMode.NORMAL without windows of sequences"
+                )
 
     def _unsupported_rope_mode(self) -> Iterator[Unsupported]:
         if self.rope_mode == ROPE_INLINE:

@@ -66,8 +66,10 @@ def turned(mask: str, rotary_dim: int | None, interleaved: bool) -> Variant:
     return rotary(rotary_dim, interleaved)
 
 
+token_tree_rope, kept_keys_rope = (turned(name, None, False) for name in _TURNED_MASKS)
+
 # What the library has compiled.
-CACHE_MASKS = _MASKS | {f"{name}_rope": turned(name, None, False) for name in _TURNED_MASKS}
+CACHE_MASKS = _MASKS | {"token_tree_rope": token_tree_rope, "kept_keys_rope": kept_keys_rope}
 
 
 def cache_variant(mask: str, rotary_dim: int | None, interleaved: bool, *, turns: bool) -> Variant:
