@@ -143,6 +143,7 @@ def rotary(
     inv_freq, radians a token by pair, and magnitude, what cosine and sine are multiplied by (yarn; 1 otherwise):
     tvm_infer.rope.RopeConfig gives both (inv_freq(), magnitude()).
     """
+    declared: dict[str, Any] = {**parameters, "inv_freq": per_pair(), "magnitude": scalar()}
     return Variant(
         "rope_interleaved" if interleaved else "rope",
         query=lambda value, channel, magnitude: (
@@ -155,9 +156,7 @@ def rotary(
         mask=_causal,
         rotary_dim=rotary_dim,
         interleaved=interleaved,
-        **parameters,
-        inv_freq=per_pair(),
-        magnitude=scalar(),
+        **declared,
     )
 
 
