@@ -68,8 +68,7 @@ def test_rotations(name, dtype):
     d.check_contents()  # keys lie unturned
 
 
-def test_it_is_not_rotation_before_storing():
-    """What the tests above compare would differ: stored keys, and outputs without a rotation."""
+def test_the_comparison_sees_the_rotation():
     d = InlineDriver()
     d.turn = lambda x, positions, layer: x
     d.add(0)

@@ -2,9 +2,7 @@
 
 #include <tvm/ffi/error.h>
 
-#include <cmath>
 #include <cstring>
-#include <utility>
 
 #include "tvm_infer/mlc/registry.h"
 
@@ -49,7 +47,7 @@ InlineRope::InlineRope(const RopeArgs& args, const Config& config) {
   CheckRotaryDim(args, config);
   Check(args, config);
   const RopeTables tables = MakeRopeTables(args, args.theta, args.scale);
-  // Without factors those of longrope are one.
+  // The tables for few and many tokens differ by longrope's factors, of which there are none here.
   inv_freq_ = OnDevice(tables.few_tokens, config.device);
   turning_ = {true, args.rotary_dim == config.head_dim ? 0 : args.rotary_dim, tables.interleaved};
   magnitude_bits_ = BitsOf(tables.magnitude);

@@ -18,18 +18,19 @@ class InlineRope {
   // Throws ArgumentError for a rotation that attention cannot do.
   InlineRope(const RopeArgs& args, const Config& config);
 
-  // Whether the cache has one; nothing else may be asked where not.
   bool is_active() const { return is_active_; }
 
   // A VariantCall, causal, of layers with or without windows; None where nothing turns.
   const tvm::ffi::Any& OfLayer(bool is_sliding) const { return is_sliding ? sliding_call_ : call_; }
 
-  // Of layers without windows, as tvm_infer.rope_append_paged takes them. float32 [rotary_dim / 2] on the cache's device, radians a token.
+  // Where it is active, of layers without windows, as tvm_infer.rope_append_paged takes them. float32 [rotary_dim / 2] on the cache's
+  // device, radians a token.
   const Tensor& inv_freq() const { return inv_freq_; }
   int64_t interleaved() const { return turning_.interleaved; }
 
-  // The code of `mask` with the rotation where there is one, and its call: parameters are the mask's, and the rotation's behind them.
-  Turning turning() const { return turning_; }
+  // What code is found by (FindVariant); nothing turns where it is not active.
+  const Turning& turning() const { return turning_; }
+  // A call of such code. scalars, tables: the mask's; the rotation's, where there is one, come behind them.
   tvm::ffi::Any Call(const VariantCode& code, tvm::ffi::Array<int64_t> scalars, tvm::ffi::Array<Tensor> tables) const;
 
  private:
