@@ -50,6 +50,8 @@ SPILLS = {
     "rope_interleaved": (36, 24),
     "rope_by_length": (40, 40),
     "streaming": (84, 72),
+    "token_tree_rope": (96, 80),
+    "kept_keys_rope": (100, 88),
 }
 
 
