@@ -33,6 +33,8 @@ class Params(ctypes.Structure):
         *[(n, ctypes.c_int64) for n in ("o_stride_token", "o_stride_head")],
         *[(n, ctypes.c_void_p) for n in ("lse", "partial_o", "partial_lse", "k", "v")],
         ("kv_strides", ctypes.c_int64 * 6),
+        *[(n, ctypes.c_void_p) for n in ("k_scales", "v_scales")],
+        *[(n, ctypes.c_float) for n in ("k_scale", "v_scale")],
         *[
             (n, ctypes.c_int32)
             for n in ("num_kv_heads", "group_size", "max_tokens", "max_partial_rows", "max_kv_lists")
@@ -318,6 +320,8 @@ class RopeParams(ctypes.Structure):
         ("kv_strides", ctypes.c_int64 * 4),
         *[(n, ctypes.c_void_p) for n in ("k_cache", "v_cache")],
         ("cache_strides", ctypes.c_int64 * 6),
+        *[(n, ctypes.c_void_p) for n in ("k_scales", "v_scales")],
+        *[(n, ctypes.c_float) for n in ("k_scale", "v_scale")],
         ("o", ctypes.c_void_p),
         ("o_strides", ctypes.c_int64 * 2),
         ("num_qo_heads", ctypes.c_int32),

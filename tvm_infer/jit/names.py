@@ -18,6 +18,7 @@ from . import variants
 
 # in names -> in source (ptx/element.cuh)
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
+KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}  # keys and values of 8 bits
 ATTENTION_ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
@@ -59,6 +60,19 @@ FAMILIES = (
         arguments="{type}, {head_dim}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
         takes_variant=True,
+    ),
+    Family(
+        key="attention paged, keys of 8 bits",
+        template="attention_{element}_{kv_element}_h{head_dim}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_SCALED",
+        arguments="{type}, {kv_type}, {head_dim}, {page_size}",
+        axes={
+            "element": ATTENTION_ELEMENTS,
+            "kv_element": tuple(KV_ELEMENTS),
+            "head_dim": (128, 256),
+            "page_size": (16, 32, 64),
+        },
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
@@ -111,6 +125,7 @@ class KernelSpec:
         that kernels of this head_dim cannot have."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
+        values["kv_type"] = KV_ELEMENTS.get(str(values.get("kv_element")), "")
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:

@@ -243,14 +243,19 @@ class Executable:
         max_batch: int | None = None,
         max_tokens: int | None = None,
         device: Any = None,
+        kv_dtype: str | None = None,
+        k_scale: Any = 1.0,
+        v_scale: Any = 1.0,
     ) -> PagedKVCache:
         """A cache of this model's layers and heads.
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
-        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
+        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). kv_dtype,
+        k_scale, v_scale : of its pages, as PagedKVCache has them; the compiled code serves each.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
-        MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be.
+        MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be. ExecutorError : on CUDA, a model
+        that has one with 8-bit pages.
         """
         spec, m = self.manifest.layers[0], self.manifest
         cache = PagedKVCache.for_spec(
@@ -261,6 +266,9 @@ class Executable:
             max_batch=(m.decode_rows or DEFAULT_MAX_BATCH) if max_batch is None else max_batch,
             max_tokens=m.max_tokens if max_tokens is None else max_tokens,
             device=m.device_kind if device is None else device,
+            kv_dtype=kv_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         if m.rope is not None:
             cache._call(

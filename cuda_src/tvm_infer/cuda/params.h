@@ -65,9 +65,11 @@ struct AttentionParams {
 
 // Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
 // Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows, KernelInfo::tile_keys a box.
-// A head_dim that is no multiple of 64 is one axis of so many elements, and that of panels has one entry.
+// Panels are 128 bytes: of 8-bit elements 128. A head_dim that is no multiple of a panel is one axis of so many elements, and that of
+// panels has one entry.
 struct KvTensorMaps {
-  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)
+  TensorMap
+      k_pages;  // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)
   TensorMap v_pages;   // the same of V
   TensorMap k_panels;  // box: one panel of a page (64, page_size, 1, 1, 1); ragged: unused
 };
@@ -96,6 +98,10 @@ struct AppendParams {
   int64_t v_cache_stride_page;
   int64_t v_cache_stride_head;
   int64_t v_cache_stride_token;
+  // Of a cache of 8-bit elements, which get x / scale, rounded to nearest even, saturating; else unused.
+  const float* k_scales;  // [num_kv_heads], device; null: k_scale, v_scale of all heads
+  const float* v_scales;
+  float k_scale, v_scale;
   // Rows of tokens that are padding are set to 0, since attention leaves them alone. Null: no output is known.
   void* o;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
   int64_t o_stride_token;

@@ -17,6 +17,7 @@
 
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::ffi_api::on_cuda {
@@ -24,20 +25,20 @@ namespace tvm_infer::ffi_api::on_cuda {
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
                     double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
-                    const variant::Call* variant = nullptr);
+                    const variant::Call* variant, const KVScales& scales);
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
-                     const OptionalTensor& lse, const variant::Call* variant = nullptr);
+                     const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales);
 
 void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
                  const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
-                 const TensorView& kv_page_indices);
+                 const TensorView& kv_page_indices, const KVScales& scales);
 
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                          const OptionalTensor& lse, const variant::Call* variant = nullptr);
+                          const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales);
 
 // The same for a caller that made plan and tables itself and keeps them at fixed addresses: what they hold is never read on the host.
 // `k_cache` is both planes; tokens of q, k, v and o behind the plan's are padding: nothing is appended for them and o is 0. A plan with
@@ -53,7 +54,7 @@ struct OwnRotation {
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation, const variant::Call* variant);
+                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales);
 
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
                  const TensorView& o, const OptionalTensor& lse);

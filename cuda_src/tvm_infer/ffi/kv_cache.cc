@@ -76,8 +76,15 @@ void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> vari
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device) {
+  return KVCacheCreateScaled(num_layers, num_qo_heads, num_kv_heads, head_dim, dtype, dtype, page_size, num_pages, max_batch, max_tokens,
+                             num_ctas, num_threads, device);
+}
+
+PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
+                                 DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
+                                 int64_t num_ctas, int64_t num_threads, DLDevice device) {
   return Guarded([&] {
-    const KVCacheConfig config{num_layers, num_qo_heads, num_kv_heads, head_dim, dtype,       page_size,
+    const KVCacheConfig config{num_layers, num_qo_heads, num_kv_heads, head_dim, dtype,       kv_dtype, page_size,
                                num_pages,  max_batch,    max_tokens,   num_ctas, num_threads, device};
     try {
       return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
@@ -88,6 +95,12 @@ PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num
     }
   });
 }
+
+void KVCacheSetScales(PagedKVCache kv, TensorView k_scales, TensorView v_scales) {
+  Guarded([&] { kv->SetScales(k_scales, v_scales); });
+}
+
+DLDataType KVCacheDTypeOf(PagedKVCache kv) { return kv->config().dtype; }
 
 void KVCacheAdd(PagedKVCache kv, int64_t id) {
   Guarded([&] { kv->manager().Add(id); });

@@ -37,7 +37,10 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
                                    << " without a variant; kernels test them by a variant's mask: pass the variant that has it";
   }
   ComputeCapacity(Params(causal == 1, band), PlanLimits{});  // throws for what is no band
-  if (call.has_value()) call.value()->At(executor_->place());
+  if (call.has_value()) {
+    executor_->CheckVariant();
+    call.value()->At(executor_->place());
+  }
   std::vector<Layer> next = layers_;
   // Layers that were not named keep theirs.
   std::vector<MaskBand> bands;

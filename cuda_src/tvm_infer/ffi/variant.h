@@ -32,8 +32,8 @@ class VariantCallObj : public tvm::ffi::Object {
   const variant::Call* At(const Place& place) const;
 
   // Made at first use, with the ABI in the key: as for the cache (kv_cache_object.h).
-  static constexpr const char* _type_key = "tvm_infer.VariantCall.v3";
-  static_assert(kAbiVersion == 3, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.VariantCall.v4";
+  static_assert(kAbiVersion == 4, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = false;
   static constexpr int32_t _type_child_slots = 0;
