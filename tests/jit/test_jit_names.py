@@ -23,6 +23,10 @@ def test_the_matrix():
     }
     expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling"}
     expected |= {f"{name}_{e}" for name, e in itertools.product(("rope_append", "gemv"), ("bf16", "fp16"))}
+    expected |= {
+        f"{name}_{e}_{kv}"
+        for name, e, kv in itertools.product(("append", "rope_append"), ("bf16", "fp16"), ("e4m3", "e5m2"))
+    }
     expected |= {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
     expected |= {"scale_lse"}
     assert set(NAMES) == expected and len(NAMES) == len(expected)

@@ -18,6 +18,7 @@
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/kernels/merge.cuh"
 #include "tvm_infer/ptx/address.cuh"
+#include "tvm_infer/ptx/float8.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/ptx/tma.cuh"

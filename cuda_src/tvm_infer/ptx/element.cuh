@@ -17,19 +17,6 @@ struct Fp16 {
 struct Fp32 {
   float value;
 };
-// 8-bit floats, of which there are only quadruples: to two pairs of float16, the lower two first. Every value has its own there.
-struct E4m3 {
-  __device__ __forceinline__ static void ToHalves(uint32_t four, uint32_t& low, uint32_t& high) {
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}" : "=r"(low), "=r"(high) : "r"(four));
-  }
-};
-struct E5m2 {
-  // A float16 without the lower half of its bits.
-  __device__ __forceinline__ static void ToHalves(uint32_t four, uint32_t& low, uint32_t& high) {
-    low = __byte_perm(four, 0, 0x1404);
-    high = __byte_perm(four, 0, 0x3424);
-  }
-};
 
 // Two floats, rounded to nearest even; `low` in the lower half.
 template <typename Element>
