@@ -45,21 +45,6 @@ class Family:
     takes_variant: bool = False
 
 
-# NOTE: joins FAMILIES with the kernel.
-ATTENTION_FLOAT8 = Family(
-    key="attention paged, keys and values of 8 bits",
-    template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
-    header="attention_sm90.cuh",
-    macro="ATTENTION_SM90_FLOAT8",
-    arguments="{type}, {kv_type}, {head_dim}, {page_size}",
-    axes={
-        "element": ATTENTION_ELEMENTS,
-        "kv": tuple(KV_ELEMENTS),
-        "head_dim": KV_HEAD_DIMS,
-        "page_size": KV_PAGE_SIZES,
-    },
-)
-
 FAMILIES = (
     Family(
         key="attention paged",
@@ -78,6 +63,19 @@ FAMILIES = (
         arguments="{type}, {head_dim}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
         takes_variant=True,
+    ),
+    Family(
+        key="attention paged, keys and values of 8 bits",
+        template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_FLOAT8",
+        arguments="{type}, {kv_type}, {head_dim}, {page_size}",
+        axes={
+            "element": ATTENTION_ELEMENTS,
+            "kv": tuple(KV_ELEMENTS),
+            "head_dim": KV_HEAD_DIMS,
+            "page_size": KV_PAGE_SIZES,
+        },
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),

@@ -102,8 +102,9 @@ struct ConfigSm90 {
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
     } scratch[kQueryBuffers];
-    int2 decode_rows[kQueryBuffers][kDecodeRows];  // what `rows` is to prefill
-    int2 head[kQueryBuffers];                      // first partial row or kFinalRows, number of rows
+    int2 decode_rows[kQueryBuffers][kDecodeRows];      // what `rows` is to prefill
+    float query_unscale[kIsScaled ? kDecodeRows : 1];  // attention/decode_products_scaled.cuh
+    int2 head[kQueryBuffers];                          // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals

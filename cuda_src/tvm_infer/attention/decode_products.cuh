@@ -25,12 +25,18 @@ struct DecodeProducts {
   };
 
   // Rows behind the work's last repeat it: their results are not used.
-  __device__ __forceinline__ static void LoadQuery(Query& query, uint32_t address, float /*key_scale*/) {
+  __device__ __forceinline__ static void LoadQuery(Query& query, uint32_t address) {
     query.address = address;
     if constexpr (!kReloadsQuery) {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) LoadColumns(query, d);
     }
+  }
+
+  // Columns 16 * d … of the queries.
+  __device__ __forceinline__ static const uint32_t (&Columns(Query& query, int d))[4] {
+    if constexpr (kReloadsQuery) LoadColumns(query, d);
+    return query.q[d];
   }
 
   // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8 of 16 columns. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V
@@ -50,10 +56,10 @@ struct DecodeProducts {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t k[4];
-      if constexpr (kReloadsQuery) LoadColumns(query, d);
+      const uint32_t(&q)[4] = Columns(query, d);
       ptx::LoadMatrixX4(k, Boxes::Columns(address, 16 * d));
-      ptx::Mma16x8x16<Element>(s0, query.q[d], k[0], k[1]);
-      ptx::Mma16x8x16<Element>(s1, query.q[d], k[2], k[3]);
+      ptx::Mma16x8x16<Element>(s0, q, k[0], k[1]);
+      ptx::Mma16x8x16<Element>(s1, q, k[2], k[3]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -63,7 +63,13 @@ class DecodeTile {
                                           const KeyRange& seen_by_all, const VariantRows& rows, uint32_t query,
                                           float (&o)[kOwnColumns / 8][4], SoftmaxState<Variant>& softmax) {
     typename Products::Query q;
-    Products::LoadQuery(q, c_.QueryAddress(query), c_.KeyScale(kv_head));
+    if constexpr (Config::kIsScaled) {
+      Products::PrepareQuery(c_.QueryAddress(query), c_.shared.query_unscale, c_.Warp());
+      ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+      Products::LoadQuery(q, c_.QueryAddress(query), c_.shared.query_unscale, c_.KeyScale(kv_head));
+    } else {
+      Products::LoadQuery(q, c_.QueryAddress(query));
+    }
 #pragma unroll
     for (int j = 0; j < kOwnColumns / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 

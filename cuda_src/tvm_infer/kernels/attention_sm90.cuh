@@ -156,7 +156,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
 
 // Keys and values of 8 bits, E4m3 or E5m2.
-#define TVM_INFER_ATTENTION_SM90_SCALED(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
+#define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
                                                         tvm_infer::ptx::KV_ELEMENT>;                                                   \
   extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
