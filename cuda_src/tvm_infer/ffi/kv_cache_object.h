@@ -42,6 +42,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
   // sequences and this is another rotation than theirs.
   void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
+  // A copy of dense host data in memory of the cache's own kind, in the order of its stream: for tables of variants. `what`: in errors.
+  tvm::ffi::Tensor Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const;
   // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
   // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
   // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
