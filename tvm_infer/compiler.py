@@ -80,8 +80,8 @@ def compile(
     """Compile a model whose attention reads a paged KV cache.
 
     Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, with the windows, soft caps, biases and sinks that
-    it has (docs/variants.md), logits are computed only for rows that sample, matrix products go to the packaged BLAS, TVM compiles the
-    rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
+    it has (docs/variants.md), whose code is compiled here, too; logits are computed only for rows that sample, matrix products go to
+    the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
     the model.
 
     Parameters

@@ -174,6 +174,29 @@ print(len(driver.calls("cuMemFree")))
     assert out == [f"{kernel} True True"] * 2 + ["5"]  # pages, a step's tables, partial results, two layouts
 
 
+def test_a_cache_of_the_package_gets_them_from_the_library(executables, tmp_path, fake_kernels, run):
+    """As tvm_infer.load does it: the package's cache launches kernels of its own, which the library offers."""
+    about = exported_for_cuda(executables["blocks"], tmp_path / "model.so")
+    out = run(
+        """
+import pathlib, tvm_infer
+from tvm_infer import _ffi
+from tvm_infer.runtime import library
+_ffi.library()
+library.offer_kernels(library.read(pathlib.Path(sys.argv[1])))
+cache = tvm_infer.PagedKVCache(num_layers=2, num_qo_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", page_size=16,
+                               num_pages=8, max_batch=2, max_tokens=32, device="cuda:1")
+cache.add_sequence(0)
+call("model_set_variants", cache._handle, weights)
+print([(kernel, args.tables[0].data is not None) for kernel, args in step(cache._handle)])
+print(_ffi.func("standard_variant")(about["variants"][0]["digest"]))
+""",
+        tmp_path / "model.so",
+    )
+    kernel = f"{ATTENTION}_v{digests(about)[0]}"
+    assert out == [str([(kernel, True)] * 2), "0"]
+
+
 def test_weights_on_the_host_are_refused(executables, tmp_path, fake_kernels, run):
     exported_for_cuda(executables["gpt_oss"], tmp_path / "model.so")
     out = run(

@@ -162,15 +162,21 @@ class Executable:
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
-        layers = variants.in_kernels(m, self._compiled.about)
-        if layers:
-            where = (
-                "this library"
-                if self._compiled.about is not None
-                else "tvm_infer's library, or compiled with the model"
-            )
-            lines.append(f"layers {', '.join(map(str, layers))}: their variant's code is in the kernels, of {where}")
+        lines += self._explain_variants()
         return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
+
+    def _explain_variants(self) -> list[str]:
+        """Where the code of the layers' variants comes from, if they have any."""
+        layers = variants.in_kernels(self.manifest, self._compiled.about)
+        if self._compiled.about is not None:
+            made = "which this library holds"
+        elif self.manifest.device_kind == "cuda":
+            pages = ", ".join(map(str, library.DEFAULT_PAGE_SIZES))
+            made = f"compiled with the model for pages of {pages} tokens, for others at the first step"
+        else:
+            made = "tvm_infer's own, or compiled with the model"
+        numbers = ", ".join(map(str, layers))
+        return [f"layers {numbers}: their variant's code is in the kernels, {made}"] if layers else []
 
     def explain(self) -> str:
         """What the passes did, what is captured and what not, and what the executable is."""

@@ -37,7 +37,8 @@ PagedKVCache ModelCreateCache(tvm::ffi::Array<tvm::ffi::Tensor> weights, int64_t
 
 // What the layers' attention is besides, given to a cache of the model's layers that was made elsewhere (the Python package's); layers
 // without a variant get plain attention. ArgumentError, DTypeError: a weight that attention reads is missing, on another device, or of
-// another shape or type; the cache has other layers. ExecutorError: there is no code of a variant for this machine's instruction set.
+// another shape or type; the cache has other layers. ExecutorError: there is no code of a variant for this machine's instruction set; such
+// a weight is on a GPU, and the cache on the host.
 // CacheStateError: as of kv_cache_set_variant. What is refused changes nothing.
 void ModelSetVariants(PagedKVCache kv, tvm::ffi::Array<tvm::ffi::Tensor> weights);
 
