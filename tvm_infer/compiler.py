@@ -81,8 +81,8 @@ def compile(
 
     Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, with the windows, soft caps, biases and sinks that
     it has (docs/variants.md), whose code is compiled here, too; logits are computed only for rows that sample, matrix products go to
-    the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
-    the model.
+    the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the model, the options and all
+    versions; weights are shared with the model.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def compile(
     ------
     ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs, more than 4
     different windows. MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the
-    extra.
+    extra; or a variant has to be compiled and there is no C++ compiler, or nvcc. CompileError : what it printed.
     """
     progress = progress or (lambda step, fraction: None)
     if max_tokens < 1:
