@@ -164,6 +164,19 @@ def test_a_cache_that_goes_from_model_to_model(folders, models, executables):
         executable.release(cache)
 
 
+def test_as_many_windows_as_there_may_be(tmp_path, monkeypatch):
+    """Of twice as many variants; a cache has as many plans as it may have, on the way to them too."""
+    from test_variants_of_caches import MAX_BANDS, WindowsAndSinks
+
+    monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path / "cache"))
+    model = decoder(WindowsAndSinks, layers=2 * MAX_BANDS)
+    tvm_infer.compile(exported(model), max_tokens=32).save(tmp_path / "model")
+    rows = library.read(tmp_path / "model" / "model.so").about["variants"]
+    assert len(rows) == 2 * MAX_BANDS and len({tuple(row["band"]) for row in rows}) == MAX_BANDS
+    loaded = tvm_infer.load(tmp_path / "model")
+    assert is_right(loaded, loaded.new_cache(num_pages=16), model)
+
+
 def test_16_bit_weights_are_read_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path / "cache"))
     executable = tvm_infer.compile(exported(decoder(GptOss).to(torch.float16)), max_tokens=32)
