@@ -69,7 +69,7 @@ def give_exported(manifest: Manifest, cache: PagedKVCache, module: Any, weights:
 def in_kernels(manifest: Manifest, about: Mapping[str, Any] | None) -> list[int]:
     """The layers whose variant is not a band alone. about : of an exported library, which says it where TVM's compiler is not there."""
     if about is not None:
-        return sorted(layer for row in about["variants"] if row["digest"] for layer in row["layers"])
+        return sorted(layer for row in about.get("variants", ()) if row["digest"] for layer in row["layers"])
     specs = enumerate(manifest.layers)
     return [i for i, spec in specs if spec.variant is not None and not spec.variant.variant.is_plain]
 
