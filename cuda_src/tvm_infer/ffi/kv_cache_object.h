@@ -45,6 +45,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // Scales of pages that have some, float32 [num_layers, num_kv_heads] on the host, each finite and above 0; 1 before. CacheStateError in a
   // step, and where the cache holds sequences, whose elements have others.
   void SetScales(const TensorView& k_scales, const TensorView& v_scales);
+  // A copy of dense host data in memory of the cache's own kind, in the order of its stream: for tables of variants. `what`: in errors.
+  tvm::ffi::Tensor Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const;
   // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
   // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
   // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
