@@ -12,6 +12,7 @@
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
 #include "tvm_infer/attention/prefill_products.cuh"
+#include "tvm_infer/attention/prefill_store.cuh"
 #include "tvm_infer/attention/softmax.cuh"
 #include "tvm_infer/ptx/wgmma.cuh"
 
@@ -144,7 +145,7 @@ class PrefillTile : private PrefillProducts<Config> {
         // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
-        Store(query ^ 1, done_rows, 0, softmax, o);
+        StoreHead<Config>(c_, query ^ 1, done_rows, 0, softmax, o);
         softmax = SoftmaxState<Variant>();
       }
       Softmax(s, visible, rows, work, head, tiles.base + tile * kTileKeys, softmax, rescale);
@@ -174,7 +175,7 @@ class PrefillTile : private PrefillProducts<Config> {
     c_.cursor.Advance();
     // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-    Store(query, done_rows, work.kv_head_begin + head, softmax, o);
+    StoreHead<Config>(c_, query, done_rows, work.kv_head_begin + head, softmax, o);
     return done_index;
   }
 
@@ -239,70 +240,6 @@ class PrefillTile : private PrefillProducts<Config> {
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
     return work.out == kFinalRows ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + head)
                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
-  }
-
-  // Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its scales.
-  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, int32_t kv_head, SoftmaxState<Variant> softmax,
-                                        float (&o)[kOutputs]) {
-    softmax.SumOverQuad();
-    const float scale = c_.SoftmaxScale() * c_.KeyScale(kv_head), value_scale = c_.ValueScale(kv_head);
-    float factor[2] = {Normaliser<Variant>(softmax.sum[0]) * value_scale, Normaliser<Variant>(softmax.sum[1]) * value_scale};
-    const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
-    const int2 head = c_.shared.head[query];
-    const int32_t num_rows = head.y - first_row;
-    const int2* rows = c_.shared.scratch[query].rows + first_row;
-    float lse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) lse[i] = StateLse<Variant>(softmax.max[i], softmax.sum[i], scale);
-    if (head.x == kFinalRows) {
-      if constexpr (Variant::kHasOutput) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (lse[i] == kNegInf) continue;
-#pragma unroll
-          for (int j = 0; j < kOutputs / 4; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& x = o[4 * j + 2 * i + e];
-              x = Variant::Output(c_.variant, at.rows[i], lse[i], x * factor[i]);
-            }
-          }
-          factor[i] = 1.f;
-        }
-      }
-      const uint32_t staging =
-          c_.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
-      StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
-      int32_t at[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) at[i] = rows[lane / 4 + 8 * i].y;
-      __syncwarp();
-      using Staged = StagedRows<kHeadDim, kRows>;
-#pragma unroll
-      for (int first = 0; first < 16; first += Staged::kRowsHeld) {
-        const Staged staged(lane, staging, ptx::SharedAddress(rows), first);
-        if (first + Staged::kRowsHeld == 16) c_.ReleaseQuery(query);
-        staged.Store(lane, c_.params.o, first, num_rows);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (lane % 4 == 0 && lane / 4 + 8 * i < num_rows && c_.params.lse != nullptr) c_.params.lse[at[i]] = lse[i];
-      }
-      return;
-    }
-    c_.ReleaseQuery(query);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t row = lane / 4 + 8 * i;
-      if (row >= num_rows) continue;
-      const OutputRow partial = PartialRow<kHeadDim>(c_.params, head.x + first_row + row);
-      if (lane % 4 == 0) *partial.lse = lse[i];
-#pragma unroll
-      for (int j = 0; j < kOutputs / 4; ++j) {
-        const float x[2] = {o[4 * j + 2 * i] * factor[i], o[4 * j + 2 * i + 1] * factor[i]};
-        StoreColumns<Element>(partial, false, 8 * j + lane % 4 * 2, x);
-      }
-    }
   }
 };
 
