@@ -90,7 +90,7 @@ struct ConfigSm90 {
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals
-    int32_t is_last_arrival;
+    uint32_t last_arrivals;               // a bit for each merge of the work at hand that this CTA was the last to arrive at
   };
   static constexpr uint32_t kQueryOffset = kStages * kStageBytes;  // of `query` in it
   static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");

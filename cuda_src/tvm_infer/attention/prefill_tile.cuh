@@ -45,7 +45,7 @@ class PrefillTile : private PrefillProducts<Config> {
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
-    WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
+    WaitKeys(c_.cursor, rows, tiles.base);
     WaitTurn();
     IssueLogits(s, query, c_.ring.Data(c_.cursor));
     PassTurn();
@@ -85,7 +85,7 @@ class PrefillTile : private PrefillProducts<Config> {
         c_.WaitFullForWgmma(c_.cursor);
         CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
       }
-      WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
+      WaitKeys(k, rows, tiles.base + tile * kTileKeys);
       WaitTurn();
       IssueLogits(s, query, c_.ring.Data(k));
       c_.WaitFullForWgmma(c_.cursor);
@@ -194,7 +194,7 @@ class PrefillTile : private PrefillProducts<Config> {
   __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, const VariantRows& rows, const Work& work,
                                           int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-      ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
+      ApplyVariant<Variant>(s, c_.variant, rows, tile_key, c_.params.sm_scale);
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);

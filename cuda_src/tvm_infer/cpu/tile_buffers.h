@@ -150,7 +150,7 @@ KeyRows<float> ChangeKeys(const TileJob& job, const TileBuffers<T>& b, int kv_he
   for (int c = begin; c < end; ++c) {
     float* key = b.keys + c * b.q_stride;
     float* cos = b.turns + c * 2 * variant.num_pairs;
-    const int position = variant.kv_pos_base + block + c;
+    const int position = block + c;
     if (is_first_head && variant.turn != nullptr)
       variant.turn(*variant.args, row, position, variant.num_pairs, cos, cos + variant.num_pairs);
     for (int d = 0; d < job.head_dim; d += kWidth) Store(key + d, LoadUpTo(k[c] + d, job.head_dim - d));
