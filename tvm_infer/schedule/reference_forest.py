@@ -89,11 +89,11 @@ def make_forest(
 
     kv_end = [min([run.kv_end, *(most(t) for t in ts)]) for run, ts in zip(runs, within, strict=True)]
 
-    def pack(ts: list[Tile]) -> list[list[Tile]]:
-        """Tiles side by side that fit a tile of the largest class."""
+    def pack(ts: list[Tile], max_rows: int) -> list[list[Tile]]:
+        """Tiles side by side that fit a tile of so many rows."""
         packed: list[list[Tile]] = []
         for t in ts:
-            if packed and sum(x.item.num_rows for x in packed[-1]) + t.item.num_rows <= classes[-1].rows:
+            if packed and sum(x.item.num_rows for x in packed[-1]) + t.item.num_rows <= max_rows:
                 packed[-1].append(t)
             else:
                 packed.append([t])
@@ -106,20 +106,23 @@ def make_forest(
         return classes[t.item.tile_class].merge_price(t.item.num_rows)
 
     # Innermost runs first: what reads a run's keys otherwise are the used runs in it and the tiles beside these.
-    used: list[int] = []
+    used: dict[int, list[list[Tile]]] = {}
     reader_cost = [classes[t.item.tile_class].kv for t in tiles]  # of a key, summed up at the first tile of a used run
     for k in reversed(range(len(runs))):
-        packed = pack(within[k])
-        shared = [classes[class_of(classes, rows_of(ts))] for ts in packed]
-        overhead = sum(c.fixed + c.row * rows_of(ts) for c, ts in zip(shared, packed, strict=True))
-        overhead += sum(map(price, within[k]))
-        key_cost = sum(c.kv for c in shared)
         numbers = [t.item.tile for t in within[k]]
         num_keys = kv_end[k] - (kv_end[around[k][-1]] if around[k] else 0)
-        if (sum(reader_cost[n] for n in numbers) - key_cost) * num_keys > overhead:
-            used.insert(0, k)
-            for n in numbers:
-                reader_cost[n] = key_cost if n == numbers[0] else 0
+        best = sum(reader_cost[n] for n in numbers) * num_keys - sum(map(price, within[k]))
+        for max_rows in reversed([c.rows for c in classes]):
+            packed = pack(within[k], max_rows)
+            shared = [classes[class_of(classes, rows_of(ts))] for ts in packed]
+            key_cost = sum(c.kv for c in shared)
+            overhead = sum(c.fixed + c.row * rows_of(ts) for c, ts in zip(shared, packed, strict=True))
+            if key_cost * num_keys + overhead < best:
+                best = key_cost * num_keys + overhead
+                used[k] = packed
+        for n in numbers if k in used else []:
+            key_cost = sum(classes[class_of(classes, rows_of(ts))].kv for ts in used[k])
+            reader_cost[n] = key_cost if n == numbers[0] else 0
     if not used:
         return None
 
@@ -128,9 +131,9 @@ def make_forest(
     for n, t in enumerate(merging):
         t.merge = n
     items: list[Item] = []
-    for k in used:
+    for k in sorted(used):
         begin = max([0, *(kv_end[j] for j in around[k] if j in used)])
-        for ts in pack(within[k]):
+        for ts in used[k]:
             c, rows = class_of(classes, rows_of(ts)), rows_of(ts)
             overhead, first = classes[c].fixed + classes[c].row * rows, ts[0].item
             keys = (begin, kv_end[k], kv_end[k], overhead, len(items))

@@ -72,6 +72,7 @@ void Forest::PlaceRuns(const PlanParams& p, const SharedRuns& shared, int32_t nu
                      .kv_end = run.kv_end,
                      .max_end = std::numeric_limits<int32_t>::max(),
                      .depth = 0,
+                     .max_rows = 0,
                      .is_used = false,
                      .key_cost = 0};
       open_[num_open++] = next;
@@ -91,29 +92,46 @@ void Forest::PlaceRuns(const PlanParams& p, const SharedRuns& shared, int32_t nu
   }
 }
 
-// As many tiles from the first on as one tile of `max_rows` rows holds.
+// As many tiles from the first on as one tile of `max_rows` rows holds, and one at least.
 Forest::Packed Forest::Pack(int32_t max_rows, int32_t first_tile, int32_t end_tile) const {
-  Packed packed{first_tile, 0};
+  Packed packed{first_tile + 1, tiles_[first_tile].num_rows};
   while (packed.end_tile < end_tile && packed.num_rows + tiles_[packed.end_tile].num_rows <= max_rows) {
     packed.num_rows += tiles_[packed.end_tile++].num_rows;
   }
   return packed;
 }
 
-// Whether reading a run's keys once costs less than all its tiles reading them, with the works that this takes and the merges.
-bool Forest::Pays(const PlanParams& p, const Run& run, int64_t* shared_key_cost) const {
-  const int64_t num_keys = int64_t{run.kv_end} - (run.parent < 0 ? 0 : runs_[run.parent].kv_end);
-  const int32_t max_rows = p.tile_classes[p.num_tile_classes - 1].rows;
+// What a run's own keys cost in tiles of up to `max_rows` rows, one KV head.
+int64_t Forest::SharedCost(const PlanParams& p, const Run& run, int32_t max_rows, int64_t num_keys, int64_t* key_cost) const {
   int64_t overhead = 0;
-  *shared_key_cost = 0;
+  *key_cost = 0;
   for (int32_t tile = run.first_tile; tile < run.end_tile;) {
     const Packed packed = Pack(max_rows, tile, run.end_tile);
     const TileClass& t = p.tile_classes[ClassOf(p, packed.num_rows)];
-    *shared_key_cost += t.kv;
+    *key_cost += t.kv;
     overhead += t.fixed + t.row * packed.num_rows;
-    for (; tile < packed.end_tile; ++tile) overhead += MergePrice(p.tile_classes[tiles_[tile].tile_class], tiles_[tile].num_rows);
+    tile = packed.end_tile;
   }
-  return (run.key_cost - *shared_key_cost) * num_keys > overhead;
+  return *key_cost * num_keys + overhead;
+}
+
+// Uses a run if reading its keys once, in the cheapest tiles, costs less than all its tiles reading them, with the merges that this takes.
+void Forest::ChooseRun(const PlanParams& p, Run* run) const {
+  const int64_t num_keys = int64_t{run->kv_end} - (run->parent < 0 ? 0 : runs_[run->parent].kv_end);
+  int64_t best = run->key_cost * num_keys, chosen_key_cost = run->key_cost;
+  for (int32_t tile = run->first_tile; tile < run->end_tile; ++tile) {
+    best -= MergePrice(p.tile_classes[tiles_[tile].tile_class], tiles_[tile].num_rows);
+  }
+  for (int32_t c = p.num_tile_classes - 1; c >= 0; --c) {
+    int64_t key_cost;
+    const int64_t cost = SharedCost(p, *run, p.tile_classes[c].rows, num_keys, &key_cost);
+    if (cost >= best) continue;
+    best = cost;
+    chosen_key_cost = key_cost;
+    run->is_used = true;
+    run->max_rows = p.tile_classes[c].rows;
+  }
+  run->key_cost = chosen_key_cost;
 }
 
 // Innermost runs first: what an outer one saves depends on what reads its keys otherwise.
@@ -121,14 +139,11 @@ bool Forest::ChooseRuns(const PlanParams& p) {
   bool any = false;
   for (int32_t k = num_runs_ - 1; k >= 0; --k) {
     Run& run = runs_[k];
-    int64_t shared_key_cost;
-    run.is_used = Pays(p, run, &shared_key_cost);
-    if (run.is_used) run.key_cost = shared_key_cost;
+    ChooseRun(p, &run);
     if (run.parent >= 0) runs_[run.parent].key_cost += run.key_cost;
     any |= run.is_used;
   }
   if (!any) return false;
-  const int32_t max_rows = p.tile_classes[p.num_tile_classes - 1].rows;
   num_levels_ = num_shared_items_ = 0;
   for (int32_t k = 0; k < num_runs_; ++k) {
     Run& run = runs_[k];
@@ -139,7 +154,7 @@ bool Forest::ChooseRuns(const PlanParams& p) {
     }
     if (!run.is_used) continue;
     num_levels_ = std::max(num_levels_, ++run.depth);
-    for (int32_t tile = run.first_tile; tile < run.end_tile; ++num_shared_items_) tile = Pack(max_rows, tile, run.end_tile).end_tile;
+    for (int32_t tile = run.first_tile; tile < run.end_tile; ++num_shared_items_) tile = Pack(run.max_rows, tile, run.end_tile).end_tile;
   }
   merge_price_ = max_merge_price_ = 0;
   for (int32_t i = 0; i < num_places_; ++i) {
@@ -172,14 +187,14 @@ void Forest::CutTiles() {
 void Forest::MakeItems(const PlanParams& p, Items* items) const {
   items->Start(p, int64_t{num_shared_items_} + num_tiles_);
   items->num_tree_merges = num_merge_tiles_ * p.num_kv_heads;
-  const int32_t max_rows = p.tile_classes[p.num_tile_classes - 1].rows, group = p.num_qo_heads / p.num_kv_heads;
+  const int32_t group = p.num_qo_heads / p.num_kv_heads;
   Work work{};
   work.num_kv_heads = p.num_kv_heads;
   work.out = kFinalRows;
   for (int32_t k = 0; k < num_runs_; ++k) {
     const Run& run = runs_[k];
     for (int32_t tile = run.first_tile; run.is_used && tile < run.end_tile;) {
-      const Packed packed = Pack(max_rows, tile, run.end_tile);
+      const Packed packed = Pack(run.max_rows, tile, run.end_tile);
       work.row_begin = tiles_[tile].row_begin;
       work.num_rows = packed.num_rows;
       work.kv_list = tiles_[tile].request;

@@ -52,8 +52,9 @@ class Forest {
     int32_t parent;    // or -1
     int32_t kv_begin;  // behind the innermost used run around it
     int32_t kv_end;
-    int32_t max_end;  // keys that each of its requests has beside one of its own
-    int32_t depth;    // used runs around it, itself included
+    int32_t max_end;   // keys that each of its requests has beside one of its own
+    int32_t depth;     // used runs around it, itself included
+    int32_t max_rows;  // of its tiles, if it is used
     bool is_used;
     int64_t key_cost;  // of a key that is read by the tiles within, or by used runs within
   };
@@ -67,7 +68,8 @@ class Forest {
   void MakeTiles(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared);
   void PlaceRuns(const PlanParams& p, const SharedRuns& shared, int32_t num_requests);
   Packed Pack(int32_t max_rows, int32_t first_tile, int32_t end_tile) const;
-  bool Pays(const PlanParams& p, const Run& run, int64_t* shared_key_cost) const;
+  int64_t SharedCost(const PlanParams& p, const Run& run, int32_t max_rows, int64_t num_keys, int64_t* key_cost) const;
+  void ChooseRun(const PlanParams& p, Run* run) const;
   bool ChooseRuns(const PlanParams& p);
   void CutTiles();
 
