@@ -20,6 +20,7 @@ using tvm_infer::cuda::KernelInfo;
 using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
 using tvm_infer::cuda::Memcpy2D;
+using tvm_infer::cuda::Memcpy3D;
 using tvm_infer::cuda::RopeAppendParams;
 
 #if !defined(FAKE_CUDA_OLD)  // else a driver that lacks functions
@@ -205,6 +206,26 @@ FAKE int cuMemcpy2DAsync_v2(const Memcpy2D* copy, void* stream) {
                 reinterpret_cast<const char*>(copy->from.device) + row * copy->from.pitch, copy->width_bytes);
   }
   return Called("cuMemcpy2DAsync", std::to_string(reinterpret_cast<uintptr_t>(stream)));
+}
+FAKE int cuMemcpy3DAsync_v2(const Memcpy3D* copy, void*) {
+  char* bases[2];
+  const Memcpy3D::Side* sides[2] = {&copy->from, &copy->to};
+  for (int i = 0; i < 2; ++i) {
+    const Memcpy3D::Side& side = *sides[i];
+    const bool is_device = side.memory_type == tvm_infer::cuda::kMemoryTypeDevice;
+    if (!is_device && side.memory_type != tvm_infer::cuda::kMemoryTypeHost) return 1;
+    if (side.x_bytes != 0 || side.z != 0 || side.level != 0 || side.reserved != nullptr) return 1;
+    if (copy->width_bytes > side.pitch || side.y + copy->height > side.plane_rows) return 1;
+    bases[i] = (is_device ? reinterpret_cast<char*>(side.device) : static_cast<char*>(side.host)) + side.y * side.pitch;
+  }
+  for (size_t plane = 0; plane < copy->depth; ++plane) {
+    for (size_t row = 0; row < copy->height; ++row) {
+      std::memcpy(bases[1] + (plane * copy->to.plane_rows + row) * copy->to.pitch,
+                  bases[0] + (plane * copy->from.plane_rows + row) * copy->from.pitch, copy->width_bytes);
+    }
+  }
+  const bool to_host = copy->to.memory_type == tvm_infer::cuda::kMemoryTypeHost;
+  return Called("cuMemcpy3DAsync", (to_host ? "to_host " : "to_device ") + Numbers({copy->width_bytes, copy->height, copy->depth}));
 }
 FAKE int cuMemFree_v2(DevicePointer pointer) { return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree"); }
 FAKE int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) { return *free_bytes = 1000, *total_bytes = 2000, 0; }
