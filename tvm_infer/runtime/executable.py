@@ -426,9 +426,12 @@ class Executable:
 
     # Text
 
-    def engine(self, cache: PagedKVCache) -> Engine:
-        """A queue of requests that share `cache` and run together, joining and leaving between steps."""
-        return Engine(self, cache)
+    def engine(self, cache: PagedKVCache, *, prefix_reuse: bool = True) -> Engine:
+        """A queue of requests that share `cache` and run together, joining and leaving between steps.
+
+        prefix_reuse : prompts begin with the pages of earlier ones that began alike (:class:`Engine`).
+        """
+        return Engine(self, cache, prefix_reuse=prefix_reuse)
 
     def generate(
         self,
@@ -441,6 +444,7 @@ class Executable:
         on_token: OnToken | None = None,
         max_batch: int | None = None,
         page_size: int = 16,
+        prefix_reuse: bool = True,
     ) -> list[Generation]:
         """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
@@ -448,6 +452,7 @@ class Executable:
         ----------
         prompts : token lists, or texts if the model file had a tokenizer.
         sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
+        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`).
         stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
 
         Returns
@@ -463,7 +468,7 @@ class Executable:
         cache = self.new_cache(
             num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)
         )
-        engine = self.engine(cache)
+        engine = self.engine(cache, prefix_reuse=prefix_reuse)
         generations: list[Generation] = []
         for tokens in token_lists:
             generations += engine.submit(
