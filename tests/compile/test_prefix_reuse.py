@@ -7,6 +7,7 @@ import pytest
 from llamas import hf_greedy, prompts_of
 from test_executable import running_ahead
 
+from tvm_infer import errors
 from tvm_infer.runtime import Sampler
 
 SYSTEM = [7, 3, 99, 12, 45, 45, 2, 8, 120, 64, 5, 5, 1, 17, 33, 90, 61]  # 17 tokens: 4 pages of 4, and one
@@ -110,6 +111,56 @@ def test_room_for_texts_comes_before_kept_pages(llama, executable):
     engine.run()
     assert [g.tokens for g in generations] == [hf_greedy(llama, p[:24], 8) for p in prompts]
     assert cache.prefix_stats.evictions > 0 and cache.num_free_pages == 16
+
+
+def test_pages_that_requests_share_are_reserved_once(llama, executable):
+    """Six pages each, four of them shared: without that, 16 pages hold two texts at a time."""
+    prompts = [[*SYSTEM, i] for i in range(7)]
+    most = {}
+    for reuse in (False, True):
+        cache = executable.new_cache(num_pages=16, page_size=4, max_batch=8)
+        engine = executable.engine(cache, prefix_reuse=reuse)
+        lengths = [6, 6, 3, 6, 5, 6, 6]
+        generations = [engine.submit(p, max_new_tokens=n, n=1)[0] for p, n in zip(prompts, lengths, strict=True)]
+        most[reuse] = 0
+        while engine.step():
+            most[reuse] = max(most[reuse], engine.num_running)
+            assert engine._reserved_pages - engine._shared_pages >= cache.num_used_pages
+        assert engine._reserved_pages == engine._shared_pages == 0
+        assert [g.tokens for g in generations] == [
+            hf_greedy(llama, p, n) for p, n in zip(prompts, lengths, strict=True)
+        ]
+    assert most[False] == 2 and most[True] >= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests_never_run_out_of_pages(executable, seed):
+    """Prompts that branch off each other, several samples, requests that are cancelled, few pages: the books stay right."""
+    rng = np.random.default_rng(seed)
+    chosen = running_ahead(executable) if seed % 2 else executable
+    cache = chosen.new_cache(num_pages=24, page_size=2, max_batch=6, max_tokens=int(rng.integers(6, 20)))
+    engine = chosen.engine(cache)
+    said, running = [[1, 2, 3, 4, 5, 6, 7, 8]], []
+    for _ in range(150):
+        if len(running) < 8 and rng.random() < 0.4:
+            base = said[int(rng.integers(len(said)))]
+            prompt = [*base[: int(rng.integers(1, len(base) + 1))], *rng.integers(0, 3, int(rng.integers(1, 4)))][:12]
+            try:
+                running += [
+                    (prompt, g)
+                    for g in engine.submit(prompt, max_new_tokens=int(rng.integers(1, 7)), n=int(rng.integers(1, 4)))
+                ]
+            except errors.OutOfPagesError:
+                continue
+        if running and rng.random() < 0.05:
+            engine.cancel(running[int(rng.integers(len(running)))][1])
+        engine.step()
+        assert engine._reserved_pages - engine._shared_pages >= cache.num_used_pages
+        said += [[*prompt, *g.tokens] for prompt, g in running if g.finish_reason]
+        running = [(prompt, g) for prompt, g in running if not g.finish_reason]
+    engine.run()
+    assert engine._reserved_pages == engine._shared_pages == len(cache) == 0
+    assert engine.stats.reused_tokens > 100 and cache.prefix_stats.evictions > 10
 
 
 def test_a_sequence_is_swapped_and_moved_between_steps_of_a_model(llama, executable):

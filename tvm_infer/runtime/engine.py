@@ -78,7 +78,8 @@ class _Request:
     streams: list[np.random.Generator]
     namespace: int
     seq_ids: list[int] = field(default_factory=list)
-    has_begun: bool = False  # its first sequence is in the cache
+    live: list[int] = field(default_factory=list)  # of seq_ids, those in the cache
+    has_begun: bool = False
     prefilled: int = 0
 
     @property
@@ -90,7 +91,7 @@ class Engine:
     """Requests that share one cache. Not thread-safe.
 
     A request is admitted, first come first served, when the cache has pages for its longest possible text and room for its samples,
-    so that a step never runs out of pages. A long prompt is prefilled in chunks beside the others' decoding.
+    so that a step never runs out of pages; those that running requests share are counted once. A long prompt is prefilled in chunks beside the others' decoding.
 
     Where the executable can (`Executable.runs_ahead`) and all running samples decode greedily, with tokens to come after the next, a
     step is launched before the tokens of the one ahead of it are read. It is then under way when a sample turns out to have ended,
@@ -121,6 +122,10 @@ class Engine:
         self._next_request = 0
         self._next_seq_id = 0
         self._reserved_pages = 0
+        # Reservations count a page once for each request that has it; this is how many times too often. (What windows keep is counted
+        # otherwise: pages that requests share leave them one by one.)
+        self._shared_pages = 0
+        self._counts_shared = self.prefix_reuse and cache.window_left is None
         self._max_step_tokens = min(cache.max_tokens, executable.manifest.max_tokens)
         # every running sample decodes one token in every step
         self._max_sequences = min(cache.max_batch, self._max_step_tokens)
@@ -327,7 +332,8 @@ class Engine:
             return False
         request = self._waiting[0]
         sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
-        return sequences <= self._max_sequences and self._reserved_pages + request.pages <= self.cache.num_pages
+        reserved = self._reserved_pages - self._shared_pages
+        return sequences <= self._max_sequences and reserved + request.pages <= self.cache.num_pages
 
     def _admit(self) -> None:
         while self._can_admit():
@@ -360,6 +366,8 @@ class Engine:
         else:
             self.cache.add_sequence(request.seq_ids[0])
         request.has_begun = True
+        request.live = request.seq_ids[:1]
+        self._shared_pages += self._num_shared(request)
 
     def _is_better_later(self, request: _Request, chunks: Sequence[tuple[_Request, int]]) -> bool:
         """Whether these chunks, once computed, hold at least half of what the request would have to compute now.
@@ -382,6 +390,7 @@ class Engine:
         """The prompt is in: its other samples fork from it, and each takes its first token."""
         for child in request.seq_ids[1:]:
             self.cache.fork_sequence(request.seq_ids[0], child)
+            request.live.append(child)
         for i in range(len(request.samples)):
             self._take(request, i, result, row)
 
@@ -408,9 +417,8 @@ class Engine:
 
     def _free(self, request: _Request) -> None:
         self._reserved_pages -= request.pages
-        for index, seq_id in enumerate(request.seq_ids):
-            if seq_id in self.cache:
-                self._remove(request, index)
+        for seq_id in list(request.live):
+            self._remove(request, request.seq_ids.index(seq_id))
 
     def _remove(self, request: _Request, index: int) -> None:
         """Remove a sample's sequence; its pages can be found by all tokens that are known by now, those of steps ahead too."""
@@ -419,4 +427,11 @@ class Engine:
             known, length = self.cache.num_known_tokens(seq_id), self.cache.seq_len(seq_id)
             if known < length:
                 self.cache.commit_tokens(seq_id, [*request.prompt, *request.samples[index].tokens][known:length])
+        shared = self._num_shared(request)
         self.cache.remove_sequence(seq_id)
+        request.live.remove(seq_id)
+        self._shared_pages += self._num_shared(request) - shared
+
+    def _num_shared(self, request: _Request) -> int:
+        """Pages of the request that other requests have, too."""
+        return self.cache.num_shared_pages(request.live) if self._counts_shared else 0

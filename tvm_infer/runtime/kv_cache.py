@@ -357,6 +357,10 @@ class PagedKVCache:
         """How many of a sequence's tokens are known, from position 0 on."""
         return int(self._call("num_known_tokens", _integer(seq_id, "seq_id")))
 
+    def num_shared_pages(self, ids: Iterable[int]) -> int:
+        """Of the pages of these sequences, each counted once, how many other sequences have, too. UnknownSequenceError."""
+        return int(self._call("num_shared_pages", _integers(ids, "ids")))
+
     def drop_prefixes(self) -> None:
         """Let no page be found any more that is filled now: where a model's weights changed, say. Sequences keep theirs."""
         self._call("drop_prefixes")

@@ -65,6 +65,9 @@ int64_t KVCacheNumKnownTokens(PagedKVCache kv, int64_t id) {
 int64_t KVCacheNamespace(PagedKVCache kv, int64_t id) {
   return Guarded([&] { return kv->manager().Space(id); });
 }
+int64_t KVCacheNumSharedPages(PagedKVCache kv, Shape ids) {
+  return Guarded([&] { return kv->manager().NumShared(ids.data(), static_cast<int64_t>(ids.size())); });
+}
 void KVCacheDropPrefixes(PagedKVCache kv) {
   Guarded([&] { kv->manager().DropPrefixes(); });
 }

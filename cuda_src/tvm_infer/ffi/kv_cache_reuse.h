@@ -20,6 +20,7 @@
   V(kv_cache_tokens, KVCacheTokens)                         \
   V(kv_cache_num_known_tokens, KVCacheNumKnownTokens)       \
   V(kv_cache_namespace, KVCacheNamespace)                   \
+  V(kv_cache_num_shared_pages, KVCacheNumSharedPages)       \
   V(kv_cache_drop_prefixes, KVCacheDropPrefixes)            \
   V(kv_cache_prefix_stats, KVCachePrefixStats)              \
   V(kv_cache_debug_prefixes, KVCacheDebugPrefixes)          \
@@ -45,6 +46,7 @@ void KVCacheCommitTokens(PagedKVCache kv, int64_t id, TensorView tokens);
 tvm::ffi::Shape KVCacheTokens(PagedKVCache kv, int64_t id);  // those known, from position 0 on; any time
 int64_t KVCacheNumKnownTokens(PagedKVCache kv, int64_t id);
 int64_t KVCacheNamespace(PagedKVCache kv, int64_t id);
+int64_t KVCacheNumSharedPages(PagedKVCache kv, tvm::ffi::Shape ids);  // of these sequences' pages, those that others have, too; any time
 void KVCacheDropPrefixes(PagedKVCache kv);
 // lookups, hits, tokens asked for, tokens reused, pages given up, pages without a sequence, pages that can be found; any time
 tvm::ffi::Shape KVCachePrefixStats(PagedKVCache kv);

@@ -98,6 +98,8 @@ class CacheManager {
   void CommitTokens(int64_t id, const int64_t* tokens, int64_t num_tokens);
   const std::vector<int64_t>& Tokens(int64_t id) const { return sequences_[Find(id)].tokens; }
   int64_t Space(int64_t id) const { return sequences_[Find(id)].space; }
+  // Of the pages of these sequences, each counted once, those that others have, too.
+  int64_t NumShared(const int64_t* ids, int64_t num_ids) const;
   // These moves are about to be made: what they write is no longer what tokens say.
   void NoteMoves(const int64_t* ids, const int64_t* dst, const std::vector<TokenMove>& moves) noexcept;
   // Kept pages become free. ForgetTokens(): also what is known of the sequences there are, whose pages are never findable then.

@@ -1,5 +1,6 @@
 // Prefixes: which tokens sequences have, full pages entered into the index by them, and sequences that begin with what is there.
 #include <algorithm>
+#include <unordered_map>
 
 #include "tvm_infer/error.h"
 #include "tvm_infer/kv/cache_manager.h"
@@ -81,6 +82,16 @@ int64_t CacheManager::AddWithPrefix(int64_t id, const int64_t* tokens, int64_t n
   stats.tokens_asked += num_tokens;
   stats.tokens_reused += length;
   return length;
+}
+
+int64_t CacheManager::NumShared(const int64_t* ids, int64_t num_ids) const {
+  std::unordered_map<int32_t, int32_t> owners;  // of each page, among these
+  for (int64_t i = 0; i < num_ids; ++i) {
+    for (int32_t page : Pages(ids[i])) {
+      if (page != kNoPage) ++owners[page];
+    }
+  }
+  return std::count_if(owners.begin(), owners.end(), [&](const auto& entry) { return pool_.ref_count(entry.first) > entry.second; });
 }
 
 // ---- Entering ----
