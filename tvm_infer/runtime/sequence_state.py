@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +54,15 @@ class SequenceState:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> SequenceState:
         """What :meth:`save` wrote. ArgumentError for another file."""
-        with np.load(path, allow_pickle=False) as file:
-            if "format" not in getattr(file, "files", ()) or int(file["format"]) != _FORMAT:
-                raise ArgumentError(
-                    f"argument `path` is {os.fspath(path)!r}, which is not of SequenceState.save in format {_FORMAT}"
-                )
+        try:
+            loaded = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile):  # whatever else
+            loaded = None
+        if "format" not in getattr(loaded, "files", ()) or int(loaded["format"]) != _FORMAT:
+            raise ArgumentError(
+                f"argument `path` is {os.fspath(path)!r}, which is not of SequenceState.save in format {_FORMAT}"
+            )
+        with loaded as file:
             length, begin, end, namespace = (int(n) for n in file["numbers"])
             kv = file["kv"].view(_dtype(str(file["dtype"])))
             return SequenceState(kv, length, (begin, end), file["tokens"], namespace)
