@@ -91,7 +91,8 @@ class Engine:
     """Requests that share one cache. Not thread-safe.
 
     A request is admitted, first come first served, when the cache has pages for its longest possible text and room for its samples,
-    so that a step never runs out of pages; those that running requests share are counted once. A long prompt is prefilled in chunks beside the others' decoding.
+    so that a step never runs out of pages; those that running requests share are counted once. A long prompt is prefilled in chunks
+    beside the others' decoding.
 
     Where the executable can (`Executable.runs_ahead`) and all running samples decode greedily, with tokens to come after the next, a
     step is launched before the tokens of the one ahead of it are read. It is then under way when a sample turns out to have ended,

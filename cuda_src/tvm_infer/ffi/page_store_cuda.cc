@@ -45,15 +45,20 @@ void Copy(const PageMemory& memory, const std::vector<int32_t>& pages, PageStore
   cache.pitch = host.pitch = copy.width_bytes;
   cache.plane_rows = static_cast<size_t>(memory.num_pages);
   host.plane_rows = pages.size();
-  for (const PageRun& run : RunsOf(pages)) {
-    cache.y = static_cast<size_t>(run.first_page);
-    host.y = static_cast<size_t>(run.first_entry);
-    copy.height = static_cast<size_t>(run.count);
-    copy.from = is_out ? cache : host;
-    copy.to = is_out ? host : cache;
-    cuda::CheckDriver(cuda::Driver().cuMemcpy3DAsync_v2(&copy, scope.stream()), "cuMemcpy3DAsync");
+  try {
+    for (const PageRun& run : RunsOf(pages)) {
+      cache.y = static_cast<size_t>(run.first_page);
+      host.y = static_cast<size_t>(run.first_entry);
+      copy.height = static_cast<size_t>(run.count);
+      copy.from = is_out ? cache : host;
+      copy.to = is_out ? host : cache;
+      cuda::CheckDriver(cuda::Driver().cuMemcpy3DAsync_v2(&copy, scope.stream()), "cuMemcpy3DAsync");
+    }
+    target.Record(scope.stream());
+  } catch (...) {  // no event stands behind the copies that were begun: the memory may be given to others only when they are done
+    cuda::Driver().cuStreamSynchronize(scope.stream());
+    throw;
   }
-  target.Record(scope.stream());
 }
 
 }  // namespace
