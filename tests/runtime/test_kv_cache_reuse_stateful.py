@@ -4,9 +4,11 @@ with. A key is a hash of its namespace and all tokens up to its own, so that a p
 from __future__ import annotations
 
 import collections
+import random
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -351,6 +353,61 @@ class ReuseMachine(RuleBasedStateMachine):
             assert np.array_equal(keys[:, 0, 0], expected) and np.array_equal(values[:, 0, -1], expected + 1)
         away = sum(self.held(sequence) for sequence in self.model.values() if sequence.is_away)
         assert self.cache.swapped_bytes == away * self.cache.bytes_per_page
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_6000_operations(seed):
+    """The same, steered by chance towards what engines do, in few pages: texts branch off others, pages are given up."""
+    rng = random.Random(seed)
+    machine = ReuseMachine()
+    machine.create(rng.choice([1, 2, 2, 3]), rng.randint(8, 16), rng.choice([None, None, None, 5]))
+    texts = [[0, 1, 0, 1, 1]]
+    for _ in range(6000):
+        seq = rng.randrange(6)
+        live = list(machine.model)
+        known = rng.choice(live) if live else seq
+        name = rng.choices(
+            ["add_and_fill", "step", "remove", "fork", "pop", "commit", "swap", "import", "clear", "drop"],
+            [20, 40, 12, 6, 6, 6, 4, 3, 0.2, 0.2],
+        )[0]
+        if name == "add_and_fill":
+            base = rng.choice(texts)
+            text = [*base[: rng.randint(0, len(base))], *(rng.randrange(2) for _ in range(rng.randint(1, 6)))][:14]
+            if seq in machine.model:
+                machine.remove(seq)
+            if rng.random() < 0.3:
+                machine.add(seq, rng.choice([0, 7]), text)
+            else:
+                machine.add_and_fill(seq, text, rng.random() < 0.85)
+            texts = [*texts[-20:], text]
+        elif name == "step":
+            batch = {
+                s: [rng.randrange(2) for _ in range(rng.choice([0, 1, 1, 1, 2, 4]))] for s in live if rng.random() < 0.6
+            }
+            batch = {s: new for s, new in batch.items() if not machine.model[s].is_away or rng.random() < 0.1}
+            told = rng.random() < 0.85
+            machine.step_any(
+                dict(list(batch.items())[:4]), told, rng.choice(["end"] * 6 + ["cancel", "cancel unwritten"])
+            )
+        elif name == "remove":
+            machine.remove(known)
+        elif name == "fork":
+            machine.fork(known, seq, rng.choice([0, 0, 1, 3]))
+        elif name == "pop":
+            machine.pop(known, rng.choice([0, 1, 1, 2, 5]))
+        elif name == "commit":
+            machine.commit(known, rng.randrange(2))
+        elif name == "swap":
+            machine.swap(rng.choice([s for s in live if machine.model[s].is_away] or [known]))
+        elif name == "import":
+            machine.export_and_import(known, seq, rng.random() < 0.5)
+        elif name == "clear":
+            machine.clear()
+        elif len(live) < 2:
+            machine.drop_prefixes()
+        machine.holds()
+    stats = machine.cache.prefix_stats
+    assert stats.hits > 100 and stats.evictions > 100, stats
 
 
 TestReuseMachine = ReuseMachine.TestCase
