@@ -146,6 +146,19 @@ def test_tokens_may_come_after_the_step(told):
     assert cache.match_prefix([*A, 0]) == 12 and cache.num_known_tokens(0) == 12
 
 
+def test_two_who_say_otherwise_of_one_page():
+    cache = make()
+    cache.add_sequence(0)
+    fill(cache, 0, A, told=False)
+    cache.fork_sequence(0, 1)
+    cache.commit_tokens(0, A), cache.commit_tokens(1, [*A[:4], *C, 1, 1, 1])
+    assert cache.match_prefix([*A, 0]) == 12, "the first has it"
+    assert cache.match_prefix([*A[:4], *C, 1, 1, 1, 0]) == 4
+    for seq in (0, 1):
+        cache.remove_sequence(seq)
+    assert cache.prefix_stats.cached_pages == 3 and cache.num_free_pages == 8
+
+
 def test_tokens_behind_a_gap_are_not_known():
     cache = make()
     cache.add_sequence(0)

@@ -146,6 +146,7 @@ void CacheManager::Index(Sequence* sequence) noexcept {
     int32_t page = prefixes_->Find(sequence->space, sequence->indexed.page, block);
     if (page < 0) {
       page = sequence->pages[sequence->num_indexed];
+      // Gone behind a window; or in the index by other tokens, which somebody it is shared with committed: one of them is wrong.
       if (page == kNoPage || prefixes_->Has(page)) return;
       prefixes_->Insert(sequence->space, sequence->indexed.page, block, page);
     }
