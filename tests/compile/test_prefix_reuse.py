@@ -70,6 +70,18 @@ def test_a_request_waits_for_the_step_that_computes_its_beginning(executable):
     engine.run()
 
 
+def test_steps_by_hand(llama, executable):
+    cache = executable.new_cache(num_pages=30, page_size=4, prefix_reuse=True)
+    for seq, prompt in enumerate(texts(3)):
+        count = cache.add_sequence(seq, prompt)
+        assert count == (16 if seq else 0)
+        tokens = [int(executable.step(cache, [(seq, prompt[count:])])[0].argmax())]
+        for _ in range(4):
+            tokens.append(int(executable.step(cache, [(seq, tokens[-1:])])[0].argmax()))
+        assert tokens == hf_greedy(llama, prompt, 5)
+        assert cache.num_known_tokens(seq) == cache.seq_len(seq)
+
+
 def test_namespaces_and_samples(executable):
     engine = executable.engine(executable.new_cache(num_pages=60, page_size=4))
     sampler = Sampler(temperature=1.0, seed=5)

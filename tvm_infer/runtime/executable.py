@@ -242,12 +242,13 @@ class Executable:
         page_size: int = 16,
         max_batch: int | None = None,
         max_tokens: int | None = None,
+        prefix_reuse: bool = False,
         device: Any = None,
     ) -> PagedKVCache:
         """A cache of this model's layers and heads.
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
-        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
+        step, at most (default: what was compiled for). prefix_reuse : as of PagedKVCache (an engine turns it on by itself). device : "cpu", or the CUDA device to run on (default "cuda").
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be.
@@ -270,6 +271,8 @@ class Executable:
                 float(m.rope["magnitude"]),
             )
         self._give_variants(cache)
+        if prefix_reuse:
+            cache.enable_prefix_reuse()
         return cache
 
     def _give_variants(self, cache: PagedKVCache) -> None:

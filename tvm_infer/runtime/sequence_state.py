@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _array, _ffi
+from .. import _ffi
 from ..errors import ArgumentError, DTypeError
 
 if TYPE_CHECKING:
     from .kv_cache import PagedKVCache
 
 _WORDS = {1: "uint8", 2: "uint16", 4: "uint32"}  # bytes of an element -> what numpy's own types view it as
+_NATIVE = ("float32", "float16")  # numpy's own; the others are of ml_dtypes
 _FORMAT = 1  # of files
 
 
@@ -76,7 +77,7 @@ class SequenceState:
 
 
 def _dtype(name: str) -> np.dtype:
-    if name in ("float32", "float16"):
+    if name in _NATIVE:
         return np.dtype(name)
     import ml_dtypes
 
@@ -120,13 +121,16 @@ def import_into(cache: PagedKVCache, seq_id: int, state: SequenceState) -> None:
     paged = rows.reshape(cache.num_layers, 2, num_pages, page_size, cache.num_kv_heads, cache.head_dim)
     pages = np.ascontiguousarray(paged.transpose(0, 2, 1, 4, 3, 5))
     tokens = np.ascontiguousarray(state.tokens, np.int64)
-    cache._call(
-        "import_pages", seq_id, _array.as_tensor(pages, "pages"), state.length, (begin, end), tokens, state.namespace
-    )
+    cache._call("import_pages", seq_id, _as_tensor(pages), state.length, (begin, end), tokens, state.namespace)
+
+
+def _as_tensor(array: np.ndarray) -> Any:
+    name = array.dtype.name
+    return array if name in _NATIVE else _ffi.func("view_as")(array.view(_WORDS[array.dtype.itemsize]), name)
 
 
 def _on_host(tensor: Any, dtype: str) -> np.ndarray:
-    if dtype in ("float32", "float16"):
+    if dtype in _NATIVE:
         return np.from_dlpack(tensor)
     target = _dtype(dtype)
     return np.from_dlpack(_ffi.func("view_as")(tensor, _WORDS[target.itemsize])).view(target)

@@ -217,7 +217,7 @@ class CacheManager {
   int32_t TakePage() noexcept;
   void LeaveIndex(int32_t page) noexcept;
   PrefixIndex& Prefixes() const;
-  int64_t NumMatched(const int64_t* tokens, int64_t num_tokens, int64_t space) const noexcept;
+  int64_t MostMatched(int64_t num_tokens) const;
   void KeepTokens() noexcept;
   void Index(Sequence* sequence) noexcept;
   void CutTokens(Sequence* sequence, int64_t length) const noexcept;

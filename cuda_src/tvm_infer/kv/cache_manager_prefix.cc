@@ -22,49 +22,48 @@ PrefixIndex& CacheManager::Prefixes() const {
 
 // ---- Finding ----
 
-// Of the whole pages before the last token.
-int64_t CacheManager::NumMatched(const int64_t* tokens, int64_t num_tokens, int64_t space) const noexcept {
-  const int64_t most = num_tokens > 0 ? (num_tokens - 1) / limits_.page_size : 0;
-  int64_t count = 0;
-  for (int32_t page = -1; count < most; ++count) {
-    page = prefixes_->Find(space, page, tokens + count * limits_.page_size);
-    if (page < 0) break;
-  }
-  return count;
-}
+// Whole pages before the last token.
+int64_t CacheManager::MostMatched(int64_t num_tokens) const { return num_tokens > 0 ? (num_tokens - 1) / limits_.page_size : 0; }
 
 int64_t CacheManager::MatchPrefix(const int64_t* tokens, int64_t num_tokens, int64_t space) const {
-  Prefixes();
-  return NumMatched(tokens, num_tokens, space) * limits_.page_size;
+  const PrefixIndex& prefixes = Prefixes();
+  int64_t count = 0;
+  for (int32_t page = -1; count < MostMatched(num_tokens); ++count) {
+    page = prefixes.Find(space, page, tokens + count * limits_.page_size);
+    if (page < 0) break;
+  }
+  return count * limits_.page_size;
 }
 
 int64_t CacheManager::AddWithPrefix(int64_t id, const int64_t* tokens, int64_t num_tokens, int64_t space) {
   CheckIdle("add");
   CheckNew(id, "id");
   PrefixIndex& prefixes = Prefixes();
-  const int64_t num_pages = NumMatched(tokens, num_tokens, space), length = num_pages * limits_.page_size;
+  const int64_t most = MostMatched(num_tokens);
   const int32_t slot = NewSlot();
   Sequence& sequence = sequences_[slot];
-  Reserve2x(&sequence.pages, num_pages);
-  Reserve2x(&sequence.tokens, length);
+  Reserve2x(&sequence.pages, most);
+  Reserve2x(&sequence.tokens, most * limits_.page_size);
   slot_of_.emplace(id, slot);
 
   free_slots_.pop_back();
   sequence.id = id;
-  sequence.length = static_cast<int32_t>(length);
   sequence.is_live = true;
   sequence.space = space;
-  sequence.tokens.assign(tokens, tokens + length);
-  int32_t page = -1;
-  for (int64_t i = 0; i < num_pages; ++i) {
-    page = prefixes.Find(space, page, tokens + i * limits_.page_size);
+  int32_t num_pages = 0;
+  for (; num_pages < most; ++num_pages) {
+    const int32_t page = prefixes.Find(space, sequence.indexed.page, tokens + int64_t{num_pages} * limits_.page_size);
+    if (page < 0) break;
     sequence.pages.push_back(page);
+    sequence.indexed = prefixes.RefTo(page);
   }
-  sequence.num_indexed = static_cast<int32_t>(num_pages);
-  if (page >= 0) sequence.indexed = prefixes.RefTo(page);
+  const int32_t length = num_pages * limits_.page_size;
+  sequence.num_indexed = num_pages;
+  sequence.length = length;
+  sequence.tokens.assign(tokens, tokens + length);
   // What the window hides from its next token is not taken: it would count as used until the sequence's first step.
   const Entries hidden = window_.is_bounded() ? Leaving(sequence) : Entries{0, 0};
-  for (int32_t i = 0; i < static_cast<int32_t>(num_pages); ++i) {
+  for (int32_t i = 0; i < num_pages; ++i) {
     if (i >= hidden.begin && i < hidden.end) {
       sequence.pages[i] = kNoPage;
     } else {

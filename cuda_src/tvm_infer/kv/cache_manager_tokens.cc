@@ -58,8 +58,8 @@ std::vector<TokenMove> CacheManager::Moves(const int64_t* ids, const int64_t* sr
 }
 
 void CacheManager::NoteMoves(const int64_t* ids, const int64_t* dst, const std::vector<TokenMove>& moves) noexcept {
+  if (prefixes_ == nullptr) return;
   for (size_t i = 0; i < moves.size(); ++i) {
-    if (prefixes_ == nullptr) return;
     Sequence& sequence = sequences_[slot_of_.find(ids[i])->second];
     LeaveIndex(moves[i].dst_page);
     CutTokens(&sequence, dst[i]);
