@@ -248,7 +248,8 @@ class Executable:
         """A cache of this model's layers and heads.
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
-        step, at most (default: what was compiled for). prefix_reuse : as of PagedKVCache (an engine turns it on by itself). device : "cpu", or the CUDA device to run on (default "cuda").
+        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda").
+        prefix_reuse : as of PagedKVCache; an engine turns it on by itself.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be.
