@@ -77,6 +77,7 @@ class CudaDevice:
             num_sink=workload.num_sink,
             chunk=workload.chunk,
             device=self.torch_device,
+            levels=workload.levels,
         )
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:

@@ -123,7 +123,7 @@ class DeviceBatch:
 
 
 def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
-    """A random batch, N(0, 1), on a torch device; pages are handed out in random order."""
+    """A random batch, N(0, 1), on a torch device; pages are handed out in random order, those of a shared prefix to all requests."""
     import torch
 
     w = workload
@@ -138,14 +138,19 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
 
     counts = [-(-n // w.page_size) for n in w.kv_lens]
     page_indptr = indptr(counts)
+    shared = w.prefix // w.page_size
+    num_pages = sum(counts) - shared * (len(counts) - 1 if shared else 0)
     if w.ragged:
         kv = normal(2, sum(w.kv_lens), w.num_kv_heads, w.head_dim)
     elif w.kv_layout == "HND":
-        kv = normal(sum(counts), 2, w.num_kv_heads, w.page_size, w.head_dim)
+        kv = normal(num_pages, 2, w.num_kv_heads, w.page_size, w.head_dim)
     else:
-        kv = normal(sum(counts), 2, w.page_size, w.num_kv_heads, w.head_dim)
+        kv = normal(num_pages, 2, w.page_size, w.num_kv_heads, w.head_dim)
     q = normal(sum(w.qo_lens), w.num_qo_heads, w.head_dim)
-    order = torch.randperm(sum(counts), generator=generator, device=device, dtype=torch.int32)
+    order = torch.randperm(num_pages, generator=generator, device=device, dtype=torch.int32)
+    if shared:
+        own = order[shared:].split([n - shared for n in counts])
+        order = torch.cat([x for pages in own for x in (order[:shared], pages)])
     return DeviceBatch(
         workload=w,
         q=q,

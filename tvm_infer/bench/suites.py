@@ -119,6 +119,22 @@ VARIANTS = (
     _variant(_ROPE_DECODE),
     *(_variant(w, "fused RoPE") for w in (_ROPE_DECODE, *_DECODES, *_PREFILLS)),
 )
+
+
+def _prefix(batch: int, prefix: int, own: int, num_qo_heads: int = 32) -> tuple[Workload, Workload]:
+    """One token each of `batch` answers of one prompt, and the same where each request reads the prompt for itself."""
+    name = f"prefix {prefix} + {own} h{num_qo_heads}/8 b{batch}"
+    row = replace(_row(name, (1,) * batch, (prefix + own,) * batch, num_qo_heads), prefix=prefix)
+    return row, replace(row, name=f"{name} flat", flat=True)
+
+
+# what page tables have in common, each beside the flat plan of the same batch
+FORMATS = (
+    *_prefix(64, 8192, 256),
+    *_prefix(64, 8192, 256, num_qo_heads=64),
+    *_prefix(16, 512, 512),
+    *(row for batch in (4, 8, 16, 32) for row in _prefix(batch, 2048, 256)),
+)
 _QUICK = (
     "decode h32/8 b1 kv2048",
     "decode h32/8 b64 kv2048",
@@ -146,6 +162,7 @@ SUITES: dict[str, Suite] = {
     ),
     "h200": Suite("cuda", H200),
     "variants": Suite("cuda", VARIANTS),
+    "formats": Suite("cuda", FORMATS),
     "h200-quick": Suite("cuda", tuple(w for w in H200 if w.name in _QUICK)),
 }
 # the suite of a device when none is named

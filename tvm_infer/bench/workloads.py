@@ -16,6 +16,7 @@ class Workload:
     variant : a name of variants.py, "" for plain attention. window : keys before its own that a query sees, -1 for all. chunk :
     positions a chunk, outside of which it sees none, 0 for no chunks. num_sink : first keys that it sees besides. (Those two have
     their variants.)
+    prefix : first keys that all requests share, in whole pages; 0 for none. flat : not said to the plan: each request reads its own.
     """
 
     name: str
@@ -33,6 +34,13 @@ class Workload:
     window: int = -1
     num_sink: int = 0
     chunk: int = 0
+    prefix: int = 0
+    flat: bool = False
+
+    @property
+    def levels(self) -> list[list[tuple[range, int]]]:
+        """`levels` of tvm_infer.plan."""
+        return [[(range(len(self.kv_lens)), self.prefix)]] if self.prefix and not self.flat else []
 
     @property
     def element_bytes(self) -> int:
@@ -43,6 +51,7 @@ class Workload:
     def kv_bytes(self) -> int:
         """Bytes of keys and values that every query together must read once."""
         keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
+        keys -= self.prefix * (len(self.kv_lens) - 1)
         return 2 * keys * self.num_kv_heads * self.head_dim * self.element_bytes
 
     @property

@@ -72,7 +72,7 @@ __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>&
     for (; complete != 0; complete &= complete - 1) {
       if (skip-- > 0) continue;
       skip = Config::kConsumerWarps / warps - 1;
-      MergeRowsOfHead(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
+      MergeRows(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
     }
   }
 }

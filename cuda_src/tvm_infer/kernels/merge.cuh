@@ -157,29 +157,70 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
   }
 }
 
-// All rows of a merge, shared out among `num_warps` warps.
-template <typename Config>
-__device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
-  if (job.num_slots == 2) {
-    constexpr int kAtOnce = 4;
-#pragma unroll 1
-    for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += kAtOnce * num_warps) {
-      MergePairs<Config, kAtOnce>(c, job, i, num_warps);
+// The same for kRows rows of up to kFewSlots partials each.
+inline constexpr int kFewSlots = 8;
+template <typename Config, int kRows>
+__device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
+  constexpr int kColumns = Config::kHeadDim / 32;
+  constexpr float kLog2e = 1.4426950408889634f;
+  using Vector = std::conditional_t<kColumns == 4, float4, float2>;
+  const attention::AttentionParams& params = c.params;
+  const int32_t lane = c.ThreadAnew() % 32, total = job.merge.num_rows * job.merge.num_kv_heads;
+  const float* columns = params.partial_o + lane * kColumns;
+  float lse[kRows];  // of this lane's partial
+  Vector v[kRows][kFewSlots];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t partial = job.my_slot + min(first + r * step, total - 1);
+    lse[r] = lane < job.num_slots ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
+#pragma unroll
+    for (int i = 0; i < kFewSlots; ++i) {
+      v[r][i] =
+          __ldcg(reinterpret_cast<const Vector*>(columns + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i)) * Config::kHeadDim));
     }
-    return;
   }
-#pragma unroll 1
-  for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
-    MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t row = first + r * step;
+    if (row >= total) break;
+    float max = lse[r];
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
+    const float weight = ptx::Exp2((lse[r] - (max == attention::kNegInf ? 0.f : max)) * kLog2e);
+    float sum = 0.f, o[kColumns] = {};
+#pragma unroll
+    for (int i = 0; i < kFewSlots; ++i) {
+      const float w = __shfl_sync(0xffffffff, weight, i);
+      sum += w;
+      o[0] += w * v[r][i].x;
+      o[1] += w * v[r][i].y;
+      if constexpr (kColumns == 4) {
+        o[2] += w * v[r][i].z;
+        o[3] += w * v[r][i].w;
+      }
+    }
+    StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, max, sum, o);
   }
 }
 
-// Of a merge of one KV head.
+// All rows of a merge, shared out among `num_warps` warps. Mostly there are few partials: several rows are on their way at once then.
 template <typename Config>
-__device__ __forceinline__ void MergeRowsOfHead(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp,
-                                                int32_t num_warps) {
+__device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
+  const int32_t total = job.merge.num_rows * job.merge.num_kv_heads;
+  if (job.num_slots == 2) {
+    constexpr int kAtOnce = 4;
 #pragma unroll 1
-  for (int32_t row = warp; row < job.merge.num_rows; row += num_warps) MergeRow(c, job, 0, row);
+    for (int32_t i = warp; i < total; i += kAtOnce * num_warps) MergePairs<Config, kAtOnce>(c, job, i, num_warps);
+    return;
+  }
+  if (job.num_slots <= kFewSlots) {
+    constexpr int kAtOnce = 2;
+#pragma unroll 1
+    for (int32_t i = warp; i < total; i += kAtOnce * num_warps) MergeFew<Config, kAtOnce>(c, job, i, num_warps);
+    return;
+  }
+#pragma unroll 1
+  for (int32_t i = warp; i < total; i += num_warps) MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
 }
 
 }  // namespace tvm_infer::kernels
