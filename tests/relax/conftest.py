@@ -51,7 +51,6 @@ class FakeCache:
             result[rows] = np.einsum("hij,jhd->ihd", weights, np.repeat(values, group, 1))
         out[...] = result
 
-
     def positions(self, layer) -> np.ndarray:
         """Of the step's tokens, before the layer's keys are stored."""
         old = {seq: len(self.store.get((layer, seq), ((),))[0]) for seq, _ in self.lengths}

@@ -99,8 +99,8 @@ class Matcher:
     ----------
     mod, name : the module and the function in it. num_tokens : the symbolic number of packed tokens, n of input_ids [1, n].
     inputs : parameters that change with every call (not weights). positions : the one of them that counts the tokens of a sequence.
-    assume_full : names of mask inputs that mask nothing. rotary_multiple : of which head_dim and the elements that turn must be multiples
-    for a rotation to be lifted; 0 to lift none.
+    assume_full : names of mask inputs that mask nothing. rotary_multiple : of which head_dim and the elements that turn must be
+    multiples for a rotation to be lifted; 0 to lift none.
     """
 
     def __init__(
@@ -597,9 +597,7 @@ class Matcher:
         spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, proof.causal, scale, proof.variant)
         rotation = rope.rotation if isinstance(rope, Lifted) else None
         text = f"lifted: {rotation}" if rotation is not None else str(rope)
-        return Attention(
-            spec, q, k, v, output, output_axes, head_extents, form, location, assumptions, rotation, text
-        )
+        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, assumptions, rotation, text)
 
     def _rope(self, context: _Context, views: tuple[View, View], axes: _Axes) -> Lifted | str:
         """q and k before their rotary embedding, or why they are taken as they are."""

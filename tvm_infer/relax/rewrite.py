@@ -238,9 +238,7 @@ def _replace(body: Any, attentions: Sequence[Attention], cache: Any, num_tokens:
     return relax.SeqExpr(blocks, body.body)
 
 
-def _call(
-    builder: Any, emit: Any, layer: int, attention: Attention, cache: Any, num_tokens: Any, inv_freq: Any
-) -> Any:
+def _call(builder: Any, emit: Any, layer: int, attention: Attention, cache: Any, num_tokens: Any, inv_freq: Any) -> Any:
     """Emit the packed call of one attention; returns its output in the shape and data type of what it replaces. inv_freq : of its
     rotation, as a constant."""
     spec = attention.spec

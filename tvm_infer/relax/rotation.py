@@ -49,7 +49,8 @@ class Rotation:
     def __str__(self) -> str:
         pairs = "interleaved pairs" if self.interleaved else "half-split pairs"
         factor = f", times {self.magnitude:g}" if self.magnitude != 1.0 else ""
-        return f"{pairs} of the first {self.rotary_dim} elements, {self.inv_freq[0]:.4g} to {self.inv_freq[-1]:.4g} radians a token{factor}"
+        rates = f"{self.inv_freq[0]:.4g} to {self.inv_freq[-1]:.4g} radians a token"
+        return f"{pairs} of the first {self.rotary_dim} elements, {rates}{factor}"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def lift(
 ) -> Lifted | None:
     """The rotation that both operands of the first matmul went through; None where no cosine or sine takes part.
 
-    views : the elements of q and of k, in their token of `tokens` (index variables, whose position they are where the program's positions
-    are the tokens' own) and `depth`, from 0 to head_dim - 1. multiple : of which head_dim and the elements that turn must be multiples.
+    views : the elements of q and of k, in their token of `tokens` (index variables; a token's position is its place in the row, as the
+    program is written) and `depth`, from 0 to head_dim - 1. multiple : of which head_dim and the elements that turn must be multiples.
     as_operand(view, token, "q" or "k") : the operand that a view is an element of, None for none that a call takes.
 
     Raises NotARotationError : cosines or sines take part in another way, or in q and k not alike; says how.
@@ -131,7 +132,7 @@ def _turned(
         try:
             rotation = _rotation(reader.terms(ev.element(view.tensor, view.index)), head_dim)
         except NotARotationError as error:
-            problem = error if error.is_of_angle >= problem.is_of_angle else problem
+            problem = max(problem, error, key=lambda x: x.rank)  # the first of the most telling ones
             continue
         except TooComplexError:
             continue
@@ -145,7 +146,8 @@ def _turned(
 
 
 def _candidates(ev: Evaluator, tensor: Any, head_dim: int) -> tuple[list[Any], bool]:
-    """Tensors that `tensor` may be a rotation of, those that come first in the program first, and whether a cosine or sine was met."""
+    """Tensors that `tensor` may be a rotation of, those that come first in the program first, and whether a cosine, a sine or
+    position_ids was met."""
     found: list[Any] = []
     seen: set[Any] = set()
     turns = False
@@ -158,7 +160,7 @@ def _candidates(ev: Evaluator, tensor: Any, head_dim: int) -> tuple[list[Any], b
         seen.add(var)
         value = ev.definition(var)
         name = op_name(value)
-        if name in ("relax.cos", "relax.sin"):
+        if name in ("relax.cos", "relax.sin") or same(var, ev.positions):
             turns = True
             return
         if name in _BETWEEN or not name:  # no name: a tuple, or an item of one
@@ -242,4 +244,4 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _require(holds: bool, why: str) -> None:
     if not holds:
-        raise NotARotationError(why)
+        raise NotARotationError(why, rank=1)

@@ -1,4 +1,4 @@
-"""An element of a head as a sum of terms, for all elements of the head at once: `factor * [position] * [cos|sin (freq * position)] * [x]`.
+"""An element of a head as a sum of terms `factor * [position] * [cos or sin (freq * position)] * [x]`, for all elements at once.
 
 The index along the head is an array, so that slices, halves, repeats and tables of constants become array lookups; what does not hold
 for all elements alike (pieces of a concat) is a factor of 0 elsewhere.
@@ -15,16 +15,17 @@ from tvm import ir, relax, tirx
 
 from .movement import broadcast_index
 from .nodes import Index, dtype_class, int_imm, known_shape, same, static_int
-from .scalars import free_vars
+from .scalars import children, free_vars
 from .symbolic import Atom, Evaluator
 
 
 class NotARotationError(Exception):
-    """Why an expression is no rotation. is_of_angle : the angle is what is not known, so the rest may well be one."""
+    """Why an expression is no rotation. rank : how telling that is: 2 where an angle is not known, so that the rest may well be one; 1
+    where all of it is known; else 0."""
 
-    def __init__(self, why: str, is_of_angle: bool = False) -> None:
+    def __init__(self, why: str, rank: int = 0) -> None:
         super().__init__(why)
-        self.is_of_angle = is_of_angle
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Reader:
         return Term(np.where(self._active, value, 0.0), self._zeros)
 
     def _other(self, why: str) -> NotARotationError:
-        return NotARotationError(why, self._in_angle)
+        return NotARotationError(why, 2 if self._in_angle else 0)
 
     def _variable(self, var: Any) -> list[Term]:
         if same(var, self._depth):
@@ -138,10 +139,7 @@ class Reader:
         raise self._other(f"{what} `{atom.name}`, which is neither a constant nor the token's position (position_ids)")
 
     def _element_of_x(self, index: Index) -> Term:
-        along = [axis for axis, part in enumerate(index) if any(same(var, self._depth) for var in free_vars(part))]
-        if len(along) != 1:
-            raise self._other("its heads are not an axis of their own")
-        axis = along[0]
+        axis = self._axis_of_head(index)
         rest = (*index[:axis], int_imm(0), *index[axis + 1 :])
         if not self._index:
             self._index, self._axis = rest, axis
@@ -150,13 +148,27 @@ class Reader:
         source = self._need(index[axis])
         return Term(self._active.astype(float), self._zeros, source=np.where(self._active, source, -1).astype(int))
 
+    def _axis_of_head(self, index: Index) -> int:
+        """The axis along a head: that whose index follows the place in a head; one and the same element of each head has none such."""
+        along = [axis for axis, part in enumerate(index) if any(same(var, self._depth) for var in free_vars(part))]
+        if not along:
+            shape = known_shape(self._x) or ()
+            extent = len(self._active)
+            along = [
+                a for a, part in enumerate(index) if static_int(part) is not None and static_int(shape[a]) == extent
+            ]
+            along = along[-1:]
+        if len(along) != 1:
+            raise self._other("its heads are not an axis of their own")
+        return along[0]
+
     def _lookup(self, table: np.ndarray, atom: Atom) -> Term:
         """Elements of a constant."""
         index = []
         for part in atom.index:
             numbers = self._numbers(part)
             if numbers is None:
-                raise self._other("its cosines, sines or angles come from a table by position")
+                raise NotARotationError("its cosines, sines or angles come from a table by position", rank=1)
             index.append(np.where(self._active, numbers, 0).astype(int))
         return self._number(table[tuple(index)].astype(float))
 
@@ -215,6 +227,8 @@ class Reader:
     def _function(self, expr: Any) -> list[Term]:
         name = _function_name(expr)
         if name not in ("cos", "sin"):
+            for operand in children(expr):
+                self.terms(operand)  # says more, if it is an operand's fault
             raise self._other(f"{name or type(expr).__name__} takes part in it")
         before, self._in_angle = self._in_angle, True
         freq = self._zeros

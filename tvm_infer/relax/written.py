@@ -45,8 +45,7 @@ def scalar(value: Any) -> Any:
 
 
 def written_attentions(name: str, func: Any) -> list[Match]:
-    """The attentions of a function that calls ours already (models of `relax.PagedKVCache`, modules that RewritePagedAttention made), in
-    program order.
+    """The attentions of a function that calls ours already (of a `relax.PagedKVCache`, or rewritten before), in program order.
 
     Raises ModelError where layers are not numbered 0, 1, … in that order: one cache has one layer for each.
     """

@@ -215,7 +215,8 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                         const OwnRotation* rotation, const variant::Call* variant) {
-  if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);  // k and v may be parts of the same tensor, and are aligned then
+  // First, for its name: k and v may be parts of the same tensor, and are aligned if it is.
+  if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor());
   cpu::KVSource source{};
   const CacheShape shape =

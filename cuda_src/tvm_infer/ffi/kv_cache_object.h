@@ -58,7 +58,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.
   void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
-  // The same with q, k and v apart and the rotation in the call: inv_freq float32 [rotary_dim / 2] where the cache is. rotated_q is written.
+  // The same with q, k and v apart and the rotation in the call: inv_freq float32 [rotary_dim / 2] where the cache is. Writes rotated_q.
   void RopeAttention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const RopeArguments& rope,
                      double sm_scale, bool causal, const TensorView& rotated_q, const TensorView& o);
 

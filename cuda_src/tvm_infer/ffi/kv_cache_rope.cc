@@ -93,9 +93,8 @@ void PagedKVCacheObj::FusedAttention(int64_t layer, const TensorView& qkv, doubl
   executor_->Attention(memory_, step_, call);
 }
 
-void PagedKVCacheObj::RopeAttention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v,
-                                    const RopeArguments& rope, double sm_scale, bool causal, const TensorView& rotated_q,
-                                    const TensorView& o) {
+void PagedKVCacheObj::RopeAttention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const RopeArguments& rope,
+                                    double sm_scale, bool causal, const TensorView& rotated_q, const TensorView& o) {
   CheckCall(layer, sm_scale, causal);
   CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
   CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
@@ -106,8 +105,8 @@ void PagedKVCacheObj::RopeAttention(int64_t layer, const TensorView& q, const Te
   const int64_t rotary_dim = 2 * rope.inv_freq.size(0);
   executor_->CheckRope(rotary_dim);
   if (step_.num_rows == 0) return;
-  const LayerRope own{DataPtr<const float>(rope.inv_freq),       rotated_q, static_cast<int32_t>(rotary_dim), rope.interleaved == 1,
-                      static_cast<float>(rope.magnitude), "q"};
+  const LayerRope own{DataPtr<const float>(rope.inv_freq), rotated_q, static_cast<int32_t>(rotary_dim), rope.interleaved == 1,
+                      static_cast<float>(rope.magnitude),  "q"};
   LayerCall call = CallOf(layer, q, k, v, o, sm_scale);
   call.rope = &own;
   executor_->Attention(memory_, step_, call);
