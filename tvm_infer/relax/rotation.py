@@ -95,7 +95,7 @@ def lift(
     operands: list[Any] = []
     for name, view, token in zip("qk", views, tokens, strict=True):
         try:
-            found, operand = _turned(ev, view, token, depth, head_dim, lambda x, t=token, n=name: as_operand(x, t, n))
+            found, operand = _turned(ev, view, token, name, depth, head_dim, as_operand)
         except NotARotationError as error:
             raise NotARotationError(f"of {name}: {error}") from None
         turned.append(found)
@@ -115,11 +115,17 @@ def lift(
         raise NotARotationError(
             f"{b.rotary_dim} of {head_dim} elements turn, and kernels of the target take multiples of {multiple}"
         )
-    return Lifted(*operands, q.view.factor * k.view.factor * extra, b, ev.read_positions)
+    return Lifted(operands[0], operands[1], q.view.factor * k.view.factor * extra, b, ev.read_positions)
 
 
 def _turned(
-    ev: Evaluator, view: View, token: Any, depth: Any, head_dim: int, as_operand: Callable[[View], Any]
+    ev: Evaluator,
+    view: View,
+    token: Any,
+    name: str,
+    depth: Any,
+    head_dim: int,
+    as_operand: Callable[[View, Any, str], Any],
 ) -> tuple[Turned | None, Any]:
     """What an operand of the first matmul was before it was turned, and that as an operand; (None, None) where nothing turns it."""
     candidates, turns = _candidates(ev, view.tensor, head_dim)
@@ -139,7 +145,7 @@ def _turned(
         finally:
             ev.stops = set()
         before = View(tensor, reader.place(), view.factor)
-        operand = as_operand(before)
+        operand = as_operand(before, token, name)
         if operand is not None:
             return Turned(before, rotation), operand
     raise problem
@@ -226,7 +232,8 @@ def _merged(terms: list[Term], head_dim: int) -> _Part:
     source = np.full(head_dim, -1)
     for term in terms:
         active = term.factor != 0.0
-        _require(term.source is not None and not term.of_position, "something else than x is added to it")
+        if term.source is None or term.of_position:
+            raise NotARotationError("something else than x is added to it", rank=1)
         both = active & (factor != 0.0)
         _require(
             bool((source[both] == term.source[both]).all() and (freq[both] == term.freq[both]).all()),
