@@ -352,6 +352,7 @@ def test_a_fused_projection_needs_the_kernel_that_rotates():
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
     assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
     assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
+    assert library.kernel_names(layers, ["attention_with_kv_cache_rope"], (16,)) == ("rope_append_bf16", *always)
 
 
 def test_products_of_any_kind_need_the_kernels_of_few_rows():

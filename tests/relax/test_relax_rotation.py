@@ -16,7 +16,7 @@ from tvm.script import relax as R
 
 from tvm_infer.errors import ArgumentError
 from tvm_infer.relax import RewritePagedAttention, from_torch
-from tvm_infer.relax.nodes import bindings_of, op_name
+from tvm_infer.relax.nodes import bindings_of, op_name, shape_of, static_int
 
 n = TypeVar("n")
 HEADS, KV_HEADS, DIM, WIDTH = 4, 2, 8, 24
@@ -309,6 +309,24 @@ def test_16_bit_heads_that_are_turned_in_float32():
     np.testing.assert_array_equal(arguments[5].value.numpy(), INV_FREQ)
 
 
+def test_angles_by_a_matmul():
+    """TVM's own import leaves the product of positions and frequencies one of matrices."""
+    from tvm.relax.frontend.torch import from_exported_program
+
+    length = torch.export.Dim("n", min=2, max=64)
+    example = (torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None])
+    shapes = {"input_ids": {1: length}, "position_ids": {1: length}}
+    with torch.no_grad():
+        program = torch.export.export(Block(half_split).eval(), example, dynamic_shapes=shapes)
+    before = from_exported_program(program, keep_params_as_input=True)
+    products = [shape_of(b.value.args[1]) for b in bindings_of(before["main"]) if op_name(b.value) == "relax.matmul"]
+    assert any(static_int(shape[-2]) == 1 for shape in products)
+    mod = RewritePagedAttention()(before)
+    ((_, arguments),) = calls(mod)
+    np.testing.assert_array_equal(arguments[5].value.numpy(), INV_FREQ)
+    assert not has_trigonometry(mod)
+
+
 # ---- what is left in the model
 
 
@@ -360,6 +378,11 @@ def rounded_angles(x, position_ids):
     return half_split_of(x, (position_ids[0].to(torch.bfloat16)[:, None] * INV_FREQ.to(torch.bfloat16)).float())
 
 
+def rounded_heads(x, position_ids):
+    """To 8 bits: no rounding of a model's type."""
+    return half_split(x, position_ids).to(torch.int8).float()
+
+
 def last_elements(x, position_ids):
     angle = position_ids[0].float()[:, None] * INV_FREQ[:2]
     cos, sin = (torch.cat([turn] * 2, -1) for turn in (angle.cos(), angle.sin()))
@@ -402,6 +425,7 @@ LEFT = [
     (by_heads, None, "of q: it depends on h, which is not the position along the head"),
     (from_a_table, None, "of q: its cosines, sines or angles come from a table by position"),
     (rounded_angles, None, "of q: it is rounded to bfloat16"),
+    (rounded_heads, None, "of q: it is rounded to int8"),
     (last_elements, None, "of q: elements 4, 7 of a head turn, and others between or before them do not"),
     (mirrored, None, "of q: its pairs do not turn: signs differ"),
     (stretched, None, "of q: cosines and sines have different factors"),

@@ -64,6 +64,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fabs": np.abs,
     "floor": np.floor,
 }
+_WIDE = ("float32", "float64")
 _SHORT = ("float16", "bfloat16")
 
 
@@ -95,8 +96,9 @@ class Reader:
         if isinstance(expr, ir.Var):
             return self._variable(expr)
         if isinstance(expr, tirx.Cast):
-            rounds = dtype_class(str(expr.ty)) == "int" and dtype_class(str(expr.value.ty)) != "int"
-            if rounds or (self._in_angle and str(expr.ty) in _SHORT):
+            target, source = str(expr.ty), str(expr.value.ty)
+            rounds = target not in _WIDE and not (dtype_class(target) == dtype_class(source) == "int")
+            if rounds and (self._in_angle or target not in _SHORT):  # x and cosines keep what a 16-bit model keeps
                 raise self._other(f"it is rounded to {expr.ty}")
             return self._terms(expr.value)
         if isinstance(expr, tirx.Add | tirx.Sub):
