@@ -131,7 +131,7 @@ def _turned(
     candidates, turns = _candidates(ev, view.tensor, head_dim)
     if not turns:
         return None, None
-    problem = NotARotationError("no tensor before it has heads of its own")
+    problem = NotARotationError("no tensor before it has heads of its own", rank=-1)
     for tensor in candidates:
         reader = Reader(ev, tensor, token, depth, head_dim)
         ev.stops = {tensor}

@@ -21,7 +21,7 @@ from .symbolic import Atom, Evaluator
 
 class NotARotationError(Exception):
     """Why an expression is no rotation. rank : how telling that is: 2 where an angle is not known, so that the rest may well be one; 1
-    where all of it is known; else 0."""
+    where all of it is known; 0, and -1 where nothing was read, else."""
 
     def __init__(self, why: str, rank: int = 0) -> None:
         super().__init__(why)
