@@ -11,7 +11,8 @@ import numpy as np
 from . import _device, _ffi
 from .errors import ArgumentError, DTypeError, MissingDependencyError
 
-_BFLOAT16 = "bfloat16"
+# numpy has these of the package ml_dtypes, and cannot hand them out itself: they go as integers of their width.
+_EXTENDED = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}
 
 
 def is_torch(x: Any) -> bool:
@@ -40,8 +41,8 @@ _TAKEN: set[type] = set()  # types that packed functions were found to take as t
 def as_tensor(x: Any, name: str, *, output: bool = False) -> Any:
     """`x` in a form that packed functions take, without copying its elements.
 
-    torch and TVM tensors and most numpy arrays already are. numpy's DLPack export refuses read-only and bfloat16 arrays: those are
-    passed as aliases. An output must be writable.
+    torch and TVM tensors and most numpy arrays already are. numpy's DLPack export refuses read-only arrays and those of ml_dtypes
+    (bfloat16, 8-bit floats): they are passed as aliases. An output must be writable.
     """
     kind = type(x)
     if kind in _TAKEN:
@@ -61,11 +62,12 @@ def as_tensor(x: Any, name: str, *, output: bool = False) -> Any:
         return x
     if output and not x.flags.writeable:
         raise ArgumentError(f"argument `{name}` is a read-only numpy array; outputs must be writable")
-    bfloat16 = x.dtype.kind == "V" and x.dtype.name == _BFLOAT16  # `name` alone costs 0.5 us
-    if x.flags.writeable and not bfloat16:
+    # `name` alone costs 0.5 us
+    typestr = _EXTENDED.get(x.dtype.name) if x.dtype.kind == "V" or x.dtype.itemsize == 1 else None
+    if x.flags.writeable and typestr is None:
         return x
-    alias = np.asarray(_Alias(x, "<u2" if bfloat16 else x.dtype.str))
-    return _ffi.func("view_as")(alias, _BFLOAT16) if bfloat16 else alias
+    alias = np.asarray(_Alias(x, typestr or x.dtype.str))
+    return alias if typestr is None else _ffi.func("view_as")(alias, x.dtype.name)
 
 
 def as_index(x: Any, name: str) -> Any:
@@ -92,6 +94,23 @@ def dtype_name(x: Any) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """ "bfloat16" and 8-bit floats are those of ml_dtypes."""
+    if name not in _EXTENDED:
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+def on_host(x: Any, name: str) -> np.ndarray:
+    """A host tensor of whatever library as numpy sees it, not copied; `name`: its dtype."""
+    if name not in _EXTENDED:
+        return np.from_dlpack(x)
+    width = np.dtype(_EXTENDED[name])
+    return np.from_dlpack(_ffi.func("view_as")(x, width.name)).view(numpy_dtype(name))
+
+
 def empty_like(x: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
     """An uninitialised array of `x`'s kind and device."""
     if is_torch(x):
@@ -100,11 +119,7 @@ def empty_like(x: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
         return torch.empty(shape, dtype=x.dtype if dtype is None else getattr(torch, dtype), device=x.device)
     name = dtype or dtype_name(x)
     if isinstance(x, np.ndarray):
-        if name == _BFLOAT16:
-            import ml_dtypes
-
-            return np.empty(shape, ml_dtypes.bfloat16)
-        return np.empty(shape, name)
+        return np.empty(shape, numpy_dtype(name))
     return _tvm_empty(shape, name, x.device)
 
 
@@ -124,12 +139,7 @@ def copy_to_host(x: Any) -> np.ndarray:
     """A device tensor's elements after the work before it on the current stream; waits. bfloat16 comes as ml_dtypes.bfloat16."""
     name = dtype_name(x)
     shape = tuple(int(n) for n in x.shape)
-    if name == _BFLOAT16:
-        import ml_dtypes
-
-        host = np.empty(shape, ml_dtypes.bfloat16)
-    else:
-        host = np.empty(shape, name)
+    host = np.empty(shape, numpy_dtype(name))
     _ffi.func("copy_to_host")(x, as_tensor(host, "target", output=True))
     return host
 

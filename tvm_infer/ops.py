@@ -6,6 +6,11 @@ contiguous). Outputs are of the kind of `q`. Notation follows arXiv 2501.01005.
 The device of `q` chooses the executor; every other tensor of the call lies on the same device, and none is moved there silently.
 On cuda calls are asynchronous, on torch's current stream (with TVM tensors: the stream of TVMFFIEnvSetStream), and safe to capture
 in a CUDA graph once a first call has loaded the kernels. Elements are bfloat16 or float16 there, rows start on 16-byte boundaries.
+
+Keys and values in memory may be of 8 bits, float8_e4m3fn or float8_e5m2 (torch's, ml_dtypes', TVM's), beside queries and new tokens of
+any type: value = element * scale. New ones are stored as x / scale, in float32, rounded to nearest even; what is beyond the largest
+finite value becomes that one, a NaN stays a NaN. `k_scale` and `v_scale` are numbers, or float32 tensors [num_kv_heads] on the data's
+device (docs/kv-formats.md).
 """
 
 from __future__ import annotations
@@ -85,6 +90,27 @@ def _tables(q: Any, **tables: Any) -> list[Any]:
     return list(tables.values())
 
 
+def _scales(k_scale: Any, v_scale: Any) -> tuple[Any, ...] | None:
+    """(k_scale, v_scale, k_scales, v_scales) as packed functions take them; None where all are 1: those without scales do."""
+    if type(k_scale) is float and type(v_scale) is float and k_scale == 1.0 and v_scale == 1.0:
+        return None
+    numbers: list[float] = []
+    tensors: list[Any] = []
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if getattr(scale, "shape", ()) == ():
+            try:
+                numbers.append(float(scale))
+            except (TypeError, ValueError):
+                raise ArgumentError(
+                    f"argument `{name}` is {scale!r}; it must be a number, or a float32 tensor [num_kv_heads]"
+                ) from None
+            tensors.append(None)
+        else:
+            numbers.append(1.0)
+            tensors.append(_array.as_tensor(scale, name))
+    return (*numbers, *tensors)
+
+
 def _num_kv_heads(k: Any, axis: int, ranks: tuple[int, ...]) -> int | None:
     """KV heads of a cache or of ragged keys; None for a rank that is none: the packed function says so."""
     shape = getattr(k, "shape", ())
@@ -155,20 +181,42 @@ def _device_words(plan: Plan, device: int) -> Any:
     return plan.device_buffer
 
 
-# The packed function that also takes a variant.
+# The packed functions that also take a variant, and those that take scales and perhaps a variant.
 _WITH_VARIANT = {
     "paged_attention": "variant_paged_attention",
     "ragged_attention": "variant_ragged_attention",
     "append_paged_attention": "variant_append_attention",
 }
+_WITH_SCALES = {
+    "paged_attention": "scaled_paged_attention",
+    "ragged_attention": "scaled_ragged_attention",
+    "append_paged_attention": "scaled_append_attention",
+}
 
 
-def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any, num_lists: int) -> None:
+def _call(name: str, arguments: tuple[Any, ...], scales: tuple[Any, ...] | None, variant: Any) -> None:
+    if scales is not None:
+        _ffi.func(_WITH_SCALES[name])(*arguments, *scales, variant)
+    elif variant is not None:
+        _ffi.func(_WITH_VARIANT[name])(*arguments, variant)
+    else:
+        _ffi.func(name)(*arguments)
+
+
+def _run(
+    name: str,
+    arguments: tuple[Any, ...],
+    variant: Any,
+    plan: Any,
+    q: Any,
+    num_lists: int,
+    scales: tuple[Any, ...] | None,
+) -> None:
     """Call the packed function, or its form with a variant, once that is found to have the plan's band, heads and requests."""
     if variant is None:
         if isinstance(plan, Plan):
             variant_call.check_plan_alone(plan)
-        _ffi.func(name)(*arguments)
+        _call(name, arguments, scales, None)
         return
     prepared = variant_call.prepare(variant)
     is_cuda = _device.cuda_index(q) is not None
@@ -177,12 +225,8 @@ def _run(name: str, arguments: tuple[Any, ...], variant: Any, plan: Any, q: Any,
         variant_call.check_plan(variant, parsed)
     # On a device a captured graph may be replayed with the plan of more requests: as many as the page table has.
     num_requests = num_lists if is_cuda else parsed.num_requests
-    if prepared.is_plain:
-        _ffi.func(name)(*arguments)
-    else:
-        _ffi.func(_WITH_VARIANT[name])(
-            *arguments, prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]))
-        )
+    call = None if prepared.is_plain else prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]))
+    _call(name, arguments, scales, call)
 
 
 def attention(
@@ -199,12 +243,15 @@ def attention(
     return_lse: bool = False,
     workspace: Any = None,
     variant: Any = None,
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> Any:
     """Attention of ragged queries over a paged KV cache, as the plan schedules it (section 3.2).
 
     Parameters
     ----------
-    q : [num_tokens, num_qo_heads, head_dim]; float32, float16 or bfloat16, as the cache. On cuda float16 or bfloat16.
+    q : [num_tokens, num_qo_heads, head_dim]; float32, float16 or bfloat16, on cuda one of the latter. The cache has the same dtype, or
+        is of 8 bits.
     kv_cache : [num_pages, 2, num_kv_heads, page_size, head_dim], or (k_cache, v_cache) of [num_pages, num_kv_heads, page_size,
         head_dim] each; with kv_layout "NHD" the last three are page_size, num_kv_heads, head_dim.
     plan : from :func:`plan`, for these lengths and for the device of `q`. On cuda a bare int32 device buffer will do, with a
@@ -219,7 +266,9 @@ def attention(
         plain softmax's. Its tables lie on the device of `q`; `plan` has the band of its mask (``plan(…, variant=variant)``),
         and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
         variant once, not before every call. Values of keys that its mask hides must still be
-        finite: they are multiplied by 0.
+        finite: they are multiplied by 0. On cuda not with a cache of 8 bits.
+    k_scale, v_scale : factors of the elements of an 8-bit cache: numbers, or float32 [num_kv_heads] on the device of `q`; finite and
+        above 0 (on cuda tensors are not looked at, but with TVM_INFER_DEBUG_CHECKS=1).
 
     Returns
     -------
@@ -230,12 +279,13 @@ def attention(
     Raises
     ------
     ArgumentError, DTypeError : an argument of a wrong shape, stride, dtype or device; on cuda also lists and host arrays. Also
-        where the variant's tables lie elsewhere than `q`.
+        where the variant's tables lie elsewhere than `q`, for a pair of dtypes that is none, and for scales of a cache that has none.
     VariantError : the variant is not bound, or its tables have not as many entries as the call has heads or requests.
     PlanMismatchError : the plan was made for other lengths or heads, for another band than the variant's, or for one that needs a
         variant where there is none (the band is not seen where `plan` is bare device memory). WorkspaceError : `workspace` is
         too small.
-    ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are.
+    ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are (on cuda 8-bit caches have
+        head_dim 64, 128 or 256 and pages of 16, 32 or 64 tokens).
     DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.
     """
@@ -257,7 +307,7 @@ def attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
-    _run("paged_attention", arguments, variant, plan, q, num_lists)
+    _run("paged_attention", arguments, variant, plan, q, num_lists, _scales(k_scale, v_scale))
     return out if lse is None else (out, lse)
 
 
@@ -274,11 +324,13 @@ def ragged_attention(
     return_lse: bool = False,
     workspace: Any = None,
     variant: Any = None,
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> Any:
     """Attention of ragged queries over ragged keys without pages.
 
-    k, v : [num_kv_tokens, num_kv_heads, head_dim]. kv_indptr : int32 [num_requests + 1], on the device of `q`; request r's keys are
-    rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
+    k, v : [num_kv_tokens, num_kv_heads, head_dim]; on the host also of 8 bits. kv_indptr : int32 [num_requests + 1], on the device of
+    `q`; request r's keys are rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
     """
     (indptr,) = _tables(q, kv_indptr=kv_indptr)
     num_kv_heads = _num_kv_heads(k, 1, (3,))
@@ -295,7 +347,7 @@ def ragged_attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
-    _run("ragged_attention", arguments, variant, plan, q, num_lists)
+    _run("ragged_attention", arguments, variant, plan, q, num_lists, _scales(k_scale, v_scale))
     return out if lse is None else (out, lse)
 
 
@@ -309,6 +361,8 @@ def append(
     kv_page_indptr: Any,
     kv_page_indices: Any,
     kv_layout: str = "HND",
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> None:
     """Write new keys and values at the end of each request, in place.
 
@@ -320,7 +374,8 @@ def append(
     indptr, lengths, page_indptr, page_indices = _tables(
         k, qo_indptr=qo_indptr, kv_len=kv_len, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices
     )
-    _ffi.func("append")(
+    scales = _scales(k_scale, v_scale)
+    _ffi.func("append" if scales is None else "scaled_append")(
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
         indptr,
@@ -330,6 +385,7 @@ def append(
         layout,
         page_indptr,
         page_indices,
+        *(scales or ()),
     )
 
 
@@ -349,6 +405,8 @@ def append_attention(
     return_lse: bool = False,
     workspace: Any = None,
     variant: Any = None,
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> Any:
     """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
@@ -371,7 +429,7 @@ def append_attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
-    _run("append_paged_attention", arguments, variant, plan, q, num_lists)
+    _run("append_paged_attention", arguments, variant, plan, q, num_lists, _scales(k_scale, v_scale))
     return out if lse is None else (out, lse)
 
 
@@ -390,6 +448,8 @@ def rope_append(
     kv_layout: str = "HND",
     inv_freq: Any = None,
     out: Any = None,
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> Any:
     """Rotate queries and keys by their positions; :func:`append` the keys and `v`; return the queries. One launch on cuda.
 
@@ -428,7 +488,8 @@ def rope_append(
     if inv_freq is None:
         inv_freq = _frequencies(rope, device)
     out = _array.empty_like(q, tuple(q.shape)) if out is None else out
-    _ffi.func("rope_append_paged")(
+    scales = _scales(k_scale, v_scale)
+    _ffi.func("rope_append_paged" if scales is None else "scaled_rope_append")(
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
@@ -444,6 +505,7 @@ def rope_append(
         page_indptr,
         page_indices,
         _array.as_tensor(out, "out", output=True),
+        *(scales or ()),
     )
     return out
 

@@ -44,33 +44,41 @@ class WorkspaceSize(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _tile_table(kind: str, dtype: str, head_dim: int) -> Any:
+def _tile_table(kind: str, dtype: str, head_dim: int, kv_dtype: str | None = None) -> Any:
     if not isinstance(dtype, str):
         raise DTypeError(f'argument `dtype` is {dtype!r}; name it by a string: "float32", "float16" or "bfloat16"')
     if _as_int(head_dim, "head_dim") < 1:
         raise ArgumentError(f"argument `head_dim` is {head_dim}; it must be at least 1")
-    return _ffi.func(f"{kind}_tile_table")(dtype, head_dim)
+    if kv_dtype is None:
+        return _ffi.func(f"{kind}_tile_table")(dtype, head_dim)
+    if not isinstance(kv_dtype, str):
+        raise DTypeError(f'argument `kv_dtype` is {kv_dtype!r}; name it by a string, such as "float8_e4m3fn"')
+    return _ffi.func(f"{kind}_kv_tile_table")(dtype, head_dim, kv_dtype)
 
 
-def cpu_tile_table(dtype: str = "float32", head_dim: int = 128) -> tuple[int, ...]:
+def cpu_tile_table(dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
     """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+
+    dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
 
     Raises
     ------
     DTypeError : a dtype that the executor does not take. ArgumentError : head_dim below 1.
     """
-    return tuple(_tile_table("cpu", dtype, head_dim))
+    return tuple(_tile_table("cpu", dtype, head_dim, kv_dtype))
 
 
-def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128) -> tuple[int, ...]:
+def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
     """The CUDA executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+
+    dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
 
     Raises
     ------
     ExecutorError : no kernels for float32 or this head_dim; names those that there are. DTypeError : another dtype.
     """
     _check_cuda_dtype(dtype)
-    return tuple(_tile_table("cuda", dtype, head_dim))
+    return tuple(_tile_table("cuda", dtype, head_dim, kv_dtype))
 
 
 def _check_cuda_dtype(dtype: str) -> None:
@@ -114,7 +122,7 @@ def num_threads() -> int:
 
 
 def _settings(
-    device: _device.Device, num_ctas: int | None, tile_table: Any, dtype: str, head_dim: int
+    device: _device.Device, num_ctas: int | None, tile_table: Any, dtype: str, head_dim: int, kv_dtype: str | None
 ) -> tuple[int, Any]:
     """CTAs to fill and the tile table; defaults are the device's."""
     if device.kind == "cuda":
@@ -124,7 +132,7 @@ def _settings(
     elif num_ctas is None:
         num_ctas = num_threads()
     if tile_table is None:
-        return num_ctas, _tile_table(device.kind, dtype, head_dim)
+        return num_ctas, _tile_table(device.kind, dtype, head_dim, kv_dtype)
     try:
         return num_ctas, tuple(tile_table)
     except TypeError:
@@ -148,6 +156,7 @@ def workspace_size(
     max_tokens: int,
     max_kv_tokens: int | None = None,
     dtype: str = "float32",
+    kv_dtype: str | None = None,
     causal: bool | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -181,7 +190,7 @@ def workspace_size(
             "with the number of keys: say how many there are at most"
         )
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
-    num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim)
+    num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
     try:
@@ -214,6 +223,7 @@ def plan(
     num_kv_heads: int,
     head_dim: int,
     dtype: str = "float32",
+    kv_dtype: str | None = None,
     causal: bool | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -241,6 +251,7 @@ def plan(
     num_qo_heads, num_kv_heads : the first is a multiple of the second.
     head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise. On cuda dtype is
         "bfloat16" or "float16".
+    kv_dtype : of keys and values in memory, where it is not `dtype`: "float8_e4m3fn" or "float8_e5m2". Chooses the tile table, too.
     causal : a query sees no key after its own position; query token t of request r stands at
         ``kv_len[r] - (qo_indptr[r + 1] - t)``. Default: the variant's, else True.
     window_left : keys before its own position that a query sees; -1 for all. Default: the variant's, else -1.
@@ -282,7 +293,7 @@ def plan(
                 "for the device at every step)"
             )
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
-    num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim)
+    num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     is_allocated = out is None
     try:

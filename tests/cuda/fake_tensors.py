@@ -11,6 +11,7 @@ import tvm_ffi
 
 CPU, CUDA, PINNED, ROCM = 1, 2, 3, 10  # DLDeviceType
 _CODES = {"int32": (0, 32), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
+_CODES |= {"float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8)}
 _kept: list[Any] = []  # DLPack owners; the process is short
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New

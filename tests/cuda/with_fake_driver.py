@@ -33,6 +33,8 @@ class Params(ctypes.Structure):
         *[(n, ctypes.c_int64) for n in ("o_stride_token", "o_stride_head")],
         *[(n, ctypes.c_void_p) for n in ("lse", "partial_o", "partial_lse", "k", "v")],
         ("kv_strides", ctypes.c_int64 * 6),
+        *[(n, ctypes.c_void_p) for n in ("k_scales", "v_scales")],
+        *[(n, ctypes.c_float) for n in ("k_scale", "v_scale")],
         *[
             (n, ctypes.c_int32)
             for n in ("num_kv_heads", "group_size", "max_tokens", "max_partial_rows", "max_kv_lists")
@@ -246,6 +248,172 @@ def test_head_dim_64_needs_two_maps_and_axes_of_one_any_stride(driver):
     assert driver.params(Params).group_size == HQ
 
 
+def scaled(name="scaled_paged_attention", *, scales=(0.5, 0.25, None, None), variant=None, new=(), **changes):
+    """A call with keys and values of 8 bits; `new`: k and v to append."""
+    values = list(paged(**{"k_cache": tensor((PAGES, 2, HKV, PAGE, DIM), "float8_e4m3fn"), **changes}).values())
+    _ffi.func(name)(*values[:2], *new, *values[2:], *scales, variant)
+
+
+def test_eight_bit_keys_are_panels_of_128_bytes_with_scales(driver):
+    cache, scales = (
+        tensor((PAGES, 2, HKV, PAGE, DIM), "float8_e4m3fn"),
+        tensor((HKV,), "float32", data=np.array([2, 3], np.float32)),
+    )
+    scaled(k_cache=cache, scales=(1.0, 0.25, scales, None))
+    assert driver.launches()[0]["name"] == "attention_bf16_e4m3_h128_p16"
+    p = driver.params(Params)
+    plane = HKV * PAGE * DIM
+    assert (p.k, p.v) == (addresses[id(cache)], addresses[id(cache)] + plane)
+    assert list(p.kv_strides) == [2 * plane, PAGE * DIM, DIM] * 2
+    assert (p.k_scales, p.k_scale, p.v_scales, p.v_scale) == (addresses[id(scales)], 1.0, None, 0.25)
+    k_pages, v_pages = driver.maps()  # heads of 128 are one panel
+    assert k_pages == {
+        "type": "0",
+        "rank": "5",
+        "base": str(p.k),
+        "sizes": f"128,{PAGE},1,{HKV},{PAGES}",
+        "strides": f"{DIM},128,{PAGE * DIM},{2 * plane}",
+        "box": f"128,{PAGE},1,1,1",
+        "element": "1,1,1,1,1",
+        "modes": "0,3,2,0",
+    }
+    assert v_pages == {**k_pages, "base": str(p.v)}
+    attend()
+    p = driver.params(Params)
+    assert (p.k_scales, p.k_scale, p.v_scales, p.v_scale) == (None, 1.0, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "sizes", "swizzle", "num_maps"), [(64, "64,32,1", "2", 2), (256, "128,32,2", "3", 3)]
+)
+def test_eight_bit_heads_of_64_and_256(driver, head_dim, sizes, swizzle, num_maps):
+    cache = tensor((PAGES, 2, HKV, 32, head_dim), "float8_e5m2")
+    scaled(
+        k_cache=cache, **{n: tensor((ROWS, HQ, head_dim), "float16") for n in "qo"}, workspace=tensor((0,), "float32")
+    )
+    assert driver.launches()[0]["name"] == f"attention_fp16_e5m2_h{head_dim}_p32"
+    maps = driver.maps()
+    assert [m["type"] for m in maps] == ["0"] * num_maps and maps[0]["modes"] == f"0,{swizzle},2,0"
+    assert maps[0]["sizes"] == f"{sizes},{HKV},{PAGES}" and maps[0]["box"] == f"{sizes},1,1"
+    panel = min(head_dim, 128)
+    assert maps[0]["strides"] == f"{head_dim},{panel},{32 * head_dim},{2 * HKV * 32 * head_dim}"
+    assert num_maps == 2 or maps[2]["box"] == "128,32,1,1,1"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_appends_to_eight_bits_are_kernels_of_their_own(driver, dtype):
+    element = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    new = [tensor((ROWS, HKV, DIM), dtype) for _ in "kv"]
+    scaled("scaled_append_attention", new=new, **{n: tensor((ROWS, HQ, DIM), dtype) for n in "qo"})
+    names = [f"append_{element}_e4m3", f"attention_{element}_e4m3_h128_p16"]
+    assert [launch["name"] for launch in driver.launches()] == names
+    cache = tensor((PAGES, 2, HKV, PAGE, DIM), "float8_e5m2")
+    arguments = [*new, index(QO), index(KV_LEN), cache, None, 0, index([0, 2, 3]), index([4, 0, 2])]
+    _ffi.func("scaled_append")(*arguments, 0.5, 1.0, None, None)
+    _ffi.func("append")(*arguments)  # both scales are 1
+    assert [launch["name"] for launch in driver.launches()][2:] == [f"append_{element}_e5m2"] * 2
+
+
+BAD_SCALED = [
+    (
+        "page size",
+        errors.ExecutorError,
+        "page_size 8.*8-bit elements in pages of 16, 32 and 64 tokens.*cpu executor takes any page_size",
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, 8, DIM), "float8_e4m3fn")},
+    ),
+    (
+        "head_dim",
+        errors.ExecutorError,
+        r"`q` has head_dim 96 beside 8-bit keys and values \(e5m2\).*64, 128 and 256",
+        lambda: {
+            "k_cache": tensor((PAGES, 2, HKV, PAGE, 96), "float8_e5m2"),
+            **{n: tensor((ROWS, HQ, 96)) for n in "qo"},
+        },
+    ),
+    (
+        "variant",
+        errors.ExecutorError,
+        r"`k_cache` has 8-bit elements \(e4m3\).*no variant.*cpu executor takes both",
+        lambda: {"variant": _ffi.func("variant_call")("0123456789abcdef", 0, [], [])},
+    ),
+    (
+        "scale 0",
+        errors.ArgumentError,
+        "`k_scale` is 0; a scale is finite and above 0",
+        lambda: {"scales": (0.0, 1.0, None, None)},
+    ),
+    ("scale nan", errors.ArgumentError, "`v_scale` is nan", lambda: {"scales": (1.0, float("nan"), None, None)}),
+    (
+        "scale shape",
+        errors.ArgumentError,
+        r"`v_scales` has shape \[3\]; dimension 0 must be 2",
+        lambda: {"scales": (1.0, 1.0, None, tensor((3,), "float32"))},
+    ),
+    (
+        "scale dtype",
+        errors.DTypeError,
+        "`k_scales` has dtype float16; it must be float32",
+        lambda: {"scales": (1.0, 1.0, tensor((HKV,), "float16"), None)},
+    ),
+    (
+        "scale place",
+        errors.ArgumentError,
+        "`k_scales` is on cuda:1",
+        lambda: {"scales": (1.0, 1.0, tensor((HKV,), "float32", device=(CUDA, 1)), None)},
+    ),
+    (
+        "scale of what has none",
+        errors.ArgumentError,
+        "`k_scale` is 0.5.*bfloat16 have no scale.*float8_e4m3fn or float8_e5m2",
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, PAGE, DIM))},
+    ),
+    (
+        "a pair that is none",
+        errors.DTypeError,
+        "`q` has dtype bfloat16, `k_cache` has float16; they must be the same, or `k_cache` float8_e4m3fn or float8_e5m2",
+        lambda: {"k_cache": tensor((PAGES, 2, HKV, PAGE, DIM), "float16"), "scales": (1.0, 1.0, None, None)},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "changes"), [case[1:] for case in BAD_SCALED], ids=[c[0] for c in BAD_SCALED]
+)
+@pytest.mark.parametrize("appends", [False, True], ids=["attend", "append"])
+def test_what_eight_bits_do_not_take_is_refused_before_any_launch(driver, kind, message, changes, appends):
+    made = changes()
+    head_dim = made["q"].shape[2] if "q" in made else DIM
+    new = [tensor((ROWS, HKV, head_dim)) for _ in "kv"] if appends else ()
+    with pytest.raises(kind, match=message):
+        scaled("scaled_append_attention" if appends else "scaled_paged_attention", new=new, **made)
+    assert driver.launches() == []
+
+
+def test_ragged_keys_of_eight_bits_are_refused(driver):
+    made = paged()
+    keys = [tensor((23, HKV, DIM), "float8_e4m3fn") for _ in "kv"]
+    rest = [made[n] for n in ("sm_scale", "workspace", "o", "lse")]
+    with pytest.raises(
+        errors.ExecutorError, match="has no pages; the cuda executor has kernels for 8-bit elements in pages"
+    ):
+        _ffi.func("scaled_ragged_attention")(
+            made["plan"], made["q"], *keys, index([0, 20, 23]), *rest, 1.0, 1.0, None, None, None
+        )
+    assert driver.launches() == []
+
+
+def test_scales_on_a_device_are_looked_at_where_debug_checks_are_on(driver):
+    scales = tensor((HKV,), "float32", data=np.array([1, -2], np.float32))
+    scaled(scales=(1.0, 1.0, scales, None))
+    before = _ffi.func("set_debug_checks")(True)
+    try:
+        with pytest.raises(errors.ArgumentError, match="`k_scales` has -2 at entry 1; a scale is finite and above 0"):
+            scaled(scales=(1.0, 1.0, scales, None))
+    finally:
+        _ffi.func("set_debug_checks")(before)
+    assert len(driver.launches()) == 1
+
+
 @pytest.mark.parametrize("page", [1, 2, 4])
 def test_small_pages_are_gathered_without_maps(driver, page):
     attend(k_cache=tensor((PAGES, 2, HKV, page, DIM)))
@@ -260,6 +428,19 @@ def test_ragged_launch(driver):
     assert k_map["strides"].split(",")[:3] == [str(HKV * DIM * 2), "128", str(DIM * 2)]
     p = driver.params(Params)
     assert p.kv_indptr == addresses[id(a["kv_indptr"])] and p.kv_page_indices is None and p.max_kv_lists == 2
+
+
+@pytest.mark.parametrize(
+    ("dim", "sizes", "box"),
+    [(80, "80,23,1", "64,128,1"), (256, "64,23,4", "64,64,4")],  # one axis of columns, or one of panels; keys of a tile
+)
+def test_maps_of_other_widths(driver, dim, sizes, box):
+    q, k = tensor((ROWS, HQ, dim)), tensor((23, HKV, dim))
+    ragged(q=q, o=tensor((ROWS, HQ, dim)), k=k, v=tensor((23, HKV, dim)), workspace=tensor((7 * (dim + 1),), "float32"))
+    assert driver.launches()[0]["name"] == f"attention_bf16_h{dim}_ragged"
+    k_map, _ = driver.maps()
+    assert (k_map["sizes"], k_map["box"]) == (f"{sizes},{HKV},1", f"{box},1,1")
+    assert k_map["strides"].split(",")[0] == str(HKV * dim * 2)
 
 
 def test_no_tokens_no_pages(driver):
@@ -305,6 +486,8 @@ class RopeParams(ctypes.Structure):
         ("kv_strides", ctypes.c_int64 * 4),
         *[(n, ctypes.c_void_p) for n in ("k_cache", "v_cache")],
         ("cache_strides", ctypes.c_int64 * 6),
+        *[(n, ctypes.c_void_p) for n in ("k_scales", "v_scales")],
+        *[(n, ctypes.c_float) for n in ("k_scale", "v_scale")],
         ("o", ctypes.c_void_p),
         ("o_strides", ctypes.c_int64 * 2),
         ("num_qo_heads", ctypes.c_int32),
@@ -457,8 +640,8 @@ ERRORS = [
     (
         "head_dim",
         errors.ExecutorError,
-        ["`q`", "head_dim 96", "64 and 128"],
-        lambda: {"q": tensor((ROWS, HQ, 96)), "o": tensor((ROWS, HQ, 96))},
+        ["`q`", "head_dim 40", "64, 80, 96, 128, 192 and 256"],
+        lambda: {"q": tensor((ROWS, HQ, 40)), "o": tensor((ROWS, HQ, 40))},
     ),
     (
         "page_size",
@@ -813,6 +996,50 @@ def test_cache_step_is_one_copy_and_two_launches_a_layer(driver):
     assert words(params.kv_indptr - 128, 8)[::2].tolist() == [1, 20, 0, 0]
 
 
+def test_cache_of_eight_bits(driver):
+    sizes = {**CACHE, **CACHE_SIZE}
+    cache = tvm_infer.PagedKVCache(**sizes, kv_dtype="float8_e4m3fn")
+    assert 2 * cache.bytes_per_page == tvm_infer.PagedKVCache(**sizes).bytes_per_page
+    driver.clear()
+    cache.set_scales([[1, 2], [3, 4]], [5, 6])
+    assert driver.calls("cuMemcpyHtoDAsync") == ["16", "16"]
+    cache.add_sequence(0)
+    with cache.forward([0], [20]):
+        driver.clear()
+        cache.attention(1, rows(20, HQ), rows(20, HKV), rows(20, HKV), out=rows(20, HQ))
+    assert [launch["name"] for launch in driver.launches()] == ["append_bf16_e4m3", "attention_bf16_e4m3_h128_p16"]
+    params = driver.params(Params)
+    scales = [
+        np.ctypeslib.as_array(ctypes.cast(at, ctypes.POINTER(ctypes.c_float)), (HKV,))
+        for at in (params.k_scales, params.v_scales)
+    ]
+    assert [x.tolist() for x in scales] == [[3, 4], [6, 6]]
+    with pytest.raises(errors.CacheStateError, match="holds 1 sequences, which were stored with other scales"):
+        cache.set_scales(1.0, 1.0)
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [0] * 3, [17, 18, 19], [4, 5, 6])
+    assert [(x["name"], x["grid"]) for x in driver.launches()] == [("move_tokens", "1,1,1")]
+    with pytest.raises(errors.ExecutorError, match=r"`kv` has 8-bit elements \(e4m3\).*no variant"):
+        cache.set_variant(variant.soft_cap.bind(cap=20.0))
+    cache.set_variant(variant.sliding_window.bind(window=20))  # a band is the plan's business
+    with pytest.raises(errors.ExecutorError, match=r"`page_size` is 8; .* 8-bit elements in pages of 16, 32 and 64"):
+        tvm_infer.PagedKVCache(**{**sizes, "page_size": 8}, kv_dtype="float8_e5m2")
+    with pytest.raises(errors.ExecutorError, match="`head_dim` has head_dim 96 beside 8-bit keys"):
+        tvm_infer.PagedKVCache(**{**sizes, "head_dim": 96}, kv_dtype="float8_e5m2")
+
+
+def test_cache_of_eight_bits_rotates_in_the_launch_that_appends(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE, kv_dtype="float8_e5m2", k_scale=0.5)
+    cache.set_rope(tvm_infer.RopeConfig(64, 500.0))
+    cache.add_sequence(0)
+    with cache.forward([0], [4]):
+        driver.clear()
+        cache.attention_fused_qkv(0, rows(4, HQ + 2 * HKV), out=rows(4, HQ))
+    assert [x["name"] for x in driver.launches()] == ["rope_append_bf16_e5m2", "attention_bf16_e5m2_h128_p16"]
+    p, attention = driver.rope_append_params(RopeParams), driver.params(Params)
+    assert (p.k_scales, p.v_scales, p.k_cache) == (attention.k_scales, attention.v_scales, attention.k)
+
+
 def test_cache_copies_shared_pages_in_one_launch(driver):
     cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
     cache.add_sequence(0)
@@ -936,7 +1163,7 @@ def test_a_call_brings_its_rotation(driver):
     ("change", "error", "words_"),
     [
         ({"dtype": "float32"}, errors.ExecutorError, ["float32", "bfloat16"]),
-        ({"head_dim": 96}, errors.ExecutorError, ["96", "64 and"]),
+        ({"head_dim": 104}, errors.ExecutorError, ["104", "192 and 256"]),
         ({"page_size": 24}, errors.ExecutorError, ["`page_size` is 24", "16"]),
         ({"device": "cuda:2"}, errors.ExecutorError, ["`device` is cuda:2", "sm_80"]),
         ({"device": "cuda:7"}, errors.ExecutorError, ["`device` is cuda:7"]),

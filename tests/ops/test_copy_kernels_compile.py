@@ -26,6 +26,18 @@ KERNELS = {
     "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
     "rope_append_bf16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);", 128),
     "rope_append_fp16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_fp16, Fp16);", 128),
+    **{
+        f"append_{element}_{kv}": ("append", f"TVM_INFER_APPEND_FLOAT8(append_{element}_{kv}, {types});", 128)
+        for element, kv, types in (("bf16", "e4m3", "Bf16, E4m3"), ("fp16", "e5m2", "Fp16, E5m2"))
+    },
+    **{
+        f"rope_append_{element}_{kv}": (
+            "rope_append",
+            f"TVM_INFER_ROPE_APPEND_FLOAT8(rope_append_{element}_{kv}, {types});",
+            128,
+        )
+        for element, kv, types in (("bf16", "e5m2", "Bf16, E5m2"), ("fp16", "e4m3", "Fp16, E4m3"))
+    },
     # one CTA of 288 threads, but a thread's registers are counted in eights: 65536 / 288 is 227
     "gemv_bf16": ("gemv", "TVM_INFER_GEMV(gemv_bf16, Bf16);", 224),
     "gemv_fp16": ("gemv", "TVM_INFER_GEMV(gemv_fp16, Fp16);", 224),

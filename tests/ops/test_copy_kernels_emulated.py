@@ -10,7 +10,7 @@ import pytest
 
 CUDA_SRC = pathlib.Path(__file__).resolve().parents[2] / "cuda_src"
 EMULATED = pathlib.Path(__file__).resolve().parent / "emulated"
-PROGRAMS = {"rope_angle": "rope_append"}  # what runs a header that is no kernel
+PROGRAMS = {"rope_angle": "rope_append", "kv_cells": "append"}  # what runs a header that is no kernel
 
 
 def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> subprocess.CompletedProcess[str]:
@@ -50,6 +50,14 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("append", "entries[i] <= token", "entries[i] < token"),
         ("append", "position % p.page_size", "(position + 1) % p.page_size"),
         ("append", "check.Stops(-1)", "false"),
+        ("append", "is_v ? p.v_scales : p.k_scales", "p.k_scales"),
+        ("append", "__ldg(scales + head)", "__ldg(scales)"),
+        ("append", "* Cells::kElementBytes", "* 2"),
+        ("kv_cells", "fmaf(fmaf(quotient, scale, -x), -reciprocal, quotient)", "quotient"),
+        ("kv_cells", "fabsf(quotient) < kBeyond", "true"),
+        ("kv_cells", "Pair(x.z) | Pair(x.w) << 16", "Pair(x.w) | Pair(x.z) << 16"),
+        ("rope_append", "to[lane.second] = cells.Convert(second)", "to[lane.second] = cells.Convert(first)"),
+        ("rope_append", "high[0] | high[1] << 16", "high[1] | high[0] << 16"),
         ("rope_append", "turns && p.is_interleaved == 0", "turns"),
         ("rope_append", "&& angles_token != token", "&& angles_token == -1"),
         ("rope_append", "if (is_padding) {", "if (false) {"),

@@ -19,8 +19,12 @@ from . import variants
 # in names -> in source (ptx/element.cuh)
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 ATTENTION_ELEMENTS = ("bf16", "fp16")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
+# keys and values of 8 bits, in names -> in source (ptx/float8.cuh), and the shapes of attention over them
+KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}
+KV_HEAD_DIMS = (128, 256)
+KV_PAGE_SIZES = (16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,30 @@ FAMILIES = (
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
         takes_variant=True,
     ),
+    Family(
+        key="attention paged, keys and values of 8 bits",
+        template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_FLOAT8",
+        arguments="{type}, {kv_type}, {head_dim}, {page_size}",
+        axes={
+            "element": ATTENTION_ELEMENTS,
+            "kv": tuple(KV_ELEMENTS),
+            "head_dim": KV_HEAD_DIMS,
+            "page_size": KV_PAGE_SIZES,
+        },
+    ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
     Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
+    Family(
+        key="append to 8 bits",
+        template="append_{element}_{kv}",
+        header="append.cuh",
+        macro="APPEND_FLOAT8",
+        arguments="{type}, {kv_type}",
+        axes={"element": ATTENTION_ELEMENTS, "kv": tuple(KV_ELEMENTS)},
+    ),
     Family(
         key="merge states",
         template="merge_states_{element}",
@@ -78,6 +103,14 @@ FAMILIES = (
         macro="ROPE_APPEND",
         arguments="{type}",
         axes={"element": ATTENTION_ELEMENTS},
+    ),
+    Family(
+        key="rope append to 8 bits",
+        template="rope_append_{element}_{kv}",
+        header="rope_append.cuh",
+        macro="ROPE_APPEND_FLOAT8",
+        arguments="{type}, {kv_type}",
+        axes={"element": ATTENTION_ELEMENTS, "kv": tuple(KV_ELEMENTS)},
     ),
     Family(
         key="gemv",
@@ -107,12 +140,15 @@ class KernelSpec:
         return plain if self.variant is None else f"{plain}_v{self.variant}"
 
     def source(self) -> str:
-        """What nvcc compiles: one include, the variant's struct if there is one, and one macro."""
+        """What nvcc compiles: one include, the variant's struct if there is one, and one macro. Raises ExecutorError for a variant
+        that kernels of this head_dim cannot have."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
+        values["kv_type"] = KV_ELEMENTS.get(str(values.get("kv")), "")
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:
+            variants.check_head_dim(self.variant, int(str(values["head_dim"])))
             macro, struct = f"{macro}_VARIANT", variants.source_of(self.variant)
             arguments.append(variants.struct_name(self.variant))
         expanded = f"TVM_INFER_{macro}({', '.join(part for part in arguments if part)});"

@@ -18,6 +18,7 @@ from ..schedule import Band, Plan
 from ..spec import AttentionSpec
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -40,6 +41,33 @@ def _integers(values: Iterable[int], name: str) -> tuple[int, ...]:
     if numbers and not (min(numbers) in _INT64 and max(numbers) in _INT64):
         raise ArgumentError(f"argument `{name}` is {values!r}; its numbers must fit in 64 bits")
     return numbers
+
+
+def _dtype(value: Any, name: str, allowed: tuple[str, ...]) -> str:
+    found = str(value).removeprefix("torch.")
+    if found in allowed:
+        return found
+    hint = "; 8-bit floats are for keys and values alone: name them by `kv_dtype`" if found in _SCALED_DTYPES else ""
+    raise DTypeError(f"argument `{name}` is {value!r}; it must be one of {', '.join(allowed)}{hint}")
+
+
+def _scales(value: Any, name: str, num_layers: int, num_kv_heads: int) -> np.ndarray:
+    """float32 [num_layers, num_kv_heads] of a number, of one a layer, or of one a layer and KV head."""
+    try:
+        scales = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise DTypeError(f"argument `{name}` is {value!r}; it must be a number or an array of numbers") from None
+    shape = (num_layers, num_kv_heads)
+    if scales.shape not in ((), shape[:1], shape):
+        raise ArgumentError(
+            f"argument `{name}` has shape {scales.shape}; it must be a number, [num_layers] = [{num_layers}], or [num_layers, "
+            f"num_kv_heads] = [{num_layers}, {num_kv_heads}]"
+        )
+    wrong = scales[~(np.isfinite(scales) & (scales > 0))]
+    if wrong.size:
+        raise ArgumentError(f"argument `{name}` has {wrong.flat[0]}; a scale is finite and above 0")
+    columns = scales[:, None] if scales.ndim == 1 else scales
+    return np.array(np.broadcast_to(columns, shape))
 
 
 class Step:
@@ -121,7 +149,12 @@ class PagedKVCache:
     num_layers : layers, each with its own keys and values.
     num_qo_heads, num_kv_heads : the first is a multiple of the second (grouped-query attention).
     head_dim : multiple of 8, from 8 to 256.
-    dtype : "float32", "float16" or "bfloat16": of q, k, v, the cache and the output.
+    dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
+    kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
+        On CUDA with head_dim 64, 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
+    k_scale, v_scale : of pages of 8 bits, value = element * scale: a number, [num_layers], or [num_layers, num_kv_heads] (arrays on
+        the host), finite and above 0. The largest magnitude of keys (values) that is to be represented, divided by the format's largest
+        value: 448 (e4m3) or 57344 (e5m2). See :meth:`set_scales`.
     page_size : tokens a page.
     num_pages : pages; memory is taken from the system only as pages are first used.
     max_batch : sequences in one step.
@@ -133,7 +166,8 @@ class PagedKVCache:
 
     Raises
     ------
-    ArgumentError, DTypeError : an argument out of its range. ExecutorError : a device without an executor.
+    ArgumentError, DTypeError : an argument out of its range; scales of pages that have none. ExecutorError : a device without an
+    executor, or an executor without kernels for pages of this dtype, size and head_dim.
     """
 
     def __init__(
@@ -144,6 +178,9 @@ class PagedKVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: str = "float32",
+        kv_dtype: str | None = None,
+        k_scale: Any = 1.0,
+        v_scale: Any = 1.0,
         page_size: int = 16,
         num_pages: int,
         max_batch: int,
@@ -152,16 +189,23 @@ class PagedKVCache:
         num_threads: int | None = None,
         device: Any = "cpu",
     ) -> None:
-        name = str(dtype).removeprefix("torch.")
-        if name not in _DTYPES:
-            raise DTypeError(f"argument `dtype` is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        name = _dtype(dtype, "dtype", _DTYPES)
+        kv_name = name if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", (*_DTYPES, *_SCALED_DTYPES))
+        layers, heads = _integer(num_layers, "num_layers"), _integer(num_kv_heads, "num_kv_heads")
+        has_scales = any(not isinstance(scale, (int, float)) or scale != 1 for scale in (k_scale, v_scale))
+        if has_scales and kv_name not in _SCALED_DTYPES:
+            raise ArgumentError(
+                f"arguments `k_scale`, `v_scale` are for pages of 8 bits; pages of {kv_name} have no scale: leave them 1, or take "
+                f"kv_dtype={_SCALED_DTYPES[0]!r}"
+            )
         dl_device = tvm_ffi.device(str(_device.parse(device)))
-        handle = _ffi.func("kv_cache_create")(
-            _integer(num_layers, "num_layers"),
+        handle = _ffi.func("kv_cache_create_scaled")(
+            layers,
             _integer(num_qo_heads, "num_qo_heads"),
-            _integer(num_kv_heads, "num_kv_heads"),
+            heads,
             _integer(head_dim, "head_dim"),
             name,
+            kv_name,
             _integer(page_size, "page_size"),
             _integer(num_pages, "num_pages"),
             _integer(max_batch, "max_batch"),
@@ -170,7 +214,9 @@ class PagedKVCache:
             0 if num_threads is None else _integer(num_threads, "num_threads"),
             dl_device,
         )
-        self._take(handle, name)
+        self._take(handle)
+        if has_scales:
+            self.set_scales(k_scale, v_scale)
 
     @classmethod
     def for_spec(cls, spec: AttentionSpec, num_layers: int, **settings: Any) -> PagedKVCache:
@@ -190,12 +236,13 @@ class PagedKVCache:
     def from_handle(cls, handle: Any) -> PagedKVCache:
         """Wrap the object that the packed function `tvm_infer.kv_cache_create` returned."""
         self = cls.__new__(cls)
-        self._take(handle, _array.dtype_name(_ffi.func("kv_cache_pages")(handle, 0)))
+        self._take(handle)
         return self
 
-    def _take(self, handle: Any, dtype: str) -> None:
+    def _take(self, handle: Any) -> None:
         self._handle = handle
-        self.dtype = dtype
+        self.dtype = str(self._call("dtype"))
+        self.kv_dtype = _array.dtype_name(self._call("pages", 0))
         (
             self.num_layers,
             self.num_qo_heads,
@@ -412,6 +459,17 @@ class PagedKVCache:
         length = None if seq_len is None else _integer(seq_len, "seq_len")
         self._call("set_rope", rope.inv_freq(length), int(rope.interleaved), rope.magnitude())
 
+    def set_scales(self, k_scale: Any, v_scale: Any) -> None:
+        """Scales of pages of 8 bits, as the constructor takes them, 1 before. Before the first sequence, whose keys have them.
+
+        Raises
+        ------
+        ArgumentError : another shape, or a scale that is not finite and above 0; pages that have no scale. CacheStateError : in a
+        step, or on a cache that holds sequences.
+        """
+        size = (self.num_layers, self.num_kv_heads)
+        self._call("set_scales", _scales(k_scale, "k_scale", *size), _scales(v_scale, "v_scale", *size))
+
     def set_variant(self, variant: Any, *, layers: Iterable[int] | None = None) -> None:
         """Let layers compute this attention from the next step on: a model of soft caps, windows, sinks … (docs/variants.md).
 
@@ -429,6 +487,7 @@ class PagedKVCache:
         than 4 bands, a wider window than a sequence has kept keys for. CacheStateError : in a step; on a cache that ran steps for an
         executable, whose graphs know its kernels.
         MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
+        ExecutorError : on cuda, for pages of 8 bits.
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
         call, causal, band = None, -1, Band()
@@ -551,17 +610,13 @@ class PagedKVCache:
     def pages(self, layer: int) -> Any:
         """The memory of a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], not copied: keys [:, 0], values [:, 1].
 
-        For debugging. Slots without a token hold anything. On the host a numpy array (bfloat16 comes as ml_dtypes.bfloat16), on CUDA a
-        torch tensor: MissingDependencyError without torch.
+        For debugging. Slots without a token hold anything; elements of 8 bits are not scaled. On the host a numpy array (bfloat16 and
+        8-bit floats come as ml_dtypes'), on CUDA a torch tensor: MissingDependencyError without torch.
         """
         tensor = self._call("pages", _integer(layer, "layer"))
         if self.device != "cpu":
             return _array.to_torch(tensor, "PagedKVCache.pages")
-        if self.dtype != "bfloat16":
-            return np.from_dlpack(tensor)
-        import ml_dtypes
-
-        return np.from_dlpack(_ffi.func("view_as")(tensor, "uint16")).view(ml_dtypes.bfloat16)
+        return _array.on_host(tensor, self.kv_dtype)
 
     def gather(self, seq_id: int, layer: int, start: int = 0) -> tuple[Any, Any]:
         """Keys and values of a sequence at a layer, from position `start` on, copied.
@@ -611,8 +666,9 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         state = ", in a step" if self.in_forward else ""
+        dtype = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype}, pages of {self.kv_dtype}"
         return (
             f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim}, "
-            f"{self.dtype}; {len(self)} sequences in {self.num_used_pages} of {self.num_pages} pages of {self.page_size} tokens, "
+            f"{dtype}; {len(self)} sequences in {self.num_used_pages} of {self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_free_pages} free, {self.bytes / 2**20:.1f} of {self.num_pages * self.bytes_per_page / 2**20:.1f} MiB{state})"
         )

@@ -14,7 +14,8 @@ constexpr int64_t kUnitBytes = 64 * 1024;
 
 struct AppendContext {
   const AppendArgs& args;
-  int64_t element_size;
+  void (*quantise)(const QuantiseRowJob&);   // null: rows are copied
+  int64_t element_size, cache_element_size;  // bytes
   int32_t num_tokens;
   int32_t tokens_per_unit;
 };
@@ -27,18 +28,24 @@ void AppendToken(const AppendContext& ctx, int32_t token, int32_t request) {
   const int64_t slot = position % cache.page_size;
   const size_t row_bytes = static_cast<size_t>(args.head_dim * ctx.element_size);
   const auto copy = [&](const void* to, const void* from, int64_t to_row, int64_t to_head_stride, int64_t from_row,
-                        int64_t from_head_stride) {
+                        int64_t from_head_stride, const KVScale& scale) {
     // The cache is written through: KVSource is const only because attention reads through it.
-    char* out = const_cast<char*>(static_cast<const char*>(to)) + to_row * ctx.element_size;
+    char* out = const_cast<char*>(static_cast<const char*>(to)) + to_row * ctx.cache_element_size;
     const char* in = static_cast<const char*>(from) + from_row * ctx.element_size;
     for (int32_t h = 0; h < args.num_kv_heads; ++h) {
-      std::memcpy(out + h * to_head_stride * ctx.element_size, in + h * from_head_stride * ctx.element_size, row_bytes);
+      char* out_head = out + h * to_head_stride * ctx.cache_element_size;
+      const char* in_head = in + h * from_head_stride * ctx.element_size;
+      if (ctx.quantise != nullptr) {
+        ctx.quantise({args.head_dim, scale.Of(h), in_head, out_head});
+      } else {
+        std::memcpy(out_head, in_head, row_bytes);
+      }
     }
   };
   copy(cache.k, args.k, page * cache.k_page_stride + slot * cache.k_token_stride, cache.k_head_stride, token * args.k_token_stride,
-       args.k_head_stride);
+       args.k_head_stride, cache.k_scale);
   copy(cache.v, args.v, page * cache.v_page_stride + slot * cache.v_token_stride, cache.v_head_stride, token * args.v_token_stride,
-       args.v_head_stride);
+       args.v_head_stride, cache.v_scale);
 }
 
 void RunAppend(void* context, int64_t unit, ThreadScratch*) {
@@ -84,7 +91,7 @@ void RunMergeStates(void* context, int64_t unit, ThreadScratch*) {
   }
 }
 
-int64_t ElementSize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int64_t ElementSize(DType dtype) { return ElementBits(dtype) / 8; }
 
 }  // namespace
 
@@ -92,7 +99,9 @@ void Append(const AppendArgs& args, int num_threads) {
   const int32_t num_tokens = args.qo_indptr[args.num_requests];
   const int64_t token_bytes = 2 * args.num_kv_heads * args.head_dim * ElementSize(args.dtype);
   const int32_t tokens_per_unit = static_cast<int32_t>(std::max<int64_t>(1, kUnitBytes / std::max<int64_t>(1, token_bytes)));
-  AppendContext ctx{args, ElementSize(args.dtype), num_tokens, tokens_per_unit};
+  const auto quantise =
+      IsScaled(args.cache.dtype) ? ChosenKernels().quantise_row[static_cast<int>(args.dtype)][ScaledIndex(args.cache.dtype)] : nullptr;
+  AppendContext ctx{args, quantise, ElementSize(args.dtype), ElementSize(args.cache.dtype), num_tokens, tokens_per_unit};
   if (num_threads <= 0) num_threads = DefaultNumThreads();
   ThreadPool::Get().Run(num_threads, (num_tokens + tokens_per_unit - 1) / tokens_per_unit, RunAppend, &ctx);
 }

@@ -19,7 +19,8 @@ struct Context {
   const KernelTable& kernels;
   PlanView plan;
   const PlanHeader& header;
-  int64_t element_size;
+  int64_t element_size;     // of q and o, bytes
+  int64_t kv_element_size;  // of keys and values
   int64_t pieces_per_merge;
 
   const char* QRow(int32_t token, int32_t head) const {
@@ -103,6 +104,12 @@ void DescribeRows(const Context& ctx, const Work& work, ThreadScratch* s) {
   }
 }
 
+// Of KV head `head` on, and the stride between heads.
+const float* ScaleOf(const KVScale& scale, int32_t head, int32_t* stride) {
+  *stride = scale.heads == nullptr ? 0 : 1;
+  return scale.heads == nullptr ? &scale.all : scale.heads + head;
+}
+
 void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   const AttentionArgs& args = ctx.args;
   const KVSource& kv = args.kv;
@@ -114,6 +121,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
 
   const int32_t group = ctx.header.group_size, first_head = work.kv_head_begin * group;
   TileJob job{};
+  job.q_type = static_cast<int32_t>(args.dtype);
   job.num_rows = work.num_rows;
   job.num_kv_heads = work.num_kv_heads;
   job.head_dim = args.head_dim;
@@ -124,14 +132,16 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   job.visible_end = s->visible_end.data();
   job.kv_begin = keys.begin;
   job.kv_end = keys.end;
-  job.k = static_cast<const char*>(kv.k) + work.kv_head_begin * kv.k_head_stride * ctx.element_size;
-  job.v = static_cast<const char*>(kv.v) + work.kv_head_begin * kv.v_head_stride * ctx.element_size;
-  job.k_page_stride = kv.k_page_stride * ctx.element_size;
-  job.k_token_stride = kv.k_token_stride * ctx.element_size;
-  job.k_head_stride = kv.k_head_stride * ctx.element_size;
-  job.v_page_stride = kv.v_page_stride * ctx.element_size;
-  job.v_token_stride = kv.v_token_stride * ctx.element_size;
-  job.v_head_stride = kv.v_head_stride * ctx.element_size;
+  job.k = static_cast<const char*>(kv.k) + work.kv_head_begin * kv.k_head_stride * ctx.kv_element_size;
+  job.v = static_cast<const char*>(kv.v) + work.kv_head_begin * kv.v_head_stride * ctx.kv_element_size;
+  job.k_page_stride = kv.k_page_stride * ctx.kv_element_size;
+  job.k_token_stride = kv.k_token_stride * ctx.kv_element_size;
+  job.k_head_stride = kv.k_head_stride * ctx.kv_element_size;
+  job.v_page_stride = kv.v_page_stride * ctx.kv_element_size;
+  job.v_token_stride = kv.v_token_stride * ctx.kv_element_size;
+  job.v_head_stride = kv.v_head_stride * ctx.kv_element_size;
+  job.k_scale = ScaleOf(kv.k_scale, work.kv_head_begin, &job.k_scale_stride);
+  job.v_scale = ScaleOf(kv.v_scale, work.kv_head_begin, &job.v_scale_stride);
   job.page_size = kv.page_size;
   job.first_row = kv.page_indptr[work.kv_list];
   job.pages = kv.page_indices == nullptr ? nullptr : kv.page_indices + job.first_row;
@@ -174,7 +184,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
       if (args.lse != nullptr) s->lse_rows[r] = ctx.LseRow(token, head);
     }
   }
-  ctx.kernels.attend[static_cast<int>(args.dtype)](job, &s->tile);
+  ctx.kernels.attend[static_cast<int>(kv.dtype)](job, &s->tile);
 }
 
 void RunCta(void* context, int64_t cta, ThreadScratch* scratch) {
@@ -259,7 +269,7 @@ void Attention(const AttentionArgs& args, int num_threads) {
   if (header.total_cost > 0 && header.total_cost < kSerialCost) num_threads = 1;
   // Enough pieces to occupy every thread where there are few merges.
   const int64_t pieces = header.num_merges == 0 ? 1 : (2 * num_threads + header.num_merges - 1) / header.num_merges;
-  Context ctx{args, ChosenKernels(), plan, header, args.dtype == DType::kFloat32 ? 4 : 2, pieces};
+  Context ctx{args, ChosenKernels(), plan, header, ElementBits(args.dtype) / 8, ElementBits(args.kv.dtype) / 8, pieces};
   ThreadPool& pool = ThreadPool::Get();
   pool.Run(num_threads, header.num_ctas, RunCta, &ctx);
   pool.Run(num_threads, header.num_merges * pieces, RunMerge, &ctx);

@@ -8,12 +8,25 @@
 
 namespace tvm_infer::cpu {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// What elements may be: queries, outputs and new tokens the first three, keys and values in memory any.
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };
+inline constexpr int32_t ElementBits(DType dtype) { return dtype == DType::kFloat32 ? 32 : dtype <= DType::kBFloat16 ? 16 : 8; }
+// Whether a scale turns stored elements into values.
+inline constexpr bool IsScaled(DType dtype) { return dtype > DType::kBFloat16; }
+inline constexpr int32_t ScaledIndex(DType dtype) { return static_cast<int32_t>(dtype) - static_cast<int32_t>(DType::kFloat8E4M3); }
+
+// value = element * scale, of keys or of values in memory.
+struct KVScale {
+  float all = 1;
+  const float* heads = nullptr;  // [num_kv_heads]: one a KV head, instead of `all`
+  float Of(int32_t kv_head) const { return heads == nullptr ? all : heads[kv_head]; }
+};
 
 // Where the keys and values of a list live. Strides in elements; head_dim is contiguous.
 //   paged:   key j of list l is slot j % page_size of page page_indices[page_indptr[l] + j / page_size]
 //   ragged:  page_indices == nullptr; key j of list l is row page_indptr[l] + j (page_stride unused, page_size 1)
 struct KVSource {
+  DType dtype;
   const void* k;
   const void* v;
   int64_t k_page_stride, k_head_stride, k_token_stride;
@@ -21,11 +34,12 @@ struct KVSource {
   int32_t page_size;
   const int32_t* page_indptr;   // [num_kv_lists + 1]
   const int32_t* page_indices;  // pages of all lists, or nullptr
+  KVScale k_scale, v_scale;     // 1 where !IsScaled(dtype)
 };
 
 struct AttentionArgs {
   const void* plan;  // PlanHeader and its arrays
-  DType dtype;       // of q, k, v and o
+  DType dtype;       // of q and o; kv.dtype is the same, or IsScaled
   int32_t num_qo_heads, num_kv_heads, head_dim;
   const void* q;  // [num_tokens, num_qo_heads, head_dim]
   int64_t q_token_stride, q_head_stride;
@@ -44,7 +58,7 @@ struct AttentionArgs {
 void Attention(const AttentionArgs& args, int num_threads);
 
 struct AppendArgs {
-  DType dtype;
+  DType dtype;  // of k and v; cache.dtype is the same, or IsScaled
   int32_t num_requests, num_kv_heads, head_dim;
   const int32_t* qo_indptr;  // [num_requests + 1]: new tokens of each request
   const int32_t* kv_len;     // [num_requests]: keys of each request, new tokens included
@@ -54,7 +68,8 @@ struct AppendArgs {
   KVSource cache;  // written through; never ragged
 };
 
-// New token t of request r goes to position kv_len[r] - (qo_indptr[r + 1] - t) of its pages.
+// New token t of request r goes to position kv_len[r] - (qo_indptr[r + 1] - t) of its pages. A scaled cache gets x / scale, in float,
+// rounded to nearest even; what is beyond its largest finite value becomes that one; a NaN stays a NaN.
 void Append(const AppendArgs& args, int num_threads);
 
 struct MergeArgs {
@@ -76,11 +91,11 @@ void Merge(const MergeArgs& args, int num_threads);
 
 // TVM_INFER_NUM_THREADS, else the processors this process may run on.
 int DefaultNumThreads();
-// Tile classes measured for this executor (a static table of `*count` entries).
-const TileClass* TileTable(DType dtype, int32_t head_dim, int32_t* count);
-// The hooks of a standard variant in the chosen instruction set, for as long as the library is loaded; nullptr: `digest`, 16 hexadecimal
-// digits, is none of theirs.
-const variant::CpuFunctions* StandardVariantFunctions(const char* digest);
+// Tile classes measured for this executor (a static table of `*count` entries), by the type of queries and of keys in memory.
+const TileClass* TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t* count);
+// The hooks of a standard variant, or of one that an exported model embeds (embedded.h), in the chosen instruction set, for as long as the
+// library is loaded; nullptr: `digest`, 16 hexadecimal digits, is none of theirs.
+const variant::CpuFunctions* VariantFunctions(const char* digest);
 // "avx512", "avx2" or "portable": what the run-time choice gave; TVM_INFER_CPU_ISA lowers it (an unavailable value is an error).
 const char* IsaName();
 

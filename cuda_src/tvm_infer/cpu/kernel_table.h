@@ -3,6 +3,7 @@
 
 #include "tvm_infer/cpu/kernels.h"
 #include "tvm_infer/cpu/merge_rows.h"
+#include "tvm_infer/cpu/quantise_row.h"
 #include "tvm_infer/cpu/tile_attend.h"
 #include "tvm_infer/cpu/turn_row.h"
 
@@ -12,10 +13,14 @@ extern const StandardVariants kStandardVariants;  // standard_variants_*.cc
 
 inline constexpr KernelTable MakeTable(const char* name) {
   return {name,
-          {Attend<float>, Attend<Half>, Attend<BFloat>},
+          {Attend<float>, Attend<Half>, Attend<BFloat>, Attend<Float8E4M3>, Attend<Float8E5M2>},
           {MergeRow<float, float>, MergeRow<float, Half>, MergeRow<float, BFloat>},
           {MergeRow<float, float>, MergeRow<Half, Half>, MergeRow<BFloat, BFloat>},
-          {TurnRow<float>, TurnRow<Half>, TurnRow<BFloat>},
+          {TurnRow<float, float>, TurnRow<Half, Half>, TurnRow<BFloat, BFloat>},
+          {TurnRow<float, float>, TurnRow<Half, float>, TurnRow<BFloat, float>},
+          {{QuantiseRow<float, Float8E4M3>, QuantiseRow<float, Float8E5M2>},
+           {QuantiseRow<Half, Float8E4M3>, QuantiseRow<Half, Float8E5M2>},
+           {QuantiseRow<BFloat, Float8E4M3>, QuantiseRow<BFloat, Float8E5M2>}},
           &kStandardVariants};
 }
 

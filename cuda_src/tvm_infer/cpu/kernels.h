@@ -18,6 +18,17 @@ struct Half {
 struct BFloat {
   uint16_t bits;
 };
+// 8-bit floats: 1 sign, 4 or 5 exponent, 3 or 2 mantissa bits. E4M3 has no infinity, and one NaN of each sign (its "fn" form).
+struct Float8E4M3 {
+  uint8_t bits;
+  static constexpr int kMantissaBits = 3, kBias = 7;
+  static constexpr float kMax = 448;
+};
+struct Float8E5M2 {
+  uint8_t bits;
+  static constexpr int kMantissaBits = 2, kBias = 15;
+  static constexpr float kMax = 57344;
+};
 
 // A variant's hooks (variant/cpu_functions.h) for the rows of a work, or for the one row of a merge.
 struct VariantJob {
@@ -38,16 +49,20 @@ struct VariantJob {
 // The rows of one work: the same rows for each of num_kv_heads KV heads. Pointers are those of the first; head h lies h strides on.
 // `rows` arrays have num_rows entries. Strides of q, k and v in bytes, of lse in floats.
 struct TileJob {
+  int32_t q_type;  // DType of queries and of final rows
   int32_t num_rows;
   int32_t num_kv_heads;
   int32_t head_dim;
   // Of queries: sm_scale * log2(e), so that scores are in units of log2; sm_scale alone where a variant makes logits of them, which are.
   float q_scale;
-  const void* const* q_rows;  // [head_dim] of the inputs' type
+  const void* const* q_rows;  // [head_dim] of q_type
   int64_t q_head_stride;
   const int32_t* visible_begin;  // first key each row sees, inclusive, in the list's coordinates
   const int32_t* visible_end;    // last key, exclusive; <= visible_begin for a row that sees none
   int32_t kv_begin, kv_end;      // the union of what the rows see, within the work's range
+  // Where elements are scaled: factors of the first KV head's keys and values, and how far on the next head's are (0: one for all).
+  const float *k_scale, *v_scale;
+  int32_t k_scale_stride, v_scale_stride;
   // pages == nullptr: token j is row `first_row` + j.
   const char* k;
   const char* v;
@@ -55,7 +70,7 @@ struct TileJob {
   int32_t page_size;
   const int32_t* pages;  // of this list
   int64_t first_row;
-  // Where the rows go: final rows of the inputs' type, or fp32 partials.
+  // Where the rows go: final rows of q_type, or fp32 partials.
   void* const* o_rows;  // [head_dim]
   int64_t o_head_stride;
   bool is_partial;
@@ -100,6 +115,14 @@ struct TurnRowJob {
   void* out;               // may be `in`
 };
 
+// [head_dim] elements x / scale, rounded to nearest even, saturating; a NaN stays a NaN.
+struct QuantiseRowJob {
+  int32_t head_dim;
+  float scale;
+  const void* in;
+  void* out;
+};
+
 // A standard variant's hooks, as the library has them compiled.
 struct StandardVariant {
   const char* name;  // of the generated struct: variant_<digest>
@@ -110,13 +133,19 @@ struct StandardVariants {
   size_t count;
 };
 
+inline constexpr int kNumFloats = 3;   // types of queries, outputs and new tokens
+inline constexpr int kNumKVTypes = 5;  // of keys and values in memory: these, and the scaled ones
+inline constexpr int kNumScaled = kNumKVTypes - kNumFloats;
+
 // Indexed by DType.
 struct KernelTable {
   const char* name;
-  void (*attend[3])(const TileJob& job, Scratch* scratch);
-  void (*merge_partials[3])(const MergeRowJob& job);  // fp32 states into a row of the type
-  void (*merge_states[3])(const MergeRowJob& job);    // states of the type into a row of the type
-  void (*turn_row[3])(const TurnRowJob& job);
+  void (*attend[kNumKVTypes])(const TileJob& job, Scratch* scratch);  // by the type of keys
+  void (*merge_partials[kNumFloats])(const MergeRowJob& job);         // fp32 states into a row of the type
+  void (*merge_states[kNumFloats])(const MergeRowJob& job);           // states of the type into a row of the type
+  void (*turn_row[kNumFloats])(const TurnRowJob& job);
+  void (*turn_row_to_float[kNumFloats])(const TurnRowJob& job);  // `out` is float
+  void (*quantise_row[kNumFloats][kNumScaled])(const QuantiseRowJob& job);
   const StandardVariants* standard_variants;
 };
 

@@ -161,9 +161,9 @@ template <typename T>
 void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
   const int head_begin = b.first.kv_head;
   const bool use_dots = job.num_rows <= kMaxDotRows;
-  const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
+  const bool changes_keys = kIsScaled<T> || (job.variant != nullptr && job.variant->key != nullptr);
   // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
-  const bool in_place = b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
+  const bool in_place = !kIsScaled<T> && b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
   const int64_t k_stride = job.k_head_stride / static_cast<int64_t>(sizeof(T)),
                 v_stride = job.v_head_stride / static_cast<int64_t>(sizeof(T));
   const int block_keys = BlockKeys(job.num_rows, job.head_dim, sizeof(T));
@@ -171,7 +171,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
     const int next = (begin / block_keys + 1) * block_keys;
     return next < job.kv_end ? next : job.kv_end;
   };
-  for (int h = 0; h < num_heads; ++h) LoadQueries<T>(job, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) LoadQueries(job, b.q_stride, b.Head(h));
   int current = 0;
   if (job.kv_begin < job.kv_end)
     LocateKeys(job, job.kv_begin, block_end(job.kv_begin), job.kv_begin % block_keys, b.k_rows[0], b.v_rows[0]);
@@ -184,39 +184,43 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
     for (int h = 0; h < num_heads; ++h) {
       const int64_t k_at = (head_begin + h) * k_stride, v_at = (head_begin + h) * v_stride;
       const KeyRows<T> k{b.k_rows[current], k_at}, v{b.v_rows[current], v_at};
+      const float v_scale = kIsScaled<T> ? job.v_scale[(head_begin + h) * job.v_scale_stride] : 1.f;
       if (use_dots) {
         // Next come the following head's keys, behind the last head the next block's; a shorter last block is not prefetched.
         const bool is_last = h + 1 == num_heads;
         const T* const* next_rows = !is_last ? b.k_rows[current] : next_count >= at.end ? b.k_rows[current ^ 1] : nullptr;
         const KeyRows<T> fetch{next_rows, is_last ? head_begin * k_stride : k_at + k_stride};
-        if (has_keys) {
-          DotBlock<float>(job, b.Head(h), b, at, ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k), {nullptr, 0});
-        } else {
+        if (changes_keys) {
+          const KeyRows<T> values = kIsScaled<T> ? v : KeyRows<T>{nullptr, 0};
+          DotBlock<float>(job, b.Head(h), b, at, ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k, values),
+                          {nullptr, 0});
+        } else if constexpr (!kIsScaled<T>) {
           DotBlock<T>(job, b.Head(h), b, at, k, v);
         }
         if (in_place) {
-          UpdateBlock<T, T>(job, b.Head(h), b, at, v, fetch);
+          if constexpr (!kIsScaled<T>) UpdateBlock<T, T>(job, b.Head(h), b, at, v, fetch);
         } else {
-          WidenValues(v, fetch, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+          WidenValues(v, fetch, v_scale, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
           UpdateBlock<T, float>(job, b.Head(h), b, at, {b.widened, 0}, {nullptr, 0});
         }
       } else {
-        if (has_keys) {
-          PackKeys(ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k), at.begin, at.end, job.head_dim, b.kt,
-                   kBlockKeys);
-        } else {
+        if (changes_keys) {
+          PackKeys(ChangeKeys(job, b, head_begin + h, h == 0, block, at.begin, at.end, k, {nullptr, 0}), at.begin, at.end, job.head_dim,
+                   b.kt, kBlockKeys);
+        } else if constexpr (!kIsScaled<T>) {
           PackKeys(k, at.begin, at.end, job.head_dim, b.kt, kBlockKeys);
         }
-        WidenValues<T>(v, {nullptr, 0}, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+        WidenValues<T>(v, {nullptr, 0}, v_scale, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
         OuterBlock<T>(job, b.Head(h), b, at, {{b.k_rows[current ^ 1], k_at}, {b.v_rows[current ^ 1], v_at}, next_count});
       }
     }
     begin = end;
     current ^= 1;
   }
-  for (int h = 0; h < num_heads; ++h) StoreOutputs<T>(job, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) StoreOutputs(job, b.q_stride, b.Head(h));
 }
 
+// T: of keys and values in memory; queries and outputs are of job.q_type.
 template <typename T>
 void Attend(const TileJob& job, Scratch* scratch) {
   // As many heads at once as leave the second-level cache to the keys; many rows fill it with one.

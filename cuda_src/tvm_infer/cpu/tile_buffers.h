@@ -17,6 +17,11 @@ inline constexpr int kScoreStride = kBlockKeys + 16;  // DotScores writes up to 
 inline constexpr int kMaxDotRows = 64;
 inline constexpr int kDotRows = 4;
 
+// Elements that a scale turns into values. A block of them is widened once, keys and values, and then treated as float: widening costs more
+// than a store and a load, and the group's rows share it.
+template <typename T>
+inline constexpr bool kIsScaled = sizeof(T) == 1;
+
 // Keys a block. Decode wants them few, so that what is prefetched is used soon: 8 KiB of keys read 15 % faster than 32 KiB.
 TVM_INFER_INLINE int BlockKeys(int num_rows, int head_dim, int element_size) {
   constexpr int kDecodeRows = 8;
@@ -45,7 +50,8 @@ struct TileBuffers {
   const T** k_rows[2];    // of this block and the next
   const T** v_rows[2];    //
   const float** widened;  // rows of v
-  // Where a variant changes keys: [kBlockKeys][q_stride] in float, their rows, and [kBlockKeys][2][num_pairs] cosines and sines.
+  // Where a variant changes keys, or they are scaled: [kBlockKeys][q_stride] in float, their rows, and [kBlockKeys][2][num_pairs] cosines
+  // and sines.
   float* keys;
   const float** key_rows;
   float* turns;
@@ -76,7 +82,7 @@ TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
   const size_t pointers = take(6 * kBlockKeys * sizeof(void*));
   const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
-  const size_t keys = take(has_keys ? static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float) : 0);
+  const size_t keys = take(has_keys || kIsScaled<T> ? static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float) : 0);
   const size_t turns = take(has_keys ? static_cast<size_t>(kBlockKeys) * 2 * job.variant->num_pairs * sizeof(float) : 0);
   char* base = scratch->Reserve(bytes);
   b.first = {reinterpret_cast<float*>(base + q), reinterpret_cast<float*>(base + o), reinterpret_cast<SoftmaxState*>(base + softmax), 0};
@@ -121,40 +127,54 @@ void LocateKeys(const TileJob& job, int begin, int end, int column, const T** k_
 }
 
 template <typename T>
-void LoadQueries(const TileJob& job, int q_stride, const HeadState& head) {
+void WidenRow(const void* from, int head_dim, float* to) {
+  for (int d = 0; d < head_dim; d += kWidth) Store(to + d, LoadUpTo(static_cast<const T*>(from) + d, head_dim - d));
+}
+inline constexpr void (*kWidenRow[kNumFloats])(const void*, int, float*) = {WidenRow<float>, WidenRow<Half>, WidenRow<BFloat>};
+
+inline void LoadQueries(const TileJob& job, int q_stride, const HeadState& head) {
   const Vec scale = Set1(job.q_scale);
   const bool has_hook = job.variant != nullptr && job.variant->query != nullptr;
   for (int r = 0; r < job.num_rows; ++r) {
-    const T* q = reinterpret_cast<const T*>(static_cast<const char*>(job.q_rows[r]) + head.kv_head * job.q_head_stride);
     float* loaded = head.q + r * q_stride;
+    kWidenRow[job.q_type](static_cast<const char*>(job.q_rows[r]) + head.kv_head * job.q_head_stride, job.head_dim, loaded);
+    if (has_hook) ApplyQuery(*job.variant, head.kv_head, r, job.head_dim, loaded);
     for (int d = 0; d < job.head_dim; d += kWidth) {
-      Store(loaded + d, has_hook ? LoadUpTo(q + d, job.head_dim - d) : Mul(LoadUpTo(q + d, job.head_dim - d), scale));
+      Store(loaded + d, Mul(Load(loaded + d), scale));
       Store(head.o + r * q_stride + d, Zero());
-    }
-    if (has_hook) {
-      ApplyQuery(*job.variant, head.kv_head, r, job.head_dim, loaded);
-      for (int d = 0; d < job.head_dim; d += kWidth) Store(loaded + d, Mul(Load(loaded + d), scale));
     }
     head.softmax[r].max = -__builtin_inff();
     Store(head.softmax[r].sum, Zero());
   }
 }
 
-// Keys of columns [begin, end) of the block that starts at key `block`, changed by the variant, in float. Angles are those of a position:
+// The variant's turn with a key, [head_dim] in float, at column c of the block that starts at key `block`. Angles are those of a position:
 // they are computed with the first of the heads.
-template <typename T>
-KeyRows<float> ChangeKeys(const TileJob& job, const TileBuffers<T>& b, int kv_head, bool is_first_head, int block, int begin, int end,
-                          KeyRows<T> k) {
+TVM_INFER_INLINE void ApplyKey(const TileJob& job, int kv_head, bool is_first_head, int block, int c, float* turns, float* key) {
   const VariantJob& variant = *job.variant;
   const variant::Row row = RowOfHead(variant, 0, kv_head);
+  float* cos = turns + c * 2 * variant.num_pairs;
+  const int position = variant.kv_pos_base + block + c;
+  if (is_first_head && variant.turn != nullptr) variant.turn(*variant.args, row, position, variant.num_pairs, cos, cos + variant.num_pairs);
+  variant.key(*variant.args, row, position, job.head_dim, cos, cos + variant.num_pairs, key);
+}
+
+// Keys of columns [begin, end) of the block that starts at key `block` in float: times their scale, then changed by the variant. The rows
+// of `prefetch`, if it has any, are fetched on the way, a line each 64 bytes.
+template <typename T>
+KeyRows<float> ChangeKeys(const TileJob& job, const TileBuffers<T>& b, int kv_head, bool is_first_head, int block, int begin, int end,
+                          KeyRows<T> k, KeyRows<T> prefetch) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
+  const Vec scale = Set1(kIsScaled<T> ? job.k_scale[kv_head * job.k_scale_stride] : 1.f);
   for (int c = begin; c < end; ++c) {
     float* key = b.keys + c * b.q_stride;
-    float* cos = b.turns + c * 2 * variant.num_pairs;
-    const int position = variant.kv_pos_base + block + c;
-    if (is_first_head && variant.turn != nullptr)
-      variant.turn(*variant.args, row, position, variant.num_pairs, cos, cos + variant.num_pairs);
-    for (int d = 0; d < job.head_dim; d += kWidth) Store(key + d, LoadUpTo(k[c] + d, job.head_dim - d));
-    variant.key(*variant.args, row, position, job.head_dim, cos, cos + variant.num_pairs, key);
+    for (int d = 0; d < job.head_dim; d += kWidth) {
+      if (prefetch.rows != nullptr && d % kLine == 0) __builtin_prefetch(prefetch[c] + d, 0, 3);
+      const Vec x = LoadUpTo(k[c] + d, job.head_dim - d);
+      Store(key + d, kIsScaled<T> ? Mul(x, scale) : x);
+    }
+    if (has_keys) ApplyKey(job, kv_head, is_first_head, block, c, b.turns, key);
     b.key_rows[c] = key;
   }
   return {b.key_rows, 0};
@@ -166,8 +186,9 @@ void StoreRow(const float* o, int head_dim, float factor, void* out) {
   for (int d = 0; d < head_dim; d += kWidth) StoreUpTo(static_cast<T*>(out) + d, Mul(Load(o + d), f), head_dim - d);
 }
 
-template <typename T>
-void StoreOutputs(const TileJob& job, int q_stride, const HeadState& head) {
+inline constexpr void (*kStoreRow[kNumFloats])(const float*, int, float, void*) = {StoreRow<float>, StoreRow<Half>, StoreRow<BFloat>};
+
+inline void StoreOutputs(const TileJob& job, int q_stride, const HeadState& head) {
   for (int r = 0; r < job.num_rows; ++r) {
     const float sum = ReduceAdd(Load(head.softmax[r].sum));
     const bool is_empty = sum == 0.f;  // no visible key, or none with a score above -inf
@@ -183,7 +204,7 @@ void StoreOutputs(const TileJob& job, int q_stride, const HeadState& head) {
         factor = 1.f;
       }
     }
-    const auto store_row = job.is_partial ? StoreRow<float> : StoreRow<T>;
+    const auto store_row = job.is_partial ? StoreRow<float> : kStoreRow[job.q_type];
     store_row(o, job.head_dim, factor, static_cast<char*>(job.o_rows[r]) + head.kv_head * job.o_head_stride);
   }
 }

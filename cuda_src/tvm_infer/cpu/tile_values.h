@@ -39,14 +39,18 @@ void AddValues(const float* p, int p_stride, KeyRows<T> v_rows, KeyRows<T> prefe
   }
 }
 
-// v[c][0 … padded) = v_rows[c], widened, zeros behind head_dim; and pointers to its rows. Prefetches like AddValues.
+// v[c][0 … padded) = v_rows[c] widened, times `scale` where elements are of 8 bits, zeros behind head_dim; and pointers to its rows.
+// Prefetches like AddValues.
 template <typename T>
-void WidenValues(KeyRows<T> v_rows, KeyRows<T> prefetch, int begin, int end, int head_dim, float* v, int v_stride, const float** rows) {
+void WidenValues(KeyRows<T> v_rows, KeyRows<T> prefetch, float scale, int begin, int end, int head_dim, float* v, int v_stride,
+                 const float** rows) {
+  const Vec factor = Set1(scale);
   for (int c = begin; c < end; ++c) {
     rows[c] = v + c * v_stride;
     for (int d = 0; d < head_dim; d += kWidth) {
       if (prefetch.rows != nullptr) __builtin_prefetch(prefetch[c] + d, 0, 3);
-      Store(v + c * v_stride + d, LoadUpTo(v_rows[c] + d, head_dim - d));
+      const Vec x = LoadUpTo(v_rows[c] + d, head_dim - d);
+      Store(v + c * v_stride + d, sizeof(T) == 1 ? Mul(x, factor) : x);
     }
   }
 }

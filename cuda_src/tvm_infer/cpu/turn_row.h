@@ -6,12 +6,12 @@
 
 namespace tvm_infer::cpu::TVM_INFER_ISA {
 
-template <typename T>
+template <typename T, typename Out>
 void TurnRow(const TurnRowJob& job) {
   constexpr int kMaxHeadDim = 256;
   alignas(64) float in[kMaxHeadDim], out[kMaxHeadDim];
   const T* const from = static_cast<const T*>(job.in);
-  T* const to = static_cast<T*>(job.out);
+  Out* const to = static_cast<Out*>(job.out);
   for (int d = 0; d < job.head_dim; d += kWidth) {
     const Vec x = LoadUpTo(from + d, job.head_dim - d);
     Store(in + d, x);

@@ -29,6 +29,16 @@ TVM_INFER_INLINE Vec Load(const BFloat* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_words), 16));
 }
 TVM_INFER_INLINE Vec Load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// By way of half, as in vec_avx512.h.
+TVM_INFER_INLINE Vec Load(const Float8E5M2* p) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8));
+}
+TVM_INFER_INLINE Vec Load(const Float8E4M3* p) {
+  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __m128i is_nan = _mm_cmpeq_epi16(_mm_and_si128(half, _mm_set1_epi16(0x7fff)), _mm_set1_epi16(0x3f80));
+  return Mul(_mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), is_nan)), Set1(256.f));
+}
 
 TVM_INFER_INLINE void Store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 TVM_INFER_INLINE void Store(BFloat* p, Vec a) {  // round to nearest even; a NaN stays a NaN

@@ -44,6 +44,23 @@ TVM_INFER_INLINE Vec LoadPartial(const T* p, int n) {
   return Widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p), T{});
 }
 
+// 8-bit floats by way of half: E5M2 is its upper byte. E4M3's exponent and mantissa move to the lower end of half's range, denormals
+// included, and 2^8 brings the value back; what is NaN there is a number in half.
+TVM_INFER_INLINE Vec Widen(__m128i bytes, Float8E5M2) { return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8)); }
+TVM_INFER_INLINE Vec Widen(__m128i bytes, Float8E4M3) {
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __mmask16 is_nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(half, _mm256_set1_epi16(0x7fff)), _mm256_set1_epi16(0x3f80));
+  return Mul(_mm512_cvtph_ps(_mm256_mask_blend_epi16(is_nan, half, _mm256_set1_epi16(0x7e00))), Set1(256.f));
+}
+TVM_INFER_INLINE Vec Load(const Float8E4M3* p) { return Widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Float8E4M3{}); }
+TVM_INFER_INLINE Vec Load(const Float8E5M2* p) { return Widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Float8E5M2{}); }
+TVM_INFER_INLINE Vec LoadPartial(const Float8E4M3* p, int n) {
+  return Widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p), Float8E4M3{});
+}
+TVM_INFER_INLINE Vec LoadPartial(const Float8E5M2* p, int n) {
+  return Widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p), Float8E5M2{});
+}
+
 // Round to nearest even; a NaN stays a NaN.
 TVM_INFER_INLINE __m256i Narrow(Vec a, BFloat) {
   const __m512i bits = _mm512_castps_si512(a);

@@ -48,6 +48,24 @@ TVM_INFER_INLINE Vec Load(const Half* p) {
   return reinterpret_cast<Vec>(reinterpret_cast<WordVec>(value) | ((words & 0x8000u) << 16));
 }
 
+// The same of 8 bits: exponents are 2^120 and 2^112 too small. E4M3 has a NaN and no infinity.
+TVM_INFER_INLINE Vec Load(const Float8E4M3* p) {
+  const WordVec bytes{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const WordVec magnitude = bytes & 0x7f;
+  const Vec finite = reinterpret_cast<Vec>(magnitude << 20) * 0x1p120f;
+  const Vec nan = reinterpret_cast<Vec>(WordVec{} + 0x7fc00000u);
+  const Vec value = Select(reinterpret_cast<IntVec>(magnitude) == 0x7f, nan, finite);
+  return reinterpret_cast<Vec>(reinterpret_cast<WordVec>(value) | ((bytes & 0x80u) << 24));
+}
+TVM_INFER_INLINE Vec Load(const Float8E5M2* p) {
+  const WordVec bytes{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const WordVec magnitude = bytes & 0x7f;
+  const Vec finite = reinterpret_cast<Vec>(magnitude << 21) * 0x1p112f;
+  const Vec special = reinterpret_cast<Vec>((magnitude << 21) | 0x7f800000u);
+  const Vec value = Select(reinterpret_cast<IntVec>(magnitude) >= 0x7c, special, finite);
+  return reinterpret_cast<Vec>(reinterpret_cast<WordVec>(value) | ((bytes & 0x80u) << 24));
+}
+
 TVM_INFER_INLINE void Store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof(a)); }
 // Round to nearest even; a NaN stays a NaN.
 TVM_INFER_INLINE void Store(BFloat* p, Vec a) {

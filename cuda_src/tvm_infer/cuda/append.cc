@@ -1,6 +1,7 @@
 #include "tvm_infer/cuda/append.h"
 
 #include <algorithm>
+#include <string>
 
 #include "tvm_infer/cuda/driver.h"
 #include "tvm_infer/cuda/kernels.h"
@@ -12,9 +13,19 @@ namespace {
 constexpr int64_t kVectorElements = 8;  // 16 bytes
 constexpr int64_t kWarp = 32;
 
+CachedKernel& KernelOf(DTypeTag dtype, DTypeTag kv_dtype) {
+  static auto* const copies = new CachedKernel("append_b16");
+  if (!IsScaled(kv_dtype)) return *copies;
+  const auto make = [](DTypeTag from, DTypeTag to) { return new CachedKernel(std::string("append_") + Suffix(from) + "_" + Suffix(to)); };
+  static CachedKernel* const quantises[2][2] = {
+      {make(DTypeTag::kFloat16, DTypeTag::kFloat8E4M3), make(DTypeTag::kFloat16, DTypeTag::kFloat8E5M2)},
+      {make(DTypeTag::kBFloat16, DTypeTag::kFloat8E4M3), make(DTypeTag::kBFloat16, DTypeTag::kFloat8E5M2)}};
+  return *quantises[dtype == DTypeTag::kBFloat16][kv_dtype == DTypeTag::kFloat8E5M2];
+}
+
 }  // namespace
 
-void LaunchAppend(int32_t device_id, void* stream, const AppendParams& params) {
+void LaunchAppend(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype, const AppendParams& params) {
   if (params.max_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0) return;
   // Loads of a warp that copies 32 vectors at a time: the most warps that find work.
   const int64_t token_loads = (2 * params.num_kv_heads * (params.head_dim / kVectorElements) + kWarp - 1) / kWarp;
@@ -24,8 +35,7 @@ void LaunchAppend(int32_t device_id, void* stream, const AppendParams& params) {
                                    << " heads and head_dim " << params.head_dim
                                    << ": more than 2^31 copies of 512 bytes. Append them in several calls";
   }
-  static auto* const cached = new CachedKernel("append_b16");
-  const Kernel& kernel = cached->Get(device_id, stream);
+  const Kernel& kernel = KernelOf(dtype, kv_dtype).Get(device_id, stream);
   const int64_t warps = kernel.info.threads / kWarp;
   const int64_t grid = std::min<int64_t>((loads + warps - 1) / warps, GetDevice(device_id).num_sms * kernel.info.ctas_per_sm);
   void* args[] = {const_cast<AppendParams*>(&params)};

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 
+#include "tvm_infer/cuda/dtype.h"
 #include "tvm_infer/cuda/params.h"
 
 namespace tvm_infer::cuda {
 
-// 16-bit elements; rows of K and V, new and cached, on 16-byte boundaries. The device's context is current.
-void LaunchAppend(int32_t device_id, void* stream, const AppendParams& params);
+// New elements of 16 bits, cached ones the same or IsScaled; rows of K and V, new and cached, on 16-byte boundaries. The device's context
+// is current.
+void LaunchAppend(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype, const AppendParams& params);
 
 }  // namespace tvm_infer::cuda

@@ -13,21 +13,25 @@
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int kPanelElements = 64;         // 128 bytes: the swizzle's span
-constexpr uint32_t kRaggedTileKeys = 128;  // of one copy, attention/config_sm90.cuh
+constexpr int32_t kPanelBytes = 128;  // the swizzle's span
 
 constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
 
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
 constexpr int32_t kPageSizes[] = {kRagged, 1, 2, 4, 8, 16, 32, 64};
-constexpr int32_t kHeadDims[] = {64, 128};
+constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};
 constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
+// Of scaled keys and values.
+constexpr DTypeTag kScaledDTypes[] = {DTypeTag::kFloat8E4M3, DTypeTag::kFloat8E5M2};
+constexpr int32_t kScaledPageSizes[] = {16, 32, 64};
+constexpr int32_t kScaledHeadDims[] = {128, 256};
 constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
 constexpr int kNumHeadDims = sizeof(kHeadDims) / sizeof(kHeadDims[0]);
 constexpr int kNumDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
 
-std::string KernelName(DTypeTag dtype, int32_t head_dim, int32_t page_size) {
-  return std::string("attention_") + Suffix(dtype) + "_h" + std::to_string(head_dim) +
+std::string KernelName(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t page_size) {
+  const std::string kv = IsScaled(kv_dtype) ? std::string("_") + Suffix(kv_dtype) : std::string();
+  return std::string("attention_") + Suffix(dtype) + kv + "_h" + std::to_string(head_dim) +
          (page_size == kRagged ? "_ragged" : "_p" + std::to_string(page_size));
 }
 
@@ -47,7 +51,8 @@ struct KernelTable {
   KernelTable() {
     for (int d = 0; d < kNumDTypes; ++d) {
       for (int h = 0; h < kNumHeadDims; ++h) {
-        for (int p = 0; p < kNumPageSizes; ++p) of[d][h][p] = new CachedKernel(KernelName(kDTypes[d], kHeadDims[h], kPageSizes[p]));
+        for (int p = 0; p < kNumPageSizes; ++p)
+          of[d][h][p] = new CachedKernel(KernelName(kDTypes[d], kDTypes[d], kHeadDims[h], kPageSizes[p]));
       }
     }
   }
@@ -59,19 +64,41 @@ int IndexOf(const T (&values)[kCount], T value) {
   while (i < kCount && values[i] != value) ++i;
   return i;
 }
+template <typename T, int kCount>
+bool Has(const T (&values)[kCount], T value) {
+  return IndexOf(values, value) < kCount;
+}
 
-CachedKernel& KernelFor(DTypeTag dtype, int32_t head_dim, int32_t page_size, const variant::Call* variant) {
-  static const KernelTable& table = *new KernelTable;
-  CheckKernelShape(dtype, head_dim, "q");
-  const int page_index = IndexOf(kPageSizes, page_size);
-  if (page_index == kNumPageSizes) {
-    TVM_INFER_THROW(ExecutorError) << "argument `k_cache` has page_size " << page_size
-                                   << "; the cuda executor has kernels for pages of 1, 2, 4, 8, "
-                                   << "16, 32 and 64 tokens. Lay the cache out in such pages, or pass host tensors (the cpu executor takes "
-                                      "any page_size)";
+// One CachedKernel for each shape with scaled keys; never destroyed.
+struct ScaledKernelTable {
+  CachedKernel* of[kNumDTypes][2][2][3];
+  ScaledKernelTable() {
+    for (int d = 0; d < kNumDTypes; ++d) {
+      for (int kv = 0; kv < 2; ++kv) {
+        for (int h = 0; h < 2; ++h) {
+          for (int p = 0; p < 3; ++p)
+            of[d][kv][h][p] = new CachedKernel(KernelName(kDTypes[d], kScaledDTypes[kv], kScaledHeadDims[h], kScaledPageSizes[p]));
+        }
+      }
+    }
   }
-  if (variant != nullptr) return VariantKernelFor(KernelName(dtype, head_dim, page_size) + "_v" + variant->digest);
-  return *table.of[IndexOf(kDTypes, dtype)][IndexOf(kHeadDims, head_dim)][page_index];
+};
+
+CachedKernel& KernelFor(const AttentionLaunch& launch) {
+  CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, "q");
+  if (launch.page_size != kRagged || IsScaled(launch.kv_dtype)) CheckPageSize(launch.kv_dtype, launch.page_size, "k_cache");
+  const int dtype = IndexOf(kDTypes, launch.dtype);
+  if (IsScaled(launch.kv_dtype)) {
+    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, "k_cache");
+    static const ScaledKernelTable& table = *new ScaledKernelTable;
+    return *table.of[dtype][IndexOf(kScaledDTypes, launch.kv_dtype)][IndexOf(kScaledHeadDims, launch.head_dim)]
+                    [IndexOf(kScaledPageSizes, launch.page_size)];
+  }
+  if (launch.variant != nullptr) {
+    return VariantKernelFor(KernelName(launch.dtype, launch.dtype, launch.head_dim, launch.page_size) + "_v" + launch.variant->digest);
+  }
+  static const KernelTable& table = *new KernelTable;
+  return *table.of[dtype][IndexOf(kHeadDims, launch.head_dim)][IndexOf(kPageSizes, launch.page_size)];
 }
 
 // K or V for the copy engine.
@@ -81,33 +108,43 @@ struct KvView {
 };
 
 // The stride of an axis of one entry is never used, but the driver holds it to its rules all the same; tensors have anything there.
-uint64_t StrideBytes(int64_t stride, uint64_t size, int32_t head_dim) { return 2 * static_cast<uint64_t>(size > 1 ? stride : head_dim); }
+uint64_t StrideBytes(const AttentionLaunch& launch, int64_t stride, uint64_t size) {
+  return ElementBytes(launch.kv_dtype) * static_cast<uint64_t>(size > 1 ? stride : launch.head_dim);
+}
 
-TensorMap EncodeKv(const AttentionLaunch& launch, const KvView& view, uint32_t box_panels) {
+// Heads of whole panels have an axis of them; others are one axis, whose end the copy engine knows (cuda/params.h).
+uint32_t PanelElements(const AttentionLaunch& launch) { return static_cast<uint32_t>(kPanelBytes / ElementBytes(launch.kv_dtype)); }
+uint32_t NumPanels(const AttentionLaunch& launch) {
+  const auto head_dim = static_cast<uint32_t>(launch.head_dim), panel = PanelElements(launch);
+  return head_dim % panel == 0 ? head_dim / panel : 1;
+}
+
+TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, const KvView& view, uint32_t box_panels) {
   const bool ragged = launch.page_size == kRagged;
-  const uint64_t panels = static_cast<uint64_t>(launch.head_dim / kPanelElements);
+  const uint64_t panels = NumPanels(launch), columns = static_cast<uint64_t>(launch.head_dim) / panels;
   const uint64_t num_pages = launch.num_pages > 0 ? static_cast<uint64_t>(launch.num_pages) : 1;
   const uint64_t heads = static_cast<uint64_t>(launch.params.expected.num_kv_heads);
   const uint64_t tokens = ragged ? num_pages : static_cast<uint64_t>(launch.page_size);
   const uint64_t pages = ragged ? 1 : num_pages;
   // A pool without pages has no address; no key is read then, but a map must have one.
   const void* base = launch.num_pages > 0 ? view.base : launch.params.q;
-  return EncodeTensorMap(launch.dtype == DTypeTag::kBFloat16, base, {kPanelElements, tokens, panels, heads, pages},
-                         {StrideBytes(view.stride_token, tokens, launch.head_dim), 2 * kPanelElements,
-                          StrideBytes(view.stride_head, heads, launch.head_dim), StrideBytes(view.stride_page, pages, launch.head_dim)},
-                         {kPanelElements, ragged ? kRaggedTileKeys : static_cast<uint32_t>(launch.page_size), box_panels, 1, 1});
+  const uint32_t panel = std::min(PanelElements(launch), static_cast<uint32_t>(launch.head_dim));
+  return EncodeTensorMap(launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
+                         {StrideBytes(launch, view.stride_token, tokens), kPanelBytes, StrideBytes(launch, view.stride_head, heads),
+                          StrideBytes(launch, view.stride_page, pages)},
+                         {panel, static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
 }
 
-KvTensorMaps EncodeMaps(const AttentionLaunch& launch) {
+KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {
   const AttentionParams& p = launch.params;
   const KvView k{p.k, p.k_stride_page, p.k_stride_head, p.k_stride_token};
   const KvView v{p.v, p.v_stride_page, p.v_stride_head, p.v_stride_token};
-  const auto panels = static_cast<uint32_t>(launch.head_dim / kPanelElements);
+  const uint32_t panels = NumPanels(launch);
   KvTensorMaps maps;
-  maps.k_pages = EncodeKv(launch, k, panels);
-  maps.v_pages = EncodeKv(launch, v, panels);
-  // A page of head_dim 64 is one panel; ragged keys do not use the third map, but the kernel prefetches all of them.
-  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, k, 1);
+  maps.k_pages = EncodeKv(launch, kernel, k, panels);
+  maps.v_pages = EncodeKv(launch, kernel, v, panels);
+  // Boxes of one panel are those of pages already; ragged keys do not use the third map, but the kernel prefetches all of them.
+  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, kernel, k, 1);
   return maps;
 }
 
@@ -137,17 +174,39 @@ void CheckSpans(const AttentionLaunch& launch) {
 
 }  // namespace
 
-bool HasPageSize(int32_t page_size) { return page_size != kRagged && IndexOf(kPageSizes, page_size) < kNumPageSizes; }
+bool HasPageSize(DTypeTag kv_dtype, int32_t page_size) {
+  return page_size != kRagged && (IsScaled(kv_dtype) ? Has(kScaledPageSizes, page_size) : Has(kPageSizes, page_size));
+}
+
+const char* PageSizes(DTypeTag kv_dtype) {
+  return IsScaled(kv_dtype) ? "8-bit elements in pages of 16, 32 and 64 tokens" : "pages of 1, 2, 4, 8, 16, 32 and 64 tokens";
+}
+
+void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name) {
+  if (HasPageSize(kv_dtype, page_size)) return;
+  TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has " << (page_size == kRagged ? "no pages" : "page_size ")
+                                 << (page_size == kRagged ? std::string() : std::to_string(page_size)) << "; the cuda executor has kernels "
+                                 << "for " << PageSizes(kv_dtype) << ". Lay the cache out in such pages, or pass host tensors (the cpu "
+                                 << "executor takes any page_size)";
+}
+
+void CheckTakesVariant(DTypeTag kv_dtype, const char* name) {
+  if (!IsScaled(kv_dtype)) return;
+  TVM_INFER_THROW(ExecutorError)
+      << "argument `" << name << "` has 8-bit elements (" << Suffix(kv_dtype)
+      << "), with which the cuda executor has plain attention only, no variant. Keep keys and values in 16 bits, "
+         "or pass host tensors (the cpu executor takes both)";
+}
 
 void LaunchAttention(const AttentionLaunch& launch) {
-  CachedKernel& cached = KernelFor(launch.dtype, launch.head_dim, launch.page_size, launch.variant);
+  CachedKernel& cached = KernelFor(launch);
   const Device& device = GetDevice(launch.device_id);
   const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
   CheckSpans(launch);
   KvTensorMaps maps{};  // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
-    maps = EncodeMaps(launch);
+    maps = EncodeMaps(launch, kernel.info);
   }
   AttentionParams params = launch.params;
   variant::Args args{};

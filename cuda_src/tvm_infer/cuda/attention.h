@@ -16,7 +16,8 @@ inline constexpr int32_t kRagged = 0;  // AttentionLaunch::page_size of keys wit
 struct AttentionLaunch {
   int32_t device_id;
   void* stream;
-  DTypeTag dtype;
+  DTypeTag dtype;     // of q and o
+  DTypeTag kv_dtype;  // dtype, or IsScaled
   int32_t head_dim;
   int32_t page_size;      // kRagged, or tokens in a page
   int64_t num_pages;      // pages that k and v hold; ragged: their rows
@@ -26,8 +27,13 @@ struct AttentionLaunch {
   const variant::Call* variant;  // null: none; valid until LaunchAttention returns
 };
 
-// Whether kernels have pages of so many tokens.
-bool HasPageSize(int32_t page_size);
+// Whether kernels have pages of so many tokens, and a text that names what they have.
+bool HasPageSize(DTypeTag kv_dtype, int32_t page_size);
+const char* PageSizes(DTypeTag kv_dtype);
+// Throws Error("ExecutorError") where there are none; `name`: whose pages they are.
+void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name);
+// The same where keys of this type take no variant.
+void CheckTakesVariant(DTypeTag kv_dtype, const char* name);
 
 // The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
 // loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.

@@ -119,13 +119,13 @@ void LaunchKernel(const Kernel& kernel, int32_t grid, void* stream, void* const*
   if (code != kSuccess) CheckDriver(code, ("cuLaunchKernelEx of `" + kernel.name + "`").c_str());
 }
 
-TensorMap EncodeTensorMap(bool is_bf16, const void* base, const uint64_t (&sizes)[5], const uint64_t (&strides)[4],
+TensorMap EncodeTensorMap(DTypeTag dtype, const void* base, const uint64_t (&sizes)[5], const uint64_t (&strides)[4],
                           const uint32_t (&box)[5]) {
   constexpr uint32_t kElementStrides[5] = {1, 1, 1, 1, 1};
+  const int type = IsScaled(dtype) ? kTensorMapUInt8 : dtype == DTypeTag::kBFloat16 ? kTensorMapBFloat16 : kTensorMapFloat16;
   TensorMap map;
-  CheckDriver(Driver().cuTensorMapEncodeTiled(&map, is_bf16 ? kTensorMapBFloat16 : kTensorMapFloat16, 5, const_cast<void*>(base), sizes,
-                                              strides, box, kElementStrides, kTensorMapInterleaveNone, kTensorMapSwizzle128,
-                                              kTensorMapPromotion128, kTensorMapZeroFill),
+  CheckDriver(Driver().cuTensorMapEncodeTiled(&map, type, 5, const_cast<void*>(base), sizes, strides, box, kElementStrides,
+                                              kTensorMapInterleaveNone, kTensorMapSwizzle128, kTensorMapPromotion128, kTensorMapZeroFill),
               "cuTensorMapEncodeTiled");
   return map;
 }

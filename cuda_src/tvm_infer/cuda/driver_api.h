@@ -54,6 +54,7 @@ inline constexpr int kMaxSharedOptin = 97;            // CU_DEVICE_ATTRIBUTE_MAX
 inline constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 inline constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 inline constexpr unsigned kMemoryTypeDevice = 2;      // CU_MEMORYTYPE_DEVICE
+inline constexpr int kTensorMapUInt8 = 0;             // CU_TENSOR_MAP_DATA_TYPE_UINT8
 inline constexpr int kTensorMapFloat16 = 6;           // CU_TENSOR_MAP_DATA_TYPE_FLOAT16
 inline constexpr int kTensorMapBFloat16 = 9;          // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 inline constexpr int kTensorMapInterleaveNone = 0;    // CU_TENSOR_MAP_INTERLEAVE_NONE

@@ -16,8 +16,9 @@ struct KernelInfo {
   int32_t threads;       // in a CTA
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
+  int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
-inline constexpr int32_t kKernelAbi = 7;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 8;  // bumped when a struct of this file or the Plan changes
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -52,6 +53,10 @@ struct AttentionParams {
   int64_t v_stride_page;
   int64_t v_stride_head;
   int64_t v_stride_token;
+  // Of 8-bit keys and values, value = element * scale; where they have no scale these are null and 1.
+  const float* k_scales;  // [num_kv_heads], device; null: k_scale, v_scale of all heads
+  const float* v_scales;
+  float k_scale, v_scale;
   ExpectedPlan expected;
   float sm_scale_log2;  // sm_scale * log2(e), > 0
   float sm_scale;
@@ -59,9 +64,12 @@ struct AttentionParams {
 };
 
 // Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
-// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows.
+// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows, KernelInfo::tile_keys a box.
+// Panels are 128 bytes: of 8-bit elements 128. A head_dim that is no multiple of a panel is one axis of so many elements, and that of
+// panels has one entry.
 struct KvTensorMaps {
-  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1); ragged: (64, 128, head_dim / 64, 1, 1)
+  TensorMap
+      k_pages;  // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)
   TensorMap v_pages;   // the same of V
   TensorMap k_panels;  // box: one panel of a page (64, page_size, 1, 1, 1); ragged: unused
 };
@@ -90,6 +98,10 @@ struct AppendParams {
   int64_t v_cache_stride_page;
   int64_t v_cache_stride_head;
   int64_t v_cache_stride_token;
+  // Of a cache of 8-bit elements, which get x / scale, rounded to nearest even, saturating; else unused.
+  const float* k_scales;  // [num_kv_heads], device; null: k_scale, v_scale of all heads
+  const float* v_scales;
+  float k_scale, v_scale;
   // Rows of tokens that are padding are set to 0, since attention leaves them alone. Null: no output is known.
   void* o;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
   int64_t o_stride_token;

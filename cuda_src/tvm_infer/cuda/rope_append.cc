@@ -1,6 +1,7 @@
 #include "tvm_infer/cuda/rope_append.h"
 
 #include <algorithm>
+#include <string>
 
 #include "tvm_infer/cuda/driver.h"
 #include "tvm_infer/cuda/kernels.h"
@@ -12,10 +13,13 @@ namespace {
 constexpr int64_t kWarp = 32;
 constexpr int32_t kLaneElements = 16;  // of a row: two vectors of 16 bytes
 
-CachedKernel& KernelOf(DTypeTag dtype) {
-  static auto* const bf16 = new CachedKernel(std::string("rope_append_") + Suffix(DTypeTag::kBFloat16));
-  static auto* const fp16 = new CachedKernel(std::string("rope_append_") + Suffix(DTypeTag::kFloat16));
-  return dtype == DTypeTag::kBFloat16 ? *bf16 : *fp16;
+CachedKernel& KernelOf(DTypeTag dtype, DTypeTag kv_dtype) {
+  const auto make = [](DTypeTag type, const char* kv) { return new CachedKernel(std::string("rope_append_") + Suffix(type) + kv); };
+  static CachedKernel* const kernels[2][3] = {
+      {make(DTypeTag::kFloat16, ""), make(DTypeTag::kFloat16, "_e4m3"), make(DTypeTag::kFloat16, "_e5m2")},
+      {make(DTypeTag::kBFloat16, ""), make(DTypeTag::kBFloat16, "_e4m3"), make(DTypeTag::kBFloat16, "_e5m2")}};
+  const int kv = IsScaled(kv_dtype) ? 1 + (kv_dtype == DTypeTag::kFloat8E5M2) : 0;
+  return *kernels[dtype == DTypeTag::kBFloat16][kv];
 }
 
 }  // namespace
@@ -33,7 +37,7 @@ void CheckRopeShape(int32_t head_dim, int32_t rotary_dim, const char* name) {
   }
 }
 
-void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, const RopeAppendParams& params) {
+void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype, const RopeAppendParams& params) {
   const AppendParams& append = params.append;
   const int64_t rows = append.num_qo_heads + int64_t{2} * append.num_kv_heads;
   if (append.max_tokens == 0 || rows == 0) return;
@@ -45,7 +49,7 @@ void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, const Rop
                                    << " heads (with those of k and v) and head_dim " << append.head_dim
                                    << ": more than 2^31 copies of 1024 bytes. Append them in several calls";
   }
-  const Kernel& kernel = KernelOf(dtype).Get(device_id, stream);
+  const Kernel& kernel = KernelOf(dtype, kv_dtype).Get(device_id, stream);
   const int64_t warps = kernel.info.threads / kWarp;
   const int64_t grid = std::min<int64_t>((steps + warps - 1) / warps, GetDevice(device_id).num_sms * kernel.info.ctas_per_sm);
   void* args[] = {const_cast<RopeAppendParams*>(&params)};

@@ -11,8 +11,8 @@ namespace tvm_infer::cuda {
 // Throws Error("ExecutorError") where the kernel does not take such heads; `name`: the argument that has them.
 void CheckRopeShape(int32_t head_dim, int32_t rotary_dim, const char* name);
 
-// float16 or bfloat16, a shape that CheckRopeShape takes; rows of q, k, v, q_out and the caches on 16-byte boundaries. The device's context
-// is current.
-void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, const RopeAppendParams& params);
+// float16 or bfloat16, the cache the same or IsScaled, a shape that CheckRopeShape takes; rows of q, k, v, q_out and the caches on 16-byte
+// boundaries. The device's context is current.
+void LaunchRopeAppend(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype, const RopeAppendParams& params);
 
 }  // namespace tvm_infer::cuda

@@ -3,6 +3,7 @@
 #include "tvm_infer/ffi/attention_checks.h"
 #include "tvm_infer/ffi/attention_cuda.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/value_checks.h"
 
 namespace tvm_infer::ffi_api {
@@ -45,7 +46,7 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
   CheckNewTokens(k, v, shape, kHost);
   CheckNumNewTokens(k, v, qo_indptr[num_requests]);
   cpu::AppendArgs args{};
-  args.dtype = shape.dtype;
+  args.dtype = CheckFloat(k, "k");
   args.num_requests = num_requests;
   args.num_kv_heads = shape.num_kv_heads;
   args.head_dim = shape.head_dim;
@@ -63,8 +64,8 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
 
 // The cache and its page table, for the plan's lists.
 CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout,
-                     const TensorView& kv_page_indptr, const TensorView& kv_page_indices, cpu::KVSource* source) {
-  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, source);
+                     const TensorView& kv_page_indptr, const TensorView& kv_page_indices, const KVScales& scales, cpu::KVSource* source) {
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, source, scales);
   CheckPlanFitsCache(*plan.header, shape);
   CheckCacheFitsQuery(shape, q);
   CheckPageTable(kv_page_indptr, kv_page_indices, kHost, source);
@@ -78,28 +79,28 @@ const variant::Call* CallOf(const VariantCallObj* variant, const Place& place) {
 
 void AttendPaged(const TensorView& plan, const TensorView& q, const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout,
                  const TensorView& kv_page_indptr, const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace,
-                 const TensorView& o, const OptionalTensor& lse, const VariantCallObj* variant) {
+                 const TensorView& o, const OptionalTensor& lse, const VariantCallObj* variant, const KVScales& scales = KVScales()) {
   const Place place = PlaceOf(q, "q");
   const variant::Call* call = CallOf(variant, place);
   if (place.is_cuda()) {
     return on_cuda::PagedAttention(place, plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o,
-                                   lse, call);
+                                   lse, call, scales);
   }
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
-  PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
+  PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
   cpu::Attention(args, 0);
 }
 
 void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr,
                   double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
-                  const VariantCallObj* variant) {
+                  const VariantCallObj* variant, const KVScales& scales = KVScales()) {
   const Place place = PlaceOf(q, "q");
   const variant::Call* call = CallOf(variant, place);
-  if (place.is_cuda()) return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, call);
+  if (place.is_cuda()) return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, call, scales);
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
-  CheckRagged(q, k, v, kv_indptr, kHost, &args.kv);
+  CheckRagged(q, k, v, kv_indptr, kHost, &args.kv, scales);
   CheckRaggedValues(args.kv.page_indptr, kv_indptr.size(0), k, PlanView(args.plan));
   cpu::Attention(args, 0);
 }
@@ -107,21 +108,40 @@ void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView&
 void AppendAndAttend(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& k_cache,
                      const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
                      double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
-                     const VariantCallObj* variant) {
+                     const VariantCallObj* variant, const KVScales& scales = KVScales()) {
   const Place place = PlaceOf(q, "q");
   const variant::Call* call = CallOf(variant, place);
   if (place.is_cuda()) {
     return on_cuda::AppendPagedAttention(place, plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale,
-                                         workspace, o, lse, call);
+                                         workspace, o, lse, call, scales);
   }
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
   const PlanView view(args.plan);
-  const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, &args.kv);
+  const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
   CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
   RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
   cpu::Attention(args, 0);
 }
+
+void AppendTo(const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len, const TensorView& k_cache,
+              const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
+              const KVScales& scales) {
+  if (const Place place = PlaceOf(k, "k"); place.is_cuda()) {
+    return on_cuda::AppendPaged(place, k, v, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales);
+  }
+  CheckAppendTensors(qo_indptr, kv_len, kHost);
+  const int32_t num_requests = static_cast<int32_t>(kv_len.size(0));
+  CheckAppendLengths(DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests);
+  cpu::KVSource cache{};
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, &cache, scales);
+  CheckPageTable(kv_page_indptr, kv_page_indices, kHost, &cache);
+  CheckPageTableValues({cache.page_indptr, kv_page_indptr.size(0), cache.page_indices, kv_page_indices.size(0)}, num_requests,
+                       DataPtr<int32_t>(kv_len), shape, DebugChecks());
+  RunAppend(k, v, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests, cache, shape);
+}
+
+const VariantCallObj* Get(const tvm::ffi::Optional<VariantCall>& variant) { return variant.has_value() ? variant.value().get() : nullptr; }
 
 }  // namespace
 
@@ -151,20 +171,7 @@ void VariantRaggedAttention(TensorView plan, TensorView q, TensorView k, TensorV
 
 void AppendPaged(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
                  int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices) {
-  Guarded([&] {
-    if (const Place place = PlaceOf(k, "k"); place.is_cuda()) {
-      return on_cuda::AppendPaged(place, k, v, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
-    }
-    CheckAppendTensors(qo_indptr, kv_len, kHost);
-    const int32_t num_requests = static_cast<int32_t>(kv_len.size(0));
-    CheckAppendLengths(DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests);
-    cpu::KVSource cache{};
-    const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, &cache);
-    CheckPageTable(kv_page_indptr, kv_page_indices, kHost, &cache);
-    CheckPageTableValues({cache.page_indptr, kv_page_indptr.size(0), cache.page_indices, kv_page_indices.size(0)}, num_requests,
-                         DataPtr<int32_t>(kv_len), shape, DebugChecks());
-    RunAppend(k, v, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), num_requests, cache, shape);
-  });
+  Guarded([&] { AppendTo(k, v, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, KVScales()); });
 }
 
 void AppendPagedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView k_cache, OptionalTensor v_cache,
@@ -181,6 +188,41 @@ void VariantAppendAttention(TensorView plan, TensorView q, TensorView k, TensorV
   Guarded([&] {
     AppendAndAttend(plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse,
                     variant.get());
+  });
+}
+
+void ScaledPagedAttention(TensorView plan, TensorView q, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout,
+                          TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace, TensorView o,
+                          OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales,
+                          tvm::ffi::Optional<VariantCall> variant) {
+  Guarded([&] {
+    AttendPaged(plan, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse, Get(variant),
+                {k_scale, v_scale, k_scales, v_scales});
+  });
+}
+
+void ScaledRaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale,
+                           TensorView workspace, TensorView o, OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales,
+                           OptionalTensor v_scales, tvm::ffi::Optional<VariantCall> variant) {
+  Guarded(
+      [&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, Get(variant), {k_scale, v_scale, k_scales, v_scales}); });
+}
+
+void ScaledAppend(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
+                  int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double k_scale, double v_scale,
+                  OptionalTensor k_scales, OptionalTensor v_scales) {
+  Guarded([&] {
+    AppendTo(k, v, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, {k_scale, v_scale, k_scales, v_scales});
+  });
+}
+
+void ScaledAppendAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView k_cache, OptionalTensor v_cache,
+                           int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, double sm_scale, TensorView workspace,
+                           TensorView o, OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales,
+                           OptionalTensor v_scales, tvm::ffi::Optional<VariantCall> variant) {
+  Guarded([&] {
+    AppendAndAttend(plan, q, k, v, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, sm_scale, workspace, o, lse, Get(variant),
+                    {k_scale, v_scale, k_scales, v_scales});
   });
 }
 

@@ -27,6 +27,10 @@
   V(variant_paged_attention, VariantPagedAttention)   \
   V(variant_ragged_attention, VariantRaggedAttention) \
   V(variant_append_attention, VariantAppendAttention) \
+  V(scaled_paged_attention, ScaledPagedAttention)     \
+  V(scaled_ragged_attention, ScaledRaggedAttention)   \
+  V(scaled_append, ScaledAppend)                      \
+  V(scaled_append_attention, ScaledAppendAttention)   \
   V(merge, MergeStates)                               \
   V(set_debug_checks, SetDebugChecks)
 
@@ -67,6 +71,27 @@ void VariantAppendAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, t
                             tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
                             tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
                             OptionalTensor lse, VariantCall variant);
+
+// The four above for keys and values that are scaled, value = element * scale: k_cache, v_cache (ragged: k, v) of float8_e4m3fn or
+// float8_e5m2 beside queries and new tokens of any type. New ones are stored as x / scale, in float32, rounded to nearest even, saturating.
+//   k_scale, v_scale    of all KV heads: finite, above 0
+//   k_scales, v_scales  float32 [num_kv_heads], contiguous, where the cache is, instead; or None
+void ScaledPagedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k_cache, OptionalTensor v_cache,
+                          int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr, tvm::ffi::TensorView kv_page_indices, double sm_scale,
+                          tvm::ffi::TensorView workspace, tvm::ffi::TensorView o, OptionalTensor lse, double k_scale, double v_scale,
+                          OptionalTensor k_scales, OptionalTensor v_scales, tvm::ffi::Optional<VariantCall> variant);
+void ScaledRaggedAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                           tvm::ffi::TensorView kv_indptr, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                           OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales,
+                           tvm::ffi::Optional<VariantCall> variant);
+void ScaledAppend(tvm::ffi::TensorView k, tvm::ffi::TensorView v, tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len,
+                  tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                  tvm::ffi::TensorView kv_page_indices, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales);
+void ScaledAppendAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                           tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                           tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                           OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales,
+                           tvm::ffi::Optional<VariantCall> variant);
 
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b): the attention over the union of two disjoint sets of keys.
 void MergeStates(tvm::ffi::TensorView o_a, tvm::ffi::TensorView lse_a, tvm::ffi::TensorView o_b, tvm::ffi::TensorView lse_b,

@@ -51,7 +51,7 @@ void CheckWorkspace(const TensorView& workspace, const Place& place) {
 }
 
 CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const Place& place,
-                      cpu::KVSource* source) {
+                      cpu::KVSource* source, const KVScales& scales) {
   const bool combined = !v_cache.has_value();
   const bool nhd = kv_layout == 1;
   if (kv_layout != 0 && kv_layout != 1) {
@@ -59,7 +59,7 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
   }
   const char* dims = nhd ? "[num_pages, page_size, num_kv_heads, head_dim]" : "[num_pages, num_kv_heads, page_size, head_dim]";
   CheckPlace(k_cache, "k_cache", place);
-  const cpu::DType dtype = CheckFloat(k_cache, "k_cache");
+  const cpu::DType dtype = CheckKVDType(k_cache, "k_cache");
   if (combined) {
     CheckRank(k_cache, "k_cache", 5, "[num_pages, 2, …] holding keys and values, because v_cache is None");
     CheckDim(k_cache, "k_cache", 1, 2, "keys and values");
@@ -77,6 +77,7 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
   const int first = combined ? 2 : 1;  // axis of heads (HND) or tokens (NHD)
   const int head_axis = nhd ? first + 1 : first, token_axis = nhd ? first : first + 1;
   const TensorView& v = combined ? k_cache : v_cache.value();
+  source->dtype = dtype;
   source->k = DataPtr<void>(k_cache);
   source->v = DataPtr<void>(v);
   if (combined) {
@@ -99,6 +100,7 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
     TVM_INFER_THROW(ArgumentError) << "argument `k_cache` has shape " << ShapeString(k_cache) << ": page_size must be at least 1";
   }
   source->page_size = shape.page_size;
+  SetScales(scales, shape.num_kv_heads, place, source);
   return shape;
 }
 
@@ -107,10 +109,7 @@ void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q) {
     TVM_INFER_THROW(ArgumentError) << "argument `q` has head_dim " << q.size(2) << ", `k_cache` has " << shape.head_dim
                                    << "; they must be the same";
   }
-  if (shape.dtype != CheckFloat(q, "q")) {
-    TVM_INFER_THROW(DTypeError) << "argument `q` has dtype " << DTypeString(q.dtype())
-                                << ", `k_cache` another; they must be the same. Cast one of them";
-  }
+  CheckDTypePair(CheckFloat(q, "q"), "q", shape.dtype, "k_cache");
 }
 
 void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source) {
@@ -122,19 +121,21 @@ void CheckPageTable(const TensorView& indptr, const TensorView& indices, const P
 }
 
 void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr, const Place& place,
-                 cpu::KVSource* source) {
+                 cpu::KVSource* source, const KVScales& scales) {
   const TensorView* tensors[] = {&k, &v};
   const char* names[] = {"k", "v"};
   for (int i = 0; i < 2; ++i) {
     CheckPlace(*tensors[i], names[i], place);
     CheckRank(*tensors[i], names[i], 3, "[num_kv_tokens, num_kv_heads, head_dim]");
-    CheckSameDType(*tensors[i], names[i], q, "q");
+    CheckDTypePair(CheckFloat(q, "q"), "q", CheckKVDType(*tensors[i], names[i]), names[i]);
     CheckDim(*tensors[i], names[i], 2, q.size(2), "head_dim of q");
     CheckLastDimContiguous(*tensors[i], names[i]);
   }
+  CheckSameDType(v, "v", k, "k");
   for (int axis = 0; axis < 2; ++axis) CheckDim(v, "v", axis, k.size(axis), "as k");
   CheckIndex(kv_indptr, "kv_indptr", place);
   if (kv_indptr.size(0) < 1) TVM_INFER_THROW(ArgumentError) << "argument `kv_indptr` is empty; it has one entry more than requests";
+  source->dtype = CheckKVDType(k, "k");
   source->k = DataPtr<void>(k);
   source->v = DataPtr<void>(v);
   source->k_page_stride = source->v_page_stride = 0;
@@ -145,6 +146,7 @@ void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, 
   source->page_size = 1;
   source->page_indptr = DataPtr<const int32_t>(kv_indptr);
   source->page_indices = nullptr;
+  SetScales(scales, k.size(1), place, source);
 }
 
 void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& shape, const Place& place) {
@@ -153,14 +155,12 @@ void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& 
   for (int i = 0; i < 2; ++i) {
     CheckPlace(*tensors[i], names[i], place);
     CheckRank(*tensors[i], names[i], 3, "[num_tokens, num_kv_heads, head_dim]");
-    if (CheckFloat(*tensors[i], names[i]) != shape.dtype) {
-      TVM_INFER_THROW(DTypeError) << "argument `" << names[i] << "` has dtype " << DTypeString(tensors[i]->dtype())
-                                  << ", the cache another; they must be the same. Cast it first";
-    }
+    CheckDTypePair(CheckFloat(*tensors[i], names[i]), names[i], shape.dtype, "k_cache");
     CheckDim(*tensors[i], names[i], 1, shape.num_kv_heads, "num_kv_heads of the cache");
     CheckDim(*tensors[i], names[i], 2, shape.head_dim, "head_dim of the cache");
     CheckLastDimContiguous(*tensors[i], names[i]);
   }
+  CheckSameDType(v, "v", k, "k");
 }
 
 void CheckAppendTensors(const TensorView& qo_indptr, const TensorView& kv_len, const Place& place) {

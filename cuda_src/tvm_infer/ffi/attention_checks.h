@@ -7,11 +7,12 @@
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 
 namespace tvm_infer::ffi_api {
 
 struct CacheShape {
-  cpu::DType dtype;
+  cpu::DType dtype;  // of keys and values in memory
   int64_t num_pages;
   int32_t num_kv_heads, page_size, head_dim;
 };
@@ -21,13 +22,13 @@ void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& 
 void CheckWorkspace(const TensorView& workspace, const Place& place);
 // Any of the four cache forms (combined or separate, HND or NHD) as strides; page tables are left empty.
 CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const Place& place,
-                      cpu::KVSource* source);
-// Head_dim and data type of the cache are those of q.
+                      cpu::KVSource* source, const KVScales& scales = KVScales());
+// Head_dim of the cache is that of q, and their data types are a pair.
 void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q);
 void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source);
 // Keys without pages: k and v against each other and q.
 void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr, const Place& place,
-                 cpu::KVSource* source);
+                 cpu::KVSource* source, const KVScales& scales = KVScales());
 // New tokens against the cache.
 void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& shape, const Place& place);
 // The tensors of an append without a plan.

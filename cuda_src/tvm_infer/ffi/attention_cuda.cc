@@ -19,9 +19,10 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Everything of a launch but its keys.
+// Everything of a launch but its keys, of which only the type is looked at; `kv_name`: whose it is.
 cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, const TensorView& q, double sm_scale,
-                                  const TensorView& workspace, const TensorView& o, const OptionalTensor& lse) {
+                                  const TensorView& workspace, const TensorView& o, const OptionalTensor& lse, const TensorView& keys,
+                                  const char* kv_name) {
   const int32_t max_plan_ctas = CheckPlanTensor(plan, place);
   CheckQuery(q, o, lse, place);
   CheckWorkspace(workspace, place);
@@ -36,8 +37,9 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   cuda::AttentionLaunch launch{};
   launch.max_plan_ctas = max_plan_ctas;
   launch.dtype = ToTag(CheckFloat(q, "q"));
+  launch.kv_dtype = ToTag(CheckKVDType(keys, kv_name));
   launch.head_dim = static_cast<int32_t>(q.size(2));
-  cuda::CheckKernelShape(launch.dtype, launch.head_dim, "q");
+  cuda::CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, "q");
 
   cuda::AttentionParams& params = launch.params;
   params.plan = DataPtr<void>(plan);
@@ -69,19 +71,25 @@ void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
   params->v_stride_page = source.v_page_stride;
   params->v_stride_head = source.v_head_stride;
   params->v_stride_token = source.v_token_stride;
+  params->k_scales = source.k_scale.heads;
+  params->v_scales = source.v_scale.heads;
+  params->k_scale = source.k_scale.all;
+  params->v_scale = source.v_scale.all;
 }
 
 // A paged call's launch, and the shape of its cache.
 CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, const Place& place, const TensorView& q,
                        const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
-                       const TensorView& kv_page_indices) {
-  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, source);
+                       const TensorView& kv_page_indices, const KVScales& scales) {
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, source, scales);
   CheckCacheFitsQuery(shape, q);
   CheckAlignedCache(k_cache, v_cache);
   CheckPageTable(kv_page_indptr, kv_page_indices, place, source);
   SetHeads(&launch->params.expected, q, shape.num_kv_heads, "k_cache");
   launch->params.expected.max_kv_lists = static_cast<int32_t>(kv_page_indptr.size(0)) - 1;
   SetKeys(&launch->params, *source);
+  cuda::CheckPageSize(launch->kv_dtype, shape.page_size, "k_cache");
+  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, "k_cache");
   launch->page_size = shape.page_size;
   launch->num_pages = shape.num_pages;
   return shape;
@@ -128,23 +136,26 @@ cuda::RopeAppendParams RopeParams(const cuda::AppendParams& append, const Tensor
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
                     double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
-                    const variant::Call* variant) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+                    const variant::Call* variant, const KVScales& scales) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
-  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
+  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales);
   const CudaScope scope(place.device);
-  if (MayCheckValues(scope)) CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
+  if (MayCheckValues(scope)) {
+    CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
+    CheckDeviceScales(scope, scales);
+  }
   Launch(scope, &launch);
 }
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
-                     const OptionalTensor& lse, const variant::Call* variant) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+                     const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k, "k");
   launch.variant = variant;
   cpu::KVSource source{};
-  CheckRagged(q, k, v, kv_indptr, place, &source);
+  CheckRagged(q, k, v, kv_indptr, place, &source, scales);
   CheckAlignedRows(k, "k");
   CheckAlignedRows(v, "v");
   SetHeads(&launch.params.expected, q, k.size(1), "k");
@@ -159,16 +170,17 @@ void RaggedAttention(const Place& place, const TensorView& plan, const TensorVie
     CheckPlanFitsQuery(header, q, /*is_padded=*/true);
     CheckPlanFitsWorkspace(header, workspace, q.size(2));
     CheckRaggedValues(indptr.data(), kv_indptr.size(0), k, PlanView(&header));
+    CheckDeviceScales(scope, scales);
   }
   Launch(scope, &launch);
 }
 
 void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
                  const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
-                 const TensorView& kv_page_indices) {
+                 const TensorView& kv_page_indices, const KVScales& scales) {
   CheckAppendTensors(qo_indptr, kv_len, place);
   cpu::KVSource cache{};
-  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, &cache);
+  const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, &cache, scales);
   CheckPageTable(kv_page_indptr, kv_page_indices, place, &cache);
   cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, cache, shape);
   params.num_requests = static_cast<int32_t>(kv_len.size(0));
@@ -185,18 +197,19 @@ void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, c
     CheckAppendLengths(qo.data(), lengths.data(), params.num_requests);
     CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, params.num_requests,
                          lengths.data(), shape, /*check_pages=*/true);
+    CheckDeviceScales(scope, scales);
   }
-  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), ToTag(CheckFloat(k, "k")), ToTag(shape.dtype), params);
 }
 
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                          const OptionalTensor& lse, const variant::Call* variant) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse);
+                          const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales) {
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
-  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices);
+  const CacheShape shape = PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales);
   cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, source, shape);
   CheckDim(k, "k", 0, q.size(0), "tokens of q");
   params.plan = launch.params.plan;
@@ -206,22 +219,23 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
     const std::vector<int32_t> words = CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
     const PlanView view(words.data());
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
+    CheckDeviceScales(scope, scales);
   }
-  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, params);
   Launch(scope, &launch);
 }
 
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation, const variant::Call* variant) {
+                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales) {
   // First, for its name: k and v may be parts of the same tensor, and are aligned if it is.
   if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor());
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor(), kv_cache, "kv_cache");
+  launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape =
-      PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices);
-  launch.variant = variant;
+      PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices, scales);
   launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
   launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
   cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, OptionalTensor(), source, shape);
@@ -236,9 +250,9 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
   params.num_qo_heads = static_cast<int32_t>(q.size(1));
   const CudaScope scope(place.device);
   if (k.size(0) > 0 && rotation != nullptr) {
-    cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, RopeParams(params, q, *rotation));
+    cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, RopeParams(params, q, *rotation));
   } else if (k.size(0) > 0) {
-    cuda::LaunchAppend(scope.device_id(), scope.stream(), params);
+    cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, params);
   }
   Launch(scope, &launch);
 }

@@ -3,12 +3,10 @@
 // Validate, make the device current, take the environment's stream, launch. No device memory is allocated, nothing synchronises and
 // no state is kept, so calls may be captured; a kernel's first call, which loads it, must come before. Beyond attention.h:
 //   plan       on the device (tvm_infer.plan_upload); the kernel refuses one that does not fit and says why (tvm_infer.plan_status)
-//   q, o       float16 or bfloat16, head_dim 64 or 128; may have more rows than the plan has tokens (rows behind are not written)
-//   lse        contiguous
-//   workspace  holds numel / (head_dim + 1) partial rows
-//   sm_scale   > 0: it is folded into the exponent's base
-//   variant    or null: of which kernel; copied before the call returns
-//   rows of q, o, k, v and of the caches begin on 16-byte boundaries, since copies are of 16 bytes
+//   q, o       float16 or bfloat16, head_dim as in cuda/tile_table.cc; may have more rows than the plan has tokens (rows behind are not
+//   written) lse        contiguous workspace  holds numel / (head_dim + 1) partial rows sm_scale   > 0: it is folded into the exponent's
+//   base variant    or null: of which kernel; copied before the call returns rows of q, o, k, v and of the caches begin on 16-byte
+//   boundaries, since copies are of 16 bytes
 // With debug checks on, every call copies the plan and the tables to the host and checks them as the CPU executor does. That
 // synchronises; while a stream is being captured these checks are left out.
 #pragma once
@@ -17,6 +15,7 @@
 
 #include "tvm_infer/ffi/attention.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::ffi_api::on_cuda {
@@ -24,20 +23,20 @@ namespace tvm_infer::ffi_api::on_cuda {
 void PagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k_cache,
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
                     double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
-                    const variant::Call* variant = nullptr);
+                    const variant::Call* variant, const KVScales& scales);
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
-                     const OptionalTensor& lse, const variant::Call* variant = nullptr);
+                     const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales);
 
 void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,
                  const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
-                 const TensorView& kv_page_indices);
+                 const TensorView& kv_page_indices, const KVScales& scales);
 
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                          const OptionalTensor& lse, const variant::Call* variant = nullptr);
+                          const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales);
 
 // The same for a caller that made plan and tables itself and keeps them at fixed addresses: what they hold is never read on the host.
 // `k_cache` is both planes; tokens of q, k, v and o behind the plan's are padding: nothing is appended for them and o is 0. A plan with
@@ -54,7 +53,7 @@ struct OwnRotation {
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation, const variant::Call* variant);
+                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales);
 
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
                  const TensorView& o, const OptionalTensor& lse);

@@ -35,8 +35,9 @@ cpu::KVSource DensePages(const void* pages, int32_t dtype, int32_t num_kv_heads,
                          const int32_t* indices) {
   if (page_size < 1) TVM_INFER_THROW(ArgumentError) << "argument `page_size` is " << page_size << "; it must be at least 1";
   const int64_t token = head_dim, head = token * page_size, plane = head * num_kv_heads;
-  const int64_t bytes = ToDType(dtype) == cpu::DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = cpu::ElementBits(ToDType(dtype)) / 8;
   cpu::KVSource source{};
+  source.dtype = ToDType(dtype);
   source.k = pages;
   source.v = static_cast<const char*>(pages) + plane * bytes;
   source.k_page_stride = source.v_page_stride = 2 * plane;
@@ -72,7 +73,8 @@ int32_t tvm_infer_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t 
     params.num_kv_heads = num_kv_heads;
     params.band.right = causal ? 0 : tvm_infer::kUnbounded;
     params.fixed_split_size = tvm_infer::kSplitAuto;
-    params.tile_classes = cpu::TileTable(tvm_infer::ToDType(dtype), head_dim, &params.num_tile_classes);
+    const cpu::DType type = tvm_infer::ToDType(dtype);
+    params.tile_classes = cpu::TileTable(type, type, head_dim, &params.num_tile_classes);
     thread_local tvm_infer::Planner planner;
     planner.Plan(params, qo_indptr, kv_len, num_requests, plan, int64_t{4} * plan_words, max_partial_rows);
   });

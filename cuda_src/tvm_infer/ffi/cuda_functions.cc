@@ -5,7 +5,9 @@
 
 #include "tvm_infer/cuda/kernels.h"
 #include "tvm_infer/cuda/tile_table.h"
+#include "tvm_infer/ffi/cuda_launch.h"
 #include "tvm_infer/ffi/cuda_scope.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/value_checks.h"
 
 namespace tvm_infer::ffi_api {
@@ -19,18 +21,18 @@ void CheckAtMost(int64_t value, int64_t limit, const char* of_plan, const char* 
 
 }  // namespace
 
-tvm::ffi::Shape CudaTileTable(tvm::ffi::String dtype, int64_t head_dim) {
+tvm::ffi::Shape CudaTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CudaKVTileTable(dtype, head_dim, dtype); }
+
+tvm::ffi::Shape CudaKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
-    cuda::DTypeTag tag;
-    if (dtype == "float16") {
-      tag = cuda::DTypeTag::kFloat16;
-    } else if (dtype == "bfloat16") {
-      tag = cuda::DTypeTag::kBFloat16;
-    } else {
+    if (dtype != "float16" && dtype != "bfloat16") {
       TVM_INFER_THROW(DTypeError) << "argument `dtype` is \"" << std::string(dtype) << "\"; the cuda executor takes float16 and bfloat16";
     }
+    const cpu::DType type = FindKVDType(std::string(dtype))->type;
+    const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
+    CheckDTypePair(type, "dtype", kv_type, "kv_dtype");
     int32_t count = 0;
-    const TileClass* classes = cuda::TileTable(tag, static_cast<int32_t>(head_dim), &count);
+    const TileClass* classes = cuda::TileTable(on_cuda::ToTag(type), on_cuda::ToTag(kv_type), static_cast<int32_t>(head_dim), &count);
     std::vector<int64_t> flat;
     for (int32_t i = 0; i < count; ++i) {
       const TileClass& c = classes[i];

@@ -1,6 +1,7 @@
 #include "tvm_infer/ffi/cuda_launch.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "tvm_infer/cuda/driver.h"
 #include "tvm_infer/ffi/value_checks.h"
@@ -33,6 +34,16 @@ void CheckAlignedCache(const TensorView& k_cache, const OptionalTensor& v_cache)
 
 bool MayCheckValues(const CudaScope& scope) { return DebugChecks() && !cuda::IsCapturing(scope.stream()); }
 
+void CheckDeviceScales(const CudaScope& scope, const KVScales& scales) {
+  const auto check = [&scope](const OptionalTensor& tensor, const char* name) {
+    if (!tensor.has_value()) return;
+    const std::vector<int32_t> words = scope.ToHost(tensor.value());  // float32, as words
+    CheckScaleValues(reinterpret_cast<const float*>(words.data()), tensor.value().numel(), name);
+  };
+  check(scales.k_scales, "k_scales");
+  check(scales.v_scales, "v_scales");
+}
+
 cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const TensorView& v, const TensorView& k_cache,
                                 const OptionalTensor& v_cache, const cpu::KVSource& cache, const CacheShape& shape) {
   CheckNewTokens(k, v, shape, place);
@@ -40,7 +51,7 @@ cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const T
   CheckAlignedRows(k, "k");
   CheckAlignedRows(v, "v");
   CheckAlignedCache(k_cache, v_cache);
-  if (shape.dtype == cpu::DType::kFloat32) {
+  if (CheckFloat(k, "k") == cpu::DType::kFloat32) {
     TVM_INFER_THROW(ExecutorError) << "argument `k` has dtype float32; the cuda executor appends float16 and bfloat16. Cast it, or pass "
                                       "host tensors (the cpu executor takes float32)";
   }
@@ -62,6 +73,10 @@ cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const T
   params.v_cache_stride_page = cache.v_page_stride;
   params.v_cache_stride_head = cache.v_head_stride;
   params.v_cache_stride_token = cache.v_token_stride;
+  params.k_scales = cache.k_scale.heads;
+  params.v_scales = cache.v_scale.heads;
+  params.k_scale = cache.k_scale.all;
+  params.v_scale = cache.v_scale.all;
   params.num_kv_heads = shape.num_kv_heads;
   params.head_dim = shape.head_dim;
   params.page_size = shape.page_size;

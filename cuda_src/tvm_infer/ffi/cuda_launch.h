@@ -14,6 +14,8 @@ namespace tvm_infer::ffi_api::on_cuda {
 inline cuda::DTypeTag ToTag(cpu::DType dtype) { return static_cast<cuda::DTypeTag>(dtype); }
 static_assert(static_cast<int>(cuda::DTypeTag::kFloat16) == static_cast<int>(cpu::DType::kFloat16));
 static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
+static_assert(static_cast<int>(cuda::DTypeTag::kFloat8E4M3) == static_cast<int>(cpu::DType::kFloat8E4M3));
+static_assert(static_cast<int>(cuda::DTypeTag::kFloat8E5M2) == static_cast<int>(cpu::DType::kFloat8E5M2));
 
 // Returns of how many CTAs the plan's tensor can hold the first works, which stand behind the header.
 int32_t CheckPlanTensor(const TensorView& plan, const Place& place);
@@ -22,6 +24,8 @@ void SetHeads(cuda::ExpectedPlan* expected, const TensorView& q, int64_t num_kv_
 void CheckAlignedCache(const TensorView& k_cache, const OptionalTensor& v_cache);
 // Debug checks are on, and the stream is not being captured: they synchronise.
 bool MayCheckValues(const CudaScope& scope);
+// Copies of scale tensors, checked as those on the host are. Synchronises.
+void CheckDeviceScales(const CudaScope& scope, const KVScales& scales);
 // An append's parameters but its lengths.
 cuda::AppendParams AppendLaunch(const Place& place, const TensorView& k, const TensorView& v, const TensorView& k_cache,
                                 const OptionalTensor& v_cache, const cpu::KVSource& cache, const CacheShape& shape);

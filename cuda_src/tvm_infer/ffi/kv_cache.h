@@ -20,6 +20,9 @@
   V(kv_cache_set_rope, KVCacheSetRope)                               \
   V(kv_cache_set_variant, KVCacheSetVariant)                         \
   V(kv_cache_create, KVCacheCreate)                                  \
+  V(kv_cache_create_scaled, KVCacheCreateScaled)                     \
+  V(kv_cache_set_scales, KVCacheSetScales)                           \
+  V(kv_cache_dtype, KVCacheDTypeOf)                                  \
   V(kv_cache_add, KVCacheAdd)                                        \
   V(kv_cache_remove, KVCacheRemove)                                  \
   V(kv_cache_fork, KVCacheFork)                                      \
@@ -87,9 +90,20 @@ void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Option
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.
+// ModelError in an exported model whose layers have attention variants: model_create_cache (model.h) makes one that has them.
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device);
+// The same with pages of kv_dtype, "float8_e4m3fn" or "float8_e5m2": value = element * scale, scales 1 until they are set. Or of `dtype`.
+PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
+                                 DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
+                                 int64_t num_ctas, int64_t num_threads, DLDevice device);
+// k_scales, v_scales: float32 [num_layers, num_kv_heads], contiguous, on the host; finite, above 0. Before the first sequence.
+void KVCacheSetScales(PagedKVCache kv, tvm::ffi::TensorView k_scales, tvm::ffi::TensorView v_scales);
+DLDataType KVCacheDTypeOf(PagedKVCache kv);  // of q, k, v and out
+
+// The same without that question.
+PagedKVCache MakeKVCache(const KVCacheConfig& config);
 
 void KVCacheAdd(PagedKVCache kv, int64_t id);
 void KVCacheRemove(PagedKVCache kv, int64_t id);

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
+
+#include "tvm_infer/ffi/kv_dtype.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -40,10 +43,17 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
   const bool is_float = c.dtype.lanes == 1 && ((c.dtype.code == kDLFloat && (c.dtype.bits == 32 || c.dtype.bits == 16)) ||
                                                (c.dtype.code == kDLBfloat && c.dtype.bits == 16));
   if (!is_float) {
-    TVM_INFER_THROW(DTypeError) << "argument `dtype` is " << DTypeString(c.dtype) << "; it must be float32, float16 or bfloat16";
+    TVM_INFER_THROW(DTypeError) << "argument `dtype` is " << DTypeString(c.dtype)
+                                << "; it must be float32, float16 or bfloat16. 8-bit floats are for keys "
+                                   "and values alone: kv_cache_create_scaled has a kv_dtype";
   }
+  const KVDType* const kv_dtype = FindKVDType(c.kv_dtype);
+  if (kv_dtype == nullptr) {
+    TVM_INFER_THROW(DTypeError) << "argument `kv_dtype` is " << DTypeString(c.kv_dtype) << "; it must be one of " << KVDTypeNames();
+  }
+  CheckDTypePair(FindKVDType(c.dtype)->type, "dtype", kv_dtype->type, "kv_dtype");
   // In floating point, where it cannot overflow: all sizes below are then sure to fit in 64 bits.
-  const double bytes = 2.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * (c.dtype.bits / 8);
+  const double bytes = 2.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * (c.kv_dtype.bits / 8);
   if (bytes > static_cast<double>(int64_t{1} << 62)) {
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << c.num_pages << ": the cache would have " << bytes
                                    << " bytes, which no address reaches; take fewer pages";
@@ -91,14 +101,22 @@ KVMemory PagedKVCacheObj::AllocateMemory() {
   KVMemory memory;
   const KVCacheConfig& c = config_;
   const int64_t page_elements = 2 * c.num_kv_heads * c.page_size * c.head_dim;
-  memory.page_bytes = page_elements * (c.dtype.bits / 8);
-  memory.all_pages = executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.dtype, "its pages");
+  memory.page_bytes = page_elements * (c.kv_dtype.bits / 8);
+  memory.all_pages = executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.kv_dtype, "its pages");
   const int64_t head = c.page_size * c.head_dim;
   const int64_t shape[] = {c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim};
   const int64_t strides[] = {page_elements, c.num_kv_heads * head, head, c.head_dim, 1};
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     memory.pages.push_back(
         memory.all_pages.as_strided(tvm::ffi::ShapeView(shape, 5), tvm::ffi::ShapeView(strides, 5), layer * c.num_pages * page_elements));
+  }
+  if (cpu::IsScaled(FindKVDType(c.kv_dtype)->type)) {
+    memory.k_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
+    memory.v_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
+    const std::vector<float> ones(static_cast<size_t>(c.num_layers * c.num_kv_heads), 1.f);
+    for (const tvm::ffi::Tensor& scales : {memory.k_scales, memory.v_scales}) {
+      executor_->Upload(ones.data(), static_cast<int64_t>(ones.size() * sizeof(float)), scales);
+    }
   }
   AllocateStep(&memory, bands_);
   return memory;
@@ -232,6 +250,33 @@ void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const Tensor
   CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
   if (step_.num_rows == 0) return;
   executor_->Attention(memory_, step_, CallOf(layer, q, k, v, o, sm_scale));
+}
+
+void PagedKVCacheObj::SetScales(const TensorView& k_scales, const TensorView& v_scales) {
+  if (!memory_.is_scaled()) {
+    TVM_INFER_THROW(ArgumentError) << "argument `k_scales` for a cache of " << DTypeString(config_.kv_dtype)
+                                   << ", whose elements have no scale; create it with an 8-bit kv_dtype";
+  }
+  for (const auto& [tensor, name] : {std::pair{&k_scales, "k_scales"}, std::pair{&v_scales, "v_scales"}}) {
+    CheckCpu(*tensor, name);
+    CheckDType(*tensor, name, kFloat32, "scales are float32");
+    CheckRank(*tensor, name, 2, "[num_layers, num_kv_heads]");
+    CheckDim(*tensor, name, 0, config_.num_layers, "num_layers of the cache");
+    CheckDim(*tensor, name, 1, config_.num_kv_heads, "num_kv_heads of the cache");
+    CheckContiguous(*tensor, name);
+    CheckScaleValues(DataPtr<const float>(*tensor), tensor->numel(), name);
+  }
+  if (manager_.in_forward()) {
+    TVM_INFER_THROW(CacheStateError) << "kv_cache_set_scales in a step, whose tokens may be stored already; end_forward() comes first";
+  }
+  if (const size_t count = manager_.Ids().size(); count > 0) {
+    TVM_INFER_THROW(CacheStateError) << "kv_cache_set_scales on a cache that holds " << count
+                                     << " sequences, which were stored with other scales. Set them before the first sequence, or clear() "
+                                        "the cache";
+  }
+  const int64_t bytes = k_scales.numel() * static_cast<int64_t>(sizeof(float));
+  executor_->Upload(DataPtr<void>(k_scales), bytes, memory_.k_scales);
+  executor_->Upload(DataPtr<void>(v_scales), bytes, memory_.v_scales);
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::QueryPositions() const {

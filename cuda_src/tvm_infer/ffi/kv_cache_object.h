@@ -49,6 +49,11 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // How FusedAttention rotates, for all layers: frequencies are copied from the host. CacheStateError in a step, or where the cache holds
   // sequences and this is another rotation than theirs.
   void SetRope(const TensorView& inv_freq, bool is_interleaved, double magnitude);
+  // Scales of pages that have some, float32 [num_layers, num_kv_heads] on the host, each finite and above 0; 1 before. CacheStateError in a
+  // step, and where the cache holds sequences, whose elements have others.
+  void SetScales(const TensorView& k_scales, const TensorView& v_scales);
+  // A copy of dense host data in memory of the cache's own kind, in the order of its stream: for tables of variants. `what`: in errors.
+  tvm::ffi::Tensor Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const;
   // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
   // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
   // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
@@ -85,8 +90,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   // The type index is made at first use: a static object, linked into a model, may register nothing when it is loaded. The key carries
   // the ABI (common.h), so that a model built against another layout gets a type error that names both.
-  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v3";
-  static_assert(kAbiVersion == 3, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v4";
+  static_assert(kAbiVersion == 4, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = true;
   static constexpr int32_t _type_child_slots = 0;

@@ -21,6 +21,15 @@ std::string BandText(const MaskBand& b) {
 
 }  // namespace
 
+tvm::ffi::Tensor PagedKVCacheObj::Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const {
+  const int64_t numel = shape.Product();
+  const tvm::ffi::Tensor flat = executor_->Allocate({numel}, dtype, what);
+  executor_->Upload(host, numel * dtype.bits / 8, flat);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
+  return flat.as_strided(shape, tvm::ffi::ShapeView(strides.data(), strides.size()), 0);
+}
+
 void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal,
                                  MaskBand band) {
   if (manager_.in_forward()) {
@@ -37,7 +46,10 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
                                    << " without a variant; kernels test them by a variant's mask: pass the variant that has it";
   }
   ComputeCapacity(Params(causal == 1, band), PlanLimits{});  // throws for what is no band
-  if (call.has_value()) call.value()->At(executor_->place());
+  if (call.has_value()) {
+    executor_->CheckVariant();
+    call.value()->At(executor_->place());
+  }
   std::vector<Layer> next = layers_;
   // Layers that were not named keep theirs.
   std::vector<MaskBand> bands;

@@ -18,7 +18,8 @@ namespace tvm_infer::ffi_api {
 
 struct KVCacheConfig {
   int64_t num_layers, num_qo_heads, num_kv_heads, head_dim;
-  DLDataType dtype;
+  DLDataType dtype;     // of q, k, v and o
+  DLDataType kv_dtype;  // of the pages: dtype, or one that is scaled (kv_dtype.h)
   int64_t page_size, num_pages;
   int64_t max_batch;    // sequences in one step
   int64_t max_tokens;   // rows of one step: the longest prefill chunk
@@ -34,10 +35,12 @@ struct KVMemory {
   tvm::ffi::Tensor host_step, step;     // int64: what a step reads (kv/step_buffer.h), written on the host, read on the device; on the
                                         // host one tensor
   tvm::ffi::Tensor step_words;          // `step` as int32
+  tvm::ffi::Tensor k_scales, v_scales;  // float32 [num_layers, num_kv_heads], of pages that are scaled; else undefined
   tvm::ffi::Tensor workspace;           // float32 [partial rows * (head_dim + 1)]
   std::unique_ptr<const kv::StepLayout> layout;
   int64_t partial_rows = 0;  // of the workspace
   int64_t page_bytes = 0;    // of one layer
+  bool is_scaled() const { return k_scales.defined(); }
 };
 
 // How a cache rotates queries and keys; its memory is at fixed addresses too.
@@ -99,6 +102,8 @@ class KVExecutor {
   virtual Place place() const = 0;
   // Throws ExecutorError where heads cannot be rotated so.
   virtual void CheckRope(int64_t rotary_dim) const = 0;
+  // Throws ExecutorError where layers of such a cache take no variant.
+  virtual void CheckVariant() const = 0;
   // From the host to memory of this executor, in the order of its stream. `host` may be written again at once.
   virtual void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const = 0;
   // Appends k and v, then o = attention of q; rows of padding append nowhere and get o = 0.

@@ -11,7 +11,9 @@
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/cuda/tile_table.h"
 #include "tvm_infer/ffi/attention_cuda.h"
+#include "tvm_infer/ffi/cuda_launch.h"
 #include "tvm_infer/ffi/cuda_scope.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/kv_executor.h"
 
 namespace tvm_infer::ffi_api {
@@ -25,9 +27,12 @@ struct DeviceAllocator {
   void FreeData(DLTensor* tensor) { cuda::FreeDevice(tensor->device.device_id, tensor->data); }
 };
 
-cuda::DTypeTag ToTag(DLDataType dtype) {
-  if (dtype.code == kDLBfloat) return cuda::DTypeTag::kBFloat16;
-  return dtype.bits == 32 ? cuda::DTypeTag::kFloat32 : cuda::DTypeTag::kFloat16;
+cuda::DTypeTag TagOf(DLDataType dtype) { return on_cuda::ToTag(FindKVDType(dtype)->type); }
+
+// Row `row` of a dense float32 matrix.
+tvm::ffi::Tensor RowOf(const tvm::ffi::Tensor& matrix, int64_t row) {
+  const int64_t shape[] = {matrix.size(1)}, strides[] = {1};
+  return matrix.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), row * matrix.size(1));
 }
 
 // A dense view of `length` int32 words at `offset` bytes.
@@ -49,7 +54,7 @@ class CudaKVExecutor final : public KVExecutor {
     config->num_threads = 0;
   }
   const TileClass* TileTable(int32_t* count) const override {
-    return cuda::TileTable(ToTag(config_.dtype), static_cast<int32_t>(config_.head_dim), count);
+    return cuda::TileTable(TagOf(config_.dtype), TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim), count);
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const override {
     return tvm::ffi::Tensor::FromNDAlloc(DeviceAllocator{what}, tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, config_.device);
@@ -60,6 +65,7 @@ class CudaKVExecutor final : public KVExecutor {
   void CheckRope(int64_t rotary_dim) const override {
     cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
   }
+  void CheckVariant() const override { cuda::CheckTakesVariant(TagOf(config_.kv_dtype), "kv"); }
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
 
@@ -79,10 +85,10 @@ void CudaKVExecutor::CheckDevice() const {
 }
 
 void CudaKVExecutor::CheckPageSize() const {
-  if (cuda::HasPageSize(static_cast<int32_t>(config_.page_size))) return;
-  TVM_INFER_THROW(ExecutorError) << "argument `page_size` is " << config_.page_size
-                                 << "; the cuda executor has kernels for pages of 1, 2, 4, 8, 16, 32 and 64 tokens. Take one of these, or "
-                                    "create the cache with device=\"cpu\"";
+  const cuda::DTypeTag kv_dtype = TagOf(config_.kv_dtype);
+  if (cuda::HasPageSize(kv_dtype, static_cast<int32_t>(config_.page_size))) return;
+  TVM_INFER_THROW(ExecutorError) << "argument `page_size` is " << config_.page_size << "; the cuda executor has kernels for "
+                                 << cuda::PageSizes(kv_dtype) << ". Take one of these, or create the cache with device=\"cpu\"";
 }
 
 void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) {
@@ -117,7 +123,7 @@ void CudaKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::To
   params.pages = DataPtr<void>(TensorView(memory.all_pages));
   params.layer_bytes = memory.page_bytes * config_.num_pages;
   params.page_bytes = memory.page_bytes;
-  params.row_bytes = static_cast<int32_t>(config_.head_dim * (config_.dtype.bits / 8));
+  params.row_bytes = static_cast<int32_t>(config_.head_dim * (config_.kv_dtype.bits / 8));
   params.plane_bytes = config_.page_size * params.row_bytes;
   params.num_layers = static_cast<int32_t>(config_.num_layers);
   params.num_planes = static_cast<int32_t>(2 * config_.num_kv_heads);
@@ -133,7 +139,8 @@ void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Ten
   if (bytes == 0) return;
   const CudaScope scope(config_.device);
   if (cuda::IsCapturing(scope.stream())) {
-    TVM_INFER_THROW(DeviceError) << "kv_cache_set_rope on a stream that is being captured for a graph: set it once, before the capture";
+    TVM_INFER_THROW(DeviceError) << "what a cache keeps (frequencies, scales, a variant's tables) cannot be set on a stream that is being "
+                                    "captured for a graph: set it once, before the capture";
   }
   cuda::Upload(scope.device_id(), scope.stream(), host, static_cast<size_t>(bytes), DataPtr<void>(TensorView(to)));
 }
@@ -142,10 +149,18 @@ void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   const kv::StepLayout& layout = *memory.layout;
   const tvm::ffi::Tensor plan = Words(memory.step_words, layout.plan(call.plan), layout.limits().plan_bytes / 4);
   const tvm::ffi::Tensor indptr = Words(memory.step_words, layout.page_indptr(), int64_t{layout.limits().max_batch} + 1);
+  KVScales scales;
+  tvm::ffi::Tensor k_scales, v_scales;
+  if (memory.is_scaled()) {
+    k_scales = RowOf(memory.k_scales, call.layer);
+    v_scales = RowOf(memory.v_scales, call.layer);
+    scales.k_scales = TensorView(k_scales);
+    scales.v_scales = TensorView(v_scales);
+  }
   const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
     on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_keys[call.plan], q, call.k, call.v,
                                 TensorView(memory.pages[call.layer]), TensorView(indptr), TensorView(memory.step_words), call.sm_scale,
-                                TensorView(memory.workspace), call.o, rotation, call.variant);
+                                TensorView(memory.workspace), call.o, rotation, call.variant, scales);
   };
   if (call.rope == nullptr) return attend(call.q, nullptr);
   const LayerRope& rope = *call.rope;

@@ -9,6 +9,7 @@
 
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/cpu/rope_append.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/kv_executor.h"
 
 namespace tvm_infer::ffi_api {
@@ -37,21 +38,19 @@ struct AlignedAllocator {
   void FreeData(DLTensor* tensor) { std::free(tensor->data); }
 };
 
-cpu::DType ExecutorDType(DLDataType dtype) {
-  if (dtype.code == kDLBfloat) return cpu::DType::kBFloat16;
-  return dtype.bits == 32 ? cpu::DType::kFloat32 : cpu::DType::kFloat16;
-}
-
 class HostKVExecutor final : public KVExecutor {
  public:
-  explicit HostKVExecutor(const KVCacheConfig& config) : config_(config), dtype_(ExecutorDType(config.dtype)) { Complete(&config_); }
+  explicit HostKVExecutor(const KVCacheConfig& config)
+      : config_(config), dtype_(FindKVDType(config.dtype)->type), kv_dtype_(FindKVDType(config.kv_dtype)->type) {
+    Complete(&config_);
+  }
 
   void Complete(KVCacheConfig* config) const override {
     if (config->num_ctas == 0) config->num_ctas = cpu::DefaultNumThreads();
     if (config->num_threads == 0) config->num_threads = cpu::DefaultNumThreads();
   }
   const TileClass* TileTable(int32_t* count) const override {
-    return cpu::TileTable(dtype_, static_cast<int32_t>(config_.head_dim), count);
+    return cpu::TileTable(dtype_, kv_dtype_, static_cast<int32_t>(config_.head_dim), count);
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char*) const override {
     return AllocateHost(shape, dtype);
@@ -60,6 +59,7 @@ class HostKVExecutor final : public KVExecutor {
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
   void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const override;
   void CheckRope(int64_t) const override {}  // any even number of elements
+  void CheckVariant() const override {}
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override {
     if (bytes > 0) std::memcpy(DataPtr<void>(TensorView(to)), host, static_cast<size_t>(bytes));
   }
@@ -71,12 +71,12 @@ class HostKVExecutor final : public KVExecutor {
   cpu::KVSource Source(const KVMemory& memory, const KVStep& step, int64_t layer) const;
 
   KVCacheConfig config_;
-  cpu::DType dtype_;
+  cpu::DType dtype_, kv_dtype_;
 };
 
 // Only the slots that hold tokens: the rest of a page is never read.
 void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange&) {
-  const int64_t row_bytes = config_.head_dim * (config_.dtype.bits / 8);
+  const int64_t row_bytes = config_.head_dim * (config_.kv_dtype.bits / 8);
   const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
   const int64_t num_planes = 2 * config_.num_kv_heads;
   for (const tvm::ffi::Tensor& layer : memory.pages) {
@@ -92,7 +92,7 @@ void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
 }
 
 void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
-  const int64_t row_bytes = config_.head_dim * (config_.dtype.bits / 8);
+  const int64_t row_bytes = config_.head_dim * (config_.kv_dtype.bits / 8);
   const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
   for (const tvm::ffi::Tensor& layer : memory.pages) {
     char* base = DataPtr<char>(TensorView(layer));
@@ -111,8 +111,13 @@ cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int6
   cpu::KVSource source{};
   const int64_t head = config_.page_size * config_.head_dim, plane = config_.num_kv_heads * head;
   char* base = DataPtr<char>(TensorView(memory.pages[layer]));
+  source.dtype = kv_dtype_;
+  if (memory.is_scaled()) {
+    source.k_scale.heads = DataPtr<const float>(TensorView(memory.k_scales)) + layer * config_.num_kv_heads;
+    source.v_scale.heads = DataPtr<const float>(TensorView(memory.v_scales)) + layer * config_.num_kv_heads;
+  }
   source.k = base;
-  source.v = base + plane * (config_.dtype.bits / 8);
+  source.v = base + plane * (config_.kv_dtype.bits / 8);
   source.k_page_stride = source.v_page_stride = 2 * plane;
   source.k_head_stride = source.v_head_stride = head;
   source.k_token_stride = source.v_token_stride = config_.head_dim;

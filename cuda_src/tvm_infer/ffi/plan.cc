@@ -8,6 +8,7 @@
 
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -114,21 +115,19 @@ void UploadPlan(TensorView plan_host, TensorView plan_device) {
   });
 }
 
-tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) {
+tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CpuKVTileTable(dtype, head_dim, dtype); }
+
+tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
-    cpu::DType type;
-    if (dtype == "float32") {
-      type = cpu::DType::kFloat32;
-    } else if (dtype == "float16") {
-      type = cpu::DType::kFloat16;
-    } else if (dtype == "bfloat16") {
-      type = cpu::DType::kBFloat16;
-    } else {
+    const KVDType* type = FindKVDType(std::string(dtype));
+    if (type == nullptr || cpu::IsScaled(type->type)) {
       TVM_INFER_THROW(DTypeError) << "argument `dtype` is \"" << std::string(dtype)
                                   << "\"; the cpu executor takes float32, float16 and bfloat16";
     }
+    const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
+    CheckDTypePair(type->type, "dtype", kv_type, "kv_dtype");
     int32_t count = 0;
-    const TileClass* classes = cpu::TileTable(type, CheckedInt32(head_dim, "head_dim"), &count);
+    const TileClass* classes = cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), &count);
     std::vector<int64_t> flat;
     for (int32_t i = 0; i < count; ++i) {
       const TileClass& c = classes[i];

@@ -8,12 +8,13 @@
 
 #include "tvm_infer/schedule/planner.h"
 
-#define TVM_INFER_PLAN_FUNCTIONS(V) \
-  V(abi_version, AbiVersion)        \
-  V(plan, MakePlan)                 \
-  V(plan_capacity, PlanCapacityOf)  \
-  V(plan_upload, UploadPlan)        \
-  V(cpu_tile_table, CpuTileTable)   \
+#define TVM_INFER_PLAN_FUNCTIONS(V)    \
+  V(abi_version, AbiVersion)           \
+  V(plan, MakePlan)                    \
+  V(plan_capacity, PlanCapacityOf)     \
+  V(plan_upload, UploadPlan)           \
+  V(cpu_tile_table, CpuTileTable)      \
+  V(cpu_kv_tile_table, CpuKVTileTable) \
   V(cpu_info, CpuInfo)
 
 namespace tvm_infer::ffi_api {
@@ -48,6 +49,8 @@ void UploadPlan(tvm::ffi::TensorView plan_host, tvm::ffi::TensorView plan_device
 
 // The CPU executor's tile table for a dtype ("float32", "float16", "bfloat16"), 5 integers a class.
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim);
+// The same where keys and values are kept in another type than queries have.
+tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype);
 
 // "isa threads": e.g. "avx512 2".
 tvm::ffi::String CpuInfo();

@@ -29,12 +29,13 @@ void CheckLengthsGiven(const RopeCall& call) {
 // Shapes, types and places, whatever the executor.
 CacheShape CheckCall(const RopeCall& call, const Place& place, cpu::KVSource* cache) {
   CheckLengthsGiven(call);
-  const CacheShape shape = CheckCache(call.k_cache, call.v_cache, call.kv_layout, place, cache);
+  const CacheShape shape = CheckCache(call.k_cache, call.v_cache, call.kv_layout, place, cache, call.scales);
   CheckPageTable(call.kv_page_indptr, call.kv_page_indices, place, cache);
   CheckRank(call.q, "q", 3, "[num_tokens, num_qo_heads, head_dim]");
   CheckLastDimContiguous(call.q, "q");
   CheckCacheFitsQuery(shape, call.q);
   CheckNewTokens(call.k, call.v, shape, place);
+  CheckDType(call.k, "k", call.q.dtype(), "as q");
   CheckDim(call.k, "k", 0, call.q.size(0), "tokens of q");
   CheckDim(call.v, "v", 0, call.q.size(0), "tokens of q");
   CheckPlace(call.q_out, "q_out", place);
@@ -71,7 +72,7 @@ void RunOnHost(const RopeCall& call, const CacheShape& shape, const cpu::KVSourc
   CheckPageTableValues({cache.page_indptr, call.kv_page_indptr.size(0), cache.page_indices, call.kv_page_indices.size(0)},
                        lengths.num_requests, lengths.kv_len, shape, DebugChecks());
   cpu::RopeAppendArgs args{};
-  args.append.dtype = shape.dtype;
+  args.append.dtype = CheckFloat(call.k, "k");
   args.append.num_requests = lengths.num_requests;
   args.append.num_kv_heads = shape.num_kv_heads;
   args.append.head_dim = shape.head_dim;
@@ -124,6 +125,14 @@ void CheckRotation(const TensorView& inv_freq, int64_t interleaved, double magni
 void RopeAppendPaged(TensorView q, TensorView k, TensorView v, TensorView inv_freq, int64_t interleaved, double magnitude,
                      OptionalTensor plan, OptionalTensor qo_indptr, OptionalTensor kv_len, TensorView k_cache, OptionalTensor v_cache,
                      int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, TensorView q_out) {
+  ScaledRopeAppend(q, k, v, inv_freq, interleaved, magnitude, plan, qo_indptr, kv_len, k_cache, v_cache, kv_layout, kv_page_indptr,
+                   kv_page_indices, q_out, 1, 1, OptionalTensor(), OptionalTensor());
+}
+
+void ScaledRopeAppend(TensorView q, TensorView k, TensorView v, TensorView inv_freq, int64_t interleaved, double magnitude,
+                      OptionalTensor plan, OptionalTensor qo_indptr, OptionalTensor kv_len, TensorView k_cache, OptionalTensor v_cache,
+                      int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices, TensorView q_out, double k_scale,
+                      double v_scale, OptionalTensor k_scales, OptionalTensor v_scales) {
   Guarded([&] {
     const RopeCall call{q,
                         k,
@@ -139,7 +148,8 @@ void RopeAppendPaged(TensorView q, TensorView k, TensorView v, TensorView inv_fr
                         kv_layout,
                         kv_page_indptr,
                         kv_page_indices,
-                        q_out};
+                        q_out,
+                        {k_scale, v_scale, k_scales, v_scales}};
     const Place place = PlaceOf(q, "q");
     cpu::KVSource cache{};
     const CacheShape shape = CheckCall(call, place, &cache);

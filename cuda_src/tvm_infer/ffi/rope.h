@@ -5,7 +5,9 @@
 
 #include "tvm_infer/ffi/attention.h"
 
-#define TVM_INFER_ROPE_FUNCTIONS(V) V(rope_append_paged, RopeAppendPaged)
+#define TVM_INFER_ROPE_FUNCTIONS(V)     \
+  V(rope_append_paged, RopeAppendPaged) \
+  V(scaled_rope_append, ScaledRopeAppend)
 
 namespace tvm_infer::ffi_api {
 
@@ -25,5 +27,12 @@ void RopeAppendPaged(tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::T
                      int64_t interleaved, double magnitude, OptionalTensor plan, OptionalTensor qo_indptr, OptionalTensor kv_len,
                      tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
                      tvm::ffi::TensorView kv_page_indices, tvm::ffi::TensorView q_out);
+// The same for a cache of scaled elements, beside q, k and v of one other type; scales as of scaled_append (attention.h). A rotated key is
+// rounded once, from float32.
+void ScaledRopeAppend(tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v, tvm::ffi::TensorView inv_freq,
+                      int64_t interleaved, double magnitude, OptionalTensor plan, OptionalTensor qo_indptr, OptionalTensor kv_len,
+                      tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout, tvm::ffi::TensorView kv_page_indptr,
+                      tvm::ffi::TensorView kv_page_indices, tvm::ffi::TensorView q_out, double k_scale, double v_scale,
+                      OptionalTensor k_scales, OptionalTensor v_scales);
 
 }  // namespace tvm_infer::ffi_api

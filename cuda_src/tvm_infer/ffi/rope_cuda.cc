@@ -49,6 +49,7 @@ void CheckValues(const CudaScope& scope, const RopeCall& call, const CacheShape&
   CheckAppendLengths(qo_indptr.data(), kv_len.data(), num_requests);
   CheckPageTableValues({indptr.data(), call.kv_page_indptr.size(0), indices.data(), call.kv_page_indices.size(0)}, num_requests,
                        kv_len.data(), shape, /*check_pages=*/true);
+  CheckDeviceScales(scope, call.scales);
 }
 
 }  // namespace
@@ -75,7 +76,8 @@ void RopeAppendPaged(const Place& place, const RopeCall& call, const CacheShape&
   params.is_interleaved = call.is_interleaved;
   const CudaScope scope(place.device);
   if (MayCheckValues(scope)) CheckValues(scope, call, shape);
-  if (call.q.size(0) > 0) cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), ToTag(shape.dtype), params);
+  if (call.q.size(0) > 0)
+    cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), ToTag(CheckFloat(call.q, "q")), ToTag(shape.dtype), params);
 }
 
 }  // namespace tvm_infer::ffi_api::on_cuda

@@ -16,6 +16,7 @@ struct RopeCall {
   OptionalTensor v_cache;
   int64_t kv_layout;
   TensorView kv_page_indptr, kv_page_indices, q_out;
+  KVScales scales;
 };
 
 namespace on_cuda {

@@ -1,18 +1,20 @@
-// New tokens' keys and values to the pages of their requests: a copy with a lookup. Long appends are bound by bandwidth; short ones by the
-// chain of dependent loads plan -> request -> page, beside which the copied rows are loaded.
+// New tokens' keys and values to the pages of their requests: a copy with a lookup, or a conversion to 8 bits (kv_cells.cuh). Long appends
+// are bound by bandwidth; short ones by the chain of dependent loads plan -> request -> page, beside which the copied rows are loaded.
 #pragma once
 
 #include <cstdint>
 
 #include "tvm_infer/attention/plan_check.cuh"
 #include "tvm_infer/cuda/params.h"
+#include "tvm_infer/kernels/kv_cells.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/schedule/plan.h"
 
 namespace tvm_infer::kernels {
 
 inline constexpr int32_t kAppendThreads = 256;
-inline constexpr int32_t kAppendCtasPerSm = 3;  // 80 registers, 96 KiB in flight on an SM
+inline constexpr int32_t kAppendCtasPerSm = 3;        // 80 registers, 96 KiB in flight on an SM
+inline constexpr int32_t kAppendFloat8CtasPerSm = 2;  // 80 registers spill
 inline constexpr uint32_t kAppendLoads = 8;  // 16-byte vectors that a lane has in flight: K and V of a token, 8 heads of 128, are 8 a lane
 
 // Where requests begin and end, and how many there are: none where the plan is refused.
@@ -71,6 +73,22 @@ struct AppendRequest {
   }
 };
 
+// Where a head's keys or values of a token lie in the cache.
+template <typename Cells>
+__device__ __forceinline__ char* CachedRow(const cuda::AppendParams& p, bool is_v, int64_t head, int64_t page, int64_t slot) {
+  const int64_t elements = page * (is_v ? p.v_cache_stride_page : p.k_cache_stride_page) +
+                           head * (is_v ? p.v_cache_stride_head : p.k_cache_stride_head) +
+                           slot * (is_v ? p.v_cache_stride_token : p.k_cache_stride_token);
+  return static_cast<char*>(is_v ? p.v_cache : p.k_cache) + elements * Cells::kElementBytes;
+}
+// What they are multiplied by when they are read; 1 where nothing is.
+template <typename Cells>
+__device__ __forceinline__ float CachedScale(const cuda::AppendParams& p, bool is_v, int64_t head) {
+  if constexpr (Cells::kElementBytes == 2) return 1.f;
+  const float* scales = is_v ? p.v_scales : p.k_scales;
+  return scales == nullptr ? (is_v ? p.v_scale : p.k_scale) : __ldg(scales + head);
+}
+
 // A lane's vectors of a token: every 32nd of its rows, the K heads' and then the V heads'.
 struct AppendVector {
   uint32_t row, column;  // column in vectors
@@ -88,13 +106,12 @@ struct AppendVector {
                            head * (is_v ? p.v_stride_head : p.k_stride_head);
     return reinterpret_cast<const uint4*>(from) + column;
   }
-  __device__ __forceinline__ uint4* To(const cuda::AppendParams& p, int64_t page, int64_t slot) const {
+  template <typename Cells>
+  __device__ __forceinline__ void Store(const cuda::AppendParams& p, int64_t page, int64_t slot, const uint4& value) const {
     const bool is_v = static_cast<int32_t>(row) >= p.num_kv_heads;
     const int64_t head = is_v ? row - p.num_kv_heads : row;
-    uint16_t* to = static_cast<uint16_t*>(is_v ? p.v_cache : p.k_cache) + page * (is_v ? p.v_cache_stride_page : p.k_cache_stride_page) +
-                   head * (is_v ? p.v_cache_stride_head : p.k_cache_stride_head) +
-                   slot * (is_v ? p.v_cache_stride_token : p.k_cache_stride_token);
-    return reinterpret_cast<uint4*>(to) + column;
+    char* row_begin = CachedRow<Cells>(p, is_v, head, page, slot);
+    reinterpret_cast<typename Cells::Vector*>(row_begin)[column] = Cells(CachedScale<Cells>(p, is_v, head)).Convert(value);
   }
 };
 
@@ -109,6 +126,7 @@ __device__ __forceinline__ void ZeroOutput(const cuda::AppendParams& p, int64_t 
 
 // A task is a token's K and V, or a part of them where there are more warps than tokens. Each warp takes a run of tasks, so that it looks
 // for a request only where the run begins and where a request ends.
+template <typename Cells>
 __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
   ptx::AllowDependentGrid();
   const uint32_t lane = threadIdx.x % 32;
@@ -165,7 +183,7 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
       vector = AppendVector(first, row_vectors);
 #pragma unroll
       for (uint32_t i = 0; i < kAppendLoads; ++i) {
-        if (first + 32 * i < end) *vector.To(p, page, slot) = values[i];
+        if (first + 32 * i < end) vector.Store<Cells>(p, page, slot, values[i]);
         vector.Advance(row_vectors, step_rows, step_columns);
       }
     }
@@ -175,12 +193,22 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name, for elements of 16 bits: rows of k, v and their cache start on 16-byte boundaries (the bindings check that).
-#define TVM_INFER_APPEND(NAME, ELEMENT)                                                                                                   \
-  static_assert(sizeof(ELEMENT) == 2, "append.cuh copies 16-bit elements, 8 at a time");                                                  \
-  extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kAppendThreads, tvm_infer::kernels::kAppendCtasPerSm)                  \
+// A kernel by name; the last arguments are the cache's cells. Rows of k, v and the cache start on 16-byte boundaries (the bindings check
+// that).
+#define TVM_INFER_APPEND_CELLS(NAME, CTAS_PER_SM, ...)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kAppendThreads, CTAS_PER_SM)                                           \
       NAME(const __grid_constant__ tvm_infer::cuda::AppendParams params) {                                                                \
-    tvm_infer::kernels::Append(params);                                                                                                   \
+    tvm_infer::kernels::Append<__VA_ARGS__>(params);                                                                                      \
   }                                                                                                                                       \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, tvm_infer::kernels::kAppendThreads, \
-                                                                         0, tvm_infer::kernels::kAppendCtasPerSm}
+                                                                         0, CTAS_PER_SM}
+
+// The cache's elements are the new ones', of 16 bits.
+#define TVM_INFER_APPEND(NAME, ELEMENT)                                                  \
+  static_assert(sizeof(ELEMENT) == 2, "append.cuh copies 16-bit elements, 8 at a time"); \
+  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendCtasPerSm, tvm_infer::kernels::CopiedCells)
+
+// ELEMENT is Bf16 or Fp16, FLOAT8 E4m3 or E5m2.
+#define TVM_INFER_APPEND_FLOAT8(NAME, ELEMENT, FLOAT8)                     \
+  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendFloat8CtasPerSm, \
+                         tvm_infer::kernels::QuantisedCells<tvm_infer::ptx::ELEMENT, tvm_infer::ptx::FLOAT8>)

@@ -18,6 +18,7 @@
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/kernels/merge.cuh"
 #include "tvm_infer/ptx/address.cuh"
+#include "tvm_infer/ptx/float8.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/ptx/tma.cuh"
@@ -105,7 +106,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       producer.Finish();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
-      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
+      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kRowWidth * 2;
       QueryLoader<Config> loader(params, variant, plan, shared, buffer, query_full, query_empty, first_row);
       WorkStream works(plan, blockIdx.x, first);
       ptx::WaitForPriorGrid();
@@ -150,9 +151,21 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
+
+// Keys and values of 8 bits, E4m3 or E5m2.
+#define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
+                                                        tvm_infer::ptx::KV_ELEMENT>;                                                   \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
+  }                                                                                                                                    \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 
 #define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
@@ -162,6 +175,6 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
   }                                                                                                                                  \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
   TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)

@@ -68,12 +68,6 @@ struct RopeRow {
   __device__ __forceinline__ uint4* ToOutput(const cuda::AppendParams& a, int64_t token) const {
     return reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.o) + token * a.o_stride_token + head * a.o_stride_head);
   }
-  __device__ __forceinline__ uint4* ToCache(const cuda::AppendParams& a, int64_t page, int64_t slot) const {
-    uint16_t* to = static_cast<uint16_t*>(is_v ? a.v_cache : a.k_cache) + page * (is_v ? a.v_cache_stride_page : a.k_cache_stride_page) +
-                   head * (is_v ? a.v_cache_stride_head : a.k_cache_stride_head) +
-                   slot * (is_v ? a.v_cache_stride_token : a.k_cache_stride_token);
-    return reinterpret_cast<uint4*>(to);
-  }
 };
 
 // The angles of a lane's pairs at one position.
@@ -94,29 +88,58 @@ __device__ __forceinline__ float2 Turn(const CosSin& angle, float x, float y) {
   return make_float2(fmaf(x, angle.cos, -y * angle.sin), fmaf(y, angle.cos, x * angle.sin));
 }
 
-// Words hold neighbours: a pair where pairs are interleaved, else the same halves of two pairs, whose other halves are in `second`.
-template <typename Element>
-__device__ __forceinline__ void TurnVectors(const RopeAngles& angles, bool is_interleaved, uint4* first, uint4* second) {
-  uint32_t low[4] = {first->x, first->y, first->z, first->w}, high[4] = {second->x, second->y, second->z, second->w};
+// Words hold neighbours: a pair where pairs are interleaved, else the same halves of two pairs, whose other halves are in `second`. `pack`
+// makes a word of two results.
+template <typename Element, typename Pack>
+__device__ __forceinline__ void TurnWords(const RopeAngles& angles, bool is_interleaved, const uint4& first, const uint4& second,
+                                          uint32_t (&low)[4], uint32_t (&high)[4], const Pack& pack) {
+  const uint32_t from_low[4] = {first.x, first.y, first.z, first.w}, from_high[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 a = ptx::Unpack<Element>(low[i]), b = ptx::Unpack<Element>(high[i]);
+    const float2 a = ptx::Unpack<Element>(from_low[i]), b = ptx::Unpack<Element>(from_high[i]);
     if (is_interleaved) {
       const float2 x = Turn(angles.pairs[i], a.x, a.y), y = Turn(angles.pairs[4 + i], b.x, b.y);
-      low[i] = ptx::Pack<Element>(x.x, x.y);
-      high[i] = ptx::Pack<Element>(y.x, y.y);
+      low[i] = pack(x.x, x.y);
+      high[i] = pack(y.x, y.y);
     } else {
       const float2 x = Turn(angles.pairs[2 * i], a.x, b.x), y = Turn(angles.pairs[2 * i + 1], a.y, b.y);
-      low[i] = ptx::Pack<Element>(x.x, y.x);
-      high[i] = ptx::Pack<Element>(x.y, y.y);
+      low[i] = pack(x.x, y.x);
+      high[i] = pack(x.y, y.y);
     }
   }
-  *first = make_uint4(low[0], low[1], low[2], low[3]);
-  *second = make_uint4(high[0], high[1], high[2], high[3]);
+}
+
+// A row's two vectors, turned or not, to their places in q_out, or where cells are copied.
+template <typename Element>
+__device__ __forceinline__ void StoreTurned(const RopeLane& lane, const RopeAngles& angles, bool is_interleaved, bool turns, uint4 first,
+                                            uint4 second, uint4* to) {
+  if (turns) {
+    uint32_t low[4], high[4];
+    TurnWords<Element>(angles, is_interleaved, first, second, low, high, [](float x, float y) { return ptx::Pack<Element>(x, y); });
+    first = make_uint4(low[0], low[1], low[2], low[3]);
+    second = make_uint4(high[0], high[1], high[2], high[3]);
+  }
+  to[lane.first] = first;
+  to[lane.second] = second;
+}
+
+// The same of a key or value of 8 bits: what turns is rounded once.
+template <typename Element, typename Cells>
+__device__ __forceinline__ void StoreQuantised(const RopeLane& lane, const RopeAngles& angles, bool is_interleaved, bool turns,
+                                               const uint4& first, const uint4& second, const Cells& cells, uint2* to) {
+  if (!turns) {
+    to[lane.first] = cells.Convert(first);
+    to[lane.second] = cells.Convert(second);
+    return;
+  }
+  uint32_t low[4], high[4];
+  TurnWords<Element>(angles, is_interleaved, first, second, low, high, [&cells](float x, float y) { return cells.Pair(x, y); });
+  to[lane.first] = make_uint2(low[0] | low[1] << 16, low[2] | low[3] << 16);
+  to[lane.second] = make_uint2(high[0] | high[1] << 16, high[2] | high[3] << 16);
 }
 
 // A task is a token, or a part of its rows where there are more warps than tokens; each warp takes a run of tasks, as in append.cuh.
-template <typename Element>
+template <typename Element, typename Cells>
 __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
   ptx::AllowDependentGrid();
   const cuda::AppendParams& a = p.append;
@@ -187,15 +210,23 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
       if (index >= end) continue;
       const RopeRow row(p, index);
       if (!row.is_q && !has_slot) continue;
-      uint4* const to = row.is_q ? row.ToQuery(p, token) : row.ToCache(a, page, slot);
-      if (is_padding) {
-        first[i] = second[i] = make_uint4(0, 0, 0, 0);
-        if (zeroes_output) row.ToOutput(a, token)[lane.first] = row.ToOutput(a, token)[lane.second] = first[i];
-      } else if (lane.turns && !row.is_v) {
-        TurnVectors<Element>(angles, p.is_interleaved != 0, &first[i], &second[i]);
+      if (is_padding) {  // a row of q
+        uint4* const to = row.ToQuery(p, token);
+        to[lane.first] = to[lane.second] = make_uint4(0, 0, 0, 0);
+        if (zeroes_output) row.ToOutput(a, token)[lane.first] = row.ToOutput(a, token)[lane.second] = make_uint4(0, 0, 0, 0);
+        continue;
       }
-      to[lane.first] = first[i];
-      to[lane.second] = second[i];
+      const bool is_interleaved = p.is_interleaved != 0, turns = lane.turns && !row.is_v;
+      if constexpr (Cells::kElementBytes == 1) {
+        if (!row.is_q) {
+          const Cells cells(CachedScale<Cells>(a, row.is_v, row.head));
+          StoreQuantised<Element>(lane, angles, is_interleaved, turns, first[i], second[i], cells,
+                                  reinterpret_cast<uint2*>(CachedRow<Cells>(a, row.is_v, row.head, page, slot)));
+          continue;
+        }
+      }
+      uint4* const to = row.is_q ? row.ToQuery(p, token) : reinterpret_cast<uint4*>(CachedRow<Cells>(a, row.is_v, row.head, page, slot));
+      StoreTurned<Element>(lane, angles, is_interleaved, turns, first[i], second[i], to);
     }
     if (++part == parts) part = 0, ++token;
   }
@@ -204,10 +235,15 @@ __device__ __forceinline__ void RopeAppend(const cuda::RopeAppendParams& p) {
 }  // namespace tvm_infer::kernels
 
 // A kernel by name; ELEMENT is Bf16 or Fp16. Rows of q, k, v, q_out and the caches start on 16-byte boundaries (the bindings check that).
-#define TVM_INFER_ROPE_APPEND(NAME, ELEMENT)                                                                                     \
+#define TVM_INFER_ROPE_APPEND_CELLS(NAME, ELEMENT, ...)                                                                          \
   extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kRopeAppendThreads, tvm_infer::kernels::kRopeAppendCtasPerSm) \
       NAME(const __grid_constant__ tvm_infer::cuda::RopeAppendParams params) {                                                   \
-    tvm_infer::kernels::RopeAppend<tvm_infer::ptx::ELEMENT>(params);                                                             \
+    tvm_infer::kernels::RopeAppend<tvm_infer::ptx::ELEMENT, __VA_ARGS__>(params);                                                \
   }                                                                                                                              \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {                                                        \
       tvm_infer::cuda::kKernelAbi, tvm_infer::kernels::kRopeAppendThreads, 0, tvm_infer::kernels::kRopeAppendCtasPerSm}
+// The cache's elements are the new ones'.
+#define TVM_INFER_ROPE_APPEND(NAME, ELEMENT) TVM_INFER_ROPE_APPEND_CELLS(NAME, ELEMENT, tvm_infer::kernels::CopiedCells)
+// FLOAT8 is E4m3 or E5m2.
+#define TVM_INFER_ROPE_APPEND_FLOAT8(NAME, ELEMENT, FLOAT8) \
+  TVM_INFER_ROPE_APPEND_CELLS(NAME, ELEMENT, tvm_infer::kernels::QuantisedCells<tvm_infer::ptx::ELEMENT, tvm_infer::ptx::FLOAT8>)

@@ -3,8 +3,10 @@
 #include "tvm_infer/kernels/append.cuh"
 
 #include "append_batch.h"
+#include "float8.h"
 
 TVM_INFER_APPEND(append_b16, uint16_t);
+TVM_INFER_APPEND_FLOAT8(append_bf16_e4m3, Bf16, E4m3);
 
 namespace {
 
@@ -14,6 +16,52 @@ using append_batch::MakeBatch;
 using append_batch::Random;
 using append_batch::random_bits;
 using append_batch::SetLengths;
+
+// The same call into a cache of 8 bits, whose elements are x / scale. `spoiled`: nothing is appended.
+void RunFloat8(int32_t number, const Batch& batch, AppendParams p, int32_t spoiled, uint32_t grid) {
+  const int64_t plane = static_cast<int64_t>(p.num_kv_heads) * p.page_size * p.head_dim, elements = 2 * plane * batch.page_indptr.back();
+  std::vector<uint4> memory(elements / 16 + 1), expected_memory(elements / 16 + 1);
+  auto *cache = reinterpret_cast<uint8_t*>(memory.data()), *expected = reinterpret_cast<uint8_t*>(expected_memory.data());
+  std::memset(cache, 0x7f, elements);
+  std::memset(expected, 0x7f, elements);
+  p.k_cache = cache;
+  p.v_cache = cache + plane;
+  std::vector<float> k_scales, v_scales;
+  for (int32_t h = 0; h < p.num_kv_heads; ++h) {
+    k_scales.push_back(static_cast<float>(std::exp(Random(-700, 300) / 100.0)));
+    v_scales.push_back(static_cast<float>(std::exp(Random(-700, 300) / 100.0)));
+    // The quotient of one element lies between two codes, where the last bit of a float decides.
+    const uint16_t bits = static_cast<const uint16_t*>(p.v)[h * p.head_dim] & 0x7fff;
+    if (bits > 0x3000 && bits < 0x5000)
+      v_scales[h] = __uint_as_float(static_cast<uint32_t>(bits) << 16) / static_cast<float>(2 * Random(8, 15) + 1);
+  }
+  p.k_scale = k_scales[0];
+  p.v_scale = v_scales[0];
+  if (number % 4 > 1) p.k_scales = k_scales.data();
+  if (number % 4) p.v_scales = v_scales.data();
+  const auto quantise = [&](const void* from, int64_t at, float scale, uint8_t* to) {
+    for (int32_t d = 0; d < p.head_dim; ++d)
+      to[d] = float8::Nearest(__uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(from)[at + d]) << 16) / scale);
+  };
+  for (size_t r = 0; spoiled == 0 && r < batch.kv_len.size(); ++r) {
+    for (int32_t t = batch.qo_indptr[r]; t < batch.qo_indptr[r + 1]; ++t) {
+      const int32_t position = batch.kv_len[r] - (batch.qo_indptr[r + 1] - t);
+      const int64_t page = batch.page_indices[batch.page_indptr[r] + position / p.page_size];
+      for (int32_t h = 0; h < p.num_kv_heads; ++h) {
+        const int64_t to = page * p.k_cache_stride_page + h * p.k_cache_stride_head + position % p.page_size * p.k_cache_stride_token;
+        const int64_t from = t * p.k_stride_token + h * p.head_dim;
+        quantise(p.k, from, p.k_scales == nullptr ? p.k_scale : k_scales[h], expected + to);
+        quantise(p.v, from, p.v_scales == nullptr ? p.v_scale : v_scales[h], expected + plane + to);
+      }
+    }
+  }
+  p.o = nullptr;
+  emulated::Launch(grid, tvm_infer::kernels::kAppendThreads, [&] { append_bf16_e4m3(p); });
+  if (std::memcmp(cache, expected, elements) != 0) {
+    std::fprintf(stderr, "case %d: heads %d head_dim %d page_size %d\n", number, p.num_kv_heads, p.head_dim, p.page_size);
+    emulated::Fail("the cache of 8 bits is not what the definition says");
+  }
+}
 
 void RunCase(int32_t number) {
   const int32_t heads = Random(1, 9), head_dim = 8 * Random(1, number % 3 ? 8 : 32), page_size = Random(1, 20);
@@ -84,6 +132,7 @@ void RunCase(int32_t number) {
                  page_size, num_requests, batch.qo_indptr.back(), p.max_tokens, spoiled);
     emulated::Fail("the cache is not what the definition says");
   }
+  RunFloat8(number, batch, p, spoiled, Random(1, std::min(most, 6)));
   if (std::memcmp(o_memory.data(), o_expected.data(), o_memory.size() * sizeof(uint4)) != 0) {
     std::fprintf(stderr, "case %d: tokens %d of %d spoiled %d\n", number, batch.qo_indptr.back(), p.max_tokens, spoiled);
     emulated::Fail("the output is not 0 where it is padding, or not left alone elsewhere");

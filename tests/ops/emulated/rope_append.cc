@@ -3,8 +3,10 @@
 #include "tvm_infer/kernels/rope_append.cuh"
 
 #include "append_batch.h"
+#include "float8.h"
 
 TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);
+TVM_INFER_ROPE_APPEND_FLOAT8(rope_append_bf16_e4m3, Bf16, E4m3);
 
 namespace {
 
@@ -51,6 +53,56 @@ struct Expected {
     return true;
   }
 };
+
+// The same call into a cache of 8 bits: a key that turns is rounded once, what passes is the nearest to x / scale. `q_out` is what the call
+// with 16 bits wrote, and must be again. `spoiled`: nothing is appended.
+bool IsRightFloat8(int32_t number, const Batch& batch, RopeAppendParams p, int32_t spoiled, uint32_t grid, Memory* q_out,
+                   int64_t q_elements) {
+  tvm_infer::cuda::AppendParams& a = p.append;
+  const int64_t plane = int64_t{a.num_kv_heads} * a.page_size * a.head_dim, elements = 2 * plane * batch.page_indptr.back();
+  Memory memory(elements);
+  auto* cache = reinterpret_cast<uint8_t*>(memory.data());
+  std::memset(cache, 0x7f, elements);
+  a.k_cache = cache;
+  a.v_cache = cache + plane;
+  a.o = nullptr;
+  std::vector<float> k_scales, v_scales;
+  for (int32_t h = 0; h < a.num_kv_heads; ++h) {
+    k_scales.push_back(0.01f + 0.003f * h);
+    v_scales.push_back(0.02f + 0.001f * h);
+  }
+  a.k_scale = k_scales[0];
+  a.v_scale = v_scales[0];
+  if (number % 2) a.k_scales = k_scales.data();
+  if (number % 3) a.v_scales = v_scales.data();
+  const std::vector<uint4> before = q_out->vectors;
+  std::fill_n(q_out->data(), q_elements, kPoison);
+  emulated::Launch(grid, tvm_infer::kernels::kRopeAppendThreads, [&] { rope_append_bf16_e4m3(p); });
+  bool is_right = std::memcmp(before.data(), q_out->data(), q_elements * 2) == 0;
+  std::vector<bool> is_written(elements);
+  for (size_t r = 0; spoiled == 0 && r < batch.kv_len.size(); ++r) {
+    for (int32_t t = batch.qo_indptr[r]; t < batch.qo_indptr[r + 1]; ++t) {
+      const int32_t position = batch.kv_len[r] - (batch.qo_indptr[r + 1] - t);
+      const int64_t page = batch.page_indices[batch.page_indptr[r] + position / a.page_size];
+      for (int32_t h = 0; h < a.num_kv_heads; ++h) {
+        const int64_t to = page * a.k_cache_stride_page + h * a.k_cache_stride_head + position % a.page_size * a.k_cache_stride_token;
+        const uint16_t* k = static_cast<const uint16_t*>(a.k) + t * a.k_stride_token + h * a.k_stride_head;
+        const uint16_t* v = static_cast<const uint16_t*>(a.v) + t * a.v_stride_token + h * a.v_stride_head;
+        const float k_scale = a.k_scales == nullptr ? a.k_scale : k_scales[h], v_scale = a.v_scales == nullptr ? a.v_scale : v_scales[h];
+        const Expected turned(p, k, position);
+        for (int32_t d = 0; d < a.head_dim; ++d) {
+          const double want = turned.values[d] / k_scale, got = float8::Value(cache[to + d]);
+          const bool is_close = std::abs(got - want) <= std::max(std::abs(want) * 0x1.001p-4, 0x1.001p-10) + 2e-4;
+          is_right &= d >= p.rotary_dim ? cache[to + d] == float8::Nearest(ToFloat(k[d]) / k_scale) : is_close;
+          is_right &= cache[plane + to + d] == float8::Nearest(ToFloat(v[d]) / v_scale);
+          is_written[to + d] = is_written[plane + to + d] = true;
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < elements; ++i) is_right &= is_written[i] || cache[i] == 0x7f;
+  return is_right;
+}
 
 void RunCase(int32_t number) {
   const int32_t kv_heads = Random(1, 5), qo_heads = kv_heads * 4, page_size = Random(1, 20);
@@ -142,6 +194,7 @@ void RunCase(int32_t number) {
     }
   }
   is_right &= std::memcmp(cache.data(), expected.data(), elements * 2) == 0;
+  is_right &= IsRightFloat8(number, batch, p, spoiled, Random(1, std::min(most, 6)), &out, int64_t{a.max_tokens} * out_row);
   if (!is_right) {
     std::fprintf(
         stderr, "case %d: heads %d/%d head_dim %d rotary_dim %d interleaved %d page_size %d requests %d tokens %d of %d spoiled %d\n",
