@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,27 +75,35 @@ def make_paged_batch(
     seed: int = 0,
     spare_pages: int = 3,
     sm_scale: float | None = None,
+    levels: Iterable[Iterable[tuple[Sequence[int], int]]] = (),
 ) -> PagedBatch:
     """A random batch. Pages are in random order in the pool; `spare_pages` belong to no request; each request's table has one
-    garbage entry behind its pages."""
+    garbage entry behind its pages. `levels` as of :func:`tvm_infer.plan`: requests of a group have the same first keys, and share the
+    pages that these fill; pages that this leaves to nobody are NaN."""
     rng = np.random.default_rng(seed)
     kind = numpy_dtype(dtype)
     pages_of = [-(-n // page_size) for n in kv_lens]
     num_pages = sum(pages_of) + spare_pages
     order = rng.permutation(num_pages).astype(np.int32)
     cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kind)
-    keys, values, indices, indptr, taken = [], [], [], [0], 0
+    shape = (num_kv_heads, head_dim)
+    keys, values = [], []
+    pages: list[np.ndarray] = []
     for length, count in zip(kv_lens, pages_of, strict=True):
-        k = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
-        v = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
-        pages = order[taken : taken + count]
-        taken += count
-        for j in range(length):
-            cache[pages[j // page_size], 0, :, j % page_size] = k[j]
-            cache[pages[j // page_size], 1, :, j % page_size] = v[j]
-        keys.append(k)
-        values.append(v)
-        indices += [*pages.tolist(), -1_234_567_890]
+        keys.append(rng.standard_normal((length, *shape)).astype(kind))
+        values.append(rng.standard_normal((length, *shape)).astype(kind))
+        pages.append(order[sum(map(len, pages)) :][:count].copy())
+    for requests, num_keys in (group for level in levels for group in level):
+        for r in requests:
+            keys[r][:num_keys] = keys[requests[0]][:num_keys]
+            values[r][:num_keys] = values[requests[0]][:num_keys]
+            pages[r][: num_keys // page_size] = pages[requests[0]][: num_keys // page_size]
+    indices, indptr = [], [0]
+    for k, v, table in zip(keys, values, pages, strict=True):
+        for j in range(len(k)):
+            cache[table[j // page_size], 0, :, j % page_size] = k[j]
+            cache[table[j // page_size], 1, :, j % page_size] = v[j]
+        indices += [*table.tolist(), -1_234_567_890]
         indptr.append(len(indices))
     qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
     none = np.zeros((0, num_kv_heads, head_dim), kind)

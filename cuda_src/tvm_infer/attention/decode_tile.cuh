@@ -81,7 +81,7 @@ class DecodeTile {
       float s[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
       c_.ring.WaitFull(c_.cursor);
       if constexpr (Config::kChangesKeys) {
-        if (has_keys) ChangeOwnKeys(rows, warp, work.kv_pos_base + tiles.base + t * kTileKeys);
+        if (has_keys) ChangeOwnKeys(rows, warp, tiles.base + t * kTileKeys);
       }
       if (has_keys) Products::Logits(s, q, c_.ring.Data(c_.cursor) + k_offset);
       __syncwarp();
@@ -90,7 +90,7 @@ class DecodeTile {
       uint32_t p[4];
       if (has_keys) {
         if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-          ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + key, c_.params.sm_scale);
+          ApplyVariant<Variant>(s, c_.variant, rows, key, c_.params.sm_scale);
         }
         if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits<true>(s, keys, key);
         float rescale[2];

@@ -86,7 +86,7 @@ class PrefillTile : private PrefillProducts<Config> {
     if constexpr (Config::kIsScaled) {
       Widen(&c_.cursor, nullptr, 0, 0);
     } else {
-      WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
+      WaitKeys(c_.cursor, rows, tiles.base);
     }
     WaitTurn();
     IssueLogits(s, query, Keys(c_.cursor));
@@ -131,7 +131,7 @@ class PrefillTile : private PrefillProducts<Config> {
           c_.WaitFullForWgmma(c_.cursor);
           CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
         }
-        WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
+        WaitKeys(k, rows, tiles.base + tile * kTileKeys);
       }
       WaitTurn();
       IssueLogits(s, query, Keys(k));
@@ -223,7 +223,7 @@ class PrefillTile : private PrefillProducts<Config> {
                                           int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
     const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-      ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
+      ApplyVariant<Variant>(s, c_.variant, rows, tile_key, c_.params.sm_scale);
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);

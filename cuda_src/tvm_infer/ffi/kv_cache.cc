@@ -83,6 +83,10 @@ void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> vari
   Guarded([&] { kv->SetVariant(layers, variant, causal, MakeBand(band)); });
 }
 
+void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on) {
+  Guarded([&] { kv->SetSharedPrefix(is_on != 0); });
+}
+
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device) {

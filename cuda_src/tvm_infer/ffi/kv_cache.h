@@ -19,6 +19,7 @@
   V(attention_with_kv_cache_rope, AttentionWithKVCacheRope)          \
   V(kv_cache_set_rope, KVCacheSetRope)                               \
   V(kv_cache_set_variant, KVCacheSetVariant)                         \
+  V(kv_cache_set_shared_prefix, KVCacheSetSharedPrefix)              \
   V(kv_cache_create, KVCacheCreate)                                  \
   V(kv_cache_create_scaled, KVCacheCreateScaled)                     \
   V(kv_cache_set_scales, KVCacheSetScales)                           \
@@ -87,6 +88,10 @@ void KVCacheSetRope(PagedKVCache kv, tvm::ffi::TensorView inv_freq, int64_t inte
 // order of its ids. Before the first step that an executable runs on the cache.
 void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Optional<VariantCall> variant, int64_t causal,
                        tvm::ffi::Shape band);
+
+// Whether a step's plan may read pages that several of its sequences share once for all, from the next step on; 1 at first. Layers with a
+// window, a chunk or a variant never do.
+void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.

@@ -28,6 +28,10 @@ struct MergeJob {
     const int4 words = __ldg(reinterpret_cast<const int4*>(plan.merges() + index));
     merge = {words.x, words.y, words.z, words.w};
   }
+  __device__ __forceinline__ static int32_t NumSlots(const PlanView& plan, int32_t index) {
+    const int32_t* indptr = plan.merge_indptr() + index;
+    return __ldg(indptr + 1) - __ldg(indptr);
+  }
 };
 
 // A lane's columns of a row.
@@ -96,7 +100,7 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   const attention::AttentionParams& params = c.params;
   constexpr int kLoads = kHeadDim <= 128 ? 8 : 4;  // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
-  const int32_t lane = threadIdx.x % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
+  const int32_t lane = c.ThreadAnew() % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
   int32_t partial = job.my_slot + in_slot;  // this lane's of 32
   PartialColumns<Config> v[kLoads];
   const auto load = [&](int32_t i) {
@@ -189,6 +193,14 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
     MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
   }
+}
+
+// Of a merge of one KV head.
+template <typename Config>
+__device__ __forceinline__ void MergeRowsOfHead(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp,
+                                                int32_t num_warps) {
+#pragma unroll 1
+  for (int32_t row = warp; row < job.merge.num_rows; row += num_warps) MergeRow(c, job, 0, row);
 }
 
 }  // namespace tvm_infer::kernels
