@@ -1226,6 +1226,36 @@ def test_cache_rotates_in_the_launch_that_appends(driver):
         cache.set_rope(tvm_infer.RopeConfig(20))
 
 
+def test_a_call_brings_its_rotation(driver):
+    """Queries, keys and values apart, the rotated queries in memory of the caller's; nothing is allocated or copied."""
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(5)
+    cache.begin_step([5], [3], num_rows=4)
+    driver.clear()
+    q, k, v, rotated_q, out = rows(4, HQ), rows(4, HKV), rows(4, HKV), rows(4, HQ), rows(4, HQ)
+    inv_freq = tensor((32,), dtype="float32", device=(CUDA, 1))
+    call = _ffi.func("attention_with_kv_cache_rope")
+    call(cache, 1, q, k, v, inv_freq, 1, 1.5, 0.25, 1, rotated_q, out)
+    assert [launch["name"] for launch in driver.launches()] == ["rope_append_bf16", "attention_bf16_h128_p16"]
+    assert driver.calls("cuMemAlloc") == driver.calls("cuMemcpyHtoDAsync") == []
+    p, attention = driver.rope_append_params(RopeParams), driver.params(Params)
+    assert (p.q, p.k, p.v, p.inv_freq) == tuple(addresses[id(x)] for x in (q, k, v, inv_freq))
+    assert p.q_out == attention.q == addresses[id(rotated_q)] and p.o == attention.o == addresses[id(out)]
+    assert list(p.q_strides) == [HQ * DIM, DIM] * 2 and list(p.kv_strides) == [HKV * DIM, DIM] * 2
+    assert (p.rotary_dim, p.is_interleaved, p.magnitude, p.max_tokens, p.num_qo_heads) == (64, 1, 1.5, 4, HQ)
+    driver.clear()
+    for name, change in {"q": 0, "k": 1, "v": 2, "rotated_q": 3}.items():
+        tensors = [q, k, v, rotated_q]
+        tensors[change] = tensor((4, HKV if name in "kv" else HQ, DIM), device=(CUDA, 1), offset=2)
+        with pytest.raises(errors.ArgumentError, match=f"`{name}` begins 2 bytes"):
+            call(cache, 1, *tensors[:3], inv_freq, 1, 1.5, 0.25, 1, tensors[3], out)
+    with pytest.raises(errors.ExecutorError, match="a rotary_dim of 20"):
+        call(cache, 1, q, k, v, tensor((10,), dtype="float32", device=(CUDA, 1)), 1, 1.5, 0.25, 1, rotated_q, out)
+    with pytest.raises(errors.ArgumentError, match="`inv_freq`"):
+        call(cache, 1, q, k, v, np.ones(32, np.float32), 1, 1.5, 0.25, 1, rotated_q, out)
+    assert driver.launches() == []
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words_"),
     [
