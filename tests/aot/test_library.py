@@ -388,7 +388,7 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "arguments", "message"),
     [
-        ({"head_dim": 80}, {}, "'attention_bf16_h80_p16', which is no kernel"),
+        ({"head_dim": 104}, {}, "'attention_bf16_h104_p16', which is no kernel"),
         ({"dtype": "float32"}, {}, "'rope_append_fp32', which is no kernel"),
         ({}, {"page_sizes": (24,)}, "'attention_bf16_h64_p24', which is no kernel"),
         ({}, {"archs": ("sm_80",)}, "sm_80"),
