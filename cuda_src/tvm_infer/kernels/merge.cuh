@@ -65,7 +65,9 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   constexpr int kLoads = 8;                // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
   using Vector = std::conditional_t<kColumns == 4, float4, float2>;
-  const int32_t lane = c.ThreadAnew() % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
+  // NOTE: read anew where variants do not decide what is short: the compiler would keep it, and spill, on small pages.
+  const int32_t lane = Config::kHasVariant ? threadIdx.x % 32 : c.ThreadAnew() % 32;
+  const int32_t in_slot = h * job.merge.num_rows + row, n = job.num_slots;
   const float* columns = params.partial_o + lane * kColumns;
 
   int32_t partial = job.my_slot + in_slot;  // this lane's of 32
@@ -213,11 +215,13 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     for (int32_t i = warp; i < total; i += kAtOnce * num_warps) MergePairs<Config, kAtOnce>(c, job, i, num_warps);
     return;
   }
-  if (job.num_slots <= kFewSlots) {
+  if constexpr (!Config::kHasVariant) {  // NOTE: these have no registers to spare
     constexpr int kAtOnce = 2;
+    if (job.num_slots <= kFewSlots) {
 #pragma unroll 1
-    for (int32_t i = warp; i < total; i += kAtOnce * num_warps) MergeFew<Config, kAtOnce>(c, job, i, num_warps);
-    return;
+      for (int32_t i = warp; i < total; i += kAtOnce * num_warps) MergeFew<Config, kAtOnce>(c, job, i, num_warps);
+      return;
+    }
   }
 #pragma unroll 1
   for (int32_t i = warp; i < total; i += num_warps) MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
