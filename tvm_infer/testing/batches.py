@@ -101,7 +101,9 @@ def make_paged_batch(
     num_pages = sum(pages_of) + spare_pages
     order = rng.permutation(num_pages).astype(np.int32)
     cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kv_kind)
-    keys, values, indices, indptr, taken = [], [], [], [0], 0
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    indices, indptr, taken = [], [0], 0
     new: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for length, count in zip(kv_lens, pages_of, strict=True):
         k = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
