@@ -19,10 +19,11 @@ from typing import Any
 from . import __version__, _ffi, cache_dir, errors
 from .band import Band
 from .models import LanguageModel, Tokenizer, load_gguf
-from .runtime import library
+from .runtime import library, variant_code
 from .runtime.executable import Executable
 from .runtime.manifest import Manifest
 from .runtime.variants import MAX_BANDS
+from .spec import AttentionSpec
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MAX_BATCH = 64
@@ -79,9 +80,9 @@ def compile(
     """Compile a model whose attention reads a paged KV cache.
 
     Attention over packed tokens becomes append + attend on a :class:`PagedKVCache`, with the windows, soft caps, biases and sinks that
-    it has (docs/variants.md), logits are computed only for rows that sample, matrix products go to the packaged BLAS, TVM compiles the
-    rest. Compiled code is kept in the cache folder under a digest of the model, the options and all versions; weights are shared with
-    the model.
+    it has (docs/variants.md), whose code is compiled here, too; logits are computed only for rows that sample, matrix products go to
+    the packaged BLAS, TVM compiles the rest. Compiled code is kept in the cache folder under a digest of the model, the options and all
+    versions; weights are shared with the model.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def compile(
     ------
     ModelError : a path that does not exist, a file that is no Llama-like GGUF, a function without packed-token inputs, more than 4
     different windows. MatchError : an attention that cannot be rewritten. ArgumentError : an option. MissingDependencyError : names the
-    extra.
+    extra; or a variant has to be compiled and there is no C++ compiler, or nvcc. CompileError : what it printed.
     """
     progress = progress or (lambda step, fraction: None)
     if max_tokens < 1:
@@ -375,7 +376,41 @@ def _build(source: _Source, options: _Options, folder: pathlib.Path, progress: P
         logits_rank=lowered.logits_rank,
         rope=rope,
     ).save(folder)
+    progress("compiling attention variants", 0.9)
+    _prepare_variants(specs, weights, names, str(target.kind.name))
     progress("compiling kernels", 1.0)
+
+
+def _prepare_variants(
+    specs: Sequence[AttentionSpec], weights: Sequence[tuple[str, str]], names: Mapping[str, str], target_kind: str
+) -> None:
+    """Compile, or find in the cache, what the layers' variants need, so that the first step need not wait for it: for CUDA the kernels
+    of caches with pages of the default size.
+
+    weights : (parameter, "dtype [shape]"). names : of parameters, as the specs have them.
+    """
+    variants = list(dict.fromkeys(spec.variant for spec in specs if spec.variant is not None))
+    types = {names.get(name, name): _shape_and_dtype(kind) for name, kind in weights}
+    layers = [
+        {**vars(spec), "variant": None if spec.variant is None else variants.index(spec.variant)} for spec in specs
+    ]
+    codes = variant_code.of_model(variants, layers, types, "cuda" if target_kind == "cuda" else "cpu")
+    if target_kind != "cuda":
+        variant_code.prepare_host(codes)
+        return
+    variant_code.register(codes)
+    kernels = [
+        library.attention_kernel(specs[code.layers[0]], page_size, code.digest)
+        for code in variant_code.by_digest(codes).values()
+        for page_size in library.DEFAULT_PAGE_SIZES
+    ]
+    library.build_kernels(kernels, library.DEFAULT_ARCHS)
+
+
+def _shape_and_dtype(kind: str) -> tuple[list[int], str]:
+    """Of a weight's "dtype [shape]"."""
+    dtype, _, shape = kind.partition(" ")
+    return json.loads(shape), dtype
 
 
 def _check_cuda_inputs(function: str, inputs: Sequence[tuple[str, str]]) -> None:

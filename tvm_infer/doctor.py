@@ -178,7 +178,9 @@ def _cuda_executor() -> Executor:
     except TvmInferError as error:
         return Executor(name, False, str(error))
     _, sms, device = info.split(" ", 2)
-    return Executor(name, True, f"{device}, {sms} SMs, {driver}; float16, bfloat16; head_dim 64 and 128")
+    return Executor(
+        name, True, f"{device}, {sms} SMs, {driver}; float16, bfloat16; head_dim 64, 80, 96, 128, 192 and 256"
+    )
 
 
 def report() -> dict[str, Any]:

@@ -24,6 +24,7 @@ _REFUSALS = {
     4: "it has more query tokens than q has rows: plan with this batch's qo_indptr",
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
     6: "it has more requests than the page table: pass the table of the batch that was planned",
+    8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
 
@@ -143,7 +144,7 @@ def _settings(
 
 @functools.lru_cache(maxsize=256)
 def _capacity(*limits: Any) -> WorkspaceSize:
-    plan_bytes, partial_rows = _ffi.func("plan_capacity")(*limits)
+    plan_bytes, partial_rows = _ffi.func("plan_shared_capacity")(*limits)
     return WorkspaceSize(int(plan_bytes), int(partial_rows))
 
 
@@ -167,6 +168,8 @@ def workspace_size(
     tile_table: Any = None,
     device: Any = None,
     variant: Any = None,
+    max_levels: int = 0,
+    max_shared_tokens: int | None = None,
 ) -> WorkspaceSize:
     """Exact upper bounds of what plans within the limits need.
 
@@ -174,6 +177,8 @@ def workspace_size(
     ----------
     max_requests, max_tokens : requests and query tokens of one step, at most.
     max_kv_tokens : keys of all requests together; needed only with `fixed_split_size > 0`, where plans grow with it.
+    max_levels : `levels` of :func:`plan` that there is room for. A batch that needs more is planned as if its requests shared nothing.
+    max_shared_tokens : query tokens of all requests in groups; default: one for each request.
     Others as in :func:`plan`, with the same values.
 
     Returns
@@ -193,6 +198,10 @@ def workspace_size(
     num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
+    limits |= {
+        "max_levels": max_levels,
+        "max_shared_tokens": max_requests if max_shared_tokens is None else max_shared_tokens,
+    }
     try:
         return _capacity(*settings, *limits.values())
     except TypeError as error:
@@ -204,15 +213,43 @@ def _rounded(n: int) -> int:
     return min(1 << max(n - 1, 15).bit_length(), _MAX_INT32)
 
 
-def _allocate(qo_indptr: Any, kv_len: Any, fixed_split_size: int, settings: tuple[Any, ...]) -> tuple[np.ndarray, int]:
+def _allocate(
+    qo_indptr: Any, kv_len: Any, num_levels: int, fixed_split_size: int, settings: tuple[Any, ...]
+) -> tuple[np.ndarray, int]:
     """A buffer that holds any plan of these lengths, and its most partial rows. Lengths may be wrong: the planner says so."""
     indptr = np.asarray(qo_indptr)
     max_tokens = max(int(indptr.flat[-1]), 0) if indptr.size else 0
     max_keys = 0
     if fixed_split_size > 0:
         max_keys = _rounded(int(np.maximum(np.asarray(kv_len, dtype=np.int64), 0).sum()))
-    size = _capacity(*settings, _rounded(indptr.size), _rounded(max_tokens), max_keys)
+    limits = (
+        _rounded(indptr.size),
+        _rounded(max_tokens),
+        max_keys,
+        num_levels,
+        _rounded(max_tokens) if num_levels else 0,
+    )
+    size = _capacity(*settings, *limits)
     return np.empty(size.plan_bytes // 4, np.int32), size.partial_rows
+
+
+def _level_words(levels: Any) -> np.ndarray:
+    """`levels` as the planner reads them: of each group its level, its keys, its number of requests, the requests."""
+    words: list[int] = []
+    for number, level in enumerate(levels):
+        for group, entry in enumerate(level):
+            try:
+                requests, num_keys = entry
+                words += [number, operator.index(num_keys), len(requests), *map(operator.index, requests)]
+            except (TypeError, ValueError):
+                raise ArgumentError(
+                    f"argument `levels`: group {group} of level {number} is {entry!r}; it must be a pair of its requests "
+                    "(integers) and of the number of keys that they share"
+                ) from None
+    bad = next((word for word in words if not -(2**31) <= word < 2**31), None)
+    if bad is not None:
+        raise ArgumentError(f"argument `levels` has {bad}; requests and keys must fit in 32 bits")
+    return np.array(words, np.int32)
 
 
 def plan(
@@ -237,6 +274,7 @@ def plan(
     device_out: Any = None,
     max_partial_rows: int | None = None,
     variant: Any = None,
+    levels: Any = (),
 ) -> Plan:
     """Schedule a batch: who computes which rows against which keys (section 3.3.1, Algorithm 1).
 
@@ -271,6 +309,11 @@ def plan(
     max_partial_rows : partial rows that the workspace at hand has; default: no limit with an allocated plan.
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters, that the plan will run with: `causal`,
         windows, sinks and chunks are taken from it. The plan depends on nothing else of it, and serves every variant of the same band.
+    levels : requests that begin with the same keys, as in pages that they share. Outermost level first, each a list of groups
+        ``(requests, num_keys)``: the first num_keys keys of these requests are the same, whichever of them is read. A group of a level
+        lies within one of the level before, and shares more keys: ``[[(range(8), 512)], [([0, 1, 2], 700), ([5, 6], 900)]]``. The keys
+        are read once for all where that shortens the plan (``plan.num_shared_works``). Not with windows, sinks, chunks, variants or a
+        fixed split size.
 
     Returns
     -------
@@ -279,7 +322,8 @@ def plan(
     Raises
     ------
     ArgumentError : an indptr that does not start at 0 or decreases, kv_len shorter than the new tokens, bad heads, a device that
-        is none, lengths that lie on a device, `causal`, windows, sinks or chunks that contradict the variant or each other.
+        is none, lengths that lie on a device, `causal`, windows, sinks or chunks that contradict the variant or each other, levels that
+        are no prefix relation, or share keys that some query of a request does not see.
     WorkspaceError : `out`, `device_out` or `max_partial_rows` is too small; says what is needed.
     ExecutorError : no such device, or no kernels for its architecture, the dtype or head_dim.
     DeviceError : the stream is being captured for a graph, or the driver failed.
@@ -295,15 +339,24 @@ def plan(
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
+    words = _level_words(levels)
+    if len(words) and variant is not None:
+        raise ArgumentError(
+            "argument `levels` with a `variant`: shared keys run without variants so far. Plan without levels"
+        )
     is_allocated = out is None
     try:
         if out is None:
-            out, most_partial_rows = _allocate(qo_indptr, kv_len, fixed_split_size, settings)
+            num_levels = len(levels) if len(words) else 0
+            out, most_partial_rows = _allocate(qo_indptr, kv_len, num_levels, fixed_split_size, settings)
             if max_partial_rows is None:
                 max_partial_rows = most_partial_rows
         else:
             _check_out(out, max_partial_rows)
-        bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
+        if len(words):
+            bytes_used = _ffi.func("plan_shared")(qo_indptr, kv_len, words, *settings, max_partial_rows, out)
+        else:
+            bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
     except TypeError as error:
         _refuse_types(error, settings, {"max_partial_rows": max_partial_rows})
     if is_allocated:

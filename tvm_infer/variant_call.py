@@ -115,6 +115,11 @@ def check_plan(variant: Any, plan: Plan) -> None:
             f"argument `plan` was made with {plan.band}, and `variant` {prepared.bound.variant.digest} has {prepared.band}; plan "
             f"with tvm_infer.plan(…, variant=variant), which takes them from there, or with {prepared.band}"
         )
+    if plan.num_shared_works:
+        raise PlanMismatchError(
+            f"argument `plan` has {plan.num_shared_works} works with rows of several requests (levels), and the call a variant, which "
+            "runs without any: plan without levels"
+        )
 
 
 def check_plan_alone(plan: Plan) -> None:

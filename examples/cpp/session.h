@@ -36,26 +36,15 @@ std::vector<Tensor> LoadWeights(const Model& model, const DeviceMemory& memory, 
   return weights;
 }
 
-// A cache of the model's layers, with pages for that many tokens of every sequence.
-Any MakeCache(const Model& model, const std::vector<int64_t>& lengths, int64_t page_size, int64_t max_tokens) {
-  const auto layers = Field(model.about(), "layers").cast<ffi::json::Array>();
-  const auto layer = layers[0].cast<ffi::json::Object>();
+// A cache of the model's layers, with pages for that many tokens of every sequence. It rotates queries and keys, caps logits, … where the
+// model leaves that to its attention, by numbers and weights that the library knows of.
+Any MakeCache(const Model& model, const std::vector<Tensor>& weights, const std::vector<int64_t>& lengths, int64_t page_size,
+              int64_t max_tokens) {
   int64_t num_pages = 0;
   for (int64_t length : lengths) num_pages += (length + page_size - 1) / page_size;
   const int64_t max_batch = static_cast<int64_t>(lengths.size());
-  const DLDataType dtype = ffi::StringToDLDataType(Field(layer, "dtype").cast<String>());
-  const Any cache = model.Call("kv_cache_create", static_cast<int64_t>(layers.size()), Field(layer, "num_qo_heads").cast<int64_t>(),
-                               Field(layer, "num_kv_heads").cast<int64_t>(), Field(layer, "head_dim").cast<int64_t>(), dtype, page_size,
-                               num_pages, max_batch, max_tokens, /*num_ctas=*/int64_t{0}, /*num_threads=*/int64_t{0}, model.device());
-  // Some models leave the rotation of queries and keys to their cache.
-  if (const Any rotation = Field(model.about(), "rope"); rotation != nullptr) {
-    const auto rope = rotation.cast<ffi::json::Object>();
-    std::vector<float> inv_freq;
-    for (const Any& f : Field(rope, "inv_freq").cast<ffi::json::Array>()) inv_freq.push_back(static_cast<float>(f.cast<double>()));
-    model.Call("kv_cache_set_rope", cache, HostView(inv_freq, DLDataType{kDLFloat, 32, 1}),
-               static_cast<int64_t>(Field(rope, "interleaved").cast<bool>()), Field(rope, "magnitude").cast<double>());
-  }
-  return cache;
+  const ffi::Array<Tensor> given(weights.begin(), weights.end());
+  return model.Call("model_create_cache", given, page_size, num_pages, max_batch, max_tokens, model.device());
 }
 
 // The tokens of one step: those of sequence ids[0], lengths[0] of them, then those of ids[1], … rows: tokens whose successor is asked for.
@@ -71,7 +60,7 @@ class Session {
           int64_t page_size)
       : model_(model), memory_(memory), weights_(LoadWeights(model, memory, weights)) {
     const int64_t max_batch = static_cast<int64_t>(lengths.size());
-    cache_ = MakeCache(model, lengths, page_size, max_tokens());
+    cache_ = MakeCache(model, weights_, lengths, page_size, max_tokens());
     for (int64_t id = 0; id < max_batch; ++id) model.Call("kv_cache_add", cache_, id);
     if (model.device().device_type == kDLCPU) return;
     const int64_t limit = std::min(Field(model.about(), "decode_rows").cast<int64_t>(), std::min(max_batch, max_tokens()));

@@ -77,3 +77,24 @@ def program(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     (libraries,) = re.findall(r"^LD_LIBRARY_PATH=(\S+)", done.stdout, re.MULTILINE)
     return folder / "generate", libraries
+
+
+@pytest.fixture
+def generate(program, tmp_path):
+    """Run the program on a folder's model in an empty environment, or one that has `environment` alone."""
+
+    def run(
+        folder, prompts, *options, model="model.so", weights="model.safetensors", **environment
+    ) -> subprocess.CompletedProcess[str]:
+        path, libraries = program
+        text = prompts if isinstance(prompts, str) else "".join(" ".join(map(str, p)) + "\n" for p in prompts)
+        (tmp_path / "prompts.txt").write_text(text)
+        return subprocess.run(
+            [str(path), str(folder / model), str(folder / weights), str(tmp_path / "prompts.txt"), *map(str, options)],
+            capture_output=True,
+            text=True,
+            env={"LD_LIBRARY_PATH": libraries, **environment},  # nothing else: no PATH, no PYTHONPATH, no HOME
+            check=False,
+        )
+
+    return run

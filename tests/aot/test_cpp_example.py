@@ -17,25 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def generate(program, tmp_path):
-    def run(
-        folder, prompts, *options, model="model.so", weights="model.safetensors"
-    ) -> subprocess.CompletedProcess[str]:
-        path, libraries = program
-        text = prompts if isinstance(prompts, str) else "".join(" ".join(map(str, p)) + "\n" for p in prompts)
-        (tmp_path / "prompts.txt").write_text(text)
-        return subprocess.run(
-            [str(path), str(folder / model), str(folder / weights), str(tmp_path / "prompts.txt"), *map(str, options)],
-            capture_output=True,
-            text=True,
-            env={"LD_LIBRARY_PATH": libraries},  # nothing else: no PATH, no PYTHONPATH, no HOME
-            check=False,
-        )
-
-    return run
-
-
 def test_it_needs_no_python(program):
     out = subprocess.run(["readelf", "-d", str(program[0])], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", out))

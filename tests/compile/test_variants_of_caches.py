@@ -113,14 +113,6 @@ def test_a_kept_model_has_them(models, executables):
     assert is_right(again, again.new_cache(num_pages=16), models[GptOss])
 
 
-def test_an_exported_library_cannot_hold_them(executables, tmp_path):
-    with pytest.raises(
-        errors.ModelError, match=r"the layers \[0, 1\] of the model have attention variants.*tvm_infer.compile"
-    ):
-        executables[Gemma2].export_library(tmp_path / "model.so")
-    assert not list(tmp_path.iterdir())
-
-
 class Windows(Attention):
     """Another window in every layer."""
 

@@ -123,6 +123,7 @@ FAKE int cuLibraryLoadData(void** library, const void* code, int*, void**, unsig
     return 200;
   }
   loaded->name = name;
+  loaded->info.tile_keys = loaded->name.find("_h256") != std::string::npos ? 64 : 128;
   *library = loaded;
   return Called("cuLibraryLoadData", name);
 }

@@ -99,11 +99,7 @@ def compile_kernels(items) -> None:
     if families & {"gemv", "matmul", "compiled_model"}:
         names |= {f"gemv_{dtype}" for dtype in ("bf16", "fp16")}
     # test_gpu_append has head_dims without an attention kernel
-    names = {
-        n
-        for n in names
-        if not n.startswith("attention") or "_h64_" in n or "_h128_" in n or "_e4m3" in n or "_e5m2" in n
-    }
+    names = {n for n in names if not n.startswith("attention") or n in jit.all_names()}
     names |= {
         f"{family}_{dtype}_{kv}"
         for family in families & {"append", "rope_append"}

@@ -5,6 +5,7 @@ Everything is torch, so the same batch is made on "cuda" (the kernels) and on "c
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -52,6 +53,7 @@ VARIANT_BAND: dict[str, Any] = {"causal": None, "window_left": None, "variant": 
 SPLITS = {"auto": 0, "cut64": 64, "cut96": 96, "cut128": 128, "cut192": 192, "whole": -1}
 LAYOUTS = ("HND", "NHD", "HND2", "NHD2")  # 2: K and V in two tensors
 PAGE_SIZES = (1, 8, 16, 32, 64, 0)  # 0: ragged, no pages
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 VIEWS = ("plain", "offset", "strided")
 SCALES = {"": None, "sharp": 0.25}  # 0.25: scores of +-10, one key takes most
 
@@ -109,7 +111,7 @@ class Case:
         return SCALES[self.scale]
 
 
-def matrix_cases(per_kernel: int = 12) -> list[Case]:
+def matrix_cases(head_dims: tuple[int, ...], per_kernel: int) -> list[Case]:
     """`per_kernel` cases of each kernel that together meet every pair of settings; the same list every time.
 
     Greedy: of 60 random candidates the one with most settings, pairs of settings, and settings with this kernel, not met before.
@@ -117,15 +119,13 @@ def matrix_cases(per_kernel: int = 12) -> list[Case]:
     rng = random.Random(0)
     met: set[tuple[Any, ...]] = set()
     cases: list[Case] = []
-    for page_size in PAGE_SIZES:
-        for head_dim in (128, 64):
-            for dtype in DTYPES:
-                for _ in range(per_kernel):
-                    candidates = [_candidate(rng, dtype, head_dim, page_size) for _ in range(60)]
-                    new = [_pairs(c) - met for c in candidates]
-                    best = max(range(60), key=lambda i: len(new[i]))
-                    met |= new[best]
-                    cases.append(candidates[best])
+    for page_size, head_dim, dtype in itertools.product(PAGE_SIZES, head_dims, DTYPES):
+        for _ in range(per_kernel):
+            candidates = [_candidate(rng, dtype, head_dim, page_size) for _ in range(60)]
+            new = [_pairs(c) - met for c in candidates]
+            best = max(range(60), key=lambda i: len(new[i]))
+            met |= new[best]
+            cases.append(candidates[best])
     return list({c.name: c for c in cases}.values())
 
 
@@ -179,11 +179,17 @@ def special_cases() -> list[Case]:
         Case("append", page_size=4, dtype="fp16", layout="NHD", mask="w15", views="offset", split="cut64", group=3),
         Case("skewed", page_size=2, mask="full", layout="HND2", group=7),
         Case("prefill", page_size=4, head_dim=64, mask="w100", group=16),
+        Case("mixed", page_size=2, head_dim=80, layout="NHD", views="strided", group=5),
+        Case("append", page_size=4, head_dim=192, dtype="fp16", mask="w15", split="cut64", group=3),
+        Case("one-prompt", lengths=((1025,), (3073,)), head_dim=256, group=7, split="cut96"),
+        Case("long", lengths=longs, group=8, head_dim=256),
+        Case("many", lengths=((1,) * 300, many), head_dim=96, page_size=64),
     ]
 
 
 def attention_cases() -> list[Case]:
-    return matrix_cases() + special_cases()
+    # of head dims whose kernels differ in numbers alone, fewer
+    return matrix_cases((128, 64), 12) + matrix_cases((80, 96, 192, 256), 4) + special_cases()
 
 
 def embedded(

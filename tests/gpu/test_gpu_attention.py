@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gpu_batches import DTYPES, HEADS, MASKS, SHAPES, SPLITS, Batch, Case, Errors, attention_cases, same_bits
+from gpu_batches import DTYPES, HEAD_DIMS, HEADS, MASKS, SHAPES, SPLITS, Batch, Case, Errors, attention_cases, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,8 +49,8 @@ def test_cases_have_names_of_their_own_and_meet_every_setting():
         for value in values:
             assert len({c.kernel for c in CASES if getattr(c, field) == value}) >= 8, (field, value)
     small_pages = {c.kernel for c in CASES if c.page_size in (2, 4)}
-    # two dtypes, two head_dims, five page sizes and ragged keys
-    assert len({c.kernel for c in CASES} - small_pages) == 24
+    # two dtypes, six head_dims, five page sizes and ragged keys
+    assert len({c.kernel for c in CASES} - small_pages) == 72
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in CASES])
@@ -76,7 +76,7 @@ def random_cases(draw):
         mask=mask,
         split=draw(st.sampled_from(list(SPLITS))),
         dtype=draw(st.sampled_from(list(DTYPES))),
-        head_dim=draw(st.sampled_from((64, 128))),
+        head_dim=draw(st.sampled_from(HEAD_DIMS)),
         page_size=draw(st.sampled_from((1, 2, 4, 8, 16, 32, 64, 0))),
         layout=draw(st.sampled_from(("HND", "NHD", "HND2", "NHD2"))),
         group=draw(st.sampled_from((1, 3, 4, 5, 7, 8, 16, 64, 71))),

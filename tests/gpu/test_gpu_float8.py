@@ -94,7 +94,7 @@ def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def cases() -> list[Float8Case]:
     """Every kernel twice at least, other settings in turn."""
-    kernels = list(itertools.product((128, 64, 256), (16, 32, 64), DTYPES, FLOAT8))
+    kernels = list(itertools.product((128, 256), (16, 32, 64), DTYPES, FLOAT8))
     masks, groups = ("causal", "w15", "w100", "full", "causal"), list(HEADS)
     made = [
         Float8Case(
@@ -111,7 +111,7 @@ def cases() -> list[Float8Case]:
             float8=kv,
             by_head=i % 3 != 1,
         )
-        for i, (head_dim, page_size, dtype, kv) in enumerate(kernels * 2)
+        for i, (head_dim, page_size, dtype, kv) in enumerate(kernels * 3)
     ]
     longs = ((1, 2, 400), (40000, 9000, 12345))
     made += [
@@ -119,7 +119,7 @@ def cases() -> list[Float8Case]:
         Float8Case("long", lengths=longs, group=4, page_size=64, float8="e5m2", dtype="fp16", mask="w333"),
         Float8Case("alike", lengths=((1,) * 133, (300,) * 133), page_size=32, split="whole"),
         Float8Case("one-key", lengths=((1,), (1,))),
-        Float8Case("one-prompt", lengths=((1025,), (3073,)), group=5, page_size=32, layout="NHD", head_dim=64),
+        Float8Case("one-prompt", lengths=((1025,), (3073,)), group=5, page_size=32, layout="NHD", head_dim=256),
         Float8Case("no-keys", mask="full", group=3, float8="e5m2"),
     ]
     return list({c.name + str(c.lengths): c for c in made}.values())
@@ -135,7 +135,7 @@ def params(made: list[Float8Case]) -> list:
 
 @pytest.mark.subset
 def test_cases_meet_every_kernel():
-    assert len({c.kernel for c in CASES}) == 36 and len({c.name + str(c.lengths) for c in CASES}) == len(CASES) >= 70
+    assert len({c.kernel for c in CASES}) == 24 and len({c.name + str(c.lengths) for c in CASES}) == len(CASES) >= 70
 
 
 @pytest.mark.family("attention_sm90")
@@ -155,8 +155,8 @@ def appending() -> list[Float8Case]:
         Float8Case("crossing", lengths=lengths, dtype=d, float8=kv, page_size=p, layout=layout, group=g, views=v, head_dim=h, by_head=b)
         for d, kv, p, layout, g, v, h, b in (
             ("bf16", "e4m3", 16, "HND", 4, "plain", 128, True),
-            ("fp16", "e4m3", 32, "NHD2", 1, "strided", 64, False),
-            ("bf16", "e5m2", 64, "NHD", 71, "strided", 256, True),
+            ("fp16", "e4m3", 32, "NHD2", 1, "strided", 256, False),
+            ("bf16", "e5m2", 64, "NHD", 71, "strided", 128, True),
             ("fp16", "e5m2", 16, "HND2", 8, "plain", 128, True),
         )
     ]  # fmt: skip
@@ -259,7 +259,7 @@ def test_rope_append(case, interleaved, device):
 
 @pytest.mark.family("kv_cache")
 @pytest.mark.parametrize(
-    ("kv", "dtype", "head_dim", "page_size"), [("e4m3", "bf16", 128, 16), ("e5m2", "fp16", 64, 64)]
+    ("kv", "dtype", "head_dim", "page_size"), [("e4m3", "bf16", 128, 16), ("e5m2", "fp16", 256, 64)]
 )
 def test_a_cache_is_that_of_the_host(cuda, kv, dtype, head_dim, page_size):
     """Prefill, decode, forks and copies: the same bytes in the pages, outputs as far apart as two kernels' may be."""

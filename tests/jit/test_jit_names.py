@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_infer import errors
+from tvm_infer import errors, jit, variant
 from tvm_infer.jit import all_names, parse
 from tvm_infer.jit.headers import include_dir, reached
 
@@ -17,7 +17,7 @@ NAMES = all_names()
 
 
 def test_the_matrix():
-    attention = {f"attention_{e}_h{d}" for e, d in itertools.product(("bf16", "fp16"), (64, 128))}
+    attention = {f"attention_{e}_h{d}" for e, d in itertools.product(("bf16", "fp16"), (64, 80, 96, 128, 192, 256))}
     expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 2, 4, 8, 16, 32, 64))} | {
         f"{a}_ragged" for a in attention
     }
@@ -26,6 +26,10 @@ def test_the_matrix():
     expected |= {
         f"{name}_{e}_{kv}"
         for name, e, kv in itertools.product(("append", "rope_append"), ("bf16", "fp16"), ("e4m3", "e5m2"))
+    }
+    expected |= {
+        f"attention_{e}_{kv}_h{d}_p{p}"
+        for e, kv, d, p in itertools.product(("bf16", "fp16"), ("e4m3", "e5m2"), (128, 256), (16, 32, 64))
     }
     expected |= {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
     expected |= {"scale_lse"}
@@ -61,3 +65,17 @@ def test_the_refusal_lists_what_there_is():
         parse("attention_bf16_h128_p15")
     assert "did you mean 'attention_bf16_h128_p1" in str(error.value)
     assert all(name in str(error.value) for name in NAMES)
+
+
+def test_variants_that_change_rows_are_for_some_widths():
+    standard = variant.STANDARD["rope"]
+    jit.register_variant(standard.digest, standard.source())
+    with pytest.raises(errors.ExecutorError, match=r"changes queries, and the call has head_dim 96.*64, 128, 256"):
+        parse(f"attention_bf16_h96_p16_v{standard.digest}").source()
+    with pytest.raises(
+        errors.ExecutorError, match=r"changes keys, and the call has head_dim 256.*for head_dim 64, 128\."
+    ):
+        parse(f"attention_bf16_h256_p16_v{standard.digest}").source()
+    capped = variant.STANDARD["soft_cap"]
+    jit.register_variant(capped.digest, capped.source())
+    assert "96" in parse(f"attention_bf16_h96_p16_v{capped.digest}").source()

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tvm
-from mlc_model import LIMITS, SHAPE, shape
+from mlc_model import LIMITS, SHAPE, shape, to_tvm
 
 from tvm_infer import _ffi, errors
 from tvm_infer.jit import cxx
@@ -88,7 +89,6 @@ def test_a_batch_larger_than_the_prefill_chunk_decodes():
         ({"cache_config": [5, 160, 24, 0, 0]}, "page_size = 0"),
         ({"cache_config": [5, 160, 24, 4, 2]}, "support_sliding_window = 2; it must be 0 or 1"),
         ({"cache_config": [5, 160, 24, 4, 0, 0]}, "layer_sliding_window_size = 0; it must be from 1"),
-        ({"cache_config": [5, 160, 24, 4, 1], "rope_mode": 1}, "`rope_mode` is 1 with support_sliding_window = 1 .* rotates inline"),
         ({"layer_partition": [0, 1, 2]}, r"`layer_partition` is \[0, 1, 2\] with num_layers = 2.*pipeline_parallel_stages = 1"),
         ({"layer_partition": [0, 3]}, r"`layer_partition` is \[0, 3\]"),
         ({"attn_kinds": [0, 1]}, r"`attn_kinds` is 1 \(mla\) for layer 1"),
@@ -97,7 +97,14 @@ def test_a_batch_larger_than_the_prefill_chunk_decodes():
         ({"v_head_dim": 8}, "`v_head_dim` is 8 and `qk_head_dim` is 16.*pad"),
         ({"mla_original_qk_head_dim": 192}, "`mla_original_qk_head_dim` is 192.*latent"),
         ({"mla_original_v_head_dim": 128}, "`mla_original_v_head_dim` is 128"),
-        ({"rope_mode": 2}, r"`rope_mode` is 2 \(inline\)"),
+        ({"rope_mode": 3}, r"`rope_mode` is 3; it must be 0 \(none\), 1 \(normal.*\) or 2 \(inline"),
+        ({"rope_mode": -1}, "`rope_mode` is -1"),
+        ({"rope_mode": 2, "rotary_dim": 8}, "`rotary_dim` is 8 with inline rotation; .* multiple of 16, from 16 to qk_head_dim"),
+        ({"rope_mode": 2, "rotary_dim": 32}, "`rotary_dim` is 32; it must be even, from 2 to head_dim = 16"),
+        ({"rope_mode": 1, "rotary_dim": 8, "cache_config": [5, 160, 24, 4, 1]}, "`rotary_dim` is 8 with inline rotation"),
+        ({"rope_mode": 2, "qk_head_dim": 24, "v_head_dim": 24}, "`rope_mode` is inline with qk_head_dim = 24; .* multiple of 16"),
+        ({"rope_mode": 2, "rope_ext_factors": to_tvm(np.ones(16))}, "`rope_ext_factors` is a tensor with inline rotation"),
+        ({"rope_mode": 2, "rope_scaling": '{"rope_type": "llama4", "factor": 8.0}'}, "rope_type 'llama4'"),
         ({"enable_disaggregation": True}, "`enable_disaggregation` is true"),
         ({"num_kv_heads": 3}, "num_qo_heads"),
         ({"qk_head_dim": 20, "v_head_dim": 20}, "`head_dim` is 20"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
+from inline_model import InlineDriver, InlineLayerWindows, InlineSequenceWindows, frequencies, parts, turned
 from mlc_model import Driver, attend, attention_kv_cache, check, to_numpy, to_tvm
 from test_mlc_trees import WIDE, Trees
 from test_mlc_windows import LayerWindows, SequenceWindows
@@ -23,6 +24,9 @@ SETTINGS = {
     "prefill_chunk_size": 200,
     "device": "cuda",
 }
+
+
+INV_FREQ = frequencies(32, 5e5)
 
 
 @pytest.fixture(params=["bfloat16", "float16"])
@@ -66,15 +70,15 @@ def test_windows_of_sequences(dtype):
     assert d.held() == 60 + d.length(1) + 33
 
 
-@pytest.mark.parametrize("rope_mode", ["none", "normal"])
+@pytest.mark.parametrize("rope_mode", ["none", "normal", "inline"])
 def test_token_trees(dtype, rope_mode):
     settings = {**SETTINGS, "rope_mode": rope_mode, "rope_theta": 5e5}
     rotate = None
-    if rope_mode == "normal":
+    if rope_mode != "none":
 
         def rotate(qkv, positions):
             q, k, v = np.split(qkv, [8, 10], axis=1)
-            return turned(q, positions, 32), turned(k, positions, 32), v
+            return turned(q, positions, INV_FREQ), turned(k, positions, INV_FREQ), v
 
     d = Trees(dtype, rotate=rotate or (lambda qkv, _: np.split(qkv, [8, 10], axis=1)), **settings)
     d.add(3), d.add(5)
@@ -89,18 +93,10 @@ def test_token_trees(dtype, rope_mode):
         d.check_contents()
 
 
-def turned(x, positions, pairs):
-    angles = np.asarray(positions)[:, None, None] * 5e5 ** -(np.arange(pairs) / pairs)
-    a, b, rest = np.split(x, [pairs, 2 * pairs], axis=2)
-    return np.concatenate(
-        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles), rest], axis=2
-    )
-
-
 @pytest.mark.parametrize("rotary_dim", [64, 32])
 def test_rope(dtype, rotary_dim):
     d = Driver(dtype, rope_mode="normal", rope_theta=5e5, rotary_dim=rotary_dim, **SETTINGS)
-    pairs = rotary_dim // 2
+    inv_freq = frequencies(rotary_dim // 2, 5e5)
     d.add(0), d.add(7)
     for ids, lengths in (([0, 7], [90, 33]), ([7, 0], [1, 1]), ([0, 7], [1, 60])):
         positions = np.concatenate([d.length(s) + np.arange(n) for s, n in zip(ids, lengths, strict=True)])
@@ -110,10 +106,61 @@ def test_rope(dtype, rotary_dim):
         d.end()
         q, k, v = np.split(qkv, [8, 10], axis=1)
         for seq, (begin, end) in zip(ids, d.rows(lengths), strict=True):
-            new = np.stack([turned(k, positions, pairs)[begin:end], v[begin:end]])[None].repeat(d.layers, axis=0)
+            new = np.stack([turned(k, positions, inv_freq)[begin:end], v[begin:end]])[None].repeat(d.layers, axis=0)
             d.history[seq] = np.concatenate([d.history[seq], new], axis=2)
         for layer, o in enumerate(outputs):
-            check(o, d.whole(layer, ids, lengths, turned(q, positions, pairs)), dtype, f"{ids} + {lengths}")
+            check(o, d.whole(layer, ids, lengths, turned(q, positions, inv_freq)), dtype, f"{ids} + {lengths}")
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": {"rope_type": "gptj"}}, {"rotary_dim": 32}], ids=str)
+@pytest.mark.parametrize("page_size", [16, 1])
+def test_inline_rotation(dtype, scaling, page_size):
+    inv_freq = frequencies(scaling.get("rotary_dim", 64) // 2, 5e5)
+
+    def turn(x, positions, layer):
+        return turned(x, positions, inv_freq, "rope_scaling" in scaling)
+
+    d = InlineDriver(dtype, rope_theta=5e5, turn=turn, **{**SETTINGS, "page_size": page_size}, **scaling)
+    d.add(3), d.add(1)
+    d.step([3, 1], [37, 150], padding=6)
+    d.step([1, 3], [1, 1])
+    d.fork(1, 8, 100)
+    d.step([8, 3, 1], [1, 40, 1])
+    d.popn(3, 50)
+    d.step([3, 8], [2, 70])
+    d.check_contents()
+
+
+@pytest.mark.parametrize("page_size", [16, 4])
+def test_inline_rotation_and_windows_of_sequences(dtype, page_size):
+    d = InlineSequenceWindows(dtype=dtype, rope_mode="normal", **{**SETTINGS, "page_size": page_size})
+    for seq in (0, 1, 2):
+        d.add(seq)
+    d.enable(0, 60, 7), d.enable(2, 33, 0)
+    for ids, lengths in [
+        ([0, 1, 2], [100, 20, 40]),
+        ([2, 0], [1, 1]),
+        ([0, 1], [150, 5]),
+        *([([1, 2, 0], [1, 1, 1])] * 20),
+    ]:
+        d.step(ids, lengths, padding=2)
+    d.begin([0, 2], [90, 1])
+    q, k, v = d.random(91, 8, 64), d.random(91, 2, 64), d.random(91, 2, 64)
+    own, cross = parts(d, 1, q, k, v)
+    expected = d.self_attention([0, 2], [90, 1], q, k, v), d.cross_attention(1, [0, 2], [90, 1], q)
+    for pair, values in zip((own, cross), expected, strict=True):
+        for tensor, x in zip(pair, values, strict=True):
+            check(to_numpy(tensor), x, dtype, "self or cross")
+
+
+def test_inline_rotation_and_windows_of_layers(dtype):
+    def turn(x, positions, layer):
+        return turned(x, positions, frequencies(32, (5e5, 1e4)[layer]))
+
+    d = InlineLayerWindows(40, dtype=dtype, rope_theta=5e5, turn=turn, **SETTINGS)
+    d.add(0), d.add(1)
+    for ids, lengths in [([0, 1], [150, 30]), ([1, 0], [1, 1]), ([0, 1], [20, 100]), ([0, 1], [1, 1])]:
+        d.step(ids, lengths, padding=3)
 
 
 def test_shared_kv(dtype):

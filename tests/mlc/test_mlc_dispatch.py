@@ -33,12 +33,14 @@ PROMPTS = ([5, 1, 77, 3, 9], list(range(40, 63)))
 class Machine:
     """The model's functions on one virtual machine, and a cache of its own making, driven by vm.builtin.kv_state_*."""
 
-    def __init__(self, mod, weights):
+    def __init__(self, mod, weights, support_sliding_window=0):
         target = pipeline.host_target()
         mod = pipeline.prepare_unpaged(mod, {"seq_len": 64})
         self.vm = relax.VirtualMachine(pipeline.lower_unpaged(mod, target), tvm.cpu())
         self.weights = weights
-        self.kv = self.vm["create_paged_kv_cache"](*(tvm_ffi.Shape((n,)) for n in (4, 512, 64, 16, 0)))
+        self.kv = self.vm["create_paged_kv_cache"](
+            *(tvm_ffi.Shape((n,)) for n in (4, 512, 64, 16, support_sliding_window))
+        )
 
     def state(self, name, *arguments):
         return tvm.get_global_func(f"vm.builtin.kv_state_{name}")(self.kv, *arguments)
@@ -106,3 +108,24 @@ def test_a_dispatched_module_gives_tvms_logits(kind, weights, reference):
     for ours, theirs in zip(run(machine), reference, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
         assert np.abs(theirs).max() > 1
+
+
+def run_windows(machine):
+    """A text far longer than its window beside one without, decode steps and chunks; all logits."""
+    machine.state("add_sequence", 0), machine.state("add_sequence", 1)
+    tvm.get_global_func("vm.builtin.attention_kv_cache_enable_sliding_window_for_seq")(machine.kv, 0, 24, 5)
+    found = [machine.step([(0, list(range(30, 70))), (1, PROMPTS[1])])]
+    found += [machine.step([(1, [t]), (0, [t + 1])]) for t in range(20)]
+    found.append(machine.step([(0, PROMPTS[0]), (1, PROMPTS[0])]))
+    found.append(machine.step([(0, [8]), (1, [2])]))
+    return found
+
+
+def test_a_dispatched_module_with_windows_of_sequences_gives_tvms_logits(weights):
+    """Which is rotated inline by either cache, by positions within the window."""
+    blas.ensure_blas()
+    ours = Machine(DispatchKVCacheCreation(pipeline.host_target())(export("generic")), weights, 1)
+    mlc_library.load()
+    theirs = run_windows(Machine(export("tir"), weights, 1))
+    for mine, expected in zip(run_windows(ours), theirs, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-4)

@@ -37,7 +37,7 @@ FUNCTIONS = ("embed", "batch_prefill", "batch_decode", "create_paged_kv_cache")
 class Machine:
     """The model's functions on one virtual machine, and a cache of its own making, driven by vm.builtin.kv_state_*."""
 
-    def __init__(self, kind, weights, graphs):
+    def __init__(self, kind, weights, graphs, support_sliding_window=0):
         target = pipeline.cuda_target()
         with target:
             mod = export_llama(CONFIG, dtype="bfloat16", cache=kind, target=target, functions=FUNCTIONS).mod
@@ -52,7 +52,9 @@ class Machine:
         self.text = executable.as_text()
         self.vm = relax.VirtualMachine(executable, tvm.cuda())
         self.weights = weights
-        self.kv = self.vm["create_paged_kv_cache"](*(tvm_ffi.Shape((n,)) for n in (4, 512, 64, 16, 0)))
+        self.kv = self.vm["create_paged_kv_cache"](
+            *(tvm_ffi.Shape((n,)) for n in (4, 512, 64, 16, support_sliding_window))
+        )
 
     def state(self, name, *arguments):
         return tvm.get_global_func(f"vm.builtin.kv_state_{name}")(self.kv, *arguments)
@@ -106,11 +108,12 @@ def weights():
     ]
 
 
-def test_attention_is_captured_and_right(weights):
+@pytest.mark.parametrize("support_sliding_window", [0, 1], ids=["stored rotated", "rotated inline"])
+def test_attention_is_captured_and_right(weights, support_sliding_window):
     graphed, eager, tvms = (
-        Machine("generic", weights, True),
-        Machine("generic", weights, False),
-        Machine("tir", weights, False),
+        Machine("generic", weights, True, support_sliding_window),
+        Machine("generic", weights, False, support_sliding_window),
+        Machine("tir", weights, False, support_sliding_window),
     )
     assert "run_or_capture" in graphed.text and "run_or_capture" not in eager.text
     for mine, plain, theirs in zip(run(graphed), run(eager), run(tvms), strict=True):

@@ -169,7 +169,6 @@ def test_self_attention_is_not_rotated():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"rope_theta": 0.0}, "`theta` is 0.0"),
         ({"rope_scaling": LONGROPE, "rope_ext_factors": to_tvm(np.ones(4))}, r"`rope_ext_factors` has shape \[4\]"),
-        ({"rope_mode": "inline"}, r"`rope_mode` is 2 \(inline\).*\"normal\""),
     ],
 )
 def test_refused(settings, message):

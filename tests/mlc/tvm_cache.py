@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 
 import numpy as np
 import tvm
@@ -16,20 +17,24 @@ tree_attn = importlib.import_module("tvm.relax.frontend.nn.llm.tree_attn")  # it
 H_Q, H_KV, D, LAYERS = 4, 2, 16, 2
 PAGE = 16  # TVM's kernels are made for it
 LIMITS = {"max_batch_size": 5, "max_total_seq_len": 640, "prefill_chunk_size": 48, "page_size": PAGE}
-ROPE_MODES = {"none": 0, "normal": 1}
+ROPE_MODES = {"none": 0, "normal": 1, "inline": 2}
 
 
 @functools.cache
-def compiled(window):
+def compiled(window, rope_scaling):
+    """rope_scaling : JSON of MLC's dict."""
+    rope_scaling = json.loads(rope_scaling)
     made = {
         "append": kernels._kv_cache_transpose_append(H_KV, D, "float32"),
-        "ragged": kernels._attention_prefill_ragged_cpu(H_KV, H_Q, D, D, "float32", {}),
-        "prefill": kernels._attention_prefill_cpu(H_KV, H_Q, D, "float32", False, {}),
-        "decode": kernels._attention_decode_cpu(H_KV, H_Q, D, "float32", False, {}),
-        "prefill_window": kernels._attention_prefill_cpu(H_KV, H_Q, D, "float32", True, {}, sliding_window_size=window),
-        "decode_window": kernels._attention_decode_cpu(H_KV, H_Q, D, "float32", True, {}),
-        "tree_paged": tree_attn.tree_attn_with_paged_kv_cache_cpu(H_KV, H_Q, D, "float32", {}),
-        "tree": tree_attn.tree_attn_cpu(H_KV, H_Q, D, "float32", {}),
+        "ragged": kernels._attention_prefill_ragged_cpu(H_KV, H_Q, D, D, "float32", rope_scaling),
+        "prefill": kernels._attention_prefill_cpu(H_KV, H_Q, D, "float32", False, rope_scaling),
+        "decode": kernels._attention_decode_cpu(H_KV, H_Q, D, "float32", False, rope_scaling),
+        "prefill_window": kernels._attention_prefill_cpu(
+            H_KV, H_Q, D, "float32", True, rope_scaling, sliding_window_size=window
+        ),
+        "decode_window": kernels._attention_decode_cpu(H_KV, H_Q, D, "float32", True, rope_scaling),
+        "tree_paged": tree_attn.tree_attn_with_paged_kv_cache_cpu(H_KV, H_Q, D, "float32", rope_scaling),
+        "tree": tree_attn.tree_attn_cpu(H_KV, H_Q, D, "float32", rope_scaling),
         "merge": kernels._merge_state_inplace_cpu("float32"),
         "rope": llama_rope_with_position_map(1e4, 1.0, D, H_Q, H_KV, "float32", {}, D),
         "copy": kernels._copy_single_page_cpu(H_KV, PAGE, D, "float32"),
@@ -40,14 +45,23 @@ def compiled(window):
     return {name: module[name] for name in made}
 
 
-def create(rope_mode="none", attn_kinds=(0, 0), support_sliding_window=False, window=1024):
-    f = compiled(window)
+def create(
+    rope_mode="none",
+    attn_kinds=(0, 0),
+    support_sliding_window=False,
+    window=1024,
+    rope_scaling=None,
+    scale=1.0,
+    theta=1e4,
+):
+    """rope_scaling, scale, theta : of rotation inline."""
+    f = compiled(window, json.dumps(rope_scaling or {}))
     attention = [
         ["tirx", f[n]] for n in ("ragged", "prefill", "decode", "prefill_window", "decode_window", "tree_paged", "tree")
     ]
     limits = [*LIMITS.values(), int(support_sliding_window), window]
     return tvm.get_global_func("vm.builtin.paged_attention_kv_cache_create")(
-        shape(limits), shape([0, LAYERS]), H_Q, H_KV, D, D, shape(attn_kinds), False, ROPE_MODES[rope_mode], 1.0, 1e4, 0,
+        shape(limits), shape([0, LAYERS]), H_Q, H_KV, D, D, shape(attn_kinds), False, ROPE_MODES[rope_mode], scale, theta, 0,
         to_tvm(np.zeros(())), f["append"], None, *attention, [], [f["merge"]], f["rope"], f["copy"], f["debug"], f["compact"],
     )  # fmt: skip
 

@@ -274,7 +274,7 @@ def test_without_rope_the_kernel_does_not_matter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_mode": tvm_cache.RopeMode.INLINE}, r"rope_mode = INLINE[\s\S]*use RopeMode.NORMAL"),
+        ({"rope_mode": 7}, r"no such mode[\s\S]*rope_mode = 7"),
         ({"layer_partition": relax.ShapeExpr([0, 1, 2])}, r"layer_partition = \[0, 1, 2\]"),
         ({"enable_disaggregation": True}, r"enable_disaggregation = True"),
         ({"v_head_dim": 32}, r"v_head_dim = 32"),
@@ -300,14 +300,26 @@ def test_layers_with_windows_are_passed_on():
     assert "support_sliding_window])" in plain and "R.shape([0, 0])" in plain
 
 
-def test_windows_of_sequences_are_refused_where_tvm_would_rotate_inline():
+def test_rotation_inline_is_passed_on():
+    dispatch = DispatchKVCacheCreation(TARGET)
+    dispatch(create_tir(rope_mode=tvm_cache.RopeMode.INLINE))
+    assert dispatch.report.creations[0].arguments.rope_mode == 2
+    assert "float32, inline rope theta 10000" in str(dispatch.report)
+    with pytest.raises(MatchError, match=r"a multiple of 16[\s\S]*rotary_dim = 8[\s\S]*use RopeMode.NORMAL"):
+        DispatchKVCacheCreation(TARGET, rotary_dim=8)(create_tir(rope_mode=tvm_cache.RopeMode.INLINE, rotary_dim=8))
+
+
+def test_windows_of_sequences_are_passed_on_with_a_rotation():
+    """Which is inline then: what cannot be is refused."""
     text = Generic.script()
     assert "chunk, page, window])" in text
-    before = tvm.script.from_source(text.replace("chunk, page, window])", "chunk, page, 1])"))
-    with pytest.raises(
-        MatchError, match=r"rotates inline[\s\S]*support_sliding_window = 1[\s\S]*pass 0, or rotate in the model"
-    ):
-        DispatchKVCacheCreation(TARGET)(before)
+    text = text.replace("chunk, page, window])", "chunk, page, 1])")
+    after = DispatchKVCacheCreation(TARGET)(tvm.script.from_source(text))
+    assert "mlc_kv_cache_create" in after.script()
+    widths = "1, 4, 2, 16, 16, 0, 0, 1,"  # layers, heads, key and value widths …
+    assert widths in text
+    with pytest.raises(MatchError, match=r"multiple of 16[\s\S]*head_dim = 24[\s\S]*without windows of sequences"):
+        DispatchKVCacheCreation(TARGET)(tvm.script.from_source(text.replace(widths, "1, 4, 2, 24, 24, 0, 0, 1,")))
 
 
 def test_mlc_arguments_are_refused_by_name():

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -52,7 +53,8 @@ int main() {
     batches.push_back(MakeBatch(&random, 200, 1, 8192));
     batches.push_back(MakeBatch(&random, 16, 2000, 4096));
   }
-  std::vector<int32_t> out(8 << 20);
+  std::vector<int32_t> out(8 << 20), order(300);
+  std::iota(order.begin(), order.end(), 0);
   Planner planner;
   long before = g_allocations, counts[2];
   for (long& count : counts) {  // the first round grows the scratch
@@ -62,6 +64,12 @@ int main() {
         for (const Batch& batch : batches) {
           planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
                        static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+          if (!band.IsSharable() || fixed_split_size != kSplitAuto) continue;
+          // Longest common keys of all, and more of its first half: what these are decides no size.
+          const auto num_requests = static_cast<int32_t>(batch.kv_len.size());
+          const SharedRun runs[] = {{0, num_requests, 1 << 28}, {0, num_requests / 2, 1 << 29}};
+          planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), num_requests, out.data(),
+                       static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31, {order.data(), runs, 2});
         }
       }
     }

@@ -256,7 +256,7 @@ def _spoil_first_split(field, change):
         _spoil_first_split("merge", 1),
         _spoil_first_split("kv_list", 1),
         _spoil_first_split("qo_pos_base", 1),
-        _spoil_first_split("kv_pos_base", 1),
+        _spoil_first_split("merge_tiles", 1),
         lambda plan: plan.merge_slots.__setitem__(slice(0, 2), plan.merge_slots[1::-1].copy()),
         lambda plan: plan.merges["row_begin"].__setitem__(0, 1),
         lambda plan: plan.work_indptr.__setitem__(-1, plan.num_works - 1),

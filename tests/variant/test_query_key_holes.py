@@ -7,8 +7,10 @@ import pickle
 import numpy as np
 import pytest
 
+import tvm_infer
 from tvm_infer import variant
 from tvm_infer.errors import VariantError
+from tvm_infer.testing import make_paged_batch
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,25 @@ def test_softmax_off_without_logits_is_linear_attention():
 def test_tables_are_given_in_their_type():
     with pytest.raises(Exception, match=r"`inv_freq` is float64; it is per_pair\(float32\)"):
         variant.rope.bind(inv_freq=np.ones(64), magnitude=1.0)
+
+
+def test_rotation_by_other_positions():
+    """Request 0 by its own positions, request 1 by three times its own: as by frequencies three times as high."""
+    stretched = variant.rotary(position=lambda pos, stretch: pos * stretch, stretch=variant.per_request("int32"))
+    assert list(stretched.parameters) == ["stretch", "inv_freq", "magnitude"] and stretched != variant.STANDARD["rope"]
+    batch = make_paged_batch([3, 5], [20, 33], num_qo_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
+    inv_freq = (1e4 ** -(np.arange(16) / 16)).astype(np.float32)
+    bounds = [
+        stretched.bind(stretch=np.array([1, 3], np.int32), inv_freq=inv_freq, magnitude=1.0),
+        *(variant.STANDARD["rope"].bind(inv_freq=x, magnitude=1.0) for x in (inv_freq, 3 * inv_freq)),
+    ]
+    plan = tvm_infer.plan(batch.qo_indptr, batch.kv_len, num_qo_heads=4, num_kv_heads=2, head_dim=32, variant=bounds[0])
+    own, plain, fast = (
+        tvm_infer.attention(
+            batch.q, batch.kv_cache, plan, variant=bound,
+            kv_page_indptr=batch.kv_page_indptr, kv_page_indices=batch.kv_page_indices,
+        )
+        for bound in bounds
+    )  # fmt: skip
+    np.testing.assert_allclose(own, np.concatenate([plain[:3], fast[3:]]), atol=2e-6)
+    assert np.abs(plain[3:] - fast[3:]).max() > 1e-2

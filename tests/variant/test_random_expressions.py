@@ -111,7 +111,16 @@ def library(cases, tmp_path_factory):
     text = "".join(f"{source}TVM_INFER_VARIANT_CPU({name});\n" for name, source in structs.items())
     (folder / "all.cc").write_text(f'#include "tvm_infer/variant/cpu_functions.h"\n{text}')
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-tautological-compare")  # chance compares a value with itself
-    command = [cxx.find().path, "-std=c++17", *_FLAGS, *warnings, "-fPIC", "-shared", f"-I{headers.include_dir()}"]
+    command = [
+        cxx.find().path,
+        "-std=c++17",
+        *_FLAGS,
+        cxx.NATIVE,
+        *warnings,
+        "-fPIC",
+        "-shared",
+        f"-I{headers.include_dir()}",
+    ]
     subprocess.run([*command, str(folder / "all.cc"), "-o", str(folder / "all.so")], check=True)
     return ctypes.CDLL(str(folder / "all.so"))
 

@@ -119,6 +119,12 @@ VARIANTS = (
     _variant(_ROPE_DECODE),
     *(_variant(w, "fused RoPE") for w in (_ROPE_DECODE, *_DECODES, *_PREFILLS)),
 )
+# heads of every width that has kernels; those of 128 are in the suites above
+FORMATS = tuple(
+    replace(w, name=f"{w.name} d{head_dim}", head_dim=head_dim)
+    for w in (_decode(64, 2048), _prefill(1, 8192))
+    for head_dim in (64, 80, 96, 128, 192, 256)
+)
 _QUICK = (
     "decode h32/8 b1 kv2048",
     "decode h32/8 b64 kv2048",
@@ -146,6 +152,7 @@ SUITES: dict[str, Suite] = {
     ),
     "h200": Suite("cuda", H200),
     "variants": Suite("cuda", VARIANTS),
+    "formats": Suite("cuda", FORMATS),
     "h200-quick": Suite("cuda", tuple(w for w in H200 if w.name in _QUICK)),
 }
 # the suite of a device when none is named

@@ -11,18 +11,21 @@ _SECTION = struct.Struct(
     "<IIQQQQIIQQ"
 )  # Elf64_Shdr: name, type, flags, addr, offset, size, link, info, addralign, entsize
 _SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, section, value, size
-_KERNEL_INFO = struct.Struct("<4i")
+_KERNEL_INFO = struct.Struct("<5i")
 _SHT_SYMTAB = 2
 
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """abi : of the sources. threads : in a CTA. shared_bytes : dynamic. ctas_per_sm : of a persistent kernel, or 0."""
+    """abi : of the sources. threads : in a CTA. shared_bytes : dynamic. ctas_per_sm : of a persistent kernel, or 0.
+    tile_keys : of an attention kernel, or 0.
+    """
 
     abi: int
     threads: int
     shared_bytes: int
     ctas_per_sm: int
+    tile_keys: int
 
 
 def kernel_info(cubin: bytes, name: str) -> KernelInfo:

@@ -1,4 +1,5 @@
-"""Host C++ that is compiled on the user's machine, because it depends on what is installed there: from sources to a shared library.
+"""Host C++ that is compiled on the user's machine, because it depends on what is installed there or on the model: from sources to a
+shared library, or to an object that a model is linked with.
 
 Like a kernel, a library is kept under a digest of contents alone: sources, foreign headers, flags, and what the compiler's `--version`
 prints.
@@ -23,7 +24,8 @@ from .progress import progress
 INSTALL_HINT = (
     "install one (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`), or set TVM_INFER_CXX to one"
 )
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined")
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
+_SHARED, _OBJECT = ("-shared", "-Wl,--no-undefined"), ("-c",)
 NATIVE = "-march=native"  # in a library's flags: its key names this machine's processor too
 _KIND = "libraries"  # folder of the cache
 _KEPT_LINES = 40  # of what a failing compiler printed, from the start: the first error explains the others
@@ -99,9 +101,10 @@ class Library:
         includes = "".join(f'#include "{name}"\n' for name in sorted(self.sources) if name.endswith(".cc"))
         return includes + self.generated
 
-    def key(self, compiler: Compiler) -> str:
-        """The digest under which it is kept."""
-        contents: list[str | bytes] = [self.name, self.unit(), compiler.version, *_FLAGS, *self.flags, *self.libraries]
+    def key(self, compiler: Compiler, form: Sequence[str] = _SHARED) -> str:
+        """The digest under which it is kept. form : flags that say what is made of it."""
+        contents: list[str | bytes] = [self.name, self.unit(), compiler.version, *_FLAGS, *form]
+        contents += [*self.flags, *self.libraries]
         if NATIVE in self.flags:
             contents.append(processor())
         for table in (self.sources, self.foreign, self.defines):
@@ -127,19 +130,29 @@ def shared_library(library: Library) -> pathlib.Path:
 
     Raises MissingDependencyError without a compiler, CompileError that holds the command and what the compiler printed.
     """
+    return _built(library, _SHARED, f"lib{library.name}.so")
+
+
+def object_file(library: Library) -> pathlib.Path:
+    """The same as an object, whose libraries are for whoever links it. Raises as :func:`shared_library`."""
+    return _built(library, _OBJECT, f"{library.name}.o")
+
+
+def _built(library: Library, form: Sequence[str], output: str) -> pathlib.Path:
     compiler = find()
-    folder = cache_dir.published_folder(
-        _KIND, library.key(compiler), lambda folder: _compile(library, compiler, folder)
-    )
-    return folder / f"lib{library.name}.so"
+    key = library.key(compiler, form)
+    folder = cache_dir.published_folder(_KIND, key, lambda folder: _compile(library, compiler, form, folder / output))
+    return folder / output
 
 
-def _compile(library: Library, compiler: Compiler, folder: pathlib.Path) -> None:
-    unit, output = folder / f"{library.name}.cc", folder / f"lib{library.name}.so"
+def _compile(library: Library, compiler: Compiler, form: Sequence[str], output: pathlib.Path) -> None:
+    folder = output.parent
+    unit = folder / f"{library.name}.cc"
     unit.write_text(library.unit())
     command = [
         compiler.path,
         *_FLAGS,
+        *form,
         *library.flags,
         *(f'-D{name}="{value}"' for name, value in library.defines.items()),
         *(f"-I{path}" for path in library.include_dirs),

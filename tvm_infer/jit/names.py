@@ -19,11 +19,11 @@ from . import variants
 # in names -> in source (ptx/element.cuh)
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 ATTENTION_ELEMENTS = ("bf16", "fp16")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
 # keys and values of 8 bits, in names -> in source (ptx/float8.cuh), and the shapes of attention over them
 KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}
-KV_HEAD_DIMS = (64, 128, 256)
+KV_HEAD_DIMS = (128, 256)
 KV_PAGE_SIZES = (16, 32, 64)
 
 
@@ -45,21 +45,6 @@ class Family:
     takes_variant: bool = False
 
 
-# NOTE: joins FAMILIES with the kernel.
-ATTENTION_FLOAT8 = Family(
-    key="attention paged, keys and values of 8 bits",
-    template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
-    header="attention_sm90.cuh",
-    macro="ATTENTION_SM90_FLOAT8",
-    arguments="{type}, {kv_type}, {head_dim}, {page_size}",
-    axes={
-        "element": ATTENTION_ELEMENTS,
-        "kv": tuple(KV_ELEMENTS),
-        "head_dim": KV_HEAD_DIMS,
-        "page_size": KV_PAGE_SIZES,
-    },
-)
-
 FAMILIES = (
     Family(
         key="attention paged",
@@ -78,6 +63,19 @@ FAMILIES = (
         arguments="{type}, {head_dim}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
         takes_variant=True,
+    ),
+    Family(
+        key="attention paged, keys and values of 8 bits",
+        template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_FLOAT8",
+        arguments="{type}, {kv_type}, {head_dim}, {page_size}",
+        axes={
+            "element": ATTENTION_ELEMENTS,
+            "kv": tuple(KV_ELEMENTS),
+            "head_dim": KV_HEAD_DIMS,
+            "page_size": KV_PAGE_SIZES,
+        },
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
@@ -142,13 +140,15 @@ class KernelSpec:
         return plain if self.variant is None else f"{plain}_v{self.variant}"
 
     def source(self) -> str:
-        """What nvcc compiles: one include, the variant's struct if there is one, and one macro."""
+        """What nvcc compiles: one include, the variant's struct if there is one, and one macro. Raises ExecutorError for a variant
+        that kernels of this head_dim cannot have."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
         values["kv_type"] = KV_ELEMENTS.get(str(values.get("kv")), "")
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:
+            variants.check_head_dim(self.variant, int(str(values["head_dim"])))
             macro, struct = f"{macro}_VARIANT", variants.source_of(self.variant)
             arguments.append(variants.struct_name(self.variant))
         expanded = f"TVM_INFER_{macro}({', '.join(part for part in arguments if part)});"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ExecutorError
 
+# Kernels of other widths do not change queries or keys: their rows are not shared out evenly (attention/change_rows.cuh), and of wide
+# heads two warps have the same keys.
+_CHANGED = {"queries": (("kHasQuery", "kHasRate"), (64, 128, 256)), "keys": (("kHasKey", "kHasRate"), (64, 128))}
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _sources: dict[str, str] = {}
 
@@ -26,6 +29,18 @@ def register(digest: str, source: str) -> None:
         raise ArgumentError(f"argument `digest` is {digest!r}; it must be 16 hexadecimal digits")
     if _sources.setdefault(digest, source) != source:
         raise ArgumentError(f"argument `source` of variant {digest} is not what was registered under this digest")
+
+
+def check_head_dim(digest: str, head_dim: int) -> None:
+    """Raise ExecutorError where a variant changes queries or keys in a way that kernels of this head_dim do not have."""
+    source = source_of(digest)
+    for what, (constants, head_dims) in _CHANGED.items():
+        if head_dim not in head_dims and any(f"{constant} = true" in source for constant in constants):
+            raise ExecutorError(
+                f"variant {digest} changes {what}, and the call has head_dim {head_dim}; CUDA kernels that do so are for head_dim "
+                f"{', '.join(map(str, head_dims))}. Change them before the call (tvm_infer.rope_append turns them), or pass host "
+                "tensors"
+            )
 
 
 def source_of(digest: str) -> str:

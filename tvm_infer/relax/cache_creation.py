@@ -64,8 +64,8 @@ class CacheArguments:
         has_windows : it is the one behind TVM's builtins, whose layers and sequences may have windows.
         """
         windows = [] if has_windows else [*self._unsupported_windows()]
-        rope = [*self._unsupported_rope(), *(self._unsupported_sliding_rope() if has_windows else ())]
-        return [*self._unsupported_kinds(), *windows, *self._unsupported_sizes(), *rope]
+        inline = [*(self._unsupported_inline_rope() if has_windows else self._unsupported_rope_mode())]
+        return [*self._unsupported_kinds(), *windows, *self._unsupported_sizes(), *inline, *self._unsupported_rope()]
 
     def _unsupported_windows(self) -> Iterator[Unsupported]:
         layers = [i for i, kind in enumerate(self.attn_kind) if kind == "mha_sliding"]
@@ -78,10 +78,22 @@ class CacheArguments:
             why = "sequences with a sliding window are not supported"
             yield Unsupported("support_sliding_window", str(window), why, "pass 0")
 
-    def _unsupported_sliding_rope(self) -> Iterator[Unsupported]:
-        if static_int(self.support_sliding_window) not in (0, None) and self.rope_mode == ROPE_NORMAL:
-            why = "TVM's cache rotates inline then, by positions within the window, and ours has no inline rotation yet"
-            yield Unsupported("support_sliding_window", "1", why, "pass 0, or rotate in the model (RopeMode.NONE)")
+    def _unsupported_inline_rope(self) -> Iterator[Unsupported]:
+        """Of the cache behind TVM's builtins, which rotates inline also where sequences may have windows, as TVM's does."""
+        may_slide = static_int(self.support_sliding_window) not in (0, None)
+        if self.rope_mode != ROPE_INLINE and not (may_slide and self.rope_mode == ROPE_NORMAL):
+            return
+        why = "attention rotates heads and parts of them whose size is a multiple of 16"
+        for name in ("qk_head_dim", "rotary_dim"):
+            if getattr(self, name) % 16:
+                yield Unsupported(
+                    name, str(getattr(self, name)), why, "use RopeMode.NORMAL without windows of sequences"
+                )
+
+    def _unsupported_rope_mode(self) -> Iterator[Unsupported]:
+        if self.rope_mode == ROPE_INLINE:
+            why = "keys are rotated when they are stored, not when they are read"
+            yield Unsupported("rope_mode", "INLINE", why, "use RopeMode.NORMAL: it gives the same attention")
 
     def _unsupported_kinds(self) -> Iterator[Unsupported]:
         for kind in sorted(set(self.attn_kind) - {"mha", "mha_sliding"}):
@@ -114,10 +126,7 @@ class CacheArguments:
             yield Unsupported("dtype", repr(self.dtype), f"pages hold {', '.join(DTYPES)}", "choose one of them")
 
     def _unsupported_rope(self) -> Iterator[Unsupported]:
-        if self.rope_mode == ROPE_INLINE:
-            why = "keys are rotated when they are stored, not when they are read"
-            yield Unsupported("rope_mode", "INLINE", why, "use RopeMode.NORMAL: it gives the same attention")
-        elif self.rope_mode not in (ROPE_NONE, ROPE_NORMAL):
+        if self.rope_mode not in (ROPE_NONE, ROPE_NORMAL, ROPE_INLINE):
             yield Unsupported("rope_mode", str(self.rope_mode), "there is no such mode", "use NONE or NORMAL")
         longrope = "longrope changes the frequencies with the length of a sequence"
         if self.rope_ext_factors is not None:

@@ -15,7 +15,7 @@ from tvm.ir import StringImm
 from tvm_infer.errors import ArgumentError, MatchError
 
 from . import extern_calls
-from .cache_creation import ROPE_NONE, CacheArguments
+from .cache_creation import ROPE_INLINE, ROPE_NONE, CacheArguments
 from .kv_cache import is_absent, rope_of
 from .nodes import bindings_of
 from .report import Location, Reason
@@ -60,7 +60,8 @@ class CacheReport:
         ]
         for creation in self.creations:
             a = creation.arguments
-            rope = "no rope" if a.rope_mode == ROPE_NONE else f"rope theta {a.rope_theta:g}"
+            inline = "inline " if a.rope_mode == ROPE_INLINE else ""
+            rope = "no rope" if a.rope_mode == ROPE_NONE else f"{inline}rope theta {a.rope_theta:g}"
             lines.append(
                 f"  {creation.location}: {creation.form}, {a.num_hidden_layers} layers, {a.num_attention_heads}/"
                 f"{a.num_key_value_heads} heads of {a.qk_head_dim}, {a.dtype}, {rope}"

@@ -162,15 +162,21 @@ class Executable:
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
             ]
-        layers = [i for i, x in enumerate(m.layers) if x.variant is not None and not x.variant.variant.is_plain]
-        if layers:
-            made = (
-                "compiled at the first step"
-                if m.device_kind == "cuda"
-                else "the library's own, or compiled by new_cache"
-            )
-            lines.append(f"layers {', '.join(map(str, layers))}: their variant's code is in the kernels, {made}")
+        lines += self._explain_variants()
         return "Attention kernels\n" + "\n".join(f"  {line}" for line in lines)
+
+    def _explain_variants(self) -> list[str]:
+        """Where the code of the layers' variants comes from, if they have any."""
+        layers = variants.in_kernels(self.manifest, self._compiled.about)
+        if self._compiled.about is not None:
+            made = "which this library holds"
+        elif self.manifest.device_kind == "cuda":
+            pages = ", ".join(map(str, library.DEFAULT_PAGE_SIZES))
+            made = f"compiled with the model for pages of {pages} tokens, for others at the first step"
+        else:
+            made = "tvm_infer's own, or compiled with the model"
+        numbers = ", ".join(map(str, layers))
+        return [f"layers {numbers}: their variant's code is in the kernels, {made}"] if layers else []
 
     def explain(self) -> str:
         """What the passes did, what is captured and what not, and what the executable is."""
@@ -193,7 +199,8 @@ class Executable:
         """Write one shared library that runs this model with TVM's runtime alone: no Python, no compiler, no tvm_infer beside it.
 
         It holds the compiled code, tvm_infer's functions (planner, cache, executors), a manifest, and what those need: for CUDA
-        targets the kernels, for CPU targets the BLAS. Weights go to a file of their own (:meth:`save_weights`). See docs/deploy.md.
+        targets the kernels, for CPU targets the BLAS and the code of attention variants. Weights go to a file of their own
+        (:meth:`save_weights`). See docs/deploy.md.
 
         Parameters
         ----------
@@ -204,8 +211,8 @@ class Executable:
         Raises
         ------
         ArgumentError : a path in no folder, an unknown architecture or page size. MissingDependencyError : no C++ compiler to link
-        with, no nvcc, no BLAS to include. CompileError : what they printed. ModelError : layers have attention variants, which a
-        library does not hold.
+        with, no nvcc, no BLAS to include. CompileError : what they printed. ModelError, VariantError, DTypeError : an attention variant
+        reads a weight that is not there, or is of another shape or type.
         """
         weights = [
             (name, tuple(int(n) for n in tensor.shape), str(tensor.dtype))
@@ -254,8 +261,8 @@ class Executable:
         k_scale, v_scale : of its pages, as PagedKVCache has them; the compiled code serves each.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
-        MissingDependencyError, CompileError : one that has to be compiled for the CPU and cannot be. ExecutorError : on CUDA, a model
-        that has one with 8-bit pages.
+        MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,
+        and cannot be. ExecutorError : on CUDA, a model that has one with 8-bit pages.
         """
         spec, m = self.manifest.layers[0], self.manifest
         cache = PagedKVCache.for_spec(
@@ -282,6 +289,9 @@ class Executable:
 
     def _give_variants(self, cache: PagedKVCache) -> None:
         """The variants that the model's layers have, with its weights."""
+        if self._compiled.about is not None and self.manifest.variants:
+            variants.give_exported(self.manifest, cache, self._module, self._device_weights(cache.device))
+            return
         names = self.manifest.weights
 
         def weight(name: str) -> Any:

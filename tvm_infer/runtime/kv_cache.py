@@ -138,6 +138,9 @@ class PagedKVCache:
     ...     for layer in range(cache.num_layers):
     ...         o = step.attention(layer, q[layer], k[layer], v[layer])      # [6, num_qo_heads, head_dim]
 
+    Pages that sequences of a step share are read once for all of them where that shortens the plan, in trees of any depth
+    (docs/plan.md); layers with a window, a chunk or a variant read their own.
+
     Where every layer has a window (:meth:`set_variant`), a sequence needs the pages of its window only: a step gives those back that
     none of its tokens can see any more. Sequences may then be much longer than the pool.
 
@@ -151,7 +154,7 @@ class PagedKVCache:
     head_dim : multiple of 8, from 8 to 256.
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
-        On CUDA with head_dim 64, 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
+        On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
     k_scale, v_scale : of pages of 8 bits, value = element * scale: a number, [num_layers], or [num_layers, num_kv_heads] (arrays on
         the host), finite and above 0. The largest magnitude of keys (values) that is to be represented, divided by the format's largest
         value: 448 (e4m3) or 57344 (e5m2). See :meth:`set_scales`.
@@ -163,6 +166,7 @@ class PagedKVCache:
     num_threads : threads of the CPU executor; None: its default (TVM_INFER_NUM_THREADS, else the processors).
     device : "cpu", "cuda" or "cuda:N". On CUDA all memory is the device's: pages, and at fixed addresses what a step reads, so that a
         captured graph can be replayed with the next step. A step begins on the current stream, and its layers run on the same.
+    shared_prefix : whether steps look for shared pages; False: each sequence reads its own, and results do not depend on who shares.
 
     Raises
     ------
@@ -188,6 +192,7 @@ class PagedKVCache:
         num_ctas: int | None = None,
         num_threads: int | None = None,
         device: Any = "cpu",
+        shared_prefix: bool = True,
     ) -> None:
         name = _dtype(dtype, "dtype", _DTYPES)
         kv_name = name if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", (*_DTYPES, *_SCALED_DTYPES))
@@ -217,6 +222,8 @@ class PagedKVCache:
         self._take(handle)
         if has_scales:
             self.set_scales(k_scale, v_scale)
+        if not shared_prefix:
+            self._call("set_shared_prefix", 0)
 
     @classmethod
     def for_spec(cls, spec: AttentionSpec, num_layers: int, **settings: Any) -> PagedKVCache:

@@ -9,13 +9,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__, _ffi, blas, cublas, errors
 from ..spec import AttentionSpec
-from . import linker
+from . import linker, variant_code
 
 FORMAT = 1  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
@@ -144,7 +144,6 @@ def export(
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}; there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}, which is a folder; name a file: model.so")
-    _refuse_variants(model)
     if model.about is not None:
         _copy(model, path, archs, page_sizes)
         return
@@ -154,9 +153,17 @@ def export(
     _refuse_source(objects)
     functions: list[str] = json.loads((model.library.parent / FUNCTIONS).read_text())
     device = _device(str(model.manifest["target"]))
-    layers = [AttentionSpec(**spec) for spec in model.manifest["layers"]]
-    kernels = kernel_names(layers, functions, page_sizes) if device == "cuda" else ()
-    archs = tuple(archs) if device == "cuda" else ()
+    codes = _variants(model.manifest, {name: (shape, dtype) for name, shape, dtype in weights}, device)
+    layers = [AttentionSpec(**{**spec, "variant": None}) for spec in model.manifest["layers"]]
+    kernels: tuple[str, ...] = ()
+    variant_objects, variant_symbols = list[pathlib.Path](), dict[tuple[str, str], str]()
+    if device == "cuda":
+        variant_code.register(codes)
+        digests = {number: code.digest for code in codes for number in code.layers}
+        kernels = kernel_names(layers, functions, page_sizes, digests)
+    else:
+        archs = page_sizes = ()
+        variant_objects, variant_symbols = variant_code.host_objects(codes)
     about = {
         "format": FORMAT,
         "tvm_infer": __version__,
@@ -164,9 +171,10 @@ def export(
         "device": device,
         "functions": functions,
         "kernels": kernels,
-        "archs": archs,
-        "page_sizes": tuple(page_sizes) if device == "cuda" else (),
+        "archs": tuple(archs),
+        "page_sizes": tuple(page_sizes),
         "weights": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in weights],
+        "variants": [code.to_row() for code in codes],
         "max_position": max_position,
         "model": model.manifest,
         "report": model.report,
@@ -177,19 +185,19 @@ def export(
         cubins=_cubins(kernels, archs),
         blas=blas.packaged_blas() if wants_blas else None,
         blas_prefix=blas.PACKAGED_PREFIX,
+        variants=variant_symbols,
     )
-    linker.link(objects, contents, path)
+    linker.link([*objects, *variant_objects], contents, path)
 
 
-def _refuse_variants(model: CompiledModel) -> None:
-    """A library has the kernels of plain attention, and its program makes a cache that knows of no variant."""
-    layers = [number for number, spec in enumerate(model.manifest["layers"]) if spec["variant"] is not None]
-    if layers:
-        raise errors.ModelError(
-            f"the layers {layers} of the model have attention variants (soft caps, windows, biases, sinks: Executable.explain shows "
-            "them), which an exported library cannot hold: its attention would be plain. Run the model in Python with "
-            "tvm_infer.compile, which keeps the compiled code in its cache folder"
-        )
+def _variants(manifest: Mapping[str, Any], weights: variant_code.Types, device: str) -> list[variant_code.VariantCode]:
+    """Of the manifest's "variants", in their order."""
+    if not manifest["variants"]:
+        return []
+    from ..variant.layer import LayerVariant
+
+    variants = [LayerVariant.from_fields(stored) for stored in manifest["variants"]]
+    return variant_code.of_model(variants, manifest["layers"], weights, device)
 
 
 # In what TVM packs: the kind of a module, the size of what it saved, and first in that the format of its code.
@@ -206,33 +214,56 @@ def _refuse_source(objects: Sequence[pathlib.Path]) -> None:
 
 
 def kernel_names(
-    layers: Sequence[AttentionSpec], functions: Sequence[str], page_sizes: Sequence[int]
+    layers: Sequence[AttentionSpec],
+    functions: Sequence[str],
+    page_sizes: Sequence[int],
+    digests: Mapping[int, str] | None = None,
 ) -> tuple[str, ...]:
-    """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of."""
+    """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of.
+
+    digests : of the layers that have a variant ("" for one that is a band alone), by the layer's number.
+    """
     from ..jit import parse
 
-    elements = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     names: dict[str, None] = {}
     if "attention_with_kv_cache" in functions:
         names["append_b16"] = None
     if "attention_with_kv_cache_fused_qkv" in functions:
-        names |= {f"rope_append_{elements[spec.dtype]}": None for spec in layers}
+        names |= {f"rope_append_{_ELEMENTS[spec.dtype]}": None for spec in layers}
     if names:
         names["copy_pages"] = None  # forks that stop sharing a page
-        for spec in layers:
+        for number, spec in enumerate(layers):
+            digest = (digests or {}).get(number, "")
             for page_size in page_sizes:
-                names[f"attention_{elements[spec.dtype]}_h{spec.head_dim}_p{page_size}"] = None
+                names[attention_kernel(spec, page_size, digest)] = None
     if _multiplies(functions):
         names |= {"gemv_bf16": None, "gemv_fp16": None}  # which types the products have, the calls do not say
     return tuple(parse(name).name for name in names)
 
 
+_ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in kernels' names
+
+
+def attention_kernel(spec: AttentionSpec, page_size: int, digest: str = "") -> str:
+    """The name of the CUDA kernel of a layer's attention; digest : of its variant's code, "" without."""
+    plain = f"attention_{_ELEMENTS[spec.dtype]}_h{spec.head_dim}_p{page_size}"
+    return f"{plain}_v{digest}" if digest else plain
+
+
+def build_kernels(kernels: Sequence[str], archs: Sequence[str]) -> None:
+    """Compile CUDA kernels into the cache, several at a time, unless a folder of prebuilt ones is set. Raises as jit.build."""
+    from .. import jit
+
+    if not kernels or os.environ.get("TVM_INFER_CUBIN_DIR"):
+        return
+    for arch in archs:
+        jit.build(kernels, arch)
+
+
 def _cubins(kernels: Sequence[str], archs: Sequence[str]) -> dict[tuple[str, str], bytes]:
     from .. import jit
 
-    for arch in archs:
-        if not os.environ.get("TVM_INFER_CUBIN_DIR"):
-            jit.build(kernels, arch)  # several at a time; what follows finds them in the cache
+    build_kernels(kernels, archs)  # what follows finds them in the cache
     return {(name, arch): jit.cubin(name, arch) for arch in archs for name in kernels}
 
 

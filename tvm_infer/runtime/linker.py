@@ -21,12 +21,14 @@ class Contents:
     """What a library holds besides code.
 
     manifest : JSON. cubins : (kernel name, architecture) -> bytes. blas : a shared library, and what its symbols begin with.
+    variants : (instruction set of the CPU executor, digest) -> the symbol of a variant's functions, which an object must define.
     """
 
     manifest: str
     cubins: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
     blas: pathlib.Path | None = None
     blas_prefix: str = ""
+    variants: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def link(objects: Sequence[pathlib.Path], contents: Contents, path: pathlib.Path) -> None:
@@ -76,6 +78,10 @@ def _write_table(contents: Contents, work: pathlib.Path) -> None:
         put(f"cubin{i}", f"{i}.cubin")
         strings += [f'tvm_infer_name{i}: .asciz "{name}"', f'tvm_infer_arch{i}: .asciz "{arch}"']
         rows += [f".quad tvm_infer_name{i}, tvm_infer_arch{i}", bytes_of(f"cubin{i}")]
+    variants = list[str]()
+    for i, ((isa, digest), symbol) in enumerate(contents.variants.items()):
+        strings += [f'tvm_infer_isa{i}: .asciz "{isa}"', f'tvm_infer_digest{i}: .asciz "{digest}"']
+        variants += [f".hidden {symbol}", f".quad tvm_infer_isa{i}, tvm_infer_digest{i}, {symbol}"]
     lines = [
         ".section .rodata",
         *data,
@@ -84,6 +90,8 @@ def _write_table(contents: Contents, work: pathlib.Path) -> None:
         ".balign 8",
         "tvm_infer_cubins:",
         *rows,
+        "tvm_infer_variants:",
+        *variants,
         ".globl tvm_infer_embedded",
         ".hidden tvm_infer_embedded",
         ".type tvm_infer_embedded, %object",
@@ -91,6 +99,7 @@ def _write_table(contents: Contents, work: pathlib.Path) -> None:
         bytes_of("manifest"),
         bytes_of("blas"),
         f".quad tvm_infer_blas_prefix, tvm_infer_cubins, {len(contents.cubins)}",
+        f".quad tvm_infer_variants, {len(contents.variants)}",
         ".size tvm_infer_embedded, . - tvm_infer_embedded",
         '.section .note.GNU-stack,"",%progbits',
     ]

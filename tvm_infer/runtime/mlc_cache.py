@@ -39,14 +39,16 @@ class MLCPagedKVCache:
     dtype : "float32", "float16" or "bfloat16": of qkv, the pages and the output.
     device : "cpu", "cuda", … or a TVM device.
     rope_mode : "none": q and k are stored and used as they are given; "normal": `attention_with_fused_qkv` rotates both first, and
-        keys are stored rotated. TVM's "inline" is refused.
+        keys are stored rotated; "inline": keys are stored as they are given, and all attention rotates q and k as it reads them.
+        With support_sliding_window "normal" is "inline", as in TVM.
     rope_scale, rope_theta : factor on positions, base of the frequencies.
     rope_scaling : MLC's dict with a "rope_type" ("llama3", "yarn", "longrope", "gptj", …), or None.
-    rope_ext_factors : of "longrope", float32 [rotary_dim], the long factors before the short ones; None for ones.
-    rotary_dim : elements of a head that turn; None: all.
+    rope_ext_factors : of "longrope", float32 [rotary_dim], the long factors before the short ones; None for ones. None where
+        rotation is inline.
+    rotary_dim : elements of a head that turn; None: all. A multiple of 16 where rotation is inline, as is head_dim.
     attn_kinds : "mha" or "mha_sliding" for each layer; None: all "mha".
     layer_sliding_window_size : keys that a token sees in "mha_sliding" layers, its own included.
-    support_sliding_window : whether sequences may be given windows by `enable_sliding_window_for_seq`, which needs rope_mode "none".
+    support_sliding_window : whether sequences may be given windows by `enable_sliding_window_for_seq`.
 
     Raises
     ------

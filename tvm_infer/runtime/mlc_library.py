@@ -13,7 +13,7 @@ from typing import Any
 from .. import _ffi, cache_dir, env
 from ..errors import AbiError, ArgumentError, MissingDependencyError
 from ..jit import cxx, headers
-from . import mlc_masks, mlc_names, mlc_rope
+from . import mlc_names, mlc_rope, mlc_variants
 
 # What of TVM's headers decides the layout of the class; their folder is the wheel's root.
 _TVM_HEADERS = (
@@ -116,7 +116,7 @@ def load() -> Any:
     _check_versions(module, tvm.__version__, _layout(pathlib.Path(tvm.__file__).parent))
     _check_calls(module, tvm)
     tvm_ffi.register_global_func("tvm_infer.mlc_rope_tables", mlc_rope.rope_tables, override=True)
-    tvm_ffi.register_global_func("tvm_infer.mlc_mask", mlc_masks.mask, override=True)
+    tvm_ffi.register_global_func("tvm_infer.mlc_variant", mlc_variants.code, override=True)
     module["tvm_infer_mlc_register"]()
     mlc_names.register_call_names()
     return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +49,29 @@ def give(manifest: Manifest, cache: PagedKVCache, weight: Callable[[str], Any]) 
             cache.set_variant(_bound(variant, cache, weight, layers), layers=layers)
             layers = [layer for layer in layers if layer not in manifest.variants[variant]]
     _given[cache] = _identity(manifest)
+
+
+def give_exported(manifest: Manifest, cache: PagedKVCache, module: Any, weights: Sequence[Any]) -> None:
+    """:func:`give` of an exported library, which has the variants' code and knows their parameters: it takes no compiler, TVM's either.
+
+    module : the library. weights : all of the model's, on the cache's device.
+
+    Raises
+    ------
+    As the library's function `model_set_variants` (cuda_src/tvm_infer/ffi/model.h).
+    """
+    cache.set_variant(None)  # what Python knows of those of its owner
+    _given.pop(cache, None)
+    module.get_function("tvm_infer_model_set_variants", True)(cache._handle, list(weights))
+    _given[cache] = _identity(manifest)
+
+
+def in_kernels(manifest: Manifest, about: Mapping[str, Any] | None) -> list[int]:
+    """The layers whose variant is not a band alone. about : of an exported library, which says it where TVM's compiler is not there."""
+    if about is not None:
+        return sorted(layer for row in about.get("variants", ()) if row["digest"] for layer in row["layers"])
+    specs = enumerate(manifest.layers)
+    return [i for i, spec in specs if spec.variant is not None and not spec.variant.variant.is_plain]
 
 
 def _identity(manifest: Manifest) -> str:

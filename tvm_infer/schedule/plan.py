@@ -11,14 +11,14 @@ from ..band import Band
 from ..errors import ArgumentError, MissingDependencyError, PlanMismatchError
 
 PLAN_MAGIC = 0x4E4C5054
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 FINAL_ROWS = -1
 NUM_TICKETS = 3  # before those of the merges: PlanTicket
 
 _HEADER_INT32 = (
     "bytes_used num_ctas num_requests num_tokens num_kv_heads group_size num_kv_lists num_works num_merges num_merge_slots "
-    "num_partial_rows band_left band_right num_tile_classes works_offset work_indptr_offset merges_offset merge_indptr_offset "
-    "merge_slots_offset qo_indptr_offset kv_len_offset token_order_offset"
+    "num_partial_rows num_shared_works band_left band_right num_tile_classes works_offset work_indptr_offset merges_offset "
+    "merge_indptr_offset merge_slots_offset qo_indptr_offset kv_len_offset"
 ).split()
 HEADER = np.dtype(
     [
@@ -28,12 +28,15 @@ HEADER = np.dtype(
         *[(name, "<i4") for name in _HEADER_INT32],
         ("makespan", "<i8"),
         ("total_cost", "<i8"),
+        ("flat_cost", "<i8"),
         ("tile_classes_offset", "<i4"),
+        ("token_order_offset", "<i4"),
         ("tickets_offset", "<i4"),
         ("paced_ctas", "<i4"),
         ("window_left", "<i4"),
         ("num_sink", "<i4"),
         ("chunk", "<i4"),
+        ("num_levels", "<i4"),
     ]
 )
 _HEADER_FIELDS: Any = HEADER.fields
@@ -41,7 +44,7 @@ _HEADER_FIELDS: Any = HEADER.fields
 # the header.
 _RIGHT, _LEFT = _HEADER_FIELDS["band_right"][1] // 4, _HEADER_FIELDS["window_left"][1] // 4
 _WORK_FIELDS = (
-    "row_begin num_rows kv_head_begin num_kv_heads kv_list kv_begin kv_end kv_pos_base qo_pos_base tile_class out merge"
+    "row_begin num_rows kv_head_begin num_kv_heads kv_list kv_begin kv_end merge_tiles qo_pos_base tile_class out merge"
 ).split()
 WORK = np.dtype([(name, "<i4") for name in _WORK_FIELDS])
 MERGE = np.dtype([(name, "<i4") for name in ("row_begin", "num_rows", "kv_head_begin", "num_kv_heads")])
@@ -68,7 +71,8 @@ class Plan:
     ----------
     buffer : int32 array, the whole buffer as the cpu executor takes it.
     device_buffer : the copy that cuda kernels read, or None: the plan is for the cpu.
-    num_ctas, num_requests, num_tokens, num_kv_heads, group_size, num_works, num_merges, num_partial_rows, bytes_used : int
+    num_ctas, num_requests, num_tokens, num_kv_heads, group_size, num_works, num_shared_works, num_merges, num_partial_rows,
+    bytes_used : int
     band : Band, the keys that a query sees by position. header["band_left"] and ["band_right"] are the part that executors test.
     works : structured array, fields of plan.h's Work. CTA c executes ``works[work_indptr[c]:work_indptr[c + 1]]``.
     merges : structured array; merge m joins partials ``merge_slots[merge_indptr[m]:merge_indptr[m + 1]]``.
@@ -142,6 +146,9 @@ class Plan:
     group_size = _word("group_size", "Query heads of each KV head.")
     num_works = _word("num_works", "Works of all CTAs.")
     num_merges = _word("num_merges", "Tiles whose keys were cut.")
+    num_shared_works = _word(
+        "num_shared_works", "Works with rows of several requests, whose keys are read once for all."
+    )
     num_partial_rows = _word("num_partial_rows", "Rows of fp32 partial results that a workspace must hold.")
 
     @property
@@ -199,9 +206,23 @@ class Plan:
         return self._array("kv_len", np.int32, int(self.header["num_kv_lists"]))
 
     @property
+    def token_order(self) -> np.ndarray:
+        """int32 [num_tokens]: packed row r is of token ``token_order[r // group_size]``. The identity where no keys are shared."""
+        if int(self.header["token_order_offset"]) == 0:
+            return np.arange(self.num_tokens, dtype=np.int32)
+        return self._array("token_order", np.int32, self.num_tokens)
+
+    @property
     def tile_classes(self) -> np.ndarray:
         """Structured array: the tile table that the plan was made with; costs in picoseconds."""
         return self._array("tile_classes", TILE_CLASS, int(self.header["num_tile_classes"]))
+
+    def requests_of(self, work: Any) -> np.ndarray:
+        """int [n]: requests whose rows a work has, in the order of the rows."""
+        first, last = int(work["row_begin"]), int(work["row_begin"]) + int(work["num_rows"]) - 1
+        tokens = self.token_order[first // self.group_size : last // self.group_size + 1]
+        requests = np.searchsorted(self.qo_indptr, tokens, side="right") - 1
+        return requests[np.append(True, requests[1:] != requests[:-1])]
 
     def work_costs(self) -> np.ndarray:
         """int64 [num_works]: predicted picoseconds of each work, all its KV heads together."""

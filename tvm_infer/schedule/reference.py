@@ -13,12 +13,14 @@ import numpy as np
 
 from ..band import Band
 from . import plan as fmt
+from .reference_forest import Forest, make_forest, runs_of
 
 _CAUSAL = Band(window_right=0)
 _RUN_CUTS_PER_CTA = 8  # a run of heads ends at a full CTA only while the CTA has more than target / 2**8 left
 _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a quarter of the target
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
 _MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and what a merge costs
+_MIN_SHARED_GAIN_FRACTION = 16  # shared works must gain 1/16 of the makespan and what their merges cost
 
 
 class TileClass(NamedTuple):
@@ -40,7 +42,8 @@ class TileClass(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row tile of a request with the keys it sees, or a piece of these keys; all KV heads cost the same."""
+    """A row tile with the keys it sees, or a piece of these keys; all KV heads cost the same. Rows are of one request, or of several
+    that share the keys."""
 
     request: int
     tile_class: int
@@ -52,6 +55,10 @@ class Item(NamedTuple):
     overhead: int  # cost before the first key
     tile: int  # items of one tile have the same number
     sink: int = 0  # keys [0, sink) are the item's too, in a work apart
+    merge_tile: int = (
+        -1
+    )  # of an item of shared keys, or beside such: its first tile that merges, and how many there are
+    merge_tiles: int = 0
 
     def sink_cost(self, tile_class: TileClass) -> int:
         return tile_class.cost(self.overhead, self.sink) if self.sink else 0
@@ -104,6 +111,11 @@ def cut_at(fixed: int, begin: int, end: int) -> list[tuple[int, int]]:
     return list(zip([begin, *cuts], [*cuts, end], strict=True))
 
 
+def class_of(classes: list[TileClass], num_rows: int) -> int:
+    """The first class that holds so many rows, else the last."""
+    return next((i for i, t in enumerate(classes) if t.rows >= num_rows), len(classes) - 1)
+
+
 def make_items(qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, classes: list[TileClass]) -> list[Item]:
     """Row tiles of every request, in order; with a fixed split size, their pieces."""
     items: list[Item] = []
@@ -111,7 +123,7 @@ def make_items(qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, 
     for r, kv in enumerate(kv_len):
         qo_len = qo_indptr[r + 1] - qo_indptr[r]
         num_rows = qo_len * group
-        c = next((i for i, t in enumerate(classes) if t.rows >= num_rows), len(classes) - 1)
+        c = class_of(classes, num_rows)
         for row in range(0, num_rows, classes[c].rows):
             rows = min(classes[c].rows, num_rows - row)
             first, last = kv - qo_len + row // group, kv - qo_len + (row + rows - 1) // group
@@ -142,6 +154,7 @@ def lay(
     filled = [0] * num_ctas  # load, or the target where the CTA takes nothing more
     max_load = target + max(costs, default=0) * heads
     shift = max(0, max_load.bit_length() - 63 + (num_ctas - 1).bit_length())
+    first_merge = max((i.merge_tile + i.merge_tiles for i in items if i.merge_tiles), default=0) * heads
     heap = [(0, cta) for cta in range(num_ctas)]  # the least loaded CTA is the only one that ever changes
 
     def put(i: int, head: int, n: int, parts: list[tuple[int, int, int, int]], cost: int) -> None:
@@ -154,17 +167,21 @@ def lay(
         filled[cta] = target if is_cut_short else filled[cta] + n * cost
         heapq.heapreplace(heap, (filled[cta] >> shift, cta))
 
-    def partials(i: int, n: int, ranges: list[tuple[int, int]], slots: list[int]) -> list[tuple[int, int, int, int]]:
-        """Parts of the next merge, in ascending order of keys."""
-        parts = []
+    def partials(
+        i: int, head: int, n: int, ranges: list[tuple[int, int]], slots: list[int]
+    ) -> list[tuple[int, int, int, int]]:
+        """Parts of the next merge, in ascending order of keys; or of the merges of tiles that share keys."""
+        tile, parts = items[i].merge_tile, []
+        merge = len(out.merges) + first_merge if tile < 0 else tile * heads + head
         for keys in ranges:
             slots.append(out.partial_rows)
-            parts.append((*keys, out.partial_rows, len(out.merges)))
+            parts.append((*keys, out.partial_rows, merge))
             out.partial_rows += n * items[i].num_rows
         return parts
 
     def end_merge(i: int, head: int, n: int, slots: list[int]) -> None:
-        out.merges.append((items[i].row_begin, items[i].num_rows, head, n, slots))
+        if items[i].merge_tile < 0:
+            out.merges.append((items[i].row_begin, items[i].num_rows, head, n, slots))
 
     # Tiles cut at a fixed size: all pieces have the same runs of heads, and their partial rows and merges are known beforehand.
     pieces: dict[int, list[int]] = {}
@@ -199,7 +216,7 @@ def lay(
                 if end < begin + granule:
                     return False
             cost = tile_class.cost(item.overhead, end - begin) + sink_cost
-            put(i, head, 1, partials(i, 1, [*sinks, (begin, end)], slots), cost)
+            put(i, head, 1, partials(i, head, 1, [*sinks, (begin, end)], slots), cost)
             begin, sink_cost, sinks = end, 0, []  # sinks go with the first piece
         end_merge(i, head, 1, slots)
         return True
@@ -225,9 +242,10 @@ def lay(
                     continue
                 # heads that fit, and one on top where none does or where hardly any room is left
                 n = room // cost + (room <= target >> _RUN_CUTS_PER_CTA) if cost <= room else 1
-            if item.sink:
+            if item.sink or item.merge_tiles:
                 of_run: list[int] = []
-                put(i, head, n, partials(i, n, [(0, item.sink), (item.kv_begin, item.kv_end)], of_run), cost)
+                ranges = [*([(0, item.sink)] if item.sink else []), (item.kv_begin, item.kv_end)]
+                put(i, head, n, partials(i, head, n, ranges, of_run), cost)
                 end_merge(i, head, n, of_run)
             else:
                 put(i, head, n, [(item.kv_begin, item.kv_end, -1, -1)], cost)
@@ -266,15 +284,19 @@ def regular_target(
 
 def choose(
     items: list[Item],
-    order: list[int],
     classes: list[TileClass],
     heads: int,
     num_ctas: int,
     fixed: int,
-    has_begin: bool,
+    is_unaligned: bool,
 ) -> Layout:
-    """The layout without cuts, unless one with cuts is shorter by more than a merge costs."""
+    """The layout without cuts, unless one with cuts is shorter by more than a merge costs.
+
+    is_unaligned : keys may begin between granules: behind a window's begin, or shared ones.
+    """
     costs = [item.cost(classes[item.tile_class]) for item in items]
+    shift = max(0, max(costs, default=0).bit_length() - 16)  # costs are compared by 16 bits
+    order = sorted(range(len(items)), key=lambda i: (-(costs[i] >> shift), i))
     mean = max(1, -(-sum(costs) * heads // num_ctas))
     used = [classes[c] for c in {item.tile_class for item in items}]
     overhead = max((item.overhead + item.sink_cost(classes[item.tile_class]) for item in items), default=0)
@@ -282,12 +304,12 @@ def choose(
     slack = overhead + granule
     whole = lay(items, order, classes, heads, num_ctas, mean + min(slack, mean // _MAX_SLACK_FRACTION), False)
     assert whole is not None
-    min_gain = (
-        max((classes[i.tile_class].merge_price(i.num_rows) for i in items), default=0) + mean // _MIN_GAIN_FRACTION
-    )
+    # An item that shares keys merges anyway: a piece more costs little.
+    prices = [classes[i.tile_class].merge_price(0 if i.merge_tiles else i.num_rows) for i in items]
+    min_gain = max(prices, default=0) + mean // _MIN_GAIN_FRACTION
     if fixed != 0 or num_ctas == 1 or max(whole.load) <= mean + min_gain:
         return whole
-    enough = mean + overhead + (3 if has_begin else 2) * granule
+    enough = mean + overhead + (3 if is_unaligned else 2) * granule
     targets = [mean + slack, enough]
     if len(items) * heads <= 2 * num_ctas:
         targets.append(mean + overhead + granule // 2)
@@ -298,6 +320,30 @@ def choose(
         return whole
     cut = next(filter(None, (lay(items, order, classes, heads, num_ctas, target, True) for target in targets)))
     return cut if max(cut.load) + min_gain < max(whole.load) else whole
+
+
+def choose_shared(
+    forest: Forest, flat: Layout, classes: list[TileClass], heads: int, num_ctas: int
+) -> tuple[list[Item], Layout] | None:
+    """The layout with shared works, if it is shorter than the flat one by more than its merges cost."""
+    layout = choose(forest.items, classes, heads, num_ctas, 0, True)
+    merges = -(-forest.merge_price * heads // num_ctas) + forest.max_merge_price
+    makespan = max(flat.load)
+    return (
+        (forest.items, layout) if max(layout.load) + merges < makespan - makespan // _MIN_SHARED_GAIN_FRACTION else None
+    )
+
+
+def tree_merges(forest: Forest, layout: Layout, heads: int) -> list[tuple[int, int, int, int, list[int]]]:
+    """Merges of the tiles that share keys: of one head each, partials in the order of items."""
+    slots: dict[tuple[int, int], list[int]] = {(t, h): [] for t in range(len(forest.tiles)) for h in range(heads)}
+    for w in sorted(layout.placed, key=lambda w: w.item):  # stable: heads and keys of an item ascend
+        item = forest.items[w.item]
+        for t in range(item.merge_tile, item.merge_tile + item.merge_tiles):
+            row = forest.tiles[t][0] - item.row_begin
+            for h in range(w.num_heads):
+                slots[t, w.head + h].append(w.out + h * item.num_rows + row)
+    return [(*forest.tiles[t], h, 1, slots[t, h]) for t, h in slots]
 
 
 def capture_key(
@@ -324,6 +370,7 @@ def plan(
     tile_table: Any,
     band: Band = _CAUSAL,
     fixed_split_size: int = 0,
+    levels: Any = (),
 ) -> np.ndarray:
     """The plan of a batch as int32 words, exactly its bytes_used. Arguments as in :func:`tvm_infer.plan`; they are not checked.
 
@@ -332,34 +379,46 @@ def plan(
     qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in kv_len]
     values = [int(v) for v in tile_table]
     classes = [TileClass(*values[i : i + 5]) for i in range(0, len(values), 5)]
-    items = make_items(qo_indptr, kv_len, num_qo_heads // num_kv_heads, band, fixed_split_size, classes)
-    costs = [item.cost(classes[item.tile_class]) for item in items]
-    shift = max(0, max(costs, default=0).bit_length() - 16)  # costs are compared by 16 bits
-    order = sorted(range(len(items)), key=lambda i: (-(costs[i] >> shift), i))
-    layout = choose(
-        items, order, classes, num_kv_heads, num_ctas, fixed_split_size, band.window_left >= 0 or band.chunk > 0
-    )
+    group = num_qo_heads // num_kv_heads
+    items = make_items(qo_indptr, kv_len, group, band, fixed_split_size, classes)
+    is_unaligned = band.window_left >= 0 or band.chunk > 0
+    layout = choose(items, classes, num_kv_heads, num_ctas, fixed_split_size, is_unaligned)
+    order, runs = runs_of(levels, len(kv_len))
+    forest = make_forest(order, runs, qo_indptr, kv_len, group, band, classes) if runs else None
+    if forest is not None:
+        shared = choose_shared(forest, layout, classes, num_kv_heads, num_ctas)
+        forest = forest if shared is not None else None
+        items, layout = shared or (items, layout)
+    merges = [*(tree_merges(forest, layout, num_kv_heads) if forest is not None else []), *layout.merges]
+    tokens = [t for r in order for t in range(qo_indptr[r], qo_indptr[r + 1])] if forest is not None else []
+    if tokens == list(range(len(tokens))):
+        tokens = []
 
     # Works of a CTA in the order of items, and of one item in the order they were placed.
     placed = sorted(layout.placed, key=lambda w: (w.cta, w.item))
     works = []
     for w in placed:
         i = items[w.item]
-        rows, heads, keys = (i.row_begin, i.num_rows), (w.head, w.num_heads), (i.request, w.kv_begin, w.kv_end, 0)
+        rows, heads, keys = (
+            (i.row_begin, i.num_rows),
+            (w.head, w.num_heads),
+            (i.request, w.kv_begin, w.kv_end, i.merge_tiles),
+        )
         works.append((*rows, *heads, *keys, i.position, i.tile_class, w.out, w.merge))
-    slots = [m[4] for m in layout.merges]
+    slots = [m[4] for m in merges]
     first = {w.cta: work for w, work in zip(reversed(placed), reversed(works), strict=True)}
     arrays = {
         "first_works": np.array([first.get(c, (0,) * len(fmt.WORK.fields or ())) for c in range(num_ctas)], fmt.WORK),
         "works": np.array(works, fmt.WORK),
         "work_indptr": np.cumsum([0, *np.bincount([w.cta for w in placed], minlength=num_ctas)]).astype(np.int32),
-        "merges": np.array([m[:4] for m in layout.merges], fmt.MERGE),
+        "merges": np.array([m[:4] for m in merges], fmt.MERGE),
         "merge_indptr": np.cumsum([0, *map(len, slots)]).astype(np.int32),
         "merge_slots": np.array([s for part in slots for s in part], np.int32),
         "qo_indptr": np.array(qo_indptr, np.int32),
         "kv_len": np.array(kv_len, np.int32),
+        "token_order": np.array(tokens, np.int32),
         "tile_classes": np.array(classes, fmt.TILE_CLASS),
-        "tickets": np.zeros(fmt.NUM_TICKETS + len(layout.merges), np.int32),
+        "tickets": np.zeros(fmt.NUM_TICKETS + len(merges), np.int32),
     }
     header = np.zeros(1, fmt.HEADER)
     key = capture_key(num_ctas, num_qo_heads, num_kv_heads, band, fixed_split_size, classes)
@@ -371,12 +430,13 @@ def plan(
         "num_requests": len(kv_len),
         "num_tokens": qo_indptr[-1],
         "num_kv_heads": num_kv_heads,
-        "group_size": num_qo_heads // num_kv_heads,
+        "group_size": group,
         "num_kv_lists": len(kv_len),
         "num_works": len(works),
-        "num_merges": len(layout.merges),
+        "num_merges": len(merges),
         "num_merge_slots": len(arrays["merge_slots"]),
         "num_partial_rows": layout.partial_rows,
+        "num_shared_works": sum(w.item < forest.num_shared for w in placed) if forest is not None else 0,
         "band_left": band.window_left if band.num_sink == 0 else -1,
         "band_right": band.window_right,
         "num_tile_classes": len(classes),
@@ -385,6 +445,8 @@ def plan(
         "chunk": band.chunk,
         "makespan": max(layout.load),
         "total_cost": sum(layout.load),
+        "flat_cost": forest.flat_cost * num_kv_heads if forest is not None else 0,
+        "num_levels": forest.num_levels if forest is not None else 0,
         "paced_ctas": len(first) if len(classes) > 1 and all(items[w.item].tile_class == 0 for w in placed) else 0,
     }
     words = bytearray(header.nbytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,16 @@ def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def _rows(plan: Plan, work: Any) -> str:
+    """Whose rows a work has: "r2[0:4]" of one request, "r2+15[64 rows]" of that and 15 more that share the keys."""
+    requests = plan.requests_of(work) if work["merge_tiles"] > 0 else [work["kv_list"]]
+    if len(requests) > 1:
+        return f"r{requests[0]}+{len(requests) - 1}[{work['num_rows']} rows]"
+    token = int(plan.token_order[work["row_begin"] // plan.group_size])
+    row = (token - int(plan.qo_indptr[requests[0]])) * plan.group_size + int(work["row_begin"]) % plan.group_size
+    return f"r{requests[0]}[{row}:{row + work['num_rows']}]"
+
+
 def _runs(plan: Plan, cta: int, limit: int = 2) -> str:
     """What a CTA does, e.g. "r0 rows 0-63 h0-7 kv 0-511; r2 …"."""
     begin, end = plan.work_indptr[cta : cta + 2]
@@ -36,11 +46,8 @@ def _runs(plan: Plan, cta: int, limit: int = 2) -> str:
     for work in plan.works[begin : min(end, begin + limit)]:
         first, last = int(work["kv_head_begin"]), int(work["kv_head_begin"] + work["num_kv_heads"]) - 1
         heads = f"h{first}" if first == last else f"h{first}-{last}"
-        rows = int(work["row_begin"]) - int(plan.qo_indptr[work["kv_list"]]) * plan.group_size
         split = "" if work["merge"] < 0 else " part"
-        parts.append(
-            f"r{work['kv_list']}[{rows}:{rows + work['num_rows']}] {heads} kv[{work['kv_begin']}:{work['kv_end']}]{split}"
-        )
+        parts.append(f"{_rows(plan, work)} {heads} kv[{work['kv_begin']}:{work['kv_end']}]{split}")
     if end - begin > limit:
         parts.append(f"+{end - begin - limit}")
     return ", ".join(parts)
@@ -90,4 +97,10 @@ def plan_table(plan: Plan) -> str:
         f"  balance {plan.balance:.3f} (mean {plan.total_cost_us / plan.num_ctas:.2f} us / max {plan.makespan_us:.2f} us), "
         f"{plan.num_works} works, {plan.num_merges} merges, {plan.num_partial_rows} partial rows"
     )
+    if plan.num_shared_works:
+        flat = int(plan.header["flat_cost"]) / 1e6
+        lines.append(
+            f"  shared keys: {plan.num_shared_works} works for several requests, {plan.header['num_levels']} level(s); cost "
+            f"{plan.total_cost_us:.2f} us, {flat:.2f} us if each request read its own"
+        )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,15 @@ def make_paged_batch(
     seed: int = 0,
     spare_pages: int = 3,
     sm_scale: float | None = None,
+    levels: Iterable[Iterable[tuple[Sequence[int], int]]] = (),
     kv_dtype: str | None = None,
     k_scale: Any = 1.0,
     v_scale: Any = 1.0,
 ) -> PagedBatch:
     """A random batch. Pages are in random order in the pool; `spare_pages` belong to no request; each request's table has one
-    garbage entry behind its pages. kv_dtype, k_scale, v_scale : of a cache of 8 bits; scales are numbers or [num_kv_heads]."""
+    garbage entry behind its pages. `levels` as of :func:`tvm_infer.plan`: requests of a group have the same first keys, and share the
+    pages that these fill; pages that this leaves to nobody are NaN. kv_dtype, k_scale, v_scale : of a cache of 8 bits; scales are
+    numbers or [num_kv_heads]."""
     rng = np.random.default_rng(seed)
     kind = numpy_dtype(dtype)
     kv_kind = kind if kv_dtype is None else numpy_dtype(kv_dtype)
@@ -101,33 +105,41 @@ def make_paged_batch(
     num_pages = sum(pages_of) + spare_pages
     order = rng.permutation(num_pages).astype(np.int32)
     cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kv_kind)
+    shape = (num_kv_heads, head_dim)
     keys: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    indices, indptr, taken = [], [0], 0
-    new: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    pages: list[np.ndarray] = []
     for length, count in zip(kv_lens, pages_of, strict=True):
-        k = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
-        v = rng.standard_normal((length, num_kv_heads, head_dim)).astype(kind)
-        for kept, x in zip(new, (k, v), strict=True):
-            kept.append(x[length - qo_lens[len(kept)] :])
-        if kv_dtype is not None:
-            k, v = quantise(k, k_scale, kv_dtype), quantise(v, v_scale, kv_dtype)
-        pages = order[taken : taken + count]
-        taken += count
-        for j in range(length):
-            cache[pages[j // page_size], 0, :, j % page_size] = k[j]
-            cache[pages[j // page_size], 1, :, j % page_size] = v[j]
-        for kept, x, scale in ((keys, k, k_scale), (values, v, v_scale)):
-            scales = np.asarray(scale, np.float32).astype(np.float64).reshape(-1, 1)
-            kept.append(x if kv_dtype is None else x.astype(np.float64) * scales)
-        indices += [*pages.tolist(), -1_234_567_890]
+        keys.append(rng.standard_normal((length, *shape)).astype(kind))
+        values.append(rng.standard_normal((length, *shape)).astype(kind))
+        pages.append(order[sum(map(len, pages)) :][:count].copy())
+    for requests, num_keys in (group for level in levels for group in level):
+        for r in requests:
+            keys[r][:num_keys] = keys[requests[0]][:num_keys]
+            values[r][:num_keys] = values[requests[0]][:num_keys]
+            pages[r][: num_keys // page_size] = pages[requests[0]][: num_keys // page_size]
+    k_new, v_new = ([x[len(x) - n :] for x, n in zip(kept, qo_lens, strict=True)] for kept in (keys, values))
+    stored = [keys, values]
+    if kv_dtype is not None:
+        scales = (k_scale, v_scale)
+        stored = [[quantise(x, s, kv_dtype) for x in kept] for kept, s in zip(stored, scales, strict=True)]
+        keys, values = (
+            [x.astype(np.float64) * np.asarray(s, np.float32).astype(np.float64).reshape(-1, 1) for x in elements]
+            for elements, s in zip(stored, scales, strict=True)
+        )
+    indices, indptr = [], [0]
+    for k, v, table in zip(*stored, pages, strict=True):
+        for j in range(len(k)):
+            cache[table[j // page_size], 0, :, j % page_size] = k[j]
+            cache[table[j // page_size], 1, :, j % page_size] = v[j]
+        indices += [*table.tolist(), -1_234_567_890]
         indptr.append(len(indices))
     qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
     none = np.zeros((0, num_kv_heads, head_dim), kind)
     return PagedBatch(
         q=rng.standard_normal((int(qo_indptr[-1]), num_qo_heads, head_dim)).astype(kind),
-        k_new=np.concatenate([none, *new[0]]),
-        v_new=np.concatenate([none, *new[1]]),
+        k_new=np.concatenate([none, *k_new]),
+        v_new=np.concatenate([none, *v_new]),
         kv_cache=cache,
         keys=keys,
         values=values,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 from ..schedule import Plan
@@ -33,7 +36,8 @@ def check_plan(plan: Plan) -> None:
     Every (packed row, KV head) of the batch has works whose keys follow one another from the first to the last key that the row's tile
     sees, but for the gap behind sinks: each is computed exactly once, and one that no row of the tile sees not at all. Rows with
     several works are in exactly one merge, which lists these works' partials by ascending key; all others write final rows. Partial
-    rows are disjoint and within num_partial_rows. CTAs, loads, makespan and offsets agree with each other.
+    rows are disjoint and within num_partial_rows. CTAs, loads, makespan and offsets agree with each other. A work with rows of several
+    requests has keys that all of them see; that they are the same keys only the caller knows (:func:`check_levels`).
     """
     works, indptr = plan.works, plan.work_indptr
     assert indptr[0] == 0 and indptr[-1] == plan.num_works and (np.diff(indptr) >= 0).all()
@@ -49,51 +53,94 @@ def check_plan(plan: Plan) -> None:
     assert (works["kv_head_begin"] >= 0).all()
     assert (works["kv_head_begin"] + works["num_kv_heads"] <= plan.num_kv_heads).all()
     assert ((works["out"] < 0) == (works["merge"] < 0)).all()
-    _check_cover(plan)
-    _check_merges(plan)
+    assert (works["merge_tiles"][works["merge"] < 0] == 0).all()
+    assert (np.sort(plan.token_order) == np.arange(plan.num_tokens)).all(), "tokens are skipped or repeated"
+    # What shared rows leave for a last tile may be one request's: by its positions it is a shared work, but for a request at their end.
+    shared = sum(_is_shared(plan, work) for work in works)
+    merging = int((works["merge_tiles"] > 0).sum())
+    assert shared <= plan.num_shared_works <= merging and (shared > 0) == (plan.num_shared_works > 0) == (merging > 0)
+    parts = _Parts(plan)
+    _check_cover(plan, parts)
+    _check_merges(plan, parts)
 
 
-def _check_cover(plan: Plan) -> None:
+def check_levels(plan: Plan, levels: Iterable[Iterable[tuple[Any, int]]]) -> None:
+    """Raise AssertionError where a plan reads keys for a request that are not the request's, by what `levels` says it shares."""
+    groups = [(set(requests), num_keys) for level in levels for requests, num_keys in level]
+    for work in plan.works:
+        requests = set(plan.requests_of(work).tolist()) | {int(work["kv_list"])}
+        assert len(requests) == 1 or any(requests <= group and work["kv_end"] <= keys for group, keys in groups)
+
+
+def _position(plan: Plan, row: int) -> int:
+    """Of a packed row's token in its request."""
+    token = int(plan.token_order[row // plan.group_size])
+    request = int(np.searchsorted(plan.qo_indptr, token, side="right")) - 1
+    return int(plan.kv_len[request] - (plan.qo_indptr[request + 1] - token))
+
+
+def _is_shared(plan: Plan, work: Any) -> bool:
+    """Whether a work's rows are of several requests, or what such rows left for the last tile: then their position is said to be where
+    the keys end."""
+    if work["merge_tiles"] == 0:
+        return False
+    return len(plan.requests_of(work)) > 1 or work["qo_pos_base"] < _position(plan, int(work["row_begin"]))
+
+
+class _Parts:
+    """Works taken apart: an entry for each row tile and head, sorted by tile, head and key. Tiles are rows that no work divides."""
+
+    def __init__(self, plan: Plan) -> None:
+        works = plan.works
+        self.bounds = np.unique(np.append(works["row_begin"], plan.num_tokens * plan.group_size))
+        first = np.searchsorted(self.bounds, works["row_begin"])
+        last = np.searchsorted(self.bounds, works["row_begin"] + works["num_rows"])
+        assert last.max(initial=0) < len(self.bounds), "rows beyond the last"
+        assert (self.bounds[last] == works["row_begin"] + works["num_rows"]).all(), "works that overlap in part"
+        assert (last - first == np.maximum(works["merge_tiles"], 1)).all(), "a work of other tiles than it merges"
+        count = (last - first) * works["num_kv_heads"]
+        self.work = np.repeat(np.arange(len(works)), count)
+        n = np.arange(len(self.work)) - np.repeat(np.cumsum(count) - count, count)
+        self.head_in_work = n % works["num_kv_heads"][self.work]
+        self.tile_in_work = n // works["num_kv_heads"][self.work]
+        self.head = self.head_in_work + works["kv_head_begin"][self.work]
+        self.tile = self.tile_in_work + first[self.work]
+        order = np.lexsort((works["kv_begin"][self.work], self.head, self.tile))
+        for name in ("work", "head_in_work", "tile_in_work", "head", "tile"):
+            setattr(self, name, getattr(self, name)[order])
+        self.begin, self.end = works["kv_begin"][self.work], works["kv_end"][self.work]
+        self.starts = np.ones(len(self.work), bool)  # a new (tile, head) starts here
+        self.starts[1:] = (self.tile[1:] != self.tile[:-1]) | (self.head[1:] != self.head[:-1])
+        self.several = ~self.starts  # there are other parts of the same tile and head
+        self.several[:-1] |= ~self.starts[1:]
+
+
+def _check_cover(plan: Plan, parts: _Parts) -> None:
     """Tiles partition the packed rows; of each tile and head, works partition the visible keys."""
-    works = plan.works
-    count = works["num_kv_heads"]
-    of = np.repeat(np.arange(len(works)), count)  # one entry for each head of each work
-    head = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count) + works["kv_head_begin"][of]
-    order = np.lexsort((works["kv_begin"][of], head, works["row_begin"][of]))
-    of, head = of[order], head[order]
-    row, rows = works["row_begin"][of], works["num_rows"][of]
-    begin, end = works["kv_begin"][of], works["kv_end"][of]
-    starts = np.ones(len(of), bool)  # a new (tile, head) starts here
-    starts[1:] = (row[1:] != row[:-1]) | (head[1:] != head[:-1])
-    follows = ~starts
-    gaps = np.flatnonzero(follows)
+    works, begin, end = plan.works, parts.begin, parts.end
+    gaps = np.flatnonzero(~parts.starts)
     gaps = gaps[begin[gaps] != end[gaps - 1]]
-    gaps_of = np.bincount(np.cumsum(starts)[gaps] - 1, minlength=int(starts.sum()))  # by (tile, head)
-    assert (rows[follows] == rows[:-1][follows[1:]]).all(), "pieces of a tile have different rows"
-    several = np.zeros(len(of), bool)
-    several[follows] = True
-    several[:-1] |= follows[1:]
-    assert (several == (works["merge"][of] >= 0)).all(), "a split row without a merge, or a merge of one partial"
-    assert (begin[several] < end[several]).all(), "an empty piece"
-
-    at = np.flatnonzero(starts)
-    last = np.append(at[1:], len(of)) - 1
-    tiles = at[:: plan.num_kv_heads] if len(at) else at
-    assert len(at) == len(tiles) * plan.num_kv_heads, "a head is missing"
-    assert (head[at].reshape(-1, plan.num_kv_heads) == np.arange(plan.num_kv_heads)).all(), "a head is missing"
-    bounds = np.append(row[tiles], plan.num_tokens * plan.group_size)
-    assert (bounds[0] if len(tiles) else 0) == 0 and (np.diff(bounds) == rows[tiles]).all(), (
-        "rows are skipped or repeated"
+    gaps_of = np.bincount(np.cumsum(parts.starts)[gaps] - 1, minlength=int(parts.starts.sum()))  # by (tile, head)
+    assert (parts.several == (works["merge"][parts.work] >= 0)).all(), (
+        "a split row without a merge, or a merge of one partial"
     )
-    for t, tile in enumerate(tiles):
-        work = works[of[tile]]
-        request = int(work["kv_list"])
-        first_row = int(plan.qo_indptr[request]) * plan.group_size
-        local = int(work["row_begin"]) - first_row
-        assert local >= 0 and local + work["num_rows"] <= (
-            (plan.qo_indptr[request + 1] - plan.qo_indptr[request]) * plan.group_size
-        ), "a tile holds rows of another request"
-        expected = visible_ranges(plan, request, local, int(work["num_rows"]))
+    assert (begin[parts.several] < end[parts.several]).all(), "an empty piece"
+
+    at = np.flatnonzero(parts.starts)
+    last = np.append(at[1:], len(parts.work)) - 1
+    num_tiles = len(parts.bounds) - 1
+    assert parts.bounds[0] == 0 and len(at) == num_tiles * plan.num_kv_heads, "rows are skipped, or a head is missing"
+    assert (parts.head[at].reshape(-1, plan.num_kv_heads) == np.arange(plan.num_kv_heads)).all(), "a head is missing"
+    for t in range(num_tiles):
+        row, num_rows = int(parts.bounds[t]), int(parts.bounds[t + 1] - parts.bounds[t])
+        slots = slice(row // plan.group_size, (row + num_rows - 1) // plan.group_size + 1)
+        tokens = plan.token_order[slots]
+        request = int(np.searchsorted(plan.qo_indptr, tokens[0], side="right")) - 1
+        assert (np.diff(tokens) == 1).all() and tokens[-1] < plan.qo_indptr[request + 1], (
+            "a tile holds rows of another request"
+        )
+        local = int(tokens[0] - plan.qo_indptr[request]) * plan.group_size + row % plan.group_size
+        expected = visible_ranges(plan, request, local, num_rows)
         heads = slice(t * plan.num_kv_heads, (t + 1) * plan.num_kv_heads)
         assert (begin[at[heads]] == expected[0][0]).all() and (end[last[heads]] == expected[-1][1]).all(), (
             "keys outside the band"
@@ -103,28 +150,53 @@ def _check_cover(plan: Plan) -> None:
         assert (end[inside - 1] == expected[0][1]).all() and (begin[inside] == expected[-1][0]).all(), (
             "keys outside the band"
         )
+        mine = np.unique(parts.work[at[heads.start] : last[heads.stop - 1] + 1])
         position = int(plan.kv_len[request] - (plan.qo_indptr[request + 1] - plan.qo_indptr[request]))
-        assert work["qo_pos_base"] == position + local // plan.group_size
-    assert (works["kv_pos_base"] == 0).all()
+        for work in works[mine]:
+            if _is_shared(plan, work):  # all of them see its keys
+                assert (
+                    work["kv_end"]
+                    <= work["qo_pos_base"]
+                    <= max(position, 0 if plan.band.window_right >= 0 else plan.kv_len[request])
+                )
+            else:
+                assert work["kv_list"] == request and work["qo_pos_base"] == position + local // plan.group_size
 
 
-def _check_merges(plan: Plan) -> None:
-    """Each merge lists the partials of its works by ascending key; partial rows are disjoint."""
+def _check_merges(plan: Plan, parts: _Parts) -> None:
+    """Each merge lists the partials of its rows by ascending key; partial rows are disjoint."""
     works, slots, indptr = plan.works, plan.merge_slots, plan.merge_indptr
     assert indptr[0] == 0 and indptr[-1] == len(slots) and len(indptr) == plan.num_merges + 1
-    parts = np.flatnonzero(works["merge"] >= 0)
-    order = parts[np.lexsort((works["kv_begin"][parts], works["merge"][parts]))]
-    assert (np.bincount(works["merge"][order], minlength=plan.num_merges) == np.diff(indptr)).all()
-    assert (works["out"][order] == slots).all(), "a merge lists other partials than its works write"
-    for name in ("row_begin", "num_rows", "kv_head_begin", "num_kv_heads"):
-        assert (works[name][order] == plan.merges[name][works["merge"][order]]).all(), (
-            "a partial of other rows or heads"
-        )
-    by_row = order[np.argsort(works["out"][order])]
+    of = np.flatnonzero(parts.several)
+    work = works[parts.work[of]]
+    is_shared = work["merge_tiles"] > 0
+    index = work["merge"] + np.where(is_shared, parts.tile_in_work[of] * plan.num_kv_heads + parts.head_in_work[of], 0)
+    assert (index >= 0).all() and (index < plan.num_merges).all()
+    merge = plan.merges[index]
+    tile = parts.tile[of]
+    assert (merge["row_begin"] == parts.bounds[tile]).all() and (
+        merge["num_rows"] == parts.bounds[tile + 1] - parts.bounds[tile]
+    ).all(), "a partial of other rows"
+    head = parts.head[of] - merge["kv_head_begin"]
+    assert (head >= 0).all() and (head < merge["num_kv_heads"]).all(), "a partial of other heads"
+    assert (merge["num_kv_heads"] == np.where(is_shared, 1, work["num_kv_heads"])).all(), "a partial of other heads"
+    slot = work["out"] + parts.head_in_work[of] * work["num_rows"] + parts.bounds[tile] - work["row_begin"]
+    # What a merge finds for each of its heads: its slots, in order.
+    order = np.lexsort((parts.begin[of], head, index))
+    ends = np.flatnonzero(np.diff(index[order] * np.int64(plan.num_kv_heads) + head[order], append=-1) != 0) + 1
+    begins = np.append(0, ends)[:-1]
+    assert len(ends) == plan.merges["num_kv_heads"].sum(), "a merge of rows that are not split"
+    for b, e in zip(begins.tolist(), ends.tolist(), strict=True):
+        m, h = int(index[order[b]]), int(head[order[b]])
+        assert (slot[order[b:e]] == slots[indptr[m] : indptr[m + 1]] + h * plan.merges["num_rows"][m]).all() and (
+            e - b == indptr[m + 1] - indptr[m]
+        ), "a merge lists other partials than its works write"
+    partial = np.flatnonzero(works["merge"] >= 0)
+    by_row = partial[np.argsort(works["out"][partial])]
     size = works["num_rows"][by_row].astype(np.int64) * works["num_kv_heads"][by_row]
-    ends = works["out"][by_row] + size
-    assert (works["out"][by_row][1:] >= ends[:-1]).all(), "partials overlap"
-    assert (ends <= plan.num_partial_rows).all()
+    ends_of = works["out"][by_row] + size
+    assert (works["out"][by_row][1:] >= ends_of[:-1]).all(), "partials overlap"
+    assert (ends_of <= plan.num_partial_rows).all()
     assert plan.num_partial_rows == size.sum()
     merged = {(int(m["row_begin"]), h) for m in plan.merges for h in range(m["kv_head_begin"], sum(m.item()[2:]))}
     assert len(merged) == plan.merges["num_kv_heads"].sum(), "rows are merged twice"

@@ -1,11 +1,12 @@
-"""Masks that the cache of TVM's builtins needs (docs/mlc.md), with an entry for each request of a step; compiled into the library."""
+"""Variants that the cache of TVM's builtins needs (docs/mlc.md): masks with an entry for each request of a step, and the rotation of
+queries and keys by where they stand under such a mask. The most common ones are compiled into the library."""
 
 from __future__ import annotations
 
 from .expression import Expr
-from .functions import maximum
+from .functions import maximum, where
 from .parameters import per_request, scalar, tensor
-from .standard import _bit
+from .standard import _bit, rotary
 from .table import Table
 from .variant import Variant
 
@@ -30,4 +31,47 @@ kept_keys = Variant(
     first=per_request("int32"),
 )
 
-CACHE_MASKS = {v.name: v for v in (token_tree, kept_keys)}
+
+def _depth(pos: Expr, batch: Expr, kv_len: Expr, places: Table, width: Expr) -> Expr:
+    """Of request r's last `width` tokens number i stands places[r * width + i] behind those before: of nodes their depth counts."""
+    before = kv_len - width
+    return where(pos < before, pos, before + places[batch * width + maximum(pos - before, 0)])
+
+
+def _of_tree(rotary_dim: int | None, interleaved: bool) -> Variant:
+    """`token_tree`, turned by depths. Tables: bits, first_bit, places, inv_freq; scalars: width, magnitude."""
+    declared = {"places": tensor(1, "int32"), "width": scalar("int32")}
+    return token_tree & rotary(rotary_dim, interleaved, position=_depth, **declared)
+
+
+def _of_window(rotary_dim: int | None, interleaved: bool) -> Variant:
+    """`kept_keys`, turned by places among the keys kept. Tables: sink, first, inv_freq; scalar: magnitude."""
+    return kept_keys & rotary(
+        rotary_dim,
+        interleaved,
+        position=lambda pos, sink, first: where(pos < sink, pos, pos - (first - sink)),
+        sink=per_request("int32"),
+        first=per_request("int32"),
+    )
+
+
+_MASKS = {v.name: v for v in (token_tree, kept_keys)}
+_TURNED_MASKS = {"token_tree": _of_tree, "kept_keys": _of_window}
+
+
+def turned(mask: str, rotary_dim: int | None, interleaved: bool) -> Variant:
+    """The rotation (standard.rotary) under a mask, "token_tree" or "kept_keys", or "" for none; its parameters after the mask's."""
+    if mask:
+        return _TURNED_MASKS[mask](rotary_dim, interleaved)
+    return rotary(rotary_dim, interleaved)
+
+
+token_tree_rope, kept_keys_rope = (turned(name, None, False) for name in _TURNED_MASKS)
+
+# What the library has compiled.
+CACHE_MASKS = _MASKS | {"token_tree_rope": token_tree_rope, "kept_keys_rope": kept_keys_rope}
+
+
+def cache_variant(mask: str, rotary_dim: int | None, interleaved: bool, *, turns: bool) -> Variant:
+    """What a layer of the cache computes in a step: a mask ("" for none), and where `turns` the rotation."""
+    return turned(mask, rotary_dim, interleaved) if turns else _MASKS[mask]

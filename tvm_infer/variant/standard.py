@@ -5,9 +5,12 @@ All but `full`, `two_sided_window`, `custom_mask` and `tree_mask` are causal by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from .expression import Expr
 from .functions import maximum, sigmoid, sqrt, tanh, where
-from .parameters import per_channel, per_head, per_pair, per_request, scalar, tensor
+from .parameters import Parameter, per_channel, per_head, per_pair, per_request, scalar, tensor
 from .table import Table
 from .variant import Variant
 
@@ -125,13 +128,22 @@ qk_norm = Variant(
 )
 
 
-def rotary(rotary_dim: int | None = None, interleaved: bool = False) -> Variant:
+def rotary(
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    *,
+    position: Callable[..., Any] | None = None,
+    **parameters: Parameter,
+) -> Variant:
     """Rotary position embedding (arXiv 2104.09864) of queries and of keys that lie in the cache unturned, as they are read; causal.
 
     rotary_dim : channels that turn, None for all. interleaved : pairs are neighbours (GPT-J), else half a head apart (Llama).
-    Parameters: inv_freq, radians a token by pair, and magnitude, what cosine and sine are multiplied by (yarn; 1 otherwise):
+    position : function of `pos`, a query's or key's position, and others; returns the one that it turns by (Variant's
+    `rope_position`); None for its own. parameters : those that `position` reads, declared before the two of every rotation:
+    inv_freq, radians a token by pair, and magnitude, what cosine and sine are multiplied by (yarn; 1 otherwise):
     tvm_infer.rope.RopeConfig gives both (inv_freq(), magnitude()).
     """
+    declared: dict[str, Any] = {**parameters, "inv_freq": per_pair(), "magnitude": scalar()}
     return Variant(
         "rope_interleaved" if interleaved else "rope",
         query=lambda value, channel, magnitude: (
@@ -140,11 +152,11 @@ def rotary(rotary_dim: int | None = None, interleaved: bool = False) -> Variant:
             else where(channel < rotary_dim, magnitude * magnitude, 1) * value
         ),
         rope_rate=lambda inv_freq: inv_freq,
+        rope_position=position,
         mask=_causal,
         rotary_dim=rotary_dim,
         interleaved=interleaved,
-        inv_freq=per_pair(),
-        magnitude=scalar(),
+        **declared,
     )
 
 

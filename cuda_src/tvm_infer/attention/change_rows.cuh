@@ -40,6 +40,7 @@ template <typename Variant, int kHeadDim>
 struct HeadRows {
   static constexpr int kChunks = kHeadDim / 8, kLanes = kChunks / 2, kRowsAtOnce = 32 / kLanes;  // of a warp
   static constexpr int kRotaryChunks = (Variant::kRotaryDim == 0 ? kHeadDim : Variant::kRotaryDim) / 8;
+  static_assert(32 % kLanes == 0, "variants that change queries or keys are for head_dim 64, 128 and 256");
   static_assert(kRotaryChunks <= kChunks && kRotaryChunks % 2 == 0, "rotary_dim is a multiple of 16, and head_dim at most");
 
   uint32_t row, lane;  // this thread's: of the rows at once, of the row's lanes

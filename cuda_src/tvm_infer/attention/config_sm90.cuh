@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tvm_infer/attention/variant.cuh"
 #include "tvm_infer/ptx/element.cuh"
@@ -17,23 +18,28 @@ inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the 
 // In place of a page size: keys are rows of one tensor [kv_tokens, num_kv_heads, head_dim], those of a list in a run.
 inline constexpr int kRagged = 0;
 
-template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant>
+// Element: of queries and results. KvElement: of keys and values, the same or one of 8 bits.
+template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant, typename KvElement_ = Element_>
 struct ConfigSm90 {
   using Element = Element_;
+  using KvElement = KvElement_;
+  static constexpr bool kIsScaled = !std::is_same_v<Element, KvElement>;
   using Variant = Variant_;
   static constexpr bool kChangesQueries = attention::kChangesQueries<Variant>, kChangesKeys = attention::kChangesKeys<Variant>;
   static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput || kChangesQueries || kChangesKeys;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPageSize = kPageSize_;
-  static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim 64 or 128");
+  static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "products of 16 columns, accumulators of 256");
   static constexpr bool kIsRagged = kPageSize == kRagged;
   static constexpr bool kIsGather = !kIsRagged && kPageSize < 8;  // by cp.async, since a swizzled box holds whole groups of 8 tokens
   static_assert(kIsRagged || (kPageSize <= 64 && (kPageSize & (kPageSize - 1)) == 0), "pages of 1, 2, 4, 8, 16, 32 or 64 tokens");
 
-  static constexpr int kTileKeys = 128;
+  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers.
+  static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kTileAlign = kIsRagged || kIsGather ? 1 : kPageSize;        // where in its list a tile may start
   static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
+  static constexpr int kDecodeColumns = kHeadDim * kTileKeys / 128;  // of O, a warp's in decode (attention/decode_tile.cuh)
   static constexpr int kPrefillRows = 128;
   static constexpr int kPanelRows = 64;  // of queries in shared memory: a warpgroup's
 
@@ -46,20 +52,31 @@ struct ConfigSm90 {
   static constexpr int kProducerRegisters = kIsGather || kChangesQueries ? 56 : 40;
   static constexpr int kConsumerRegisters = kIsGather || kChangesQueries ? 224 : 232;
 
-  static constexpr int kPanels = kHeadDim / tile::kPanelElements;
-  using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
+  static constexpr int kPanels = tile::Panels(kHeadDim);
+  static constexpr int kRowWidth =
+      kPanels * tile::kPanelElements;                       // elements of a row in shared memory; those behind kHeadDim are not used
+  static constexpr bool kIsPadded = kRowWidth != kHeadDim;  // copies fill whole panels, one by one
+  static constexpr int kLoadLanes = kPanels * 8 <= 8 ? 8 : kPanels * 8 <= 16 ? 16 : 32;  // of a row by 16-byte chunks: a power of two
+  // Keys and values in the ring: 8-bit rows lie as 16-bit rows of half as many columns.
+  static constexpr int kKvColumns = kIsScaled ? kHeadDim / 2 : kHeadDim;
+  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;
+  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kPageSize >= 16 && !kHasVariant), "8-bit elements: panels are 128 of them");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed.
-  static constexpr int kQueryBuffers = 2;
-  static constexpr int kQueryBytes = kPrefillRows * kHeadDim * 2;
+  // Queries of the next head arrive while the last tiles of this one are computed. Those of the widest heads would leave three stages to
+  // the ring, too few bytes in flight: one buffer, and prefill drains at the end of a head.
+  static constexpr int kQueryBuffers = kHeadDim <= 192 && !kIsScaled ? 2 : 1;
+  static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
   // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
   // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
-  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
-  static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
-  static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes) / kStageBytes;
-  static constexpr int kDecodeStages = 131072 / kStageBytes;
-  static_assert(kDecodeStages < kStages);
+  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally. Tiles of head_dim 64 are so small that 112 KB are
+  // better (64 requests of 2048 keys, on an H100: 92.7 us, 93.8 with 128 KB, 94.6 with 144).
+  static constexpr int kStageBytes = kTileKeys * tile::Panels(kKvColumns) * tile::kPanelRowBytes;
+  static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
+  static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;
+  static constexpr int kDecodeBytes = kHeadDim == 64 ? 114688 : 131072;
+  static constexpr int kDecodeStages = kDecodeBytes / kStageBytes < kStages ? kDecodeBytes / kStageBytes : kStages;
+  static_assert(kStages >= 3, "prefill holds K of a tile and V of the one before, while the next arrives");
   using Ring = tile::Ring<kStages, kStageBytes>;
   static constexpr int kFullArrivals = kIsGather ? 64 : 1;  // of a stage: the threads that gather, or one that expects bytes
   // NOTE: where threads write what threads read, all of them arrive. One lane after a __syncwarp would do for the memory model, but
@@ -73,7 +90,7 @@ struct ConfigSm90 {
   static constexpr int kBarrierKeys = 6;       // a tile of keys is changed
 
   struct SharedMemory {
-    alignas(1024) uint8_t ring[kStages * kStageBytes];
+    alignas(1024) uint8_t ring[kStages * kStageBytes + 2 * kWideBytes];  // behind the stages: wide K, wide V
     // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
     alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
     // Beside each query buffer, and its owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
@@ -85,15 +102,17 @@ struct ConfigSm90 {
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
     } scratch[kQueryBuffers];
-    int2 decode_rows[kQueryBuffers][kDecodeRows];  // what `rows` is to prefill
-    int2 head[kQueryBuffers];                      // first partial row or kFinalRows, number of rows
+    int2 decode_rows[kQueryBuffers][kDecodeRows];      // what `rows` is to prefill
+    float query_unscale[kIsScaled ? kDecodeRows : 1];  // attention/decode_products_scaled.cuh
+    int2 head[kQueryBuffers];                          // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals
-    int32_t is_last_arrival;
+    uint32_t last_arrivals;               // a bit for each merge of the work at hand that this CTA was the last to arrive at
   };
-  static constexpr uint32_t kQueryOffset = kStages * kStageBytes;  // of `query` in it
-  static_assert(kConsumerWarps * 8 * kHeadDim * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
+  static constexpr uint32_t kWideOffset = kStages * kStageBytes;          // of wide K in it, V's behind
+  static constexpr uint32_t kQueryOffset = kWideOffset + 2 * kWideBytes;  // of `query`
+  static_assert(kTileKeys / 16 * 8 * kRowWidth * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };
 

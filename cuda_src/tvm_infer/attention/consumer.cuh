@@ -36,6 +36,16 @@ struct Consumer {
     return static_cast<int32_t>(thread) - 128;
   }
 
+  // What 8-bit keys and values of a head are to be multiplied by; 1 for others.
+  __device__ __forceinline__ float KeyScale(int32_t kv_head) const {
+    if constexpr (!Config::kIsScaled) return 1.f;
+    return params.k_scales == nullptr ? params.k_scale : __ldg(params.k_scales + kv_head);
+  }
+  __device__ __forceinline__ float ValueScale(int32_t kv_head) const {
+    if constexpr (!Config::kIsScaled) return 1.f;
+    return params.v_scales == nullptr ? params.v_scale : __ldg(params.v_scales + kv_head);
+  }
+
   __device__ __forceinline__ float SoftmaxScale() const { return attention::SoftmaxScale<typename Config::Variant>(params); }
 
   // NOTE: from the ring's address, which is at hand; the generic one of `shared` would be kept, or spilled.

@@ -1,7 +1,8 @@
 // Copies of K and V by TMA: pages of 8 tokens or more, or ragged rows.
 //
 // Lane i copies box i of a tile (K of pages for prefill: panel i % kPanels of page i / kPanels), so one warp instruction issues a tile.
-// Ragged keys are rows of one tensor, so one box of 128 rows is a tile.
+// Ragged keys are rows of one tensor, so one box of as many rows is a tile. Heads that end within a panel are copied panel by panel, and
+// what lies behind their end arrives as zeros.
 #pragma once
 
 #include <cstdint>
@@ -53,15 +54,17 @@ class KvBoxes {
 
   // To an empty stage; `full` is its barrier.
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
-    if (!is_prefill || Config::kBoxKeys == Config::kTileKeys) {
-      CopyBoxes(maps_.k_pages, tile.place, tile.count, head, stage, full, is_prefill);
+    if (!is_prefill || Config::kBoxKeys == Config::kTileKeys || Config::kIsScaled) {
+      CopyPages(maps_.k_pages, tile, tile.count, head, stage, full, is_prefill);
     } else {
-      CopyPanels(tile, head, stage, full);
+      Expect(full, tile.count);
+      CopyPanels<Config::kTileKeys * tile::kPanelRowBytes, Config::Boxes::kPanelBytes>(Config::kIsPadded ? maps_.k_pages : maps_.k_panels,
+                                                                                       tile.place, tile.count, head, stage, full, true);
     }
   }
   __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
     // Prefill multiplies whole tiles: what lies outside the tensor arrives as zeros, since a weight of 0 times NaN is NaN.
-    CopyBoxes(maps_.v_pages, tile.place, is_prefill ? Config::kBoxesPerTile : tile.count, head, stage, full, is_prefill);
+    CopyPages(maps_.v_pages, tile, is_prefill && !Config::kIsScaled ? Config::kBoxesPerTile : tile.count, head, stage, full, is_prefill);
   }
   __device__ __forceinline__ void Finish() const {}
 
@@ -74,22 +77,32 @@ class KvBoxes {
     if (Lane() == 0) ptx::MbarrierArriveExpectTx(full, boxes * Config::Boxes::kPageBytes);
     __syncwarp();  // NOTE: the bytes must be expected before a copy of this stage can complete the phase
   }
-  __device__ __forceinline__ static void CopyBoxes(const cuda::TensorMap& map, int32_t place, int32_t count, int32_t head, uint32_t stage,
-                                                   uint32_t full, bool is_prefill) {
+  // Page after page.
+  __device__ __forceinline__ static void CopyPages(const cuda::TensorMap& map, const Tile& tile, int32_t count, int32_t head,
+                                                   uint32_t stage, uint32_t full, bool is_prefill) {
     Expect(full, count);
-    if (Lane() >= count) return;
-    const uint64_t policy = is_prefill ? ptx::kEvictNormal : ptx::kEvictFirst;
-    const int32_t row = Config::kIsRagged ? place : 0, page = Config::kIsRagged ? 0 : place;
-    ptx::TmaLoad5d(stage + Lane() * Config::Boxes::kPageBytes, &map, full, policy, 0, row, 0, head, page);
+    if constexpr (Config::kIsPadded) {
+      CopyPanels<Config::Boxes::kPanelBytes, Config::Boxes::kPageBytes>(map, tile.place, count, head, stage, full, is_prefill);
+    } else if (Lane() < count) {
+      Copy(map, tile.place, 0, head, stage + Lane() * Config::Boxes::kPageBytes, full, is_prefill);
+    }
   }
-  // K of pages for wgmma: panel by panel over the whole tile, so that 8-key groups stand at one stride.
-  __device__ __forceinline__ void CopyPanels(const Tile& tile, int32_t head, uint32_t stage, uint32_t full) const {
-    Expect(full, tile.count);
+  // Panel by panel, kPanelStride bytes from one of a page to the next, kPageStride from page to page. K of pages for wgmma has its panels
+  // over the whole tile, so that 8-key groups stand at one stride.
+  template <int kPanelStride, int kPageStride>
+  __device__ __forceinline__ static void CopyPanels(const cuda::TensorMap& map, int32_t place, int32_t count, int32_t head, uint32_t stage,
+                                                    uint32_t full, bool is_prefill) {
+    static_assert(Config::kBoxesPerTile * Config::kPanels <= 32, "one for each lane");
     const int32_t index = Lane() / Config::kPanels, panel = Lane() % Config::kPanels;
-    const int32_t page = __shfl_sync(0xffffffff, tile.place, index);
-    if (index >= tile.count) return;
-    const uint32_t dst = stage + panel * Config::kTileKeys * tile::kPanelRowBytes + index * Config::Boxes::kPanelBytes;
-    ptx::TmaLoad5d(dst, &maps_.k_panels, full, ptx::kEvictNormal, 0, 0, panel, head, page);
+    const int32_t at = __shfl_sync(0xffffffff, place, index);
+    if (index < count) Copy(map, at, panel, head, stage + panel * kPanelStride + index * kPageStride, full, is_prefill);
+  }
+  __device__ __forceinline__ static void Copy(const cuda::TensorMap& map, int32_t place, int32_t panel, int32_t head, uint32_t dst,
+                                              uint32_t full, bool is_prefill) {
+    const int32_t row = Config::kIsRagged ? place : 0, page = Config::kIsRagged ? 0 : place;
+    const int32_t column = Config::kIsPadded ? panel * tile::kPanelElements : 0;  // of its axes see cuda/params.h
+    ptx::TmaLoad5d(dst, &map, full, is_prefill ? ptx::kEvictNormal : ptx::kEvictFirst, column, row, Config::kIsPadded ? 0 : panel, head,
+                   page);
   }
 
   const AttentionParams& params_;

@@ -1,6 +1,6 @@
 // Copies of K and V by token, for pages of fewer than 8 tokens: two warps, 16-byte cp.async, 64 keys of a tile each.
 //
-// head_dim / 8 lanes copy a row, 2 or 4 rows an instruction. A tile of 128 keys of head_dim 128 costs a warp 32 times four instructions
+// 8, 16 or 32 lanes copy a row, up to 4 rows an instruction. A tile of 128 keys of head_dim 128 costs a warp 32 times four instructions
 // (shuffle of the page, its sign, one multiply-add for the address, copy). The layout is that of one page of 128 tokens, which
 // serves both classes; a tile starts at any key, and slots without a key are filled with zeros, since a weight of 0 times NaN is NaN.
 #pragma once
@@ -57,7 +57,8 @@ class KvGather {
   __device__ __forceinline__ void Finish() const { ptx::CpAsyncWaitAll(); }
 
  private:
-  static constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes: the lanes of a row
+  static constexpr int kLanes = Config::kLoadLanes;                 // of a row, 16 bytes each
+  static constexpr bool kIsWhole = Config::kHeadDim / 8 == kLanes;  // every lane has some
 
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ static int32_t Half() { return threadIdx.x / 32 == 0 ? 0 : 1; }
@@ -66,7 +67,7 @@ class KvGather {
 
   __device__ __forceinline__ static void CopyRows(const Tile& tile, const void* rows, int64_t stride_page, int64_t stride_token,
                                                   int64_t head_offset, uint32_t stage, uint32_t full) {
-    const int32_t chunk = Lane() % kChunks, first_row = Lane() / kChunks * kChunks;
+    const int32_t chunk = Lane() % kLanes, first_row = Lane() / kLanes * kLanes;
     const char* source = static_cast<const char*>(rows) + (head_offset + chunk * 8) * 2;
     asm volatile("" : "+l"(source));  // NOTE: one value, or the compiler adds its parts anew for every copy
     const uint32_t target = stage + Config::Boxes::Offset(Half() * kWarpKeys + first_row, chunk);
@@ -92,7 +93,8 @@ class KvGather {
   __device__ __forceinline__ static void Copies(const uint32_t (&offset)[kWarpKeys / 32], const char* source, uint32_t target) {
     // NOTE: shuffles, addresses, copies, batch by batch, and the addresses of a batch at once: a copy reads its address late, and the
     // compiler would wait for that to use the same two registers again.
-    constexpr int kCopies = kWarpKeys * kChunks / 32, kBatch = 8;
+    constexpr int kCopies = kWarpKeys * kLanes / 32, kBatch = 8;
+    const bool has_chunk = Lane() % kLanes < Config::kHeadDim / 8;
     constexpr int kPerRow = kCopies / tile::kSwizzleRows;  // copies with the same row modulo 8
 #pragma unroll
     for (int first = 0; first < kCopies; first += kBatch) {
@@ -102,7 +104,7 @@ class KvGather {
       for (int u = 0; u < kBatch; ++u) {
         const int i = (first + u) / kPerRow, j = (first + u) % kPerRow;
         const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
-        at[u] = __shfl_sync(0xffffffff, offset[m], i + further, kChunks);  // of key 32 * m + first_row + i + further
+        at[u] = __shfl_sync(0xffffffff, offset[m], i + further, kLanes);  // of key 32 * m + first_row + i + further
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) from[u] = ptx::Address(source, at[u], 16);
@@ -116,6 +118,7 @@ class KvGather {
         const int m = j % (kWarpKeys / 32), further = j / (kWarpKeys / 32) * tile::kSwizzleRows;
         // Rows first_row + i (+ 8, + 32, …): first_row is a multiple of 8, so their chunk stands at chunk ^ i.
         const uint32_t row = (target ^ (i << 4)) + (i + 32 * m + further) * tile::kPanelRowBytes;
+        if (!kIsWhole && !has_chunk) continue;
         if constexpr (kAllKeys) {
           ptx::CpAsync16(row, from[u]);
         } else {

@@ -56,6 +56,7 @@ class KvProducer {
         }
         tile = next;
       }
+      if (Config::kQueryBuffers == 1) Flush();  // the consumers drain at the end of a head
     }
     if (work.merge != kNoMerge) Flush();  // the consumers merge before they go on
   }

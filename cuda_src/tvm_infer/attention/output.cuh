@@ -31,6 +31,17 @@ __device__ __forceinline__ OutputRow PartialRow(const AttentionParams& p, int64_
   return {p.partial_o + partial_row * kHeadDim, p.partial_lse + partial_row};
 }
 
+// A lane's columns of a row that a warp shares out: kPieces times kVector neighbours.
+template <int kHeadDim>
+struct LaneColumns {
+  static constexpr int kVector = kHeadDim % 128 == 0 ? 4 : 2, kPieces = (kHeadDim + 32 * kVector - 1) / (32 * kVector);
+  static constexpr int kCount = kVector * kPieces;
+  static constexpr bool kIsWhole = kHeadDim % (32 * kVector) == 0;  // every lane has all its pieces
+
+  __device__ __forceinline__ static int32_t First(int32_t lane, int piece) { return (piece * 32 + lane) * kVector; }
+  __device__ __forceinline__ static bool Has(int32_t lane, int piece) { return kIsWhole || First(lane, piece) < kHeadDim; }
+};
+
 // Columns [column, column + kCount) of a row of fp32 values, converted if the row is final.
 template <typename Element, int kCount>
 __device__ __forceinline__ void StoreColumns(const OutputRow& row, bool is_final, int32_t column, const float (&x)[kCount]) {
@@ -72,26 +83,28 @@ __device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const
 // Staged rows, 8 or 16, in registers, 16 bytes a lane, on their way to where `rows` says (see SharedMemory::scratch).
 template <int kHeadDim, int kPanelRows>
 struct StagedRows {
-  static constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks, kSteps = 4;  // 2 or 4 rows at once
+  static constexpr int kChunks = kHeadDim / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // of a row
+  static constexpr int kRowsAtOnce = 32 / kLanes, kSteps = 4;                                        // 1, 2 or 4 rows at once
   static constexpr int kRowsHeld = kSteps * kRowsAtOnce;
   uint4 data[kSteps];
   uint32_t offset[kSteps];
 
   __device__ __forceinline__ StagedRows(uint32_t lane, uint32_t staging, uint32_t rows, int32_t first) {
-    const uint32_t chunk = lane % kChunks;
+    const uint32_t chunk = min(lane % kLanes, kChunks - 1u);  // lanes without one read another's: there may be no memory behind the rows
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const uint32_t row = first + i * kRowsAtOnce + lane / kChunks;
+      const uint32_t row = first + i * kRowsAtOnce + lane / kLanes;
       offset[i] = ptx::LoadShared4(rows + row * 8);
       data[i] = ptx::LoadShared16(staging + chunk / 8 * kPanelRows * tile::kPanelRowBytes + tile::SwizzledOffset(row, chunk % 8));
     }
   }
   // The first `num_rows` of them.
   __device__ __forceinline__ void Store(int32_t lane, void* o, int32_t first, int32_t num_rows) const {
-    char* column = static_cast<char*>(o) + lane % kChunks * 16;
+    char* column = static_cast<char*>(o) + lane % kLanes * 16;
+    const int32_t rows = kChunks == kLanes || lane % kLanes < kChunks ? num_rows : 0;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      ptx::StoreGlobal16(column + static_cast<uint64_t>(offset[i]) * 16, data[i], first + i * kRowsAtOnce + lane / kChunks < num_rows);
+      ptx::StoreGlobal16(column + static_cast<uint64_t>(offset[i]) * 16, data[i], first + i * kRowsAtOnce + lane / kLanes < rows);
     }
   }
 };

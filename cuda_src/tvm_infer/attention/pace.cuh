@@ -53,7 +53,7 @@ class Pace {
   }
 
  private:
-  static constexpr int32_t kInterval = 2;  // tiles from one comparison to the next
+  static constexpr int32_t kInterval = 65536 / Config::kStageBytes;  // tiles from one comparison to the next: 128 KB of K and V
   static constexpr int32_t kFewStages = Config::kDecodeStages * 3 / 4;
   static constexpr int32_t kManyStages = Config::kDecodeStages * 5 / 4 < Config::kStages ? Config::kDecodeStages * 5 / 4 : Config::kStages;
   static_assert(kFewStages >= 2, "K and V of a tile");

@@ -15,7 +15,7 @@ namespace tvm_infer::attention {
 class PlanCheck {
  public:
   // By a whole warp. `grid`: CTAs that were launched.
-  __device__ __forceinline__ PlanCheck(const PlanView& plan, const cuda::ExpectedPlan& expected, int32_t grid) {
+  __device__ __forceinline__ PlanCheck(const PlanView& plan, const cuda::ExpectedPlan& expected, int32_t grid, bool has_variant) {
     const int32_t lane = threadIdx.x % 32;
     word_ = __ldg(reinterpret_cast<const int32_t*>(plan.header) + lane % kWords);
     const auto equals = [&](int32_t word, int32_t value) {
@@ -36,6 +36,7 @@ class PlanCheck {
     at_most(kNumTokens, expected.max_tokens);
     at_most(kNumPartialRows, expected.max_partial_rows);
     at_most(kNumKvLists, expected.max_kv_lists);
+    if (has_variant) equals(kNumSharedWorks, 0);
   }
 
   // This lane's word forbids CTA `cta` to go on: the plan is refused, or has no such CTA.
@@ -47,6 +48,7 @@ class PlanCheck {
     const uint32_t bad = __ballot_sync(0xffffffff, IsBad());
     if (threadIdx.x % 32 != 0 || bad == 0 || (bad >> kMagic & 1) != 0 || (bad >> kVersion & 1) != 0) return;
     PlanRefusal reason = kOtherCaptureKey;
+    if (bad >> kNumSharedWorks & 1) reason = kSharedWithVariant;
     if (bad >> kNumKvLists & 1) reason = kTooManyLists;
     if (bad >> kNumPartialRows & 1) reason = kTooManyPartials;
     if (bad >> kNumTokens & 1) reason = kTooManyTokens;
@@ -66,8 +68,9 @@ class PlanCheck {
   static constexpr int32_t kGroupSize = offsetof(PlanHeader, group_size) / 4;
   static constexpr int32_t kNumKvLists = offsetof(PlanHeader, num_kv_lists) / 4;
   static constexpr int32_t kNumPartialRows = offsetof(PlanHeader, num_partial_rows) / 4;
+  static constexpr int32_t kNumSharedWorks = offsetof(PlanHeader, num_shared_works) / 4;
   static constexpr int32_t kWords = 16;
-  static_assert(kNumPartialRows < kWords);
+  static_assert(kNumPartialRows < kWords && kNumSharedWorks < kWords);
 
   __device__ __forceinline__ bool IsBad() const { return word_ < least_ || word_ > most_; }
 

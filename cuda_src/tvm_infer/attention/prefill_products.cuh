@@ -5,6 +5,7 @@
 
 #include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/mask.cuh"
+#include "tvm_infer/attention/widen_tile.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/ptx/wgmma.cuh"
 #include "tvm_infer/tile/descriptor.cuh"
@@ -17,6 +18,7 @@ class PrefillProducts {
   using Element = typename Config::Element;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
 
   __device__ __forceinline__ explicit PrefillProducts(Consumer<Config>& c)
       : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
@@ -25,9 +27,9 @@ class PrefillProducts {
   __device__ __forceinline__ void PassTurn() { ptx::BarrierArrive(Config::kBarrierTurn + 1 - warpgroup_, Config::kConsumerThreads); }
 
   // s = Q @ K^T, asynchronous.
-  __device__ __forceinline__ void IssueLogits(float (&s)[64], uint32_t query, uint32_t k_stage) {
-    const ptx::Descriptor q =
-        tile::Uniform(tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * kHeadDim * 2, 0, tile::kSwizzleAtomBytes));
+  __device__ __forceinline__ void IssueLogits(float (&s)[kLogits], uint32_t query, uint32_t k_stage) {
+    const ptx::Descriptor q = tile::Uniform(
+        tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     // NOTE: the first product overwrites s. Said so where registers are short, for the weights before would live until here; elsewhere the
     // compiler's order of things is better without.
@@ -37,19 +39,21 @@ class PrefillProducts {
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
       const int panel = d / tile::kPanelElements, bytes = d % tile::kPanelElements * 2;
-      ptx::Wgmma64x128x16<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
-                                   tile::Advance(k, panel * kTileKeys * tile::kPanelRowBytes + bytes), d > 0);
+      ptx::WgmmaSharedA<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
+                                 tile::Advance(k, panel * kTileKeys * tile::kPanelRowBytes + bytes), d > 0);
     }
     ptx::WgmmaCommit();
     ptx::PinRegisters(s);
   }
 
-  // o (+)= P @ V, asynchronous. Of a tile with at most 64 keys only that half.
-  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[32], uint32_t v_stage, bool accumulate,
+  // o (+)= P @ V, asynchronous. Of a tile that is at most half full only that half.
+  __device__ __forceinline__ void IssueValues(float (&o)[kOutputs], uint32_t (&p)[kLogits / 2], uint32_t v_stage, bool accumulate,
                                               int32_t num_keys) {
-    using Boxes = typename Config::Boxes;
+    // 8-bit values were widened into one box.
+    constexpr int kBoxKeys = Config::kIsScaled ? kTileKeys : Config::kBoxKeys;
+    using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
     // Pages of 8 tokens: the next 8 keys are the next page.
-    constexpr uint32_t kNext8Keys = Config::kBoxKeys == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
+    constexpr uint32_t kNext8Keys = kBoxKeys == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
     const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
     ptx::PinRegisters(o);
     ptx::PinRegisters(p);
@@ -57,7 +61,7 @@ class PrefillProducts {
       ptx::WgmmaFence();
 #pragma unroll
       for (int key = 0; key < last; key += 16) {
-        const uint32_t bytes = key / Config::kBoxKeys * Boxes::kPageBytes + key % Config::kBoxKeys * tile::kPanelRowBytes;
+        const uint32_t bytes = key / kBoxKeys * Boxes::kPageBytes + key % kBoxKeys * tile::kPanelRowBytes;
         ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
       }
       ptx::WgmmaCommit();
@@ -71,9 +75,9 @@ class PrefillProducts {
     ptx::PinRegisters(o);
   }
 
-  __device__ __forceinline__ static void PackWeights(uint32_t (&p)[32], const float (&s)[64]) {
+  __device__ __forceinline__ static void PackWeights(uint32_t (&p)[kLogits / 2], const float (&s)[kLogits]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kLogits / 2; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
   }
 
   // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its box (keys of the tile). Whole boxes
@@ -81,12 +85,37 @@ class PrefillProducts {
   __device__ __forceinline__ void CleanValues(uint32_t v_stage, int32_t begin, int32_t end) {
     constexpr int kBoxKeys = Config::kBoxKeys;
     const int32_t box_end = min((end + kBoxKeys - 1) / kBoxKeys * kBoxKeys, kTileKeys);
-    if (Config::kIsGather || (begin <= 0 && end >= box_end)) return;
+    if (Config::kIsGather || Config::kIsScaled || (begin <= 0 && end >= box_end)) return;
     const int32_t thread = c_.ThreadAnew();
     ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, thread % 128);
     ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, thread % 128);
     ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
+  }
+
+  // 8-bit tiles at `k` and `v` (null: none) to 16 bits, by both warpgroups; then their stages are empty.
+  using Cursor = typename Config::Ring::Cursor;
+  __device__ __forceinline__ void Widen(const Cursor* k, const Cursor* v, int32_t values_begin, int32_t values_end) const {
+    ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);  // no product reads the tiles before any more
+    if (k != nullptr) {
+      c_.ring.WaitFull(*k);
+      WidenTile<Config>(c_.ring.Data(*k), WideTile(0), c_.ThreadAnew(), 0, kTileKeys);
+    }
+    if (v != nullptr) {
+      c_.ring.WaitFull(*v);
+      WidenTile<Config>(c_.ring.Data(*v), WideTile(1), c_.ThreadAnew(), values_begin, values_end);
+    }
+    ptx::FenceProxyAsyncShared();
+    ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
+    if (k != nullptr) c_.Release(*k);
+    if (v != nullptr) c_.Release(*v);
+  }
+  __device__ __forceinline__ uint32_t WideTile(int which) const { return c_.ring.data + Config::kWideOffset + which * Config::kWideBytes; }
+  // Where the products find a tile, and what gives its stage back.
+  __device__ __forceinline__ uint32_t Keys(const Cursor& k) const { return Config::kIsScaled ? WideTile(0) : c_.ring.Data(k); }
+  __device__ __forceinline__ uint32_t Values(const Cursor& v) const { return Config::kIsScaled ? WideTile(1) : c_.ring.Data(v); }
+  __device__ __forceinline__ void Release(const Cursor& at) const {
+    if constexpr (!Config::kIsScaled) c_.Release(at);
   }
 
   Consumer<Config>& c_;

@@ -1,4 +1,4 @@
-// The prefill class: 128 packed rows, 64 for each of two warpgroups, against tiles of 128 keys; both products on wgmma.
+// The prefill class: 128 packed rows, 64 for each of two warpgroups, against tiles of 128 or 64 keys; both products on wgmma.
 //
 // Two overlaps keep the tensor cores busy during the exponentials (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2): the
 // warpgroups take turns issuing products, so that one's softmax runs under the other's products; and within a warpgroup the logits of
@@ -12,6 +12,7 @@
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
 #include "tvm_infer/attention/prefill_products.cuh"
+#include "tvm_infer/attention/prefill_store.cuh"
 #include "tvm_infer/attention/softmax.cuh"
 #include "tvm_infer/ptx/wgmma.cuh"
 
@@ -25,6 +26,7 @@ class PrefillTile : private PrefillProducts<Config> {
   using Variant = typename Config::Variant;
   static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
 
   __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : PrefillProducts<Config>(c) {}
 
@@ -32,102 +34,13 @@ class PrefillTile : private PrefillProducts<Config> {
   // keys; returns the index of the last one done.
   //
   // One stream of tiles, across heads and works: nothing drains at a head's end, the next head's first logits are under way before this
-  // head's last values.
+  // head's last values. With one query buffer a stream ends with its head.
   __device__ __forceinline__ int32_t Run(const WorkQueue& queue, int32_t index, Work work) {
-    float s[64], o[kOutputs], rescale[2];
-    uint32_t p[32];
-    SoftmaxState<Variant> softmax;
-    Tiles tiles(work);
-    Visible visible = VisibleTo(work);
-    VariantRows rows, done_rows;
-    EnterVariant(rows, work);
-    int32_t head = 0, tile = 0;
-
-    // The first tile: no earlier values to go with its logits.
-    uint32_t query = c_.WaitQuery();
-    WaitKeys(c_.cursor, rows, work.kv_pos_base + tiles.base);
-    WaitTurn();
-    IssueLogits(s, query, c_.ring.Data(c_.cursor));
-    PassTurn();
-    ptx::WgmmaWait<0>();
-    ptx::PinRegisters(s);
-    c_.Release(c_.cursor);
-    c_.cursor.Advance();
-    Softmax(s, visible, rows, work, tiles.base, softmax, rescale);
-    PackWeights(p, s);
-
-    bool accumulate = false;  // o holds earlier values of this head
-    int32_t values_begin, values_end, done_index;
-    for (;;) {
-      // p holds the weights of `tile` of `head` of work `index`. Step to the tile after it.
-      values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
-      values_end = work.kv_end - tiles.base - tile * kTileKeys;
-      done_index = index;
-      done_rows = rows;
-      const bool ends_head = ++tile == tiles.count;
-      if (ends_head) {
-        tile = 0;
-        if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
-        if (++head == work.num_kv_heads) {
-          head = 0;
-          if (work.merge != kNoMerge || ++index == queue.end) break;
-          work = LoadWork(queue.works, index);
-          if (work.tile_class == kDecodeClass || work.kv_end <= work.kv_begin) break;
-          tiles = Tiles(work);
-          visible = VisibleTo(work);
-          EnterVariant(rows, work);
-        }
-        query = c_.WaitQuery();
-      }
-      const typename Ring::Cursor k = c_.cursor;
-      c_.cursor.Advance();
-      if (ends_head || values_begin > 0) {
-        c_.WaitFullForWgmma(c_.cursor);
-        CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-      }
-      WaitKeys(k, rows, work.kv_pos_base + tiles.base + tile * kTileKeys);
-      WaitTurn();
-      IssueLogits(s, query, c_.ring.Data(k));
-      c_.WaitFullForWgmma(c_.cursor);
-      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
-      PassTurn();
-      ptx::WgmmaWait<1>();
-      ptx::PinRegisters(s);
-      c_.Release(k);
-      if (ends_head) {
-        // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
-        ptx::WgmmaWait<0>();
-        ptx::PinRegisters(o);
-        Store(query ^ 1, done_rows, softmax, o);
-        softmax = SoftmaxState<Variant>();
-      }
-      Softmax(s, visible, rows, work, tiles.base + tile * kTileKeys, softmax, rescale);
-      ptx::WgmmaWait<0>();
-      ptx::PinRegisters(o);
-      c_.Release(c_.cursor);
-      c_.cursor.Advance();
-      PackWeights(p, s);  // NOTE: before the branch, so that it runs between the exponentials
-      if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
-      }
-      accumulate = !ends_head;
-    }
-
-    // The last tile: no later logits to go with its values.
-    c_.WaitFullForWgmma(c_.cursor);
-    CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
-    ptx::WgmmaWait<0>();
-    ptx::PinRegisters(o);
-    c_.Release(c_.cursor);
-    c_.cursor.Advance();
-    // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
-    ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-    Store(query, done_rows, softmax, o);
-    return done_index;
+    if constexpr (Config::kQueryBuffers > 1) return RunStream(queue, index, work, 0);
+#pragma unroll 1
+    for (int32_t head = 0; head < work.num_kv_heads; ++head) RunStream(queue, index, work, head);
+    return index;
   }
-
   // A work whose rows see no key: O = 0, LSE = -inf.
   __device__ __forceinline__ void RunEmpty(const Work& work) {
     const float zero[2] = {0.f, 0.f};
@@ -154,7 +67,117 @@ class PrefillTile : private PrefillProducts<Config> {
   using Products = PrefillProducts<Config>;
   using Products::c_, Products::warpgroup_;
   using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
+  using Products::Widen, Products::Keys, Products::Values, Products::Release;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
+
+  // From head `head` of the first work on.
+  __device__ __forceinline__ int32_t RunStream(const WorkQueue& queue, int32_t index, Work work, int32_t head) {
+    float s[kLogits], o[kOutputs], rescale[2];
+    uint32_t p[kLogits / 2];
+    SoftmaxState<Variant> softmax;
+    Tiles tiles(work);
+    Visible visible = VisibleTo(work);
+    VariantRows rows, done_rows;
+    EnterVariant(rows, work, head);
+    int32_t tile = 0;
+
+    // The first tile: no earlier values to go with its logits.
+    uint32_t query = c_.WaitQuery();
+    if constexpr (Config::kIsScaled) {
+      Widen(&c_.cursor, nullptr, 0, 0);
+    } else {
+      WaitKeys(c_.cursor, rows, tiles.base);
+    }
+    WaitTurn();
+    IssueLogits(s, query, Keys(c_.cursor));
+    PassTurn();
+    ptx::WgmmaWait<0>();
+    ptx::PinRegisters(s);
+    Release(c_.cursor);
+    c_.cursor.Advance();
+    Softmax(s, visible, rows, work, head, tiles.base, softmax, rescale);
+    PackWeights(p, s);
+
+    bool accumulate = false;  // o holds earlier values of this head
+    int32_t values_begin, values_end, done_index;
+    for (;;) {
+      // p holds the weights of `tile` of `head` of work `index`. Step to the tile after it.
+      values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
+      values_end = work.kv_end - tiles.base - tile * kTileKeys;
+      done_index = index;
+      done_rows = rows;
+      const bool ends_head = ++tile == tiles.count;
+      if (ends_head) {
+        if constexpr (Config::kQueryBuffers == 1) break;
+        tile = 0;
+        if constexpr (Config::kHasVariant) rows.NextHead(c_.params.expected.group_size);
+        if (++head == work.num_kv_heads) {
+          head = 0;
+          if (work.merge != kNoMerge || ++index == queue.end) break;
+          work = LoadWork(queue.works, index);
+          if (work.tile_class == kDecodeClass || work.kv_end <= work.kv_begin) break;
+          tiles = Tiles(work);
+          visible = VisibleTo(work);
+          EnterVariant(rows, work, 0);
+        }
+        query = c_.WaitQuery();
+      }
+      const typename Ring::Cursor k = c_.cursor;
+      c_.cursor.Advance();
+      if constexpr (Config::kIsScaled) {
+        Widen(&k, &c_.cursor, values_begin, values_end);
+      } else {
+        if (ends_head || values_begin > 0) {
+          c_.WaitFullForWgmma(c_.cursor);
+          CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+        }
+        WaitKeys(k, rows, tiles.base + tile * kTileKeys);
+      }
+      WaitTurn();
+      IssueLogits(s, query, Keys(k));
+      if constexpr (!Config::kIsScaled) c_.WaitFullForWgmma(c_.cursor);
+      IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
+      PassTurn();
+      ptx::WgmmaWait<1>();
+      ptx::PinRegisters(s);
+      Release(k);
+      if (ends_head) {
+        // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
+        ptx::WgmmaWait<0>();
+        ptx::PinRegisters(o);
+        StoreHead<Config>(c_, query ^ 1, done_rows, 0, softmax, o);
+        softmax = SoftmaxState<Variant>();
+      }
+      Softmax(s, visible, rows, work, head, tiles.base + tile * kTileKeys, softmax, rescale);
+      ptx::WgmmaWait<0>();
+      ptx::PinRegisters(o);
+      Release(c_.cursor);
+      c_.cursor.Advance();
+      PackWeights(p, s);  // NOTE: before the branch, so that it runs between the exponentials
+      if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+      }
+      accumulate = !ends_head;
+    }
+
+    // The last tile: no later logits to go with its values.
+    if constexpr (Config::kIsScaled) {
+      Widen(nullptr, &c_.cursor, values_begin, values_end);
+    } else {
+      c_.WaitFullForWgmma(c_.cursor);
+      CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+    }
+    IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
+    ptx::WgmmaWait<0>();
+    ptx::PinRegisters(o);
+    Release(c_.cursor);
+    c_.cursor.Advance();
+    // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
+    ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
+    StoreHead<Config>(c_, query, done_rows, work.kv_head_begin + head, softmax, o);
+    return done_index;
+  }
 
   // Which keys this thread's rows see, and which all rows of the warpgroup see: tiles inside need no mask.
   struct Visible {
@@ -171,9 +194,14 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // This thread's rows, as the variant sees them.
-  __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work) const {
-    const int32_t thread = c_.ThreadAnew();
-    if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, thread / 32 * 16 + thread % 32 / 4);
+  __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work, int32_t head) const {
+    const int32_t thread = c_.ThreadAnew(), group = c_.params.expected.group_size;
+    if constexpr (Config::kHasVariant) {
+      rows.Enter(c_.plan, work, group, thread / 32 * 16 + thread % 32 / 4);
+      if constexpr (Config::kQueryBuffers == 1) {
+        for (int32_t h = 0; h < head; ++h) rows.NextHead(group);
+      }
+    }
   }
 
   // Until the tile of keys at `k`, whose first is at position `kv_pos`, is there, and is what the variant makes of it: each warp
@@ -182,7 +210,7 @@ class PrefillTile : private PrefillProducts<Config> {
     if constexpr (Config::kChangesKeys) {
       c_.ring.WaitFull(k);
       using Panels = tile::PageBoxes<kTileKeys, kHeadDim>;  // as the copies for wgmma leave keys
-      ChangeKeys<Config, Panels, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
+      if (c_.Warp() < kTileKeys / 16) ChangeKeys<Config, Panels, 2>(c_.variant, rows.rows[0], c_.ring.Data(k), c_.Warp(), kv_pos);
       ptx::FenceProxyAsyncShared();
       ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
     } else {
@@ -191,10 +219,11 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // Logits of one tile to weights.
-  __device__ __forceinline__ void Softmax(float (&s)[64], const Visible& visible, const VariantRows& rows, const Work& work,
-                                          int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
+  __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const Work& work,
+                                          int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
+    const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-      ApplyVariant<Variant>(s, c_.variant, rows, work.kv_pos_base + tile_key, c_.params.sm_scale);
+      ApplyVariant<Variant>(s, c_.variant, rows, tile_key, c_.params.sm_scale);
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);
@@ -202,77 +231,15 @@ class PrefillTile : private PrefillProducts<Config> {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
     if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Element::kIsBf16) {
-      softmax.UpdateSmall(s, c_.SoftmaxScale(), rescale);
+      softmax.UpdateSmall(s, scale, rescale);
     } else {
-      softmax.Update(s, c_.SoftmaxScale(), rescale);
+      softmax.Update(s, scale, rescale);
     }
   }
 
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
     return work.out == kFinalRows ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + head)
                                   : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
-  }
-
-  // Stores a head's rows and gives its query buffer back, through which final rows pass.
-  __device__ __forceinline__ void Store(uint32_t query, const VariantRows& at, SoftmaxState<Variant> softmax, float (&o)[kOutputs]) {
-    static_assert(Config::kQueryBuffers == 2, "the head before the current one has the other buffer");
-    softmax.SumOverQuad();
-    float factor[2] = {Normaliser<Variant>(softmax.sum[0]), Normaliser<Variant>(softmax.sum[1])};
-    const int32_t thread = c_.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
-    const int2 head = c_.shared.head[query];
-    const int32_t num_rows = head.y - first_row;
-    const int2* rows = c_.shared.scratch[query].rows + first_row;
-    float lse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) lse[i] = StateLse<Variant>(softmax.max[i], softmax.sum[i], c_.SoftmaxScale());
-    if (head.x == kFinalRows) {
-      if constexpr (Variant::kHasOutput) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (lse[i] == kNegInf) continue;
-#pragma unroll
-          for (int j = 0; j < kOutputs / 4; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& x = o[4 * j + 2 * i + e];
-              x = Variant::Output(c_.variant, at.rows[i], lse[i], x * factor[i]);
-            }
-          }
-          factor[i] = 1.f;
-        }
-      }
-      const uint32_t staging = c_.QueryAddress(query) + first_row / kRows * kRows * kHeadDim * 2 + first_row % kRows * tile::kPanelRowBytes;
-      StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
-      int32_t at[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) at[i] = rows[lane / 4 + 8 * i].y;
-      __syncwarp();
-      using Staged = StagedRows<kHeadDim, kRows>;
-#pragma unroll
-      for (int first = 0; first < 16; first += Staged::kRowsHeld) {
-        const Staged staged(lane, staging, ptx::SharedAddress(rows), first);
-        if (first + Staged::kRowsHeld == 16) c_.ReleaseQuery(query);
-        staged.Store(lane, c_.params.o, first, num_rows);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (lane % 4 == 0 && lane / 4 + 8 * i < num_rows && c_.params.lse != nullptr) c_.params.lse[at[i]] = lse[i];
-      }
-      return;
-    }
-    c_.ReleaseQuery(query);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t row = lane / 4 + 8 * i;
-      if (row >= num_rows) continue;
-      const OutputRow partial = PartialRow<kHeadDim>(c_.params, head.x + first_row + row);
-      if (lane % 4 == 0) *partial.lse = lse[i];
-#pragma unroll
-      for (int j = 0; j < kOutputs / 4; ++j) {
-        const float x[2] = {o[4 * j + 2 * i] * factor[i], o[4 * j + 2 * i + 1] * factor[i]};
-        StoreColumns<Element>(partial, false, 8 * j + lane % 4 * 2, x);
-      }
-    }
   }
 };
 

@@ -95,8 +95,8 @@ class QueryLoader {
   }
 
   __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t buffer, bool is_prefill) {
-    constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
-    constexpr int kRowsAtOnce = 32 / kChunks;      // 2 or 4
+    constexpr int kLanes = Config::kLoadLanes;  // of a row
+    constexpr int kRowsAtOnce = 32 / kLanes;    // 1, 2 or 4
     if (is_prefill) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -105,7 +105,8 @@ class QueryLoader {
     } else if (lane_ < Config::kDecodeRows) {
       shared_.decode_rows[buffer][lane_] = {static_cast<int32_t>(rows.o[0]), rows.lse[0]};
     }
-    const uint32_t chunk = lane_ % kChunks, row = lane_ / kChunks;  // row of the first step
+    const uint32_t chunk = lane_ % kLanes, row = lane_ / kLanes;  // row of the first step
+    const bool has_chunk = chunk < Config::kHeadDim / 8;
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
     const uint32_t panel = buffer_ + buffer * Config::kQueryBytes + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
     const uint32_t swizzled = (chunk % 8 ^ row) << 4;
@@ -121,6 +122,7 @@ class QueryLoader {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const uint32_t to = panel + (first + i * kRowsAtOnce) * tile::kPanelRowBytes;
+        if (Config::kHeadDim / 8 < kLanes && !has_chunk) continue;
         ptx::CpAsync16(to + (swizzled ^ (i * kRowsAtOnce) % tile::kSwizzleRows << 4), column + static_cast<uint64_t>(from[i]) * 16);
       }
     }

@@ -103,8 +103,8 @@ class TokenOfRow {
 __device__ __forceinline__ KeyRange VisibleKeys(const Work& work, Band band, const TokenOfRow& token, int32_t row) {
   const int32_t position = work.qo_pos_base + token(row);
   KeyRange keys{work.kv_begin, work.kv_end};
-  if (band.left != kUnbounded) keys.begin = max(keys.begin, position - band.left - work.kv_pos_base);
-  if (band.right != kUnbounded) keys.end = min(keys.end, position + band.right + 1 - work.kv_pos_base);
+  if (band.left != kUnbounded) keys.begin = max(keys.begin, position - band.left);
+  if (band.right != kUnbounded) keys.end = min(keys.end, position + band.right + 1);
   return keys;
 }
 

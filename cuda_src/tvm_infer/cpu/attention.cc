@@ -74,9 +74,8 @@ KeyRange LocateRows(const Context& ctx, const Work& work, ThreadScratch* s) {
         const int32_t request = RequestOf(ctx, token);
         position = ctx.plan.kv_len()[request] - (ctx.plan.qo_indptr()[request + 1] - token);
       }
-      const int64_t key = position - work.kv_pos_base;  // the list's key at the row's own position
-      if (band.left != kUnbounded) begin = std::max(begin, key - band.left);
-      if (band.right != kUnbounded) end = std::min(end, key + band.right + 1);
+      if (band.left != kUnbounded) begin = std::max(begin, position - band.left);
+      if (band.right != kUnbounded) end = std::min(end, position + band.right + 1);
     }
     s->tokens[r] = token;
     s->heads[r] = (work.row_begin + r) % group;
@@ -157,7 +156,6 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
                args.variant->args,
                s->variant_rows.data(),
                group,
-               work.kv_pos_base,
                hooks.turn,
                hooks.query,
                hooks.key,
@@ -253,6 +251,11 @@ void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_thre
     TVM_INFER_THROW(PlanMismatchError) << "the plan was made for " << header.num_sink << " sinks and chunks of " << header.chunk
                                        << ", which only the mask of a variant tests row by row, and the call has none. Pass the variant "
                                           "that it was planned for, or plan without sinks and chunks.";
+  }
+  if (header.num_shared_works > 0 && args.variant != nullptr) {
+    TVM_INFER_THROW(PlanMismatchError) << "the plan has " << header.num_shared_works
+                                       << " works with rows of several requests, and the call a variant, which runs without any. Plan "
+                                          "without levels.";
   }
   if (num_threads > kMaxThreads) {
     TVM_INFER_THROW(ArgumentError) << "num_threads is " << num_threads << ", but must be at most " << kMaxThreads << ".";

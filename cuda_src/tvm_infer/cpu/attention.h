@@ -93,9 +93,9 @@ void Merge(const MergeArgs& args, int num_threads);
 int DefaultNumThreads();
 // Tile classes measured for this executor (a static table of `*count` entries), by the type of queries and of keys in memory.
 const TileClass* TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t* count);
-// The hooks of a standard variant in the chosen instruction set, for as long as the library is loaded; nullptr: `digest`, 16 hexadecimal
-// digits, is none of theirs.
-const variant::CpuFunctions* StandardVariantFunctions(const char* digest);
+// The hooks of a standard variant, or of one that an exported model embeds (embedded.h), in the chosen instruction set, for as long as the
+// library is loaded; nullptr: `digest`, 16 hexadecimal digits, is none of theirs.
+const variant::CpuFunctions* VariantFunctions(const char* digest);
 // "avx512", "avx2" or "portable": what the run-time choice gave; TVM_INFER_CPU_ISA lowers it (an unavailable value is an error).
 const char* IsaName();
 

@@ -12,6 +12,7 @@
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/cpu/kernels.h"
 #include "tvm_infer/cpu/thread_pool.h"
+#include "tvm_infer/embedded.h"
 #include "tvm_infer/error.h"
 
 namespace tvm_infer::cpu {
@@ -91,11 +92,16 @@ const KernelTable& ChosenKernels() {
 
 const char* IsaName() { return ChosenKernels().name; }
 
-const variant::CpuFunctions* StandardVariantFunctions(const char* digest) {
-  const StandardVariants& variants = *ChosenKernels().standard_variants;
+const variant::CpuFunctions* VariantFunctions(const char* digest) {
+  const KernelTable& chosen = ChosenKernels();
+  const StandardVariants& variants = *chosen.standard_variants;
   const std::string name = std::string("variant_") + digest;
   for (size_t i = 0; i < variants.count; ++i) {
     if (name == variants.entries[i].name) return &variants.entries[i].functions;
+  }
+  for (size_t i = 0; i < tvm_infer_embedded.num_variants; ++i) {
+    const EmbeddedVariant& embedded = tvm_infer_embedded.variants[i];
+    if (std::strcmp(embedded.isa, chosen.name) == 0 && std::strcmp(embedded.digest, digest) == 0) return embedded.functions;
   }
   return nullptr;
 }

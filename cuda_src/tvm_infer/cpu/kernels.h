@@ -37,7 +37,6 @@ struct VariantJob {
   const variant::Args* args;
   const variant::Row* rows;  // of the first KV head
   int32_t group_size;        // query heads of a KV head
-  int32_t kv_pos_base;       // position of the list's key 0
   // Of queries and keys, or nullptr; num_pairs of channels turn.
   decltype(variant::CpuFunctions::turn) turn;
   decltype(variant::CpuFunctions::query) query;

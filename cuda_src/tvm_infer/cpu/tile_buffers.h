@@ -154,7 +154,7 @@ TVM_INFER_INLINE void ApplyKey(const TileJob& job, int kv_head, bool is_first_he
   const VariantJob& variant = *job.variant;
   const variant::Row row = RowOfHead(variant, 0, kv_head);
   float* cos = turns + c * 2 * variant.num_pairs;
-  const int position = variant.kv_pos_base + block + c;
+  const int position = block + c;
   if (is_first_head && variant.turn != nullptr) variant.turn(*variant.args, row, position, variant.num_pairs, cos, cos + variant.num_pairs);
   variant.key(*variant.args, row, position, job.head_dim, cos, cos + variant.num_pairs, key);
 }

@@ -23,7 +23,7 @@ TVM_INFER_INLINE void ApplyLogits(const TileJob& job, int kv_head, int r, int bl
   begin = first > begin ? first : begin;
   end = last < end ? last : end;
   if (begin >= end) return;
-  variant.logits(*variant.args, RowOfHead(variant, r, kv_head), variant.kv_pos_base + block + begin, end - begin, s + begin);
+  variant.logits(*variant.args, RowOfHead(variant, r, kv_head), block + begin, end - begin, s + begin);
 }
 
 // A row of queries, [head_dim] in float, as it enters the product.

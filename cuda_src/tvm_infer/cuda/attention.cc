@@ -13,19 +13,18 @@
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int32_t kPanelBytes = 128;       // the swizzle's span
-constexpr uint32_t kRaggedTileKeys = 128;  // of one copy, attention/config_sm90.cuh
+constexpr int32_t kPanelBytes = 128;  // the swizzle's span
 
 constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
 
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
 constexpr int32_t kPageSizes[] = {kRagged, 1, 2, 4, 8, 16, 32, 64};
-constexpr int32_t kHeadDims[] = {64, 128};
+constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};
 constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
 // Of scaled keys and values.
 constexpr DTypeTag kScaledDTypes[] = {DTypeTag::kFloat8E4M3, DTypeTag::kFloat8E5M2};
 constexpr int32_t kScaledPageSizes[] = {16, 32, 64};
-constexpr int32_t kScaledHeadDims[] = {64, 128, 256};
+constexpr int32_t kScaledHeadDims[] = {128, 256};
 constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
 constexpr int kNumHeadDims = sizeof(kHeadDims) / sizeof(kHeadDims[0]);
 constexpr int kNumDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
@@ -72,11 +71,11 @@ bool Has(const T (&values)[kCount], T value) {
 
 // One CachedKernel for each shape with scaled keys; never destroyed.
 struct ScaledKernelTable {
-  CachedKernel* of[kNumDTypes][2][3][3];
+  CachedKernel* of[kNumDTypes][2][2][3];
   ScaledKernelTable() {
     for (int d = 0; d < kNumDTypes; ++d) {
       for (int kv = 0; kv < 2; ++kv) {
-        for (int h = 0; h < 3; ++h) {
+        for (int h = 0; h < 2; ++h) {
           for (int p = 0; p < 3; ++p)
             of[d][kv][h][p] = new CachedKernel(KernelName(kDTypes[d], kScaledDTypes[kv], kScaledHeadDims[h], kScaledPageSizes[p]));
         }
@@ -113,35 +112,39 @@ uint64_t StrideBytes(const AttentionLaunch& launch, int64_t stride, uint64_t siz
   return ElementBytes(launch.kv_dtype) * static_cast<uint64_t>(size > 1 ? stride : launch.head_dim);
 }
 
-// Elements of a panel; a short row is one panel of its own length.
-int32_t PanelElements(const AttentionLaunch& launch) { return std::min(kPanelBytes / ElementBytes(launch.kv_dtype), launch.head_dim); }
+// Heads of whole panels have an axis of them; others are one axis, whose end the copy engine knows (cuda/params.h).
+uint32_t PanelElements(const AttentionLaunch& launch) { return static_cast<uint32_t>(kPanelBytes / ElementBytes(launch.kv_dtype)); }
+uint32_t NumPanels(const AttentionLaunch& launch) {
+  const auto head_dim = static_cast<uint32_t>(launch.head_dim), panel = PanelElements(launch);
+  return head_dim % panel == 0 ? head_dim / panel : 1;
+}
 
-TensorMap EncodeKv(const AttentionLaunch& launch, const KvView& view, uint32_t box_panels) {
+TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, const KvView& view, uint32_t box_panels) {
   const bool ragged = launch.page_size == kRagged;
-  const auto panel = static_cast<uint32_t>(PanelElements(launch));
-  const uint64_t panels = static_cast<uint64_t>(launch.head_dim) / panel;
+  const uint64_t panels = NumPanels(launch), columns = static_cast<uint64_t>(launch.head_dim) / panels;
   const uint64_t num_pages = launch.num_pages > 0 ? static_cast<uint64_t>(launch.num_pages) : 1;
   const uint64_t heads = static_cast<uint64_t>(launch.params.expected.num_kv_heads);
   const uint64_t tokens = ragged ? num_pages : static_cast<uint64_t>(launch.page_size);
   const uint64_t pages = ragged ? 1 : num_pages;
   // A pool without pages has no address; no key is read then, but a map must have one.
   const void* base = launch.num_pages > 0 ? view.base : launch.params.q;
-  return EncodeTensorMap(launch.kv_dtype, base, {panel, tokens, panels, heads, pages},
-                         {StrideBytes(launch, view.stride_token, tokens), panel * static_cast<uint64_t>(ElementBytes(launch.kv_dtype)),
-                          StrideBytes(launch, view.stride_head, heads), StrideBytes(launch, view.stride_page, pages)},
-                         {panel, ragged ? kRaggedTileKeys : static_cast<uint32_t>(launch.page_size), box_panels, 1, 1});
+  const uint32_t panel = std::min(PanelElements(launch), static_cast<uint32_t>(launch.head_dim));
+  return EncodeTensorMap(launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
+                         {StrideBytes(launch, view.stride_token, tokens), kPanelBytes, StrideBytes(launch, view.stride_head, heads),
+                          StrideBytes(launch, view.stride_page, pages)},
+                         {panel, static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
 }
 
-KvTensorMaps EncodeMaps(const AttentionLaunch& launch) {
+KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {
   const AttentionParams& p = launch.params;
   const KvView k{p.k, p.k_stride_page, p.k_stride_head, p.k_stride_token};
   const KvView v{p.v, p.v_stride_page, p.v_stride_head, p.v_stride_token};
-  const auto panels = static_cast<uint32_t>(launch.head_dim / PanelElements(launch));
+  const uint32_t panels = NumPanels(launch);
   KvTensorMaps maps;
-  maps.k_pages = EncodeKv(launch, k, panels);
-  maps.v_pages = EncodeKv(launch, v, panels);
-  // A page of one panel needs no map for a part of it; ragged keys do not use the third map, but the kernel prefetches all of them.
-  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, k, 1);
+  maps.k_pages = EncodeKv(launch, kernel, k, panels);
+  maps.v_pages = EncodeKv(launch, kernel, v, panels);
+  // Boxes of one panel are those of pages already; ragged keys do not use the third map, but the kernel prefetches all of them.
+  maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, kernel, k, 1);
   return maps;
 }
 
@@ -203,7 +206,7 @@ void LaunchAttention(const AttentionLaunch& launch) {
   CheckSpans(launch);
   KvTensorMaps maps{};  // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
-    maps = EncodeMaps(launch);
+    maps = EncodeMaps(launch, kernel.info);
   }
   AttentionParams params = launch.params;
   variant::Args args{};

@@ -16,6 +16,7 @@ struct KernelInfo {
   int32_t threads;       // in a CTA
   int32_t shared_bytes;  // dynamic shared memory
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
+  int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
 inline constexpr int32_t kKernelAbi = 8;  // bumped when a struct of this file or the Plan changes
 
@@ -63,10 +64,12 @@ struct AttentionParams {
 };
 
 // Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
-// 8-bit elements come 128 to a panel, which is 128 bytes all the same, in the 128-byte swizzle; heads of 64 as one panel of 64 bytes, in
-// the 64-byte swizzle. Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows.
+// Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows, KernelInfo::tile_keys a box.
+// Panels are 128 bytes: of 8-bit elements 128. A head_dim that is no multiple of a panel is one axis of so many elements, and that of
+// panels has one entry.
 struct KvTensorMaps {
-  TensorMap k_pages;   // box: one page of one head (64, page_size, head_dim / 64, 1, 1); ragged: (64, 128, head_dim / 64, 1, 1)
+  TensorMap
+      k_pages;  // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)
   TensorMap v_pages;   // the same of V
   TensorMap k_panels;  // box: one panel of a page (64, page_size, 1, 1, 1); ragged: unused
 };

@@ -10,6 +10,10 @@ namespace {
 // of a decode work were tried: at 0.6 64 requests of 2048 keys are cut best (124.7 us; 127.4 at 1, 126.7 at 0.4), longer ones do not care.
 constexpr int32_t kNumSm90Classes = 2;
 constexpr TileClass kSm90HeadDim128[kNumSm90Classes] = {{16, 128, 600'000, 10'000, 13'500}, {128, 128, 3'600'000, 0, 14'000}};
+// The others relative to that: decode by the bytes of a key, prefill by what 8192 tokens took. Heads of 80 and 96 fill the tiles of 128.
+constexpr TileClass kSm90HeadDim64[kNumSm90Classes] = {{16, 128, 600'000, 10'000, 6'900}, {128, 128, 2'800'000, 0, 11'000}};
+constexpr TileClass kSm90HeadDim192[kNumSm90Classes] = {{16, 64, 800'000, 15'000, 20'000}, {128, 64, 5'000'000, 0, 22'000}};
+constexpr TileClass kSm90HeadDim256[kNumSm90Classes] = {{16, 64, 900'000, 20'000, 27'000}, {128, 64, 6'000'000, 0, 27'500}};
 
 // Keys and values of 8 bits. NOTE: not measured: half the bytes, and the conversion to 16 bits beside them, 0.55 of a key's cost where the
 // bytes decide; the products of the prefill class are the same.
@@ -20,12 +24,12 @@ struct Row {
   const TileClass* classes;
   int32_t count;
 };
-// NOTE: head_dim 64 has not been measured. It plans with the costs of 128: only their proportions decide, and bytes and products of a
-// key halve alike; predicted times are too long.
-constexpr Row kRows[] = {{64, kSm90HeadDim128, kNumSm90Classes}, {128, kSm90HeadDim128, kNumSm90Classes}};
+constexpr Row kRows[] = {{64, kSm90HeadDim64, kNumSm90Classes},   {80, kSm90HeadDim128, kNumSm90Classes},
+                         {96, kSm90HeadDim128, kNumSm90Classes},  {128, kSm90HeadDim128, kNumSm90Classes},
+                         {192, kSm90HeadDim192, kNumSm90Classes}, {256, kSm90HeadDim256, kNumSm90Classes}};
 
-constexpr Row kScaledRows[] = {
-    {64, kSm90EightBitKeys, kNumSm90Classes}, {128, kSm90EightBitKeys, kNumSm90Classes}, {256, kSm90EightBitKeys, kNumSm90Classes}};
+constexpr TileClass kSm90EightBitKeys256[kNumSm90Classes] = {{16, 64, 900'000, 20'000, 14'850}, {128, 64, 6'000'000, 0, 40'000}};
+constexpr Row kScaledRows[] = {{128, kSm90EightBitKeys, kNumSm90Classes}, {256, kSm90EightBitKeys256, kNumSm90Classes}};
 
 template <int kCount>
 const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim) {
@@ -49,12 +53,14 @@ void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, const
   if (FindRow(kv_dtype, head_dim) != nullptr) return;
   if (IsScaled(kv_dtype)) {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside 8-bit keys and values ("
-                                   << Suffix(kv_dtype) << "), for which the cuda executor has kernels for 64, 128 and 256. Pad the heads "
+                                   << Suffix(kv_dtype) << "), for which the cuda executor has kernels for 128 and 256. Pad the heads "
                                    << "with zeros (and keep sm_scale that of the unpadded width), or pass host tensors (the cpu executor "
                                    << "takes every multiple of 8 up to 256)";
   } else {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << "; the cuda executor has kernels for 64 and "
-                                   << "128. Pad the heads with zeros (and keep sm_scale that of the unpadded width), or pass host tensors "
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim
+                                   << "; the cuda executor has kernels for 64, 80, "
+                                   << "96, 128, 192 and 256. Pad the heads with zeros (and keep sm_scale that of the unpadded width), or "
+                                   << "pass host tensors "
                                       "(the cpu executor takes every multiple of 8 up to 256)";
   }
 }

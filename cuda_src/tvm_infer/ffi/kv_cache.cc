@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/model.h"
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/rope_checks.h"
 
@@ -73,6 +74,10 @@ void KVCacheSetVariant(PagedKVCache kv, Shape layers, Optional<VariantCall> vari
   Guarded([&] { kv->SetVariant(layers, variant, causal, MakeBand(band)); });
 }
 
+void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on) {
+  Guarded([&] { kv->SetSharedPrefix(is_on != 0); });
+}
+
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device) {
@@ -84,15 +89,9 @@ PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64
                                  DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
                                  int64_t num_ctas, int64_t num_threads, DLDevice device) {
   return Guarded([&] {
-    const KVCacheConfig config{num_layers, num_qo_heads, num_kv_heads, head_dim, dtype,       kv_dtype, page_size,
-                               num_pages,  max_batch,    max_tokens,   num_ctas, num_threads, device};
-    try {
-      return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
-    } catch (const std::bad_alloc&) {
-      TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << num_pages
-                                     << ": the system has no memory to keep book of so many pages; "
-                                     << "take fewer, or larger ones (page_size)";
-    }
+    CheckModelIsPlain();
+    return MakeKVCache({num_layers, num_qo_heads, num_kv_heads, head_dim, dtype, kv_dtype, page_size, num_pages, max_batch, max_tokens,
+                        num_ctas, num_threads, device});
   });
 }
 
@@ -101,6 +100,16 @@ void KVCacheSetScales(PagedKVCache kv, TensorView k_scales, TensorView v_scales)
 }
 
 DLDataType KVCacheDTypeOf(PagedKVCache kv) { return kv->config().dtype; }
+
+PagedKVCache MakeKVCache(const KVCacheConfig& config) {
+  try {
+    return PagedKVCache(tvm::ffi::make_object<PagedKVCacheObj>(config));
+  } catch (const std::bad_alloc&) {
+    TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << config.num_pages
+                                   << ": the system has no memory to keep book of so many pages; "
+                                   << "take fewer, or larger ones (page_size)";
+  }
+}
 
 void KVCacheAdd(PagedKVCache kv, int64_t id) {
   Guarded([&] { kv->manager().Add(id); });

@@ -18,6 +18,7 @@
   V(attention_with_kv_cache_fused_qkv, AttentionWithKVCacheFusedQKV) \
   V(kv_cache_set_rope, KVCacheSetRope)                               \
   V(kv_cache_set_variant, KVCacheSetVariant)                         \
+  V(kv_cache_set_shared_prefix, KVCacheSetSharedPrefix)              \
   V(kv_cache_create, KVCacheCreate)                                  \
   V(kv_cache_create_scaled, KVCacheCreateScaled)                     \
   V(kv_cache_set_scales, KVCacheSetScales)                           \
@@ -80,8 +81,13 @@ void KVCacheSetRope(PagedKVCache kv, tvm::ffi::TensorView inv_freq, int64_t inte
 void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Optional<VariantCall> variant, int64_t causal,
                        tvm::ffi::Shape band);
 
+// Whether a step's plan may read pages that several of its sequences share once for all, from the next step on; 1 at first. Layers with a
+// window, a chunk or a variant never do.
+void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on);
+
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
 // num_ctas: work queues of a plan, 0 for one a thread; num_threads of the cpu executor, 0 for its default.
+// ModelError in an exported model whose layers have attention variants: model_create_cache (model.h) makes one that has them.
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device);
@@ -92,6 +98,9 @@ PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64
 // k_scales, v_scales: float32 [num_layers, num_kv_heads], contiguous, on the host; finite, above 0. Before the first sequence.
 void KVCacheSetScales(PagedKVCache kv, tvm::ffi::TensorView k_scales, tvm::ffi::TensorView v_scales);
 DLDataType KVCacheDTypeOf(PagedKVCache kv);  // of q, k, v and out
+
+// The same without that question.
+PagedKVCache MakeKVCache(const KVCacheConfig& config);
 
 void KVCacheAdd(PagedKVCache kv, int64_t id);
 void KVCacheRemove(PagedKVCache kv, int64_t id);

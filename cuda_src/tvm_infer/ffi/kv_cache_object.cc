@@ -15,6 +15,9 @@ constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 constexpr int64_t kMaxHeadDim = 256;
+// Room for keys that sequences share: two levels of prefixes around a token of each sequence. Steps that need more (deep trees of many
+// sequences, long appends) are planned as if nothing were shared.
+constexpr int32_t kSharedLevels = 2;
 constexpr int64_t kMaxPageEntries = int64_t{1} << 22;  // of a step's page tables: 16 MiB, 67 million keys in pages of 16
 
 const KVCacheConfig& Checked(const KVCacheConfig& c) {
@@ -126,7 +129,8 @@ KVMemory PagedKVCacheObj::AllocateMemory() {
 void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const {
   const KVCacheConfig& c = config_;
   // A plan grows with the number of keys only where KV is cut at a fixed size.
-  const PlanLimits limits{static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), 0};
+  const auto max_batch = static_cast<int32_t>(c.max_batch), max_tokens = static_cast<int32_t>(c.max_tokens);
+  const PlanLimits limits{max_batch, max_tokens, 0, kSharedLevels, std::min(max_batch, max_tokens)};
   int64_t plan_bytes = 0, partial_rows = 0;
   for (const MaskBand& band : bands) {
     for (const bool causal : {true, false}) {
@@ -161,6 +165,19 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   return params;
 }
 
+// Whether pages that sequences share may be read once for all in this plan: every layer that uses it sees them alike.
+bool PagedKVCacheObj::MayShare(int32_t plan) const {
+  return finds_shared_ && bands_[plan].IsSharable() &&
+         std::none_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return layer.plan == plan && layer.variant.has_value(); });
+}
+
+void PagedKVCacheObj::SetSharedPrefix(bool is_on) {
+  if (manager_.in_forward()) {
+    TVM_INFER_THROW(CacheStateError) << "kv_cache_set_shared_prefix in a step, which is planned already; end_forward() comes first";
+  }
+  finds_shared_ = is_on;
+}
+
 int64_t PagedKVCacheObj::NumRows(const kv::Step& step, const kv::StepInputs& inputs) const {
   const int64_t num_rows = inputs.num_rows < 0 ? step.num_tokens() : inputs.num_rows;
   if (num_rows < step.num_tokens() || num_rows > config_.max_tokens) {
@@ -181,11 +198,14 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     char* block = DataPtr<char>(TensorView(memory_.host_step));
     const kv::StepLayout& layout = *memory_.layout;
     step_.plan_bytes[0] = 0;  // the last step's plan is written over now, also where this step fails
+    const SharedRuns* found = nullptr;
     for (int32_t i = 0; i < layout.limits().num_plans; ++i) {
       const PlanParams params = Params(causal, bands_[i]);
+      const bool may_share = MayShare(i);
+      if (may_share && found == nullptr) found = &shared_pages_.Find(step, manager_.pool(), manager_.limits().page_size);
       next.capture_keys[i] = CaptureKey(params);
       next.plan_bytes[i] = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(i),
-                                         layout.limits().plan_bytes, memory_.partial_rows);
+                                         layout.limits().plan_bytes, memory_.partial_rows, may_share ? *found : SharedRuns{});
     }
     const kv::StepRange range = kv::FillStep(layout, step, padded, next.last_plan_bytes(layout), block);
     executor_->BeginStep(memory_, next, range);

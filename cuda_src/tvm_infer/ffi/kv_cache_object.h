@@ -16,6 +16,7 @@
 #include "tvm_infer/ffi/kv_executor.h"
 #include "tvm_infer/ffi/variant.h"
 #include "tvm_infer/kv/cache_manager.h"
+#include "tvm_infer/kv/shared_pages.h"
 #include "tvm_infer/schedule/planner.h"
 
 namespace tvm_infer::ffi_api {
@@ -45,12 +46,16 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // Scales of pages that have some, float32 [num_layers, num_kv_heads] on the host, each finite and above 0; 1 before. CacheStateError in a
   // step, and where the cache holds sequences, whose elements have others.
   void SetScales(const TensorView& k_scales, const TensorView& v_scales);
+  // A copy of dense host data in memory of the cache's own kind, in the order of its stream: for tables of variants. `what`: in errors.
+  tvm::ffi::Tensor Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const;
   // What the layers' attention is besides; without a variant plain attention in this band, which has neither sinks nor chunks then. Layers
   // of other bands get a plan of their own each step. causal: that begin_forward must say, -1 for either. band: right is for steps that
   // are not causal. CacheStateError in a step, and once steps ran for an executable, whose graphs know kernels and addresses;
   // ArgumentError for more than kMaxPlans bands. Where every layer's band hides keys before a token, sequences give back pages that leave
   // the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
   void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, MaskBand band);
+  // Whether steps look for pages that their sequences share, to read them once (kv/shared_pages.h); on at first.
+  void SetSharedPrefix(bool is_on);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.
   void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
@@ -96,6 +101,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   };
 
   PlanParams Params(bool causal, const MaskBand& band) const;
+  bool MayShare(int32_t plan) const;
   void AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const;
   LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                    double sm_scale) const;
@@ -112,9 +118,11 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   std::vector<MaskBand> bands_ = {MaskBand()};  // of each plan of a step that is not causal; in a causal one their right is 0
   std::vector<Layer> layers_;
   bool has_stepped_ = false;
+  bool finds_shared_ = true;
   KVMemory memory_;  // before manager_: what is too large to allocate fails here, untouched
   kv::CacheManager manager_;
   Planner planner_;
+  kv::SharedPages shared_pages_;
   KVStep step_;
   KVRope rope_;
   std::vector<float> inv_freq_;  // of rope_, on the host

@@ -21,6 +21,15 @@ std::string BandText(const MaskBand& b) {
 
 }  // namespace
 
+tvm::ffi::Tensor PagedKVCacheObj::Keep(const void* host, const tvm::ffi::Shape& shape, DLDataType dtype, const char* what) const {
+  const int64_t numel = shape.Product();
+  const tvm::ffi::Tensor flat = executor_->Allocate({numel}, dtype, what);
+  executor_->Upload(host, numel * dtype.bits / 8, flat);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
+  return flat.as_strided(shape, tvm::ffi::ShapeView(strides.data(), strides.size()), 0);
+}
+
 void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal,
                                  MaskBand band) {
   if (manager_.in_forward()) {

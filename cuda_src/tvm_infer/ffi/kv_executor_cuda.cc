@@ -146,9 +146,8 @@ void CudaKVExecutor::Upload(const void* host, int64_t bytes, const tvm::ffi::Ten
   if (bytes == 0) return;
   const CudaScope scope(config_.device);
   if (cuda::IsCapturing(scope.stream())) {
-    TVM_INFER_THROW(DeviceError)
-        << "kv_cache_set_rope, kv_cache_set_scales or a new cache on a stream that is being captured for a graph: do it once, before "
-           "the capture";
+    TVM_INFER_THROW(DeviceError) << "what a cache keeps (frequencies, scales, a variant's tables) cannot be set on a stream that is being "
+                                    "captured for a graph: set it once, before the capture";
   }
   cuda::Upload(scope.device_id(), scope.stream(), host, static_cast<size_t>(bytes), DataPtr<void>(TensorView(to)));
 }

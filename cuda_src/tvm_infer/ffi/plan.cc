@@ -9,6 +9,7 @@
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/kv_dtype.h"
+#include "tvm_infer/schedule/levels.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -72,26 +73,72 @@ MaskBand MakeBand(const tvm::ffi::Shape& band) {
           CheckedInt32(band[3], "chunk")};
 }
 
+namespace {
+
+Planner& ThreadPlanner() {
+  thread_local Planner planner;
+  return planner;
+}
+
+// Checked lengths and where the plan goes.
+struct PlanCall {
+  const int32_t *qo_indptr, *kv_len;
+  int32_t num_requests;
+  void* out;
+  int64_t out_bytes;
+
+  PlanCall(const TensorView& qo_indptr_, const TensorView& kv_len_, const TensorView& plan_out) {
+    CheckIndex(qo_indptr_, "qo_indptr");
+    CheckIndex(kv_len_, "kv_len");
+    CheckIndex(plan_out, "plan_out");
+    CheckDim(qo_indptr_, "qo_indptr", 0, kv_len_.size(0) + 1, "one more than kv_len has entries");
+    qo_indptr = DataPtr<int32_t>(qo_indptr_);
+    kv_len = DataPtr<int32_t>(kv_len_);
+    num_requests = CheckedInt32(kv_len_.size(0), "number of requests");
+    out = DataPtr<void>(plan_out);
+    out_bytes = plan_out.numel() * static_cast<int64_t>(sizeof(int32_t));
+  }
+};
+
+}  // namespace
+
 int64_t MakePlan(TensorView qo_indptr, TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
                  tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
                  TensorView plan_out) {
   return Guarded([&] {
-    CheckIndex(qo_indptr, "qo_indptr");
-    CheckIndex(kv_len, "kv_len");
-    CheckIndex(plan_out, "plan_out");
-    CheckDim(qo_indptr, "qo_indptr", 0, kv_len.size(0) + 1, "one more than kv_len has entries");
+    const PlanCall call(qo_indptr, kv_len, plan_out);
     const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
-    thread_local Planner planner;
-    return planner.Plan(params, DataPtr<int32_t>(qo_indptr), DataPtr<int32_t>(kv_len), CheckedInt32(kv_len.size(0), "number of requests"),
-                        DataPtr<void>(plan_out), plan_out.numel() * static_cast<int64_t>(sizeof(int32_t)), max_partial_rows);
+    return ThreadPlanner().Plan(params, call.qo_indptr, call.kv_len, call.num_requests, call.out, call.out_bytes, max_partial_rows);
+  });
+}
+
+int64_t MakeSharedPlan(TensorView qo_indptr, TensorView kv_len, TensorView levels, int64_t num_qo_heads, int64_t num_kv_heads,
+                       int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table,
+                       int64_t max_partial_rows, TensorView plan_out) {
+  return Guarded([&] {
+    const PlanCall call(qo_indptr, kv_len, plan_out);
+    CheckIndex(levels, "levels");
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
+    Levels reader;
+    const SharedRuns& shared =
+        reader.Read(params, DataPtr<int32_t>(levels), levels.numel(), call.qo_indptr, call.kv_len, call.num_requests);
+    return ThreadPlanner().Plan(params, call.qo_indptr, call.kv_len, call.num_requests, call.out, call.out_bytes, max_partial_rows, shared);
   });
 }
 
 tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
                                tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens) {
+  return PlanSharedCapacityOf(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table, max_requests, max_tokens,
+                              max_kv_tokens, 0, 0);
+}
+
+tvm::ffi::Shape PlanSharedCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band,
+                                     int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                                     int64_t max_kv_tokens, int64_t max_levels, int64_t max_shared_tokens) {
   return Guarded([&] {
     const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
-    const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens};
+    const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens,
+                            CheckedInt32(max_levels, "max_levels"), CheckedInt32(max_shared_tokens, "max_shared_tokens")};
     const PlanCapacity capacity = ComputeCapacity(params, limits);
     return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});
   });

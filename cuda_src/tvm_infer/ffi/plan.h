@@ -8,13 +8,15 @@
 
 #include "tvm_infer/schedule/planner.h"
 
-#define TVM_INFER_PLAN_FUNCTIONS(V)    \
-  V(abi_version, AbiVersion)           \
-  V(plan, MakePlan)                    \
-  V(plan_capacity, PlanCapacityOf)     \
-  V(plan_upload, UploadPlan)           \
-  V(cpu_tile_table, CpuTileTable)      \
-  V(cpu_kv_tile_table, CpuKVTileTable) \
+#define TVM_INFER_PLAN_FUNCTIONS(V)             \
+  V(abi_version, AbiVersion)                    \
+  V(plan, MakePlan)                             \
+  V(plan_shared, MakeSharedPlan)                \
+  V(plan_capacity, PlanCapacityOf)              \
+  V(plan_shared_capacity, PlanSharedCapacityOf) \
+  V(plan_upload, UploadPlan)                    \
+  V(cpu_tile_table, CpuTileTable)               \
+  V(cpu_kv_tile_table, CpuKVTileTable)          \
   V(cpu_info, CpuInfo)
 
 namespace tvm_infer::ffi_api {
@@ -37,9 +39,21 @@ int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, in
                  tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
                  tvm::ffi::TensorView plan_out);
 
+// The same, of requests that begin with the same keys, which are read once where that shortens the plan and the plan fits.
+//   levels         int32, on the host: for each group of each level, outermost level first, its level, the number of its keys, the number
+//                  of its requests, the requests (schedule/levels.h)
+int64_t MakeSharedPlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, tvm::ffi::TensorView levels, int64_t num_qo_heads,
+                       int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table,
+                       int64_t max_partial_rows, tvm::ffi::TensorView plan_out);
+
 // (plan bytes, partial rows) that suffice for every batch within the limits.
 tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
                                tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens);
+
+// The same with room for shared works: runs around a request, and query tokens of all requests within runs (PlanLimits).
+tvm::ffi::Shape PlanSharedCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band,
+                                     int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                                     int64_t max_kv_tokens, int64_t max_levels, int64_t max_shared_tokens);
 
 // Copies a plan to a cuda device, in the order of the current stream: its bytes_used, through pinned memory, so that plan_host may be
 // written again at once.

@@ -123,7 +123,7 @@ VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t>
 }
 
 int64_t FindStandardVariant(String digest) {
-  return Guarded([&] { return reinterpret_cast<int64_t>(cpu::StandardVariantFunctions(CheckedDigest(std::move(digest)).c_str())); });
+  return Guarded([&] { return reinterpret_cast<int64_t>(cpu::VariantFunctions(CheckedDigest(std::move(digest)).c_str())); });
 }
 
 }  // namespace tvm_infer::ffi_api

@@ -66,8 +66,9 @@ class VariantCall : public tvm::ffi::ObjectRef {
 VariantCall MakeVariantCall(tvm::ffi::String digest, int64_t cpu_functions, tvm::ffi::Array<int64_t> scalars,
                             tvm::ffi::Array<tvm::ffi::Tensor> tables);
 
-// The `cpu_functions` of a standard variant, compiled into this library: for the instruction set that the executor runs, good for as long
-// as the library is loaded. 0: none has this digest. ArgumentError: `digest` is no digest, or TVM_INFER_CPU_ISA names no instruction set.
+// The `cpu_functions` of a standard variant, or of one that this exported model embeds, compiled into this library: for the instruction set
+// that the executor runs, good for as long as the library is loaded. 0: none has this digest. ArgumentError: `digest` is no digest, or
+// TVM_INFER_CPU_ISA names no instruction set.
 int64_t FindStandardVariant(tvm::ffi::String digest);
 
 }  // namespace tvm_infer::ffi_api

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/decode_tile.cuh"
@@ -18,6 +19,7 @@
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/kernels/merge.cuh"
 #include "tvm_infer/ptx/address.cuh"
+#include "tvm_infer/ptx/float8.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/ptx/tma.cuh"
@@ -34,11 +36,46 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
     int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
     const bool is_last = ptx::AtomicAddAcqRel(arrivals, 1) == job.num_slots - 1;
     if (is_last) *arrivals = 0;  // for the next launch
-    c.shared.is_last_arrival = is_last;
+    c.shared.last_arrivals = is_last;
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-  if (!c.shared.is_last_arrival) return;
+  if (c.shared.last_arrivals == 0) return;
   MergeRows(c, job, c.Warp(), Config::kConsumerWarps);
+}
+
+// The same after a work of shared keys, or beside such: it is of a merge for each of its heads and of the tiles in its rows
+// (Work::merge_tiles). A warp arrives at up to 32 of them at a time, and the rows of those that are complete are shared out.
+template <typename Config>
+__device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>& c, const Work* work) {
+  const int32_t heads = __ldg(&work->num_kv_heads);
+  const auto merge_of = [&](int32_t i) { return __ldg(&work->merge) + i / heads * c.params.expected.num_kv_heads + i % heads; };
+#pragma unroll 1
+  for (int32_t begin = 0; begin < heads * __ldg(&work->merge_tiles); begin += 32) {
+    ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+    if (c.Warp() == 0) {
+      const int32_t i = begin + c.Lane();
+      bool is_last = false;
+      if (i < heads * __ldg(&work->merge_tiles)) {
+        const int32_t merge = merge_of(i);
+        int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
+        is_last = ptx::AtomicAddAcqRel(arrivals, 1) == MergeJob::NumSlots(c.plan, merge) - 1;
+        if (is_last) *arrivals = 0;  // for the next launch
+      }
+      const uint32_t last_arrivals = __ballot_sync(0xffffffff, is_last);
+      if (c.Lane() == 0) c.shared.last_arrivals = last_arrivals;
+    }
+    ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
+    // Of each complete merge as many warps as there are for it; this one's next is `skip` further on.
+    uint32_t complete = c.shared.last_arrivals;
+    const int32_t warps = max(Config::kConsumerWarps / max(__popc(complete), 1), 1);
+    int32_t skip = c.Warp() / warps;
+#pragma unroll 1
+    for (; complete != 0; complete &= complete - 1) {
+      if (skip-- > 0) continue;
+      skip = Config::kConsumerWarps / warps - 1;
+      MergeRowsOfHead(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
+    }
+  }
 }
 
 template <typename Config>
@@ -80,12 +117,13 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   const PlanView plan(params.plan);
   const Work first = LoadWork(plan.first_works(), blockIdx.x);
   constexpr int kCheckingWarp = 3;
+  constexpr bool kHasVariant = !std::is_same_v<typename Config::Variant, NoVariant>;
   bool stops = first.num_rows == 0;
-  if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x).Stops(blockIdx.x);
+  if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x, kHasVariant).Stops(blockIdx.x);
   // NOTE: the vote tells the compiler that all of a warp leave or stay; it gives up its uniform registers otherwise.
   if (__any_sync(0xffffffff, __syncthreads_or(stops))) {
     ptx::WaitForPriorGrid();  // NOTE: who waits for this grid waits for those ahead of it
-    if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x).Report(plan);
+    if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x, kHasVariant).Report(plan);
     return;
   }
 
@@ -105,7 +143,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       producer.Finish();
     } else if (warp <= kQueryLoaders) {
       const int32_t first_row = (warp - 1) * QueryLoader<Config>::kRows;
-      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kHeadDim * 2;
+      const uint32_t buffer = ptx::SharedAddress(shared.query) + first_row * Config::kRowWidth * 2;
       QueryLoader<Config> loader(params, variant, plan, shared, buffer, query_full, query_empty, first_row);
       WorkStream works(plan, blockIdx.x, first);
       ptx::WaitForPriorGrid();
@@ -132,7 +170,14 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       } else {
         i = prefill.Run(queue, i, work);
       }
-      const int32_t merge = LoadWork(queue.works, i).merge;
+      const Work* done = queue.works + i;
+      if constexpr (!kHasVariant) {  // plans with such works run without variants
+        if (__ldg(&done->merge_tiles) > 0) {
+          ArriveAndMergeTiles(consumer, done);
+          continue;
+        }
+      }
+      const int32_t merge = __ldg(&done->merge);
       if (merge != kNoMerge) ArriveAndMerge(consumer, merge);
     }
   }
@@ -150,9 +195,21 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
+
+// Keys and values of 8 bits, E4m3 or E5m2.
+#define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
+                                                        tvm_infer::ptx::KV_ELEMENT>;                                                   \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
+  }                                                                                                                                    \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 
 #define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
@@ -162,6 +219,6 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
   }                                                                                                                                  \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
-                                                                         sizeof(NAME##Config::SharedMemory), 1}
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
   TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)

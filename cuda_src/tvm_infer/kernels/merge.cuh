@@ -28,26 +28,67 @@ struct MergeJob {
     const int4 words = __ldg(reinterpret_cast<const int4*>(plan.merges() + index));
     merge = {words.x, words.y, words.z, words.w};
   }
+  __device__ __forceinline__ static int32_t NumSlots(const PlanView& plan, int32_t index) {
+    const int32_t* indptr = plan.merge_indptr() + index;
+    return __ldg(indptr + 1) - __ldg(indptr);
+  }
+};
+
+// A lane's columns of a row.
+template <typename Config>
+using Columns = attention::LaneColumns<Config::kHeadDim>;
+
+// Those of a row of a partial result, from L2; 0 where a lane has none.
+template <typename Config>
+struct PartialColumns {
+  using Vector = std::conditional_t<Columns<Config>::kVector == 4, float4, float2>;
+  Vector v[Columns<Config>::kPieces];
+
+  __device__ __forceinline__ void Load(const float* row, int32_t lane) {
+#pragma unroll
+    for (int p = 0; p < Columns<Config>::kPieces; ++p) {
+      v[p] = {};
+      if (Columns<Config>::Has(lane, p)) v[p] = __ldcg(reinterpret_cast<const Vector*>(row + Columns<Config>::First(lane, p)));
+    }
+  }
+  __device__ __forceinline__ void AddTo(float (&o)[Columns<Config>::kPieces][Columns<Config>::kVector], float weight) const {
+#pragma unroll
+    for (int p = 0; p < Columns<Config>::kPieces; ++p) {
+      o[p][0] += weight * v[p].x;
+      o[p][1] += weight * v[p].y;
+      if constexpr (Columns<Config>::kVector == 4) {
+        o[p][2] += weight * v[p].z;
+        o[p][3] += weight * v[p].w;
+      }
+    }
+  }
 };
 
 // A lane's columns of the weighted sum of a row's partials, whose largest LSE is `max`, to the final row.
-template <typename Config, int kColumns>
+template <typename Config, int kPieces, int kVector>
 __device__ __forceinline__ void StoreMerged(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row, float max,
-                                            float sum, float (&o)[kColumns]) {
+                                            float sum, float (&o)[kPieces][kVector]) {
   using Element = typename Config::Element;
   using Variant = typename Config::Variant;
   const PlanView& plan = c.plan;
   const int32_t lane = c.ThreadAnew() % 32;
   const float factor = attention::Normaliser<Variant>(sum);
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) o[i] *= factor;
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) o[p][i] *= factor;
+  }
   const float merged_lse = sum == 0.f ? attention::kNegInf : Variant::kHasSoftmax ? max + ptx::Log2(sum) * attention::kLn2 : 0.f;
   if constexpr (Variant::kHasOutput) {
-    attention::ApplyOutput<Variant>(o, c.variant, attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h),
-                                    merged_lse);
+    const variant::Row at = attention::VariantRowOf(plan, job.merge.row_begin + row, job.merge.kv_head_begin + h);
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) attention::ApplyOutput<Variant>(o[p], c.variant, at, merged_lse);
   }
   const attention::OutputRow out = attention::FinalRow<Element>(c.params, plan, job.merge.row_begin + row, job.merge.kv_head_begin + h);
-  attention::StoreColumns<Element>(out, true, lane * kColumns, o);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    if (Columns<Config>::Has(lane, p)) attention::StoreColumns<Element>(out, true, Columns<Config>::First(lane, p), o[p]);
+  }
   if (lane == 0 && out.lse != nullptr) *out.lse = merged_lse;
 }
 
@@ -57,19 +98,15 @@ template <typename Config>
 __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row) {
   constexpr int kHeadDim = Config::kHeadDim;
   const attention::AttentionParams& params = c.params;
-  constexpr int kColumns = kHeadDim / 32;  // a lane's
-  constexpr int kLoads = 8;                // partials in flight; divides 32
+  constexpr int kLoads = kHeadDim <= 128 ? 8 : 4;  // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
-  using Vector = std::conditional_t<kColumns == 4, float4, float2>;
-  const int32_t lane = threadIdx.x % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
-  const float* columns = params.partial_o + lane * kColumns;
-
+  const int32_t lane = c.ThreadAnew() % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
   int32_t partial = job.my_slot + in_slot;  // this lane's of 32
-  Vector v[kLoads];
+  PartialColumns<Config> v[kLoads];
   const auto load = [&](int32_t i) {
 #pragma unroll
     for (int32_t u = 0; u < kLoads; ++u) {
-      v[u] = __ldcg(reinterpret_cast<const Vector*>(columns + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i + u)) * kHeadDim));
+      v[u].Load(params.partial_o + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i + u)) * kHeadDim, lane);
     }
   };
   float lse = lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
@@ -80,7 +117,7 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   for (int bit = 16; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
   const float offset = max == attention::kNegInf ? 0.f : max;
 
-  float sum = 0.f, o[kColumns] = {};
+  float sum = 0.f, o[Columns<Config>::kPieces][Columns<Config>::kVector] = {};
 #pragma unroll 1
   for (int32_t first = 0;;) {
     const float weight = ptx::Exp2((lse - offset) * kLog2e);
@@ -90,12 +127,7 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
       for (int32_t u = 0; u < kLoads; ++u) {
         const float w = __shfl_sync(0xffffffff, weight, i + u);
         sum += w;
-        o[0] += w * v[u].x;
-        o[1] += w * v[u].y;
-        if constexpr (kColumns == 4) {
-          o[2] += w * v[u].z;
-          o[3] += w * v[u].w;
-        }
+        v[u].AddTo(o, w);
       }
       i += kLoads;
       if (i >= count) break;
@@ -114,22 +146,20 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
 // memory twice and keeps little of it busy. What a row adds up to is the same to the bit.
 template <typename Config, int kRows>
 __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
-  constexpr int kColumns = Config::kHeadDim / 32;
   constexpr float kLog2e = 1.4426950408889634f;
-  using Vector = std::conditional_t<kColumns == 4, float4, float2>;
   const attention::AttentionParams& params = c.params;
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads;
   const int32_t slots[2] = {__shfl_sync(0xffffffff, job.my_slot, 0), __shfl_sync(0xffffffff, job.my_slot, 1)};
-  const float* columns = params.partial_o + c.ThreadAnew() % 32 * kColumns;
+  const int32_t lane = c.ThreadAnew() % 32;
   float lse[kRows][2];
-  Vector v[kRows][2];
+  PartialColumns<Config> v[kRows][2];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int32_t row = min(first + r * step, total - 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lse[r][i] = __ldcg(params.partial_lse + slots[i] + row);
-      v[r][i] = __ldcg(reinterpret_cast<const Vector*>(columns + static_cast<int64_t>(slots[i] + row) * Config::kHeadDim));
+      v[r][i].Load(params.partial_o + static_cast<int64_t>(slots[i] + row) * Config::kHeadDim, lane);
     }
   }
 #pragma unroll
@@ -137,17 +167,12 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
     const int32_t row = first + r * step;
     if (row >= total) break;
     const float max = fmaxf(lse[r][0], lse[r][1]), offset = max == attention::kNegInf ? 0.f : max;
-    float sum = 0.f, o[kColumns] = {};
+    float sum = 0.f, o[Columns<Config>::kPieces][Columns<Config>::kVector] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float w = ptx::Exp2((lse[r][i] - offset) * kLog2e);
       sum += w;
-      o[0] += w * v[r][i].x;
-      o[1] += w * v[r][i].y;
-      if constexpr (kColumns == 4) {
-        o[2] += w * v[r][i].z;
-        o[3] += w * v[r][i].w;
-      }
+      v[r][i].AddTo(o, w);
     }
     StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, max, sum, o);
   }
@@ -157,7 +182,7 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
 template <typename Config>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
   if (job.num_slots == 2) {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = Config::kHeadDim <= 128 ? 4 : 2;
 #pragma unroll 1
     for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += kAtOnce * num_warps) {
       MergePairs<Config, kAtOnce>(c, job, i, num_warps);
@@ -168,6 +193,14 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
     MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
   }
+}
+
+// Of a merge of one KV head.
+template <typename Config>
+__device__ __forceinline__ void MergeRowsOfHead(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp,
+                                                int32_t num_warps) {
+#pragma unroll 1
+  for (int32_t row = warp; row < job.merge.num_rows; row += num_warps) MergeRow(c, job, 0, row);
 }
 
 }  // namespace tvm_infer::kernels

@@ -16,8 +16,9 @@ std::string ShapeText(const Shape& shape) {
 
 namespace {
 
-constexpr int64_t kMha = 0, kMhaSliding = 3;  // TVM's AttnKind
-constexpr int64_t kLayerWindow = 1024;        // TVM's, where cache_config does not say
+constexpr int64_t kMha = 0, kMhaSliding = 3;                        // TVM's AttnKind
+constexpr int64_t kRopeNone = 0, kRopeNormal = 1, kRopeInline = 2;  // TVM's RoPEMode
+constexpr int64_t kLayerWindow = 1024;                              // TVM's, where cache_config does not say
 
 const char* AttnKindName(int64_t kind) {
   constexpr std::array<const char*, 4> names = {"mha", "mla", "linear", "mha_sliding"};
@@ -45,14 +46,15 @@ void CheckCacheConfig(const Shape& config) {
   }
 }
 
-// TVM's cache rotates by positions within the window then, anew in every step, whatever the mode it was created with.
-void CheckSlidingRope(const CreationArgs& args) {
-  if (args.cache_config[4] == 0 || args.rope_mode == 0) return;
-  TVM_FFI_THROW(ArgumentError)
-      << "argument `rope_mode` is " << args.rope_mode
-      << " with support_sliding_window = 1 in `cache_config`, for which TVM rotates inline (2), by positions within "
-      << "the window, and this cache has no inline rotation yet; rotate in the model (rope_mode 0), give layers "
-      << "windows (attn_kinds 3, mha_sliding), or keep TVM's own cache for this model";
+void SetRopeMode(const CreationArgs& args, Config* config) {
+  if (args.rope_mode < kRopeNone || args.rope_mode > kRopeInline) {
+    TVM_FFI_THROW(ArgumentError) << "argument `rope_mode` is " << args.rope_mode
+                                 << "; it must be 0 (none), 1 (normal: keys are stored rotated) or 2 (inline: attention rotates them)";
+  }
+  // In a cache whose sequences may have windows TVM rotates inline, by positions within the window, whatever mode it was created with.
+  const bool may_slide = args.cache_config[4] != 0;
+  config->rotates_inline = args.rope_mode == kRopeInline || (args.rope_mode == kRopeNormal && may_slide);
+  config->rotates_before_storing = args.rope_mode == kRopeNormal && !may_slide;
 }
 
 void CheckLayers(const CreationArgs& args) {
@@ -99,9 +101,9 @@ Config CheckedConfig(const CreationArgs& args) {
   CheckCacheConfig(args.cache_config);
   CheckLayers(args);
   CheckHeads(args);
-  CheckSlidingRope(args);
   const Shape& c = args.cache_config;
   Config config{};
+  SetRopeMode(args, &config);
   config.num_layers = args.num_layers;
   config.num_qo_heads = args.num_qo_heads;
   config.num_kv_heads = args.num_kv_heads;

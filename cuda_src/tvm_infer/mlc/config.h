@@ -30,6 +30,8 @@ struct Config {
   std::vector<int64_t> sliding_layers;  // of kind "mha_sliding", ascending: a token sees the last layer_window keys, its own included
   int64_t layer_window = 0;
   bool has_sequence_windows = false;  // sequences may be given windows
+  // Rotary positions: queries and keys turn before they are stored, or as attention reads them, or not at all.
+  bool rotates_before_storing = false, rotates_inline = false;
 
   bool is_sliding(int64_t layer) const { return std::binary_search(sliding_layers.begin(), sliding_layers.end(), layer); }
   bool is_cuda() const { return device.device_type == kDLCUDA; }
@@ -42,7 +44,7 @@ struct CreationArgs {
   int64_t num_layers, num_qo_heads, num_kv_heads;
   int64_t qk_head_dim, v_head_dim;                            // equal
   Shape attn_kinds;                                           // 0 (mha) or 3 (mha_sliding) for all layers, or for each
-  int64_t rope_mode;                                          // 0 where support_sliding_window
+  int64_t rope_mode;                                          // RoPEMode: 0 none, 1 normal (before keys are stored), 2 inline
   int64_t mla_original_qk_head_dim, mla_original_v_head_dim;  // 0
   bool enable_disaggregation;                                 // false
   Tensor init;                                                // any tensor of the cache's dtype, on its device

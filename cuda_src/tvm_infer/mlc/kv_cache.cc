@@ -4,6 +4,7 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -25,10 +26,22 @@ tvm::ffi::Any CreateCache(const Config& c) {
 }  // namespace
 
 MLCPagedKVCacheObj::MLCPagedKVCacheObj(const Config& config, const RopeArgs& rope)
-    : config_(config), rope_(rope, config), cache_(CreateCache(config)), side_plans_(config, cache_), masks_(config) {
+    : config_(config),
+      rope_(rope, config),
+      inline_rope_(rope, config),
+      cache_(CreateCache(config)),
+      side_plans_(config, inline_rope_, cache_),
+      masks_(config, inline_rope_) {
+  constexpr int64_t kAnyCausality = -1, kAllKeys = -1;
+  if (inline_rope_.is_active()) {
+    std::vector<int64_t> layers(config_.num_layers);
+    std::iota(layers.begin(), layers.end(), 0);
+    Library().kv_cache_set_variant(cache_, Shape(layers.begin(), layers.end()), inline_rope_.OfLayer(false), kAnyCausality,
+                                   BandOf(kAllKeys, true));
+  }
   if (!config_.sliding_layers.empty()) {
     const Shape layers(config_.sliding_layers.begin(), config_.sliding_layers.end());
-    Library().kv_cache_set_variant(cache_, layers, nullptr, int64_t{-1}, BandOf(config_.layer_window - 1, true));
+    Library().kv_cache_set_variant(cache_, layers, inline_rope_.OfLayer(true), kAnyCausality, BandOf(config_.layer_window - 1, true));
   }
   if (rope_.is_active() && rope_.is_fixed()) {
     Library().kv_cache_set_rope(cache_, rope_.host_inv_freq(), rope_.interleaved(), rope_.magnitude());
@@ -180,7 +193,7 @@ void MLCPagedKVCacheObj::SelfAttention(int64_t layer_id, Tensor q_data, Tensor k
   CheckTokens(v_data, "v_data", config_, config_.num_kv_heads, "num_kv_heads", step.num_tokens, false);
   CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckLse(lse_data, "lse_data", config_, step.num_tokens);
-  side_plans_.Self(step, q_data, k_data, v_data, sm_scale, o_data, lse_data);
+  side_plans_.Self(step, layer_id, q_data, k_data, v_data, sm_scale, o_data, lse_data);
   Library().scale_lse(lse_data, kLog2E);
 }
 
@@ -191,7 +204,14 @@ void MLCPagedKVCacheObj::CrossAttention(int64_t layer_id, Tensor q_data, Tensor 
   CheckTokens(q_data, "q_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckTokens(o_data, "o_data", config_, config_.num_qo_heads, "num_qo_heads", step.num_tokens, false);
   CheckLse(lse_data, "lse_data", config_, step.num_tokens);
-  side_plans_.Cross(step, layer_id, q_data, sm_scale, o_data, lse_data);
+  if (step.cross_turns.empty()) {
+    side_plans_.Cross(step, layer_id, q_data, sm_scale, o_data, lse_data);
+  } else {
+    const TokensView turned(Rotated(&rotated_q_, config_.num_qo_heads), step.num_tokens, 0, config_.num_qo_heads);
+    const TokensView any_keys(q_data, step.num_tokens, 0, config_.num_kv_heads);
+    side_plans_.TurnAhead(step, q_data, any_keys, turned, Rotated(&rotated_k_, config_.num_kv_heads));
+    side_plans_.Cross(step, layer_id, turned, sm_scale, o_data, lse_data);
+  }
   Library().scale_lse(lse_data, kLog2E);
 }
 

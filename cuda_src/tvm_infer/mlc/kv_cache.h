@@ -9,6 +9,7 @@
 #include <tvm/ffi/any.h>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/inline_rope.h"
 #include "tvm_infer/mlc/masks.h"
 #include "tvm_infer/mlc/rope.h"
 #include "tvm_infer/mlc/sequence_windows.h"
@@ -47,6 +48,7 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   int32_t GetTotalSequenceLength() const override;
   int32_t GetSequenceLength(int64_t seq_id) const;  // not in every TVM 0.27, so not marked override
 
+  // Where rotation is inline all kinds of attention turn queries and keys, as in TVM; else the first one alone.
   // LSE that models see is base 2, TVM's convention; the executors' is natural.
   void AttentionWithFusedQKV(int64_t layer_id, Tensor qkv_data, Optional<Tensor> mask, Tensor o_data, double sm_scale) override;
   void SelfAttention(int64_t layer_id, Tensor q_data, Tensor k_data, Tensor v_data, Tensor o_data, Tensor lse_data,
@@ -89,11 +91,13 @@ class MLCPagedKVCacheObj final : public tvm::runtime::vm::AttentionKVCacheObj {
   void SetMask(const std::vector<TokenTree>& trees, Step* step);
   void MaskedAttention(int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o);
   void SetPositions(const std::vector<TokenTree>& trees, Step* step) const;
+  void SetCrossTurns(Step* step) const;
   void CheckParts(const char* operation, const char* name, int64_t layer) const;
   Tensor& Rotated(Tensor* tensor, int64_t heads) const;
 
   const Config config_;
   const Rope rope_;
+  const InlineRope inline_rope_;
   const tvm::ffi::Any cache_;
   bool has_step_ = false;
   Step step_;

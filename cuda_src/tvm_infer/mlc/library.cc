@@ -26,7 +26,7 @@ AttentionKVCache Create(Shape cache_config, Shape layer_partition, int64_t num_l
   const Config config = CheckedConfig({std::move(cache_config), std::move(layer_partition), num_layers, num_qo_heads, num_kv_heads,
                                        qk_head_dim, v_head_dim, std::move(attn_kinds), rope_mode, mla_original_qk_head_dim,
                                        mla_original_v_head_dim, enable_disaggregation, std::move(init)});
-  const RopeArgs rope{rope_mode, rope_scale, rope_theta, std::move(rope_scaling), std::move(rope_ext_factors), rotary_dim};
+  const RopeArgs rope{rope_scale, rope_theta, std::move(rope_scaling), std::move(rope_ext_factors), rotary_dim};
   return AttentionKVCache(tvm::ffi::make_object<MLCPagedKVCacheObj>(config, rope));
 }
 

@@ -38,6 +38,22 @@ void MLCPagedKVCacheObj::SetPositions(const std::vector<TokenTree>& trees, Step*
     const int64_t old_nodes = trees[r].size() - length, text = step->start[r] - old_nodes;
     for (int64_t t = 0; t < length; ++t) step->positions.push_back(static_cast<int32_t>(text + trees[r].depths[old_nodes + t]));
   }
+  if (inline_rope_.is_active() && !step->is_decode) SetCrossTurns(step);
+}
+
+// The executor takes a call's queries for its last keys, and the keys of cross attention end where the step begins, so that it turns
+// queries by positions that are too small by the step's length; and what is hidden it leaves out behind the sinks only.
+void MLCPagedKVCacheObj::SetCrossTurns(Step* step) const {
+  step->cross_turns.reserve(step->num_tokens);
+  for (int64_t r = 0; r < step->num_requests(); ++r) {
+    const SequenceWindow* window = windows_.Find(step->ids[r]);
+    for (int64_t t = 0; t < step->append_lengths[r]; ++t) {
+      const int64_t key = step->start[r] - step->append_lengths[r] + t;
+      const int64_t hidden = window != nullptr && key >= window->sink ? window->num_hidden() : 0;
+      const int64_t position = step->positions[step->cross_turns.size()];
+      step->cross_turns.push_back(static_cast<int32_t>(position - (key - hidden)));
+    }
+  }
 }
 
 void MLCPagedKVCacheObj::SetMask(const std::vector<TokenTree>& trees, Step* step) {

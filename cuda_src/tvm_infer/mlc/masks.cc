@@ -3,16 +3,12 @@
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/function.h>
 
 #include <algorithm>
-
-#include "tvm_infer/mlc/registry.h"
 
 namespace tvm_infer::mlc {
 namespace {
 
-using tvm::ffi::Any;
 using tvm::ffi::Array;
 
 constexpr int64_t kMaxBits = int64_t{1} << 31;
@@ -31,26 +27,16 @@ const Tensor& TableArray::Publish(DLDevice device) {
   return tensor_;
 }
 
-// Compiled at the first use, or found in the library: which is Python's to know (tvm_infer/runtime/mlc_masks.py).
-void Masks::Find(const char* name, Code* code) const {
-  if (code->is_there) return;
-  const auto find = tvm::ffi::Function::GetGlobal("tvm_infer.mlc_mask");
-  if (!find.has_value()) {
-    TVM_FFI_THROW(CacheStateError) << "the mask " << name << " of this step is found by Python, which has not loaded the adapter: call "
-                                   << "tvm_infer.runtime.mlc_library.load()";
-  }
-  const auto found = (*find)(tvm::ffi::String(name), config_.is_cuda()).cast<Array<Any>>();
-  code->digest = found[0].cast<tvm::ffi::String>();
-  code->cpu_functions = found[1].cast<int64_t>();
-  code->is_there = true;
+const VariantCode& Masks::Find(const char* mask, std::optional<VariantCode>* code) const {
+  if (!code->has_value()) *code = FindVariant(mask, rope_.turning(), config_);
+  return code->value();
 }
 
-void Masks::SetTrees(const std::vector<TokenTree>& trees, Step* step) {
-  Find("token_tree", &tree_code_);
-  int64_t width = 0, num_bits = 0;
-  for (const TokenTree& tree : trees) width = std::max(width, tree.size());
+// A row of `width` bits for each new node: which of the last `width` tokens it sees.
+void Masks::SetTreeBits(const std::vector<TokenTree>& trees, const Step& step, int64_t width) {
+  int64_t num_bits = 0;
   first_bit_.host().clear();
-  for (const int64_t length : step->append_lengths) {
+  for (const int64_t length : step.append_lengths) {
     first_bit_.host().push_back(static_cast<int32_t>(num_bits));
     num_bits += length * width;
     if (num_bits >= kMaxBits) {
@@ -66,13 +52,34 @@ void Masks::SetTrees(const std::vector<TokenTree>& trees, Step* step) {
   for (size_t r = 0; r < trees.size(); ++r) {
     const TokenTree& tree = trees[r];
     const int64_t text = width - tree.size();  // of the last `width` tokens
-    for (int64_t node = tree.size() - step->append_lengths[r]; node < tree.size(); ++node, row += width) {
+    for (int64_t node = tree.size() - step.append_lengths[r]; node < tree.size(); ++node, row += width) {
       for (int64_t column = 0; column < text; ++column) set(column);
       for (int64_t seen = node; seen >= 0; seen = tree.parents[seen]) set(text + seen);
     }
   }
-  const Array<Tensor> tables = {bits_.Publish(config_.device), first_bit_.Publish(config_.device)};
-  step->mask = Library().variant_call(tree_code_.digest, tree_code_.cpu_functions, Array<int64_t>({width}), tables);
+}
+
+// Where each of the last `width` tokens stands, counted from the first of them: nodes at their depth behind the text.
+void Masks::SetTreePlaces(const std::vector<TokenTree>& trees, int64_t width) {
+  places_.host().clear();
+  for (const TokenTree& tree : trees) {
+    const int64_t text = width - tree.size();
+    for (int64_t column = 0; column < text; ++column) places_.host().push_back(static_cast<int32_t>(column));
+    for (const int32_t depth : tree.depths) places_.host().push_back(static_cast<int32_t>(text) + depth);
+  }
+}
+
+void Masks::SetTrees(const std::vector<TokenTree>& trees, Step* step) {
+  const VariantCode& code = Find("token_tree", &tree_code_);
+  int64_t width = 0;
+  for (const TokenTree& tree : trees) width = std::max(width, tree.size());
+  SetTreeBits(trees, *step, width);
+  Array<Tensor> tables = {bits_.Publish(config_.device), first_bit_.Publish(config_.device)};
+  if (rope_.is_active()) {
+    SetTreePlaces(trees, width);
+    tables.push_back(places_.Publish(config_.device));
+  }
+  step->mask = rope_.Call(code, {width}, tables);
   step->has_tree = true;
 }
 
@@ -87,9 +94,8 @@ void Masks::SetWindows(const SequenceWindows& windows, Step* step) {
     hides = hides || (window != nullptr && window->num_hidden() > 0);
   }
   if (!hides) return;
-  Find("kept_keys", &window_code_);
-  const Array<Tensor> tables = {sink_.Publish(config_.device), first_.Publish(config_.device)};
-  step->mask = Library().variant_call(window_code_.digest, window_code_.cpu_functions, Array<int64_t>(), tables);
+  const VariantCode& code = Find("kept_keys", &window_code_);
+  step->mask = rope_.Call(code, {}, {sink_.Publish(config_.device), first_.Publish(config_.device)});
 }
 
 }  // namespace tvm_infer::mlc

@@ -1,17 +1,17 @@
 // What the tokens of a step do not see of the keys up to their own: a mask with a table entry for each request, as the variant functions
-// of tvm_infer take it. Its code is that of tvm_infer/variant/cache_masks.py.
+// of tvm_infer take it. Its code is that of tvm_infer/variant/cache_masks.py. Where rotation is inline it comes with the mask.
 #pragma once
 
-#include <tvm/ffi/any.h>
-#include <tvm/ffi/string.h>
-
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tvm_infer/mlc/config.h"
+#include "tvm_infer/mlc/inline_rope.h"
 #include "tvm_infer/mlc/sequence_windows.h"
 #include "tvm_infer/mlc/step.h"
 #include "tvm_infer/mlc/token_trees.h"
+#include "tvm_infer/mlc/variant_code.h"
 
 namespace tvm_infer::mlc {
 
@@ -29,24 +29,22 @@ class TableArray {
 
 class Masks {
  public:
-  explicit Masks(const Config& config) : config_(config) {}
+  Masks(const Config& config, const InlineRope& rope) : config_(config), rope_(rope) {}
 
-  // A node sees the text before its tree, its ancestors and itself. One tree for each request. Sets step->mask.
+  // A node sees the text before its tree, its ancestors and itself, and turns by its depth. One tree for each request. Sets step->mask.
   void SetTrees(const std::vector<TokenTree>& trees, Step* step);
   // The requests' sinks and windows. Sets step->mask where one of them hides something.
   void SetWindows(const SequenceWindows& windows, Step* step);
 
  private:
-  struct Code {
-    tvm::ffi::String digest;
-    int64_t cpu_functions = 0;
-    bool is_there = false;
-  };
-  void Find(const char* name, Code* code) const;
+  const VariantCode& Find(const char* mask, std::optional<VariantCode>* code) const;
+  void SetTreeBits(const std::vector<TokenTree>& trees, const Step& step, int64_t width);
+  void SetTreePlaces(const std::vector<TokenTree>& trees, int64_t width);
 
   const Config config_;
-  Code tree_code_, window_code_;
-  TableArray bits_, first_bit_, sink_, first_;
+  const InlineRope rope_;
+  std::optional<VariantCode> tree_code_, window_code_;
+  TableArray bits_, first_bit_, places_, sink_, first_;
 };
 
 }  // namespace tvm_infer::mlc

@@ -45,7 +45,8 @@
   V(scale_lse)                         \
   V(variant_append_attention)          \
   V(variant_call)                      \
-  V(variant_paged_attention)
+  V(variant_paged_attention)           \
+  V(variant_ragged_attention)
 
 namespace tvm_infer::mlc {
 

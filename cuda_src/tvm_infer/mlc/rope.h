@@ -1,4 +1,4 @@
-// Rotary positions: what a cache was created with, as the tables that tvm_infer.rope_append_paged takes.
+// Rotary positions: what a cache was created with, as the tables that tvm_infer.rope_append_paged takes. Inline rotation: inline_rope.h.
 #pragma once
 
 #include <tvm/ffi/any.h>
@@ -12,16 +12,33 @@ namespace tvm_infer::mlc {
 
 // As MLC has them.
 struct RopeArgs {
-  int64_t mode;  // RoPEMode of TVM: 0 none, 1 normal (rotated before they are stored), 2 inline (rotated by attention)
   double scale, theta;
   String scaling;             // JSON, "" for none
   tvm::ffi::Any ext_factors;  // a tensor float32 [rotary_dim], long factors first, or anything else for none
   int64_t rotary_dim;
+
+  // NOTE: None is a Tensor, too.
+  bool has_factors() const { return ext_factors.as<Tensor>().has_value() && ext_factors.cast<Tensor>().defined(); }
 };
 
+// On the host; float32 [rotary_dim / 2], radians a token.
+struct RopeTables {
+  Tensor few_tokens, many_tokens;  // the second holds for steps of more than `long_above` tokens
+  int64_t long_above, interleaved;
+  double magnitude;
+};
+
+// Throws ArgumentError for a scaling that there is not, and where Python, which reads what a model's configuration says
+// (tvm_infer/runtime/mlc_rope.py), has not loaded the adapter.
+RopeTables MakeRopeTables(const RopeArgs& args, double theta, double scale);
+Tensor OnDevice(const Tensor& host, DLDevice device);
+// Throws ArgumentError where rotary_dim is no number of elements of a head.
+void CheckRotaryDim(const RopeArgs& args, const Config& config);
+
+// Queries and keys are turned before they are stored.
 class Rope {
  public:
-  // Throws ArgumentError for a mode or a scaling that the cache does not have.
+  // Throws ArgumentError for a scaling that the cache does not have.
   Rope(const RopeArgs& args, const Config& config);
 
   bool is_active() const { return is_active_; }

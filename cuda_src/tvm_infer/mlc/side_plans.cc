@@ -31,14 +31,15 @@ struct PlanView {
 
 }  // namespace
 
-SidePlans::SidePlans(const Config& config, tvm::ffi::Any cache)
+SidePlans::SidePlans(const Config& config, const InlineRope& inline_rope, tvm::ffi::Any cache)
     : config_(config),
+      inline_rope_(inline_rope),
       cache_(std::move(cache)),
       num_ctas_(Library().kv_cache_config(cache_).cast<Shape>()[kConfigNumCtas]),
       tile_table_(TileTable(config)) {}
 
 void SidePlans::NewStep() {
-  has_query_indptr_ = has_page_table_ = has_positions_ = false;
+  has_query_indptr_ = has_page_table_ = turns_.is_ready = cross_turns_.is_ready = false;
   self_.is_ready = cross_.is_ready = whole_.is_ready = sliding_.is_ready = false;
 }
 
@@ -106,13 +107,24 @@ void SidePlans::MakePlan(bool is_causal, int64_t window_left, Planned* planned) 
   planned->is_ready = true;
 }
 
-void SidePlans::Self(const Step& step, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o, const Tensor& lse) {
+const tvm::ffi::Any& SidePlans::VariantOf(const Step& step, int64_t layer) const {
+  return step.has_mask() ? step.mask : inline_rope_.OfLayer(config_.is_sliding(layer));
+}
+
+void SidePlans::Self(const Step& step, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o,
+                     const Tensor& lse) {
   Prepare(step, false);
   if (!self_.is_ready) {
     self_.kv_len.host().assign(step.append_lengths.begin(), step.append_lengths.end());
     MakePlan(true, kAllKeys, &self_);
   }
   const PlanView plan(self_.device_plan, self_.words);
+  // Nothing is hidden among the step's own tokens, which follow one another: they turn as they stand in the call.
+  const tvm::ffi::Any& rotation = inline_rope_.OfLayer(config_.is_sliding(layer));
+  if (rotation != nullptr) {
+    Library().variant_ragged_attention(TensorView(plan), q, k, v, qo_indptr_.Here(), sm_scale, workspace_, o, lse, rotation);
+    return;
+  }
   Library().ragged_attention(TensorView(plan), q, k, v, qo_indptr_.Here(), sm_scale, workspace_, o, lse);
 }
 
@@ -152,17 +164,17 @@ void SidePlans::RopeAppend(const Step& step, int64_t layer, const Rope& rope, Te
 
 // By the function that rotates and stores, with each token a request of its own, whose last token it is, and a row of k_out as its one
 // page: all slots of the page are the row, so that it is written wherever the token stands.
-void SidePlans::Rotate(const Step& step, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out,
-                       const Tensor& k_out) {
+void SidePlans::Turn(const Step& step, const std::vector<int32_t>& positions, Turns* turns, const Tensor& inv_freq, int64_t interleaved,
+                     double magnitude, TensorView q, TensorView k, TensorView v, TensorView q_out, const Tensor& k_out) {
   Prepare(step, false);
-  if (!has_positions_) {
+  if (!turns->is_ready) {
     token_indptr_.host().resize(step.num_tokens + 1);
     std::iota(token_indptr_.host().begin(), token_indptr_.host().end(), 0);
     token_indices_.host().assign(token_indptr_.host().begin(), token_indptr_.host().end() - 1);
-    position_ends_.host().clear();
-    for (const int32_t position : step.positions) position_ends_.host().push_back(position + 1);
-    for (IndexArray* array : {&token_indptr_, &token_indices_, &position_ends_}) array->Publish(config_.device);
-    has_positions_ = true;
+    turns->ends.host().clear();
+    for (const int32_t position : positions) turns->ends.host().push_back(position + 1);
+    for (IndexArray* array : {&token_indptr_, &token_indices_, &turns->ends}) array->Publish(config_.device);
+    turns->is_ready = true;
   }
   if (!values_.defined())
     values_ = Tensor::Empty({config_.max_tokens, config_.num_kv_heads, config_.head_dim}, config_.dtype, config_.device);
@@ -177,9 +189,18 @@ void SidePlans::Rotate(const Step& step, const Rope& rope, TensorView q, TensorV
   };
   DLTensor k_pages = as_pages(k_out), v_pages = as_pages(values_);
   const tvm::ffi::Any none = nullptr;
-  Library().rope_append_paged(q, k, v, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), none, token_indptr_.Here(),
-                              position_ends_.Here(), TensorView(&k_pages), TensorView(&v_pages), kHeadsFirst, token_indptr_.Here(),
-                              token_indices_.Here(), q_out);
+  Library().rope_append_paged(q, k, v, inv_freq, interleaved, magnitude, none, token_indptr_.Here(), turns->ends.Here(),
+                              TensorView(&k_pages), TensorView(&v_pages), kHeadsFirst, token_indptr_.Here(), token_indices_.Here(), q_out);
+}
+
+void SidePlans::Rotate(const Step& step, const Rope& rope, TensorView q, TensorView k, TensorView v, TensorView q_out,
+                       const Tensor& k_out) {
+  Turn(step, step.positions, &turns_, rope.inv_freq(step.num_tokens), rope.interleaved(), rope.magnitude(), q, k, v, q_out, k_out);
+}
+
+void SidePlans::TurnAhead(const Step& step, TensorView q, TensorView k, TensorView q_out, const Tensor& k_out) {
+  constexpr double kNoFactor = 1;  // attention has it
+  Turn(step, step.cross_turns, &cross_turns_, inline_rope_.inv_freq(), inline_rope_.interleaved(), kNoFactor, q, k, k, q_out, k_out);
 }
 
 void SidePlans::AppendMasked(const Step& step, int64_t layer, TensorView q, TensorView k, TensorView v, double sm_scale, TensorView o) {
@@ -201,9 +222,10 @@ void SidePlans::Paged(const Step& step, const Planned& planned, int64_t layer, T
   const PlanView plan(planned.device_plan, planned.words);
   const tvm::ffi::Any none = nullptr;
   const tvm::ffi::Any lse_or_none = lse == nullptr ? none : tvm::ffi::Any(*lse);
-  if (step.has_mask()) {
+  const tvm::ffi::Any& variant = VariantOf(step, layer);
+  if (variant != nullptr) {
     Library().variant_paged_attention(TensorView(plan), q, pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale,
-                                      workspace_, o, lse_or_none, step.mask);
+                                      workspace_, o, lse_or_none, variant);
     return;
   }
   Library().paged_attention(TensorView(plan), q, pages, none, kHeadsFirst, page_indptr_.Here(), page_indices_.Here(), sm_scale, workspace_,

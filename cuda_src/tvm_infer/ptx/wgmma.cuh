@@ -1,4 +1,4 @@
-// Warpgroup matrix products (wgmma), m64 n{64, 128} k16, 16-bit operands, fp32 accumulators.
+// Warpgroup matrix products (wgmma), m64 n{64, 80, 96, 128, 192, 256} k16, 16-bit operands, fp32 accumulators.
 //
 // Accumulator fragment: warp w of the warpgroup, lane = 4 * g + t. c[4 * j + 2 * i + e] is row 16 * w + g + 8 * i, column 8 * j + 2 * t +
 // e. An A operand in registers has the layout of mma.cuh's A, 16 rows a warp.
@@ -46,61 +46,91 @@ __device__ __forceinline__ void PinRegisters(uint32_t (&r)[kCount]) {
 #define TVM_INFER_C8(i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define TVM_INFER_C32(i) TVM_INFER_C8(i), TVM_INFER_C8(i + 8), TVM_INFER_C8(i + 16), TVM_INFER_C8(i + 24)
-#define TVM_INFER_LIST64                                                   \
+// Operands of C32, C40, C48, C64, C96 and C128, and their names in the text: each list goes on where the one before ends.
+#define TVM_INFER_REGISTERS_32 TVM_INFER_C32(0)
+#define TVM_INFER_REGISTERS_40 TVM_INFER_REGISTERS_32, TVM_INFER_C8(32)
+#define TVM_INFER_REGISTERS_48 TVM_INFER_REGISTERS_40, TVM_INFER_C8(40)
+#define TVM_INFER_REGISTERS_64 TVM_INFER_REGISTERS_32, TVM_INFER_C32(32)
+#define TVM_INFER_REGISTERS_96 TVM_INFER_REGISTERS_64, TVM_INFER_C32(64)
+#define TVM_INFER_REGISTERS_128 TVM_INFER_REGISTERS_96, TVM_INFER_C32(96)
+#define TVM_INFER_LIST_32                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TVM_INFER_LIST128                                                            \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TVM_INFER_LIST_40 \
+  TVM_INFER_LIST_32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define TVM_INFER_LIST_48 \
+  TVM_INFER_LIST_40       \
+  ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define TVM_INFER_LIST_64                                                            \
+  TVM_INFER_LIST_32                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TVM_INFER_LIST_96                                                            \
+  TVM_INFER_LIST_64                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define TVM_INFER_LIST_128                                                                       \
+  TVM_INFER_LIST_96                                                                              \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // clang-format off
-#define TVM_INFER_WGMMA_SS128(TYPE) \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 a, {%64, %65};\nmov.b64 b, {%66, %67};\nsetp.ne.b32 p, %68, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 "}, a, b, p, 1, 1, 0, 0;\n" "}" \
-               : TVM_INFER_C32(0), TVM_INFER_C32(32) : "r"(a.low), "r"(a.high), "r"(b.low), "r"(b.high), "r"(accumulate))
-#define TVM_INFER_WGMMA_RS128(TYPE) \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%68, %69};\nsetp.ne.b32 p, %70, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST128 "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n" "}" \
-               : TVM_INFER_C32(0), TVM_INFER_C32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"(accumulate))
-#define TVM_INFER_WGMMA_RS64(TYPE) \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%36, %37};\nsetp.ne.b32 p, %38, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST64 "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n" "}" \
-               : TVM_INFER_C32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"(accumulate))
-// clang-format on
-
-// c[64, 128] (+)= A[64, 16] @ B[128, 16]^T, both in shared memory, K-major.
-template <typename Element>
-__device__ __forceinline__ void Wgmma64x128x16(float (&c)[64], Descriptor a, Descriptor b, int accumulate) {
-  if constexpr (Element::kIsBf16) {
-    TVM_INFER_WGMMA_SS128("bf16");
-  } else {
-    TVM_INFER_WGMMA_SS128("f16");
+// COUNT accumulators a thread, so N = 2 * COUNT. A0 … are the operands behind them.
+#define TVM_INFER_WGMMA_SS(COUNT, N, TYPE, A0, A1, B0, B1, ACC) \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nmov.b64 a, {" A0 ", " A1 "};\nmov.b64 b, {" B0 ", " B1 "};\nsetp.ne.b32 p, " ACC ", 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST_##COUNT "}, a, b, p, 1, 1, 0, 0;\n" "}" \
+               : TVM_INFER_REGISTERS_##COUNT : "r"(a.low), "r"(a.high), "r"(b.low), "r"(b.high), "r"(accumulate))
+#define TVM_INFER_WGMMA_RS(COUNT, N, TYPE, A0, A1, A2, A3, B0, B1, ACC) \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {" B0 ", " B1 "};\nsetp.ne.b32 p, " ACC ", 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" TVM_INFER_LIST_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, b, p, 1, 1, 1;\n" "}" \
+               : TVM_INFER_REGISTERS_##COUNT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"(accumulate))
+// One function for each COUNT.
+#define TVM_INFER_WGMMA_SHARED_A(COUNT, N, ...) \
+  template <typename Element> \
+  __device__ __forceinline__ void WgmmaSharedA(float (&c)[COUNT], Descriptor a, Descriptor b, int accumulate) { \
+    if constexpr (Element::kIsBf16) { \
+      TVM_INFER_WGMMA_SS(COUNT, N, "bf16", __VA_ARGS__); \
+    } else { \
+      TVM_INFER_WGMMA_SS(COUNT, N, "f16", __VA_ARGS__); \
+    } \
   }
-}
+#define TVM_INFER_WGMMA_REGISTER_A(COUNT, N, ...) \
+  template <typename Element> \
+  __device__ __forceinline__ void WgmmaRegisterA(float (&c)[COUNT], const uint32_t* a, Descriptor b, int accumulate) { \
+    if constexpr (Element::kIsBf16) { \
+      TVM_INFER_WGMMA_RS(COUNT, N, "bf16", __VA_ARGS__); \
+    } else { \
+      TVM_INFER_WGMMA_RS(COUNT, N, "f16", __VA_ARGS__); \
+    } \
+  }
 
+// c[64, N] (+)= A[64, 16] @ B[N, 16]^T, both in shared memory, K-major.
+TVM_INFER_WGMMA_SHARED_A(32, 64, "%32", "%33", "%34", "%35", "%36")
+TVM_INFER_WGMMA_SHARED_A(64, 128, "%64", "%65", "%66", "%67", "%68")
 // c[64, N] (+)= A[64, 16] @ B[16, N], A in registers, B in shared memory with N contiguous.
-template <typename Element>
-__device__ __forceinline__ void WgmmaRegisterA(float (&c)[64], const uint32_t* a, Descriptor b, int accumulate) {
-  if constexpr (Element::kIsBf16) {
-    TVM_INFER_WGMMA_RS128("bf16");
-  } else {
-    TVM_INFER_WGMMA_RS128("f16");
-  }
-}
-template <typename Element>
-__device__ __forceinline__ void WgmmaRegisterA(float (&c)[32], const uint32_t* a, Descriptor b, int accumulate) {
-  if constexpr (Element::kIsBf16) {
-    TVM_INFER_WGMMA_RS64("bf16");
-  } else {
-    TVM_INFER_WGMMA_RS64("f16");
-  }
-}
-#undef TVM_INFER_WGMMA_SS128
-#undef TVM_INFER_WGMMA_RS128
-#undef TVM_INFER_WGMMA_RS64
-#undef TVM_INFER_LIST64
-#undef TVM_INFER_LIST128
+TVM_INFER_WGMMA_REGISTER_A(32, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+TVM_INFER_WGMMA_REGISTER_A(40, 80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+TVM_INFER_WGMMA_REGISTER_A(48, 96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+TVM_INFER_WGMMA_REGISTER_A(64, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+TVM_INFER_WGMMA_REGISTER_A(96, 192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
+TVM_INFER_WGMMA_REGISTER_A(128, 256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+// clang-format on
+#undef TVM_INFER_WGMMA_SHARED_A
+#undef TVM_INFER_WGMMA_REGISTER_A
+#undef TVM_INFER_WGMMA_SS
+#undef TVM_INFER_WGMMA_RS
+#undef TVM_INFER_LIST_32
+#undef TVM_INFER_LIST_40
+#undef TVM_INFER_LIST_48
+#undef TVM_INFER_LIST_64
+#undef TVM_INFER_LIST_96
+#undef TVM_INFER_LIST_128
+#undef TVM_INFER_REGISTERS_32
+#undef TVM_INFER_REGISTERS_40
+#undef TVM_INFER_REGISTERS_48
+#undef TVM_INFER_REGISTERS_64
+#undef TVM_INFER_REGISTERS_96
+#undef TVM_INFER_REGISTERS_128
 #undef TVM_INFER_C32
 #undef TVM_INFER_C8
 

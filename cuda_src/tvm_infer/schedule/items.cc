@@ -49,34 +49,6 @@ int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_
   return max_kv_len;
 }
 
-// Keys that some row of a tile sees: [begin, end), and sinks [0, sink) that do not touch these. All 0 for rows that see nothing.
-struct SeenKeys {
-  int32_t sink;
-  int32_t begin;
-  int32_t end;
-};
-
-// Rows at positions first … last, of a request of `kv` keys. With each position the band moves on or stays, so that what one of the rows
-// sees besides the sinks is one range: from where the first begins to where the last ends.
-SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
-  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
-  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
-  const int64_t sink = std::min<int64_t>(band.num_sink, end);
-  if (band.chunk > 0) {
-    begin = std::max(begin, first / band.chunk * band.chunk);
-    end = std::min(end, (last / band.chunk + 1) * band.chunk);
-  }
-  if (begin >= end) return {0, 0, 0};
-  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
-  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
-}
-
-int32_t ClassOf(const PlanParams& p, int64_t num_rows) {
-  int32_t c = 0;
-  while (c + 1 < p.num_tile_classes && p.tile_classes[c].rows < num_rows) ++c;
-  return c;
-}
-
 // Items of the batch, at most. Throws if plans, costs or loads could leave their types.
 int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_kv_len) {
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
@@ -109,16 +81,37 @@ int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
 
 }  // namespace
 
-void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
+// With each position the band moves on or stays, so that what one of the rows sees besides the sinks is one range: from where the first
+// begins to where the last ends.
+SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
+  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
+  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
+  const int64_t sink = std::min<int64_t>(band.num_sink, end);
+  if (band.chunk > 0) {
+    begin = std::max(begin, first / band.chunk * band.chunk);
+    end = std::min(end, (last / band.chunk + 1) * band.chunk);
+  }
+  if (begin >= end) return {0, 0, 0};
+  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
+}
+
+int64_t Items::Check(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
   const int32_t max_kv_len = CheckLengths(p, qo_indptr, kv_len, num_requests);
-  const int64_t max_items = BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
+  return BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
+}
+
+void Items::Start(const PlanParams& p, int64_t max_items) {
   work.Reserve(max_items);
   cost.Reserve(max_items);
   sink.Reserve(max_items);
   cut_tiles.Reserve(p.fixed_split_size > 0 ? max_items / 2 : 0);
-  count = num_cut_tiles = num_cut_items = 0;
+  count = num_cut_tiles = num_cut_items = num_tree_merges = 0;
   total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
+}
 
+void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_items) {
+  Start(p, max_items);
   const int32_t group = p.num_qo_heads / p.num_kv_heads;
   for (int32_t r = 0; r < num_requests; ++r) {
     const int32_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
@@ -127,8 +120,6 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
     const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
     const int32_t tile_class = ClassOf(p, num_rows);
     const TileClass& t = p.tile_classes[tile_class];
-    max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-    max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
     for (int32_t row = 0; row < num_rows;) {
       const int32_t rows = std::min(t.rows, num_rows - row);
       // Positions of the tile's first and last token. Divisions only where a request has several tiles.
@@ -143,7 +134,7 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
                       .kv_list = r,
                       .kv_begin = keys.begin,
                       .kv_end = keys.end,
-                      .kv_pos_base = 0,
+                      .merge_tiles = 0,
                       .qo_pos_base = static_cast<int32_t>(first),
                       .tile_class = tile_class,
                       .out = kFinalRows,
@@ -162,6 +153,9 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
 void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
   const TileClass& t = p.tile_classes[tile.tile_class];
   const int64_t overhead = t.fixed + t.row * tile.num_rows;
+  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+  // One that shares keys merges anyway: a piece more costs little.
+  max_merge = std::max(max_merge, MergePrice(t, tile.merge_tiles > 0 ? 0 : tile.num_rows));
   const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
   max_overhead = std::max(max_overhead, overhead + sink_cost);
   const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
@@ -175,6 +169,8 @@ void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
 // The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.
 void Items::AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink) {
   const TileClass& t = p.tile_classes[tile.tile_class];
+  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+  max_merge = std::max(max_merge, MergePrice(t, tile.num_rows));
   max_overhead = std::max(max_overhead, t.fixed + t.row * tile.num_rows);
   const int32_t first_item = count;
   const int64_t max_sink_piece = tile_sink == 0 ? 0 : AddPiecesOf(p, tile, 0, tile_sink);

@@ -1,6 +1,7 @@
 // Items: the units that a plan lays onto CTAs. An item is a row tile of one request with the keys it sees, or one piece of these keys
-// where a fixed split size cuts them. All KV heads of an item cost the same, so it stands for num_kv_heads equal works. Sinks that lie
-// apart from the other keys are a second work of each head, and a piece of their own under a fixed split size.
+// where a fixed split size cuts them; or (forest.h) a tile of rows of several requests with keys that they share. All KV heads of an item
+// cost the same, so it stands for num_kv_heads equal works. Sinks that lie apart from the other keys are a second work of each head, and a
+// piece of their own under a fixed split size.
 #pragma once
 
 #include <algorithm>
@@ -37,27 +38,50 @@ struct CutTile {
   int64_t max_cost;  // of a piece, one KV head
 };
 
+// The first class that holds `num_rows` rows, else the last.
+inline int32_t ClassOf(const PlanParams& p, int64_t num_rows) {
+  int32_t c = 0;
+  while (c + 1 < p.num_tile_classes && p.tile_classes[c].rows < num_rows) ++c;
+  return c;
+}
+
+// Keys that some row of a tile sees: [begin, end), and sinks [0, sink) that do not touch these. All 0 for rows that see nothing.
+struct SeenKeys {
+  int32_t sink;
+  int32_t begin;
+  int32_t end;
+};
+// Rows at positions first … last, of a request of `kv` keys.
+SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv);
+
 struct Items {
-  ScratchArray<Work> work;      // everything but heads; `merge` is the index of the item's cut tile, or kNoMerge
+  // Everything but heads; `merge` is the index of the item's cut tile, with merge_tiles > 0 its first tile that merges, or kNoMerge.
+  ScratchArray<Work> work;
   ScratchArray<int64_t> cost;   // of one KV head, >= 1; its sinks included
   ScratchArray<int32_t> sink;   // keys [0, sink) are the item's too, in a work apart; 0: none
   ScratchArray<int32_t> order;  // longest first
   ScratchArray<CutTile> cut_tiles;
   int32_t count, num_cut_tiles, num_cut_items;
-  int64_t total_cost;  // one KV head of every item
+  int32_t num_tree_merges;  // of tiles that share keys (forest.h): the first merges of the plan, known before any is laid
+  int64_t total_cost;       // one KV head of every item
   int64_t max_cost;
   // Over the tile classes in use: what a piece costs before its first key (sinks are such a cost of an item's first), what a granule of
   // keys costs, what a merge costs.
   int64_t max_overhead, max_granule_cost, max_merge;
 
-  // Checks lengths (ArgumentError naming the index) and makes the items, in the order of requests, tiles, keys. Then sorts them.
-  void Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
+  // Checks lengths (ArgumentError naming the index); returns how many items Build makes at most.
+  static int64_t Check(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
+  // Makes the items of a batch that was checked, in the order of requests, tiles, keys, and sorts them.
+  void Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_items);
+
+  // The same step by step: at most max_items, whole.
+  void Start(const PlanParams& p, int64_t max_items);
+  void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);
+  void Sort();
 
  private:
-  void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);
   void AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink);
   int64_t AddPiecesOf(const PlanParams& p, const Work& tile, int32_t begin, int32_t end);
-  void Sort();
   ScratchArray<int32_t> order_tmp_;
   ScratchArray<uint16_t> sort_key_;
 };

@@ -49,7 +49,7 @@ LayoutBounds BoundLayout(const PlanParams& p, int64_t whole_items, int64_t cut_i
 void Layout::Start(const PlanParams& p, const Items& items, int64_t target, const Layout* whole) {
   const LayoutBounds bounds = BoundLayout(p, items.count - items.num_cut_items, items.num_cut_items);
   placements.Reserve(bounds.placements);
-  partials.Reserve(bounds.partials);
+  partials.Reserve(items.num_tree_merges > 0 ? bounds.placements : bounds.partials);
   merges.Reserve(bounds.merges);
   merge_indptr.Reserve(bounds.merges + 1);
   merge_slots.Reserve(bounds.partials);
@@ -57,8 +57,9 @@ void Layout::Start(const PlanParams& p, const Items& items, int64_t target, cons
   load_.Reserve(p.num_ctas);
   filled_.Reserve(p.num_ctas);
   misfit_load_.Reserve(p.num_ctas);
-  num_placements = num_partials = num_merges = 0;
+  num_placements = num_partials = num_merges = num_slots = 0;
   num_partial_rows = 0;
+  first_merge_ = items.num_tree_merges;
   merge_indptr[0] = 0;
   misfit_ = Misfit();
   if (whole == nullptr) {
@@ -68,12 +69,13 @@ void Layout::Start(const PlanParams& p, const Items& items, int64_t target, cons
     num_placements = from.num_placements;
     num_partials = from.num_partials;
     num_merges = from.num_merges;
+    num_slots = from.num_slots;
     num_partial_rows = from.num_partial_rows;
     std::copy_n(whole->placements.data(), num_placements, placements.data());
     std::copy_n(whole->of_item.data(), items.count, of_item.data());
     std::copy_n(whole->misfit_load_.data(), p.num_ctas, load_.data());
     std::copy_n(whole->partials.data(), num_partials, partials.data());
-    std::copy_n(whole->merge_slots.data(), num_partials, merge_slots.data());
+    std::copy_n(whole->merge_slots.data(), num_slots, merge_slots.data());
     std::copy_n(whole->merges.data(), num_merges, merges.data());
     std::copy_n(whole->merge_indptr.data(), num_merges + 1, merge_indptr.data());
   }
@@ -107,7 +109,7 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
           continue;
         }
         if (!fits && misfit_.order_index < 0) {
-          misfit_ = {k, head, num_placements, first_of_item, num_partials, num_merges, num_partial_rows};
+          misfit_ = {k, head, num_placements, first_of_item, num_partials, num_merges, num_slots, num_partial_rows};
           std::copy_n(load_.data(), p.num_ctas, misfit_load_.data());
         }
         // Heads that fit, and one on top where none does or where hardly any room is left: a CTA exceeds the target at most once.
@@ -131,25 +133,34 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
   return true;
 }
 
-// Heads whose keys are computed whole: one work, or two partial ones where sinks lie apart. Both on one CTA, whose cache still holds the
-// first's results when it merges them with the second's.
+// Heads whose keys are computed whole: one work, final if no other works have keys of these rows, or two partial ones where sinks lie
+// apart. Both on one CTA, whose cache still holds the first's results when it merges them with the second's.
 void Layout::PlaceRun(const Items& items, int32_t item, int32_t cta, int32_t head, int32_t num_heads) {
+  const Work& work = items.work[item];
   if (items.sink[item] == 0) {
-    placements[num_placements++] = {cta, head, num_heads, -1};
+    if (work.merge_tiles == 0) {
+      placements[num_placements++] = {cta, head, num_heads, -1};
+    } else {
+      AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
+    }
     return;
   }
-  const Work& work = items.work[item];
   AddPartial(work, cta, head, num_heads, 0, items.sink[item]);
   AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
   EndMerge(work, head, num_heads);
 }
 
-// A partial of the merge that EndMerge will end; they come in ascending order of keys.
+// A partial of the merge that EndMerge will end; they come in ascending order of keys. Or of the merges of tiles that share keys.
 void Layout::AddPartial(const Work& work, int32_t cta, int32_t head, int32_t num_heads, int64_t kv_begin, int64_t kv_end) {
   const auto slot = static_cast<int32_t>(num_partial_rows);
   placements[num_placements++] = {cta, head, num_heads, num_partials};
-  partials[num_partials] = {static_cast<int32_t>(kv_begin), static_cast<int32_t>(kv_end), slot, num_merges};
-  merge_slots[num_partials++] = slot;
+  Partial& partial = partials[num_partials++] = {static_cast<int32_t>(kv_begin), static_cast<int32_t>(kv_end), slot, 0};
+  if (work.merge_tiles > 0) {
+    partial.merge = work.merge * work.num_kv_heads + head;
+  } else {
+    partial.merge = first_merge_ + num_merges;
+    merge_slots[num_slots++] = slot;
+  }
   num_partial_rows += int64_t{num_heads} * work.num_rows;
   if (num_partial_rows > std::numeric_limits<int32_t>::max()) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr makes a batch of more than " << std::numeric_limits<int32_t>::max()
@@ -158,8 +169,9 @@ void Layout::AddPartial(const Work& work, int32_t cta, int32_t head, int32_t num
 }
 
 void Layout::EndMerge(const Work& work, int32_t head, int32_t num_heads) {
+  if (work.merge_tiles > 0) return;
   merges[num_merges++] = {work.row_begin, work.num_rows, head, num_heads};
-  merge_indptr[num_merges] = num_partials;
+  merge_indptr[num_merges] = num_slots;
 }
 
 // Spreads one head's keys over the least loaded CTAs. A CTA that takes a piece other than the last is filled by it, up to a granule. Sinks
@@ -199,7 +211,6 @@ bool Layout::CutHead(const PlanParams& p, const Items& items, int64_t target, in
 void Layout::PlaceCutTiles(const PlanParams& p, const Items& items, int64_t target) {
   const int32_t heads = p.num_kv_heads;
   cut_runs_.Reserve(items.num_cut_tiles);
-  int32_t num_slots = 0;
   for (int32_t t = 0; t < items.num_cut_tiles; ++t) {
     const CutTile& tile = items.cut_tiles[t];
     const Work& work = items.work[tile.first_item];

@@ -32,10 +32,11 @@ struct Layout {
   ScratchArray<Placement> placements;
   ScratchArray<Range> of_item;  // placements of each item
   ScratchArray<Partial> partials;
-  ScratchArray<Merge> merges;
+  ScratchArray<Merge> merges;  // Partial::merge counts from Items::num_tree_merges on
   ScratchArray<int32_t> merge_indptr;
   ScratchArray<int32_t> merge_slots;
-  int32_t num_placements, num_partials, num_merges;  // a partial is a merge slot
+  int32_t num_placements, num_partials;
+  int32_t num_merges, num_slots;  // beside those of tiles that share keys, which Forest writes
   int64_t num_partial_rows;
   int64_t makespan, total_cost;
 
@@ -50,7 +51,7 @@ struct Layout {
   struct Misfit {
     int32_t order_index = -1, head = 0;
     int32_t num_placements = 0, first_of_item = 0;
-    int32_t num_partials = 0, num_merges = 0;
+    int32_t num_partials = 0, num_merges = 0, num_slots = 0;
     int64_t num_partial_rows = 0;
   };
   Misfit misfit_;
@@ -73,6 +74,7 @@ struct Layout {
     int64_t first_row;  // partial row of piece 0, head 0; then pieces, heads, rows
   };
   ScratchArray<CutTileRuns> cut_runs_;
+  int32_t first_merge_ = 0;  // number of merges[0]
 };
 
 // A run of heads may end because its CTA is full (not because all heads are placed) only while the CTA has more than

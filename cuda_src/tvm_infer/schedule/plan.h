@@ -10,7 +10,9 @@
 //   packed row   token * group_size + query head within the group: the rows one KV head serves
 //   row index    the plan's own order of packed rows; row r is token_order[r / group_size], head r % group_size. Without an order
 //                (token_order_offset == 0) slot and token are the same number.
-//   KV list      keys in order: a request's pages, a ragged range, a shared prefix. Lists 0 … num_requests - 1 are the requests'.
+//   KV list      keys in order: a request's pages, or a ragged range. Lists 0 … num_requests - 1 are the requests'.
+//   shared work  rows of several requests, whose lists begin with the same keys, against these keys: they are read once for all. The row
+//                index has such requests side by side (shared_runs.h).
 //   position     of a token in its request, from 0. Query token t of request r stands at kv_len[r] - (qo_indptr[r + 1] - t).
 #pragma once
 
@@ -19,7 +21,7 @@
 namespace tvm_infer {
 
 inline constexpr int32_t kPlanMagic = 0x4e4c5054;  // "TPLN"
-inline constexpr int32_t kPlanVersion = 3;
+inline constexpr int32_t kPlanVersion = 4;
 inline constexpr int32_t kFinalRows = -1;  // Work::out of a work that writes final rows
 inline constexpr int32_t kNoMerge = -1;    // Work::merge of the same
 inline constexpr int32_t kUnbounded = -1;  // left, right
@@ -42,6 +44,8 @@ struct MaskBand {
 
   bool has_begin() const { return left != kUnbounded || chunk > 0; }
   bool has_end() const { return right != kUnbounded || chunk > 0; }
+  // Whether requests with the same first keys see them alike.
+  bool IsSharable() const { return !has_begin() && num_sink == 0; }
   // The part that executors can test; it hides no visible key.
   Band Tested() const { return {num_sink > 0 ? kUnbounded : left, right}; }
   bool operator==(const MaskBand& b) const { return left == b.left && right == b.right && num_sink == b.num_sink && chunk == b.chunk; }
@@ -64,19 +68,23 @@ struct Work {
   int32_t num_rows;       // > 0, <= TileClass::rows
   int32_t kv_head_begin;  // first KV head, inclusive
   int32_t num_kv_heads;   // > 0
-  int32_t kv_list;        // which KV list
+  int32_t kv_list;        // which KV list; of a shared work that of one of its requests. Key j of a list stands at position j
   int32_t kv_begin;       // first key, inclusive, in the list's coordinates (tokens)
   int32_t kv_end;         // last key, exclusive; == kv_begin for rows that see nothing (O = 0, LSE = -inf)
-  int32_t kv_pos_base;    // position of the list's key 0: key j stands at kv_pos_base + j
-  int32_t qo_pos_base;    // position of row_begin's token, where all rows are of one request
-  int32_t tile_class;     // index into the tile table the plan was made with
-  int32_t out;            // kFinalRows, or the first of num_rows * num_kv_heads partial rows: head h, row r at out + h * num_rows + r
-  int32_t merge;          // kNoMerge, or which Merge this partial belongs to
+  int32_t merge_tiles;    // 0, but for works of shared prefixes: how many Merges the work is part of for each KV head (merge, below)
+  int32_t qo_pos_base;  // position of row_begin's token, where all rows are of one request; of a shared work kv_end, behind which all stand
+  int32_t tile_class;   // index into the tile table the plan was made with
+  int32_t out;          // kFinalRows, or the first of num_rows * num_kv_heads partial rows: head h, row r at out + h * num_rows + r
+  // kNoMerge, or which Merge this partial belongs to, of the same rows and heads. With merge_tiles > 0 there are several, each of one KV
+  // head and of the rows of one tile, which lie within this work's: merge + j * PlanHeader::num_kv_heads + i for head i < num_kv_heads and
+  // tile j < merge_tiles.
+  int32_t merge;
 };
 static_assert(sizeof(Work) == 48, "kernels load a Work as three 16-byte words");
 
-// Rows whose KV was split. Its partials are merge_slots[merge_indptr[m] … merge_indptr[m + 1]), each the `out` of a Work with exactly
-// these rows and heads, in ascending kv_begin: merging in this order makes the result depend on lengths only.
+// Rows whose KV was split. Its partials are merge_slots[merge_indptr[m] … merge_indptr[m + 1]), each the first partial row of these rows
+// and heads in a Work's (head h, row r at slot + h * num_rows + r), in ascending kv_begin: merging in this order makes the result depend
+// on lengths only.
 struct Merge {
   int32_t row_begin;
   int32_t num_rows;
@@ -101,6 +109,7 @@ struct PlanHeader {
   int32_t num_merges;
   int32_t num_merge_slots;
   int32_t num_partial_rows;  // rows of the fp32 partial buffers (O: [num_partial_rows, head_dim], LSE: [num_partial_rows])
+  int32_t num_shared_works;  // works with rows of several requests; a plan that has any runs without a variant
   Band band;                 // MaskBand::Tested()
   int32_t num_tile_classes;
   // Offsets from the header, in bytes, multiples of 16. 0: the array is absent.
@@ -111,10 +120,11 @@ struct PlanHeader {
   int32_t merge_slots_offset;   // int32[num_merge_slots]
   int32_t qo_indptr_offset;     // int32[num_requests + 1]
   int32_t kv_len_offset;        // int32[num_kv_lists], keys in each list
-  int32_t token_order_offset;   // int32[num_tokens], absent when it would be the identity
   int64_t makespan;             // predicted load of the busiest CTA, picoseconds
   int64_t total_cost;           // predicted load of all CTAs together, picoseconds
+  int64_t flat_cost;            // the same, if no key were shared and none cut; 0 in a plan that shares none
   int32_t tile_classes_offset;  // TileClass[num_tile_classes] that the plan was made with: a plan explains its own loads
+  int32_t token_order_offset;   // int32[num_tokens], absent when it would be the identity
   int32_t tickets_offset;       // int32[kNumTickets + num_merges], all 0: words for executors on a device (PlanTicket)
   // CTAs with works, if the plan is bound by bandwidth alone: every work is of class 0, where the table has others. Such CTAs get unequal
   // shares of the bandwidth, and an executor may let them keep pace with each other (attention/pace.cuh). 0: no pacing.
@@ -123,6 +133,7 @@ struct PlanHeader {
   int32_t window_left;
   int32_t num_sink;
   int32_t chunk;
+  int32_t num_levels;  // shared runs of keys that a row has, at most
 };
 static_assert(sizeof(PlanHeader) % 16 == 0, "arrays start on 16-byte boundaries");
 // Right behind the header: Work first_works[num_ctas], a copy of each CTA's first work; num_rows == 0 for a CTA without any.
@@ -139,13 +150,14 @@ enum PlanTicket : int32_t {
 // no host code has seen.)
 enum PlanRefusal : int32_t {
   kPlanAccepted = 0,
-  kNotAPlan = 1,         // magic or version
-  kOtherHeads = 2,       // num_kv_heads or group_size are not the tensors'
-  kTooManyCtas = 3,      // more CTAs than were launched
-  kTooManyTokens = 4,    // more query tokens than q has rows
-  kTooManyPartials = 5,  // more partial rows than the workspace holds
-  kTooManyLists = 6,     // more KV lists than the page table has
-  kOtherCaptureKey = 7,  // not the capture key that the launch was captured with
+  kNotAPlan = 1,           // magic or version
+  kOtherHeads = 2,         // num_kv_heads or group_size are not the tensors'
+  kTooManyCtas = 3,        // more CTAs than were launched
+  kTooManyTokens = 4,      // more query tokens than q has rows
+  kTooManyPartials = 5,    // more partial rows than the workspace holds
+  kTooManyLists = 6,       // more KV lists than the page table has
+  kOtherCaptureKey = 7,    // not the capture key that the launch was captured with
+  kSharedWithVariant = 8,  // shared works in a launch with a variant
 };
 
 // Read access to a plan in memory; works on the host and in device code.

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "tvm_infer/schedule/plan.h"
+#include "tvm_infer/schedule/shared_runs.h"
 
 namespace tvm_infer {
 
@@ -29,6 +30,9 @@ struct PlanLimits {
   int32_t max_requests;
   int32_t max_tokens;     // query tokens of all requests together
   int64_t max_kv_tokens;  // keys of all requests together; only a fixed split size makes the plan grow with it
+  // Room for shared works: runs around a request, and query tokens of all requests within runs. A batch of more is planned without any.
+  int32_t max_levels = 0;
+  int32_t max_shared_tokens = 0;
 };
 
 // What a buffer must hold for every batch within the limits: tight bounds, no guesses.
@@ -36,6 +40,9 @@ struct PlanCapacity {
   int64_t plan_bytes;    // multiple of 16
   int64_t partial_rows;  // rows of the partial buffers
 };
+
+// ArgumentError naming what is out of its range.
+void CheckParams(const PlanParams& params);
 
 // Digest of the params: what a captured graph bakes in of them. A plan's header carries it.
 uint64_t CaptureKey(const PlanParams& params);
@@ -52,10 +59,12 @@ class Planner {
   // Writes the plan of a batch into `out` (16-byte aligned, host memory) and returns header.bytes_used.
   //   qo_indptr  int32[num_requests + 1], starts at 0, not decreasing: query tokens of each request
   //   kv_len     int32[num_requests], keys of each request, its new tokens included; kv_len[r] >= qo_len[r] when the band has an end
+  //   shared     keys that requests have in common: a run is used where it shortens the plan, and the plan fits. For bands without a begin
+  //              and automatic splits
   // Throws Error("ArgumentError") naming the argument, its value and the limit; Error("WorkspaceError") if `out` is too small or
   // more than max_partial_rows partial rows would be needed. Nothing is written to `out` then.
   int64_t Plan(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,
-               int64_t out_bytes, int64_t max_partial_rows);
+               int64_t out_bytes, int64_t max_partial_rows, const SharedRuns& shared = {});
 
  private:
   struct Scratch;

@@ -1,7 +1,7 @@
 // Shared-memory tiles of 16-bit elements in the 128-byte swizzle that TMA writes and wgmma and ldmatrix read.
 //
 // A panel is 64 elements (128 bytes) wide; the 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that 8 rows of one column hit all
-// banks. Rows of head_dim 128 are two panels. Panels start on 1024-byte boundaries.
+// banks. Rows of head_dim 128 are two panels, those of 80 and 96 as well. Panels start on 1024-byte boundaries.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,8 @@ inline constexpr int kPanelRowBytes = 128;
 inline constexpr int kSwizzleRows = 8;
 inline constexpr int kSwizzleAtomBytes = kSwizzleRows * kPanelRowBytes;
 
+__host__ __device__ constexpr int Panels(int head_dim) { return (head_dim + kPanelElements - 1) / kPanelElements; }
+
 // Byte offset of 16-byte chunk `chunk` (0 … 7) of row `row` within a panel.
 __device__ __forceinline__ uint32_t SwizzledOffset(uint32_t row, uint32_t chunk) {
   return row * kPanelRowBytes + ((chunk ^ (row % kSwizzleRows)) << 4);
@@ -22,7 +24,7 @@ __device__ __forceinline__ uint32_t SwizzledOffset(uint32_t row, uint32_t chunk)
 template <int kPageSize, int kHeadDim>
 struct PageBoxes {
   static constexpr int kPanelBytes = kPageSize * kPanelRowBytes;
-  static constexpr int kPageBytes = kPanelBytes * (kHeadDim / kPanelElements);
+  static constexpr int kPageBytes = kPanelBytes * Panels(kHeadDim);
 
   // Byte offset of 16-byte chunk `chunk` (0 … head_dim / 8 - 1) of key `key`.
   __device__ __forceinline__ static uint32_t Offset(uint32_t key, uint32_t chunk) {

@@ -1,0 +1,230 @@
+// Caches of an exported model. What its layers compute is in the manifest (tvm_infer/runtime/library.py writes it, docs/deploy.md has the
+// fields): "model" is what the compiler says; "variants" has a row for each entry of the model's "variants", with what is found out when a
+// model is exported, so that nothing of an expression has to be understood here.
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/dtype.h>
+#include <tvm/ffi/extra/base64.h>
+#include <tvm/ffi/function.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tvm_infer/embedded.h"
+#include "tvm_infer/ffi/kv_cache.h"
+#include "tvm_infer/ffi/model.h"
+#include "tvm_infer/ffi/plan.h"
+
+namespace tvm_infer::ffi_api {
+namespace {
+
+using tvm::ffi::Any;
+using tvm::ffi::Array;
+using tvm::ffi::Shape;
+using tvm::ffi::String;
+using tvm::ffi::Tensor;
+using JsonObject = tvm::ffi::Map<Any, Any>;
+using JsonArray = Array<Any>;
+
+JsonObject ParseManifest() {
+  // By its global name: libtvm_ffi's C++ functions are not of its stable interface.
+  return tvm::ffi::Function::GetGlobalRequired("ffi.json.Parse")(ModelManifest()).cast<JsonObject>();
+}
+
+template <typename T>
+T Field(const JsonObject& object, const char* name) {
+  return object.at(String(name)).cast<T>();
+}
+
+std::vector<int64_t> Integers(const JsonArray& array) {
+  std::vector<int64_t> values;
+  for (const Any& value : array) values.push_back(value.cast<int64_t>());
+  return values;
+}
+
+Shape ToShape(const std::vector<int64_t>& values) { return Shape(values.begin(), values.end()); }
+
+DLDataType ToDType(const JsonObject& entry) { return tvm::ffi::StringToDLDataType(Field<String>(entry, "dtype")); }
+
+// Throws ArgumentError for a device of another kind than the model's.
+void CheckModelDevice(const JsonObject& manifest, DLDevice device) {
+  const std::string kind = Field<String>(manifest, "device");
+  if ((kind == "cuda") == (device.device_type == kDLCUDA)) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `device` is " << DeviceString(device) << "; the model was compiled for " << kind
+                                 << ": pass such a device, or compile the model for this one";
+}
+
+// The weights that a program hands over, checked as they are asked for.
+class Weights {
+ public:
+  Weights(const JsonObject& manifest, const Array<Tensor>& tensors, const Place& place)
+      : entries_(Field<JsonArray>(manifest, "weights")), tensors_(tensors), place_(place) {
+    if (tensors.size() == entries_.size()) return;
+    TVM_INFER_THROW(ArgumentError) << "argument `weights` has " << tensors.size() << " tensors; the model has " << entries_.size()
+                                   << " weights: pass all, in the order of the manifest";
+  }
+
+  Tensor Get(const std::string& name) const {
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      const auto entry = entries_[i].cast<JsonObject>();
+      if (Field<String>(entry, "name") == name) return Checked(tensors_[i], entry, "weights[" + std::to_string(i) + "] (" + name + ")");
+    }
+    TVM_INFER_THROW(ModelError) << "the attention of the model reads a weight `" << name
+                                << "`, which its manifest does not have: the library is damaged, export the model again";
+  }
+
+ private:
+  Tensor Checked(const Tensor& tensor, const JsonObject& entry, const std::string& what) const {
+    const TensorView view(tensor);
+    CheckPlace(view, what.c_str(), place_);
+    CheckDType(view, what.c_str(), ToDType(entry), "what the model was compiled for");
+    const std::vector<int64_t> shape = Integers(Field<JsonArray>(entry, "shape"));
+    const std::string expected = "one dimension for each of the weight's " + std::to_string(shape.size());
+    CheckRank(view, what.c_str(), static_cast<int>(shape.size()), expected.c_str());
+    for (size_t axis = 0; axis < shape.size(); ++axis) CheckDim(view, what.c_str(), static_cast<int>(axis), shape[axis], "the weight's");
+    return tensor;
+  }
+
+  JsonArray entries_;
+  const Array<Tensor>& tensors_;
+  Place place_;
+};
+
+// What the layers of one variant get.
+struct BoundLayers {
+  std::vector<int64_t> layers;
+  Optional<VariantCall> call;  // none: plain attention in the band
+  int64_t causal;
+  std::vector<int64_t> band;  // as of kv_cache_set_variant
+};
+
+// An array of the model's own, copied to where the cache is. `value`: dtype, shape, data (base64).
+Tensor Constant(const PagedKVCache& kv, const JsonObject& value, const std::string& name) {
+  const DLDataType dtype = ToDType(value);
+  const Shape shape = ToShape(Integers(Field<JsonArray>(value, "shape")));
+  const tvm::ffi::Bytes data = tvm::ffi::Base64Decode(Field<String>(value, "data"));
+  if (static_cast<int64_t>(data.size()) != shape.Product() * dtype.bits / 8) {
+    TVM_INFER_THROW(ModelError) << "the parameter `" << name << "` of an attention variant has " << data.size()
+                                << " bytes in the manifest, not those of its shape: the library is damaged, export the model again";
+  }
+  return kv->Keep(data.data(), shape, dtype, ("a table of attention, `" + name + "`").c_str());
+}
+
+int64_t CpuFunctionsOf(const String& digest, const std::vector<int64_t>& layers) {
+  const int64_t address = FindStandardVariant(digest);
+  if (address == 0) {
+    TVM_INFER_THROW(ExecutorError) << "this library has no code of attention variant " << std::string(digest) << ", of layer "
+                                   << layers.front() << ", for the instruction set " << cpu::IsaName()
+                                   << ": export the model again, or name another one with TVM_INFER_CPU_ISA";
+  }
+  return address;
+}
+
+// `row`: of the library's "variants"; `stored`: the entry of the model's "variants" that it is about.
+BoundLayers Bind(const PagedKVCache& kv, const JsonObject& row, const JsonObject& stored, const Weights& weights) {
+  BoundLayers bound{Integers(Field<JsonArray>(row, "layers")), {}, Field<int64_t>(row, "causal"), Integers(Field<JsonArray>(row, "band"))};
+  const auto digest = Field<String>(row, "digest");
+  if (digest.size() == 0) return bound;
+  const auto values = Field<JsonObject>(stored, "values");
+  Array<Tensor> tables;
+  for (const Any& table : Field<JsonArray>(row, "tables")) {
+    const std::string name = table.cast<String>();
+    const auto value = Field<JsonObject>(values, name.c_str());
+    const bool is_weight = value.count(String("weight")) != 0;
+    tables.push_back(is_weight ? weights.Get(Field<String>(value, "weight")) : Constant(kv, value, name));
+  }
+  const std::vector<int64_t> scalars = Integers(Field<JsonArray>(row, "scalars"));
+  const bool is_cuda = kv->config().device.device_type == kDLCUDA;
+  bound.call = MakeVariantCall(digest, is_cuda ? 0 : CpuFunctionsOf(digest, bound.layers), Array<int64_t>(scalars.begin(), scalars.end()),
+                               std::move(tables));
+  return bound;
+}
+
+// On the way there are no more bands than at the end: a variant is given to all layers of its band first, those behind it get their own.
+void SetAll(const PagedKVCache& kv, const std::vector<BoundLayers>& variants) {
+  std::vector<int64_t> all(kv->config().num_layers);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+  kv->SetVariant(ToShape(all), {}, -1, MaskBand());
+  for (auto own = variants.begin(); own != variants.end(); ++own) {
+    std::vector<int64_t> layers;
+    for (auto other = own; other != variants.end(); ++other) {
+      if (other->band == own->band) layers.insert(layers.end(), other->layers.begin(), other->layers.end());
+    }
+    kv->SetVariant(ToShape(layers), own->call, own->causal, MakeBand(ToShape(own->band)));
+  }
+}
+
+void CheckLayers(const PagedKVCache& kv, const JsonObject& model) {
+  const auto layers = Field<JsonArray>(model, "layers");
+  const auto layer = layers[0].cast<JsonObject>();
+  const KVCacheConfig& have = kv->config();
+  const auto heads = Field<int64_t>(layer, "num_qo_heads"), kv_heads = Field<int64_t>(layer, "num_kv_heads");
+  const auto head_dim = Field<int64_t>(layer, "head_dim");
+  if (have.num_layers == static_cast<int64_t>(layers.size()) && have.num_qo_heads == heads && have.num_kv_heads == kv_heads &&
+      have.head_dim == head_dim) {
+    return;
+  }
+  TVM_INFER_THROW(ArgumentError) << "argument `kv` has " << have.num_layers << " layers of " << have.num_qo_heads << " / "
+                                 << have.num_kv_heads << " heads of " << have.head_dim << " elements; the model has " << layers.size()
+                                 << " of " << heads << " / " << kv_heads << " of " << head_dim << ": make it with model_create_cache";
+}
+
+void SetVariants(const PagedKVCache& kv, const JsonObject& manifest, const Array<Tensor>& weights) {
+  const auto model = Field<JsonObject>(manifest, "model");
+  const auto rows = Field<JsonArray>(manifest, "variants"), stored = Field<JsonArray>(model, "variants");
+  CheckLayers(kv, model);
+  const Weights given(manifest, weights, {kv->config().device, "kv"});
+  std::vector<BoundLayers> bound;
+  for (size_t i = 0; i < rows.size(); ++i) bound.push_back(Bind(kv, rows[i].cast<JsonObject>(), stored[i].cast<JsonObject>(), given));
+  SetAll(kv, bound);
+}
+
+void SetRope(const PagedKVCache& kv, const JsonObject& rope) {
+  std::vector<float> inv_freq;
+  for (const Any& frequency : Field<JsonArray>(rope, "inv_freq")) inv_freq.push_back(static_cast<float>(frequency.cast<double>()));
+  int64_t shape = static_cast<int64_t>(inv_freq.size()), stride = 1;
+  DLTensor tensor{inv_freq.data(), DLDevice{kDLCPU, 0}, 1, DLDataType{kDLFloat, 32, 1}, &shape, &stride, 0};
+  KVCacheSetRope(kv, TensorView(&tensor), Field<bool>(rope, "interleaved") ? 1 : 0, Field<double>(rope, "magnitude"));
+}
+
+}  // namespace
+
+PagedKVCache ModelCreateCache(Array<Tensor> weights, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
+                              DLDevice device) {
+  return Guarded([&] {
+    const JsonObject manifest = ParseManifest();
+    CheckModelDevice(manifest, device);
+    const auto model = Field<JsonObject>(manifest, "model");
+    const auto layers = Field<JsonArray>(model, "layers");
+    const auto layer = layers[0].cast<JsonObject>();
+    KVCacheConfig config{};
+    config.num_layers = static_cast<int64_t>(layers.size());
+    config.num_qo_heads = Field<int64_t>(layer, "num_qo_heads");
+    config.num_kv_heads = Field<int64_t>(layer, "num_kv_heads");
+    config.head_dim = Field<int64_t>(layer, "head_dim");
+    config.dtype = config.kv_dtype = ToDType(layer);
+    config.page_size = page_size;
+    config.num_pages = num_pages;
+    config.max_batch = max_batch;
+    config.max_tokens = max_tokens == 0 ? Field<int64_t>(model, "max_tokens") : max_tokens;
+    config.device = device;
+    PagedKVCache kv = MakeKVCache(config);
+    if (const Any rope = model.at(String("rope")); rope != nullptr) SetRope(kv, rope.cast<JsonObject>());
+    SetVariants(kv, manifest, weights);
+    return kv;
+  });
+}
+
+void ModelSetVariants(PagedKVCache kv, Array<Tensor> weights) {
+  Guarded([&] { SetVariants(kv, ParseManifest(), weights); });
+}
+
+void CheckModelIsPlain() {
+  if (tvm_infer_embedded.manifest.size() == 0) return;  // tvm_infer's own library
+  const JsonObject manifest = ParseManifest();
+  if (manifest.count(String("variants")) == 0 || Field<JsonArray>(manifest, "variants").empty()) return;
+  TVM_INFER_THROW(ModelError) << "the layers of this model have attention variants (caps, windows, biases, sinks), which a cache of "
+                                 "kv_cache_create would not compute: make it with tvm_infer_model_create_cache(weights, …)";
+}
+
+}  // namespace tvm_infer::ffi_api
