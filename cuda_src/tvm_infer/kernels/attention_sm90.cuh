@@ -25,6 +25,9 @@
 #include "tvm_infer/ptx/tma.cuh"
 #include "tvm_infer/schedule/plan.h"
 
+#ifndef TI_MA
+#define TI_MA 8
+#endif
 namespace tvm_infer::kernels {
 
 // After a work whose rows were cut: this CTA's partial rows are written. The last of the merge's CTAs to arrive merges them all.
@@ -44,18 +47,25 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
 }
 
 // The same after a work of shared keys, or beside such: it is of a merge for each of its heads and of the tiles in its rows
-// (Work::merge_tiles). A warp arrives at up to 32 of them at a time, and the rows of those that are complete are shared out.
+// (Work::merge_tiles). A warp arrives at kAtOnce of them at a time, and those that are complete are shared out among the warps.
+//
+// NOTE: the parts of a tile end at about the same time. Each begins with other merges, so that none is the last to arrive at all.
 template <typename Config>
 __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>& c, const Work* work) {
-  const int32_t heads = __ldg(&work->num_kv_heads);
+  constexpr int32_t kAtOnce = TI_MA;
+  const int32_t heads = __ldg(&work->num_kv_heads), count = heads * __ldg(&work->merge_tiles);
   const auto merge_of = [&](int32_t i) { return __ldg(&work->merge) + i / heads * c.params.expected.num_kv_heads + i % heads; };
+  const int32_t rounds = (count + kAtOnce - 1) / kAtOnce;
+  int32_t round = static_cast<int32_t>(blockIdx.x) % rounds;
 #pragma unroll 1
-  for (int32_t begin = 0; begin < heads * __ldg(&work->merge_tiles); begin += 32) {
+  for (int32_t left = rounds; left > 0; --left) {
+    const int32_t begin = round * kAtOnce;
+    round = round + 1 == rounds ? 0 : round + 1;
     ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
     if (c.Warp() == 0) {
       const int32_t i = begin + c.Lane();
       bool is_last = false;
-      if (i < heads * __ldg(&work->merge_tiles)) {
+      if (c.Lane() < kAtOnce && i < count) {
         const int32_t merge = merge_of(i);
         int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
         is_last = ptx::AtomicAddAcqRel(arrivals, 1) == MergeJob::NumSlots(c.plan, merge) - 1;
@@ -73,7 +83,7 @@ __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>&
     for (; complete != 0; complete &= complete - 1) {
       if (skip-- > 0) continue;
       skip = Config::kConsumerWarps / warps - 1;
-      MergeRowsOfHead(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
+      MergeRows(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
     }
   }
 }

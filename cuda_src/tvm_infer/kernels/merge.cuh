@@ -178,6 +178,56 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
   }
 }
 
+// The same for four rows of at most eight partials each. Lane 8 * r + i has the LSE of row r's partial i.
+template <typename Config>
+__device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDim <= 128 ? 4 : 2;  // partials of each row in flight
+  const attention::AttentionParams& params = c.params;
+  const int32_t total = job.merge.num_rows * job.merge.num_kv_heads, n = job.num_slots;
+  const int32_t lane = c.ThreadAnew() % 32;
+  const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, lane % kSlots);
+  const float lse = lane % kSlots < n ? __ldcg(params.partial_lse + slot + min(first + lane / kSlots * step, total - 1)) : attention::kNegInf;
+  PartialColumns<Config> v[kRows][kBatch];
+  const auto load = [&](int32_t begin) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int32_t from = __shfl_sync(0xffffffff, slot, begin + u);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(first + r * step, total - 1)) * Config::kHeadDim, lane);
+      }
+    }
+  };
+  load(0);
+  float max = lse;
+#pragma unroll
+  for (int bit = 1; bit < kSlots; bit *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
+  const float weight = ptx::Exp2((lse - (max == attention::kNegInf ? 0.f : max)) * kLog2e);
+  float sum[kRows] = {}, o[kRows][Columns<Config>::kPieces][Columns<Config>::kVector] = {};
+#pragma unroll 1
+  for (int32_t begin = 0;;) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float w = __shfl_sync(0xffffffff, weight, kSlots * r + begin + u);
+        sum[r] += w;
+        v[r][u].AddTo(o[r], w);
+      }
+    }
+    begin += kBatch;
+    if (begin >= n) break;
+    load(begin);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t row = first + r * step;
+    const float row_max = __shfl_sync(0xffffffff, max, kSlots * r);
+    if (row < total) StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, row_max, sum[r], o[r]);
+  }
+}
+
 // All rows of a merge, shared out among `num_warps` warps.
 template <typename Config>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
@@ -189,18 +239,15 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     }
     return;
   }
+  if (job.num_slots <= 8) {
+#pragma unroll 1
+    for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);
+    return;
+  }
 #pragma unroll 1
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {
     MergeRow(c, job, i / job.merge.num_rows, i % job.merge.num_rows);
   }
-}
-
-// Of a merge of one KV head.
-template <typename Config>
-__device__ __forceinline__ void MergeRowsOfHead(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp,
-                                                int32_t num_warps) {
-#pragma unroll 1
-  for (int32_t row = warp; row < job.merge.num_rows; row += num_warps) MergeRow(c, job, 0, row);
 }
 
 }  // namespace tvm_infer::kernels
