@@ -19,6 +19,7 @@ static_assert(ours::kComputeMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINO
 static_assert(ours::kMaxSharedOptin == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
 static_assert(ours::kMaxDynamicShared == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 static_assert(ours::kProgrammaticSerialization == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+static_assert(ours::kMemoryTypeHost == CU_MEMORYTYPE_HOST);
 static_assert(ours::kMemoryTypeDevice == CU_MEMORYTYPE_DEVICE);
 static_assert(ours::kTensorMapUInt8 == CU_TENSOR_MAP_DATA_TYPE_UINT8);
 static_assert(ours::kTensorMapFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
@@ -55,6 +56,21 @@ static_assert(offsetof(ours::Memcpy2D, to.device) == offsetof(CUDA_MEMCPY2D, dst
 static_assert(offsetof(ours::Memcpy2D, to.pitch) == offsetof(CUDA_MEMCPY2D, dstPitch));
 static_assert(offsetof(ours::Memcpy2D, width_bytes) == offsetof(CUDA_MEMCPY2D, WidthInBytes));
 static_assert(offsetof(ours::Memcpy2D, height) == offsetof(CUDA_MEMCPY2D, Height));
+static_assert(sizeof(ours::Memcpy3D) == sizeof(CUDA_MEMCPY3D));
+static_assert(offsetof(ours::Memcpy3D, from.y) == offsetof(CUDA_MEMCPY3D, srcY));
+static_assert(offsetof(ours::Memcpy3D, from.memory_type) == offsetof(CUDA_MEMCPY3D, srcMemoryType));
+static_assert(offsetof(ours::Memcpy3D, from.host) == offsetof(CUDA_MEMCPY3D, srcHost));
+static_assert(offsetof(ours::Memcpy3D, from.device) == offsetof(CUDA_MEMCPY3D, srcDevice));
+static_assert(offsetof(ours::Memcpy3D, from.pitch) == offsetof(CUDA_MEMCPY3D, srcPitch));
+static_assert(offsetof(ours::Memcpy3D, from.plane_rows) == offsetof(CUDA_MEMCPY3D, srcHeight));
+static_assert(offsetof(ours::Memcpy3D, to.y) == offsetof(CUDA_MEMCPY3D, dstY));
+static_assert(offsetof(ours::Memcpy3D, to.memory_type) == offsetof(CUDA_MEMCPY3D, dstMemoryType));
+static_assert(offsetof(ours::Memcpy3D, to.host) == offsetof(CUDA_MEMCPY3D, dstHost));
+static_assert(offsetof(ours::Memcpy3D, to.device) == offsetof(CUDA_MEMCPY3D, dstDevice));
+static_assert(offsetof(ours::Memcpy3D, to.pitch) == offsetof(CUDA_MEMCPY3D, dstPitch));
+static_assert(offsetof(ours::Memcpy3D, to.plane_rows) == offsetof(CUDA_MEMCPY3D, dstHeight));
+static_assert(offsetof(ours::Memcpy3D, width_bytes) == offsetof(CUDA_MEMCPY3D, WidthInBytes));
+static_assert(offsetof(ours::Memcpy3D, depth) == offsetof(CUDA_MEMCPY3D, Depth));
 static_assert(sizeof(ours::DevicePointer) == sizeof(CUdeviceptr) && sizeof(CUdevice) == sizeof(int));
 
 // The exported name behind each of cuda.h's macros, and as many parameters as ours.
@@ -66,4 +82,5 @@ constexpr bool SameArity(int (*)(A...), CUresult (*)(B...)) {
 using ours::DevicePointer;
 using ours::LaunchConfig;
 using ours::Memcpy2D;
+using ours::Memcpy3D;
 TVM_INFER_DRIVER_FUNCTIONS(HOLD)

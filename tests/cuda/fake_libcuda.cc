@@ -20,6 +20,7 @@ using tvm_infer::cuda::KernelInfo;
 using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
 using tvm_infer::cuda::Memcpy2D;
+using tvm_infer::cuda::Memcpy3D;
 using tvm_infer::cuda::RopeAppendParams;
 
 #if !defined(FAKE_CUDA_OLD)  // else a driver that lacks functions
@@ -32,6 +33,8 @@ struct Library {
 
 std::string log_text;                // one line a call
 std::map<std::string, int> failure;  // function -> what its next call returns
+std::map<void*, size_t> allocated;   // device memory
+std::string allocations;
 bool capturing = false;
 void* captured_stream = nullptr;  // the one that is captured; null: all are
 int capture_mode = 0;             // global
@@ -61,6 +64,13 @@ std::string Numbers(std::initializer_list<uint64_t> values) {
 #define FAKE extern "C" __attribute__((visibility("default")))
 // What tests ask.
 FAKE const char* fake_log() { return log_text.c_str(); }
+FAKE const char* fake_allocations() {  // "address bytes", a line each
+  allocations.clear();
+  for (const auto& [data, bytes] : allocated) {
+    allocations += std::to_string(reinterpret_cast<uintptr_t>(data)) + " " + std::to_string(bytes) + "\n";
+  }
+  return allocations.c_str();
+}
 FAKE void fake_clear() {
   log_text.clear();
   failure.clear();
@@ -189,8 +199,11 @@ FAKE int cuMemcpyDtoHAsync_v2(void* host, DevicePointer device, size_t bytes, vo
 FAKE int cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {  // as a driver refuses it while any stream is captured in the mode "global"
   if (capturing && capture_mode != tvm_infer::cuda::kCaptureModeRelaxed) return Called("cuMemAlloc", "refused"), 900;
   const int code = Called("cuMemAlloc", std::to_string(bytes));
-  if (code == 0) *pointer = reinterpret_cast<DevicePointer>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
-  return code;
+  if (code != 0) return code;
+  void* data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  allocated[data] = bytes;
+  *pointer = reinterpret_cast<DevicePointer>(data);
+  return 0;
 }
 FAKE int cuMemsetD2D8Async(DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream) {
   for (size_t row = 0; row < height; ++row) std::memset(reinterpret_cast<char*>(pointer) + row * pitch, value, width);
@@ -207,13 +220,40 @@ FAKE int cuMemcpy2DAsync_v2(const Memcpy2D* copy, void* stream) {
   }
   return Called("cuMemcpy2DAsync", std::to_string(reinterpret_cast<uintptr_t>(stream)));
 }
-FAKE int cuMemFree_v2(DevicePointer pointer) { return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree"); }
+FAKE int cuMemcpy3DAsync_v2(const Memcpy3D* copy, void*) {
+  const bool is_out = copy->to.memory_type == tvm_infer::cuda::kMemoryTypeHost;
+  const int code =
+      Called("cuMemcpy3DAsync", (is_out ? "to_host " : "to_device ") + Numbers({copy->width_bytes, copy->height, copy->depth}));
+  if (code != 0) return code;
+  char* bases[2];
+  const Memcpy3D::Side* sides[2] = {&copy->from, &copy->to};
+  for (int i = 0; i < 2; ++i) {
+    const Memcpy3D::Side& side = *sides[i];
+    const bool is_device = side.memory_type == tvm_infer::cuda::kMemoryTypeDevice;
+    if (!is_device && side.memory_type != tvm_infer::cuda::kMemoryTypeHost) return 1;
+    if (side.x_bytes != 0 || side.z != 0 || side.level != 0 || side.reserved != nullptr) return 1;
+    if (copy->width_bytes > side.pitch || side.y + copy->height > side.plane_rows) return 1;
+    bases[i] = (is_device ? reinterpret_cast<char*>(side.device) : static_cast<char*>(side.host)) + side.y * side.pitch;
+  }
+  for (size_t plane = 0; plane < copy->depth; ++plane) {
+    for (size_t row = 0; row < copy->height; ++row) {
+      std::memcpy(bases[1] + (plane * copy->to.plane_rows + row) * copy->to.pitch,
+                  bases[0] + (plane * copy->from.plane_rows + row) * copy->from.pitch, copy->width_bytes);
+    }
+  }
+  return 0;
+}
+FAKE int cuMemFree_v2(DevicePointer pointer) {
+  allocated.erase(reinterpret_cast<void*>(pointer));
+  return std::free(reinterpret_cast<void*>(pointer)), Called("cuMemFree");
+}
 FAKE int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) { return *free_bytes = 1000, *total_bytes = 2000, 0; }
 FAKE int cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags) {
-  *pointer = std::malloc(bytes);
-  return Called("cuMemHostAlloc", std::to_string(flags));
+  const int code = Called("cuMemHostAlloc", std::to_string(flags));
+  if (code == 0) *pointer = std::malloc(bytes);
+  return code;
 }
-FAKE int cuMemFreeHost(void* pointer) { return std::free(pointer), 0; }
+FAKE int cuMemFreeHost(void* pointer) { return std::free(pointer), Called("cuMemFreeHost"); }
 FAKE int cuEventCreate(void** event, unsigned flags) { return *event = &capturing, Called("cuEventCreate", std::to_string(flags)); }
 FAKE int cuEventDestroy_v2(void*) { return Called("cuEventDestroy"); }
 FAKE int cuEventRecord(void*, void*) { return Called("cuEventRecord"); }

@@ -101,7 +101,7 @@ class Driver:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        self._library.fake_log.restype = ctypes.c_char_p
+        self._library.fake_log.restype = self._library.fake_allocations.restype = ctypes.c_char_p
         for name in ("params", "rope_append_params", "gemv_params", "variant_args", "maps"):
             getattr(self._library, f"fake_{name}").restype = ctypes.c_void_p
 
@@ -109,6 +109,11 @@ class Driver:
         """Arguments of the calls of a function since clear(), one string each."""
         lines = self._library.fake_log().decode().splitlines()
         return [line[len(name) :].strip() for line in lines if line.split(" ")[0] == name]
+
+    def allocations(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the device memory that is allocated."""
+        text = self._library.fake_allocations().decode()
+        return [(int(a), int(b)) for a, b in (line.split(" ") for line in text.splitlines())]
 
     def launches(self) -> list[dict[str, str]]:
         """name, grid, block, shared, stream, attributes (count, id, value), device of each launch."""

@@ -1084,6 +1084,103 @@ def test_cache_moves_tokens_in_one_launch(driver):
     _ffi.func("kv_cache_move_tokens")(cache, [], [], [])
 
 
+def all_pages(cache, driver):
+    """uint16 [layers, pages, 2, heads, page_size, head_dim]: the memory of a cache that was just made."""
+    (address,) = (base for base, size in driver.allocations() if size == 12 * cache.bytes_per_page)
+    flat = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint16)), (6 * cache.bytes_per_page,))
+    return flat.reshape(2, 12, 2, HKV, PAGE, DIM)
+
+
+def test_cache_swaps_in_one_copy_for_each_run_of_pages(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    memory = all_pages(cache, driver)
+    memory[:] = np.arange(memory.size, dtype=np.uint32).astype(np.uint16).reshape(memory.shape)
+    for seq, length in ((0, 20), (1, 5), (2, 40)):
+        cache.add_sequence(seq)
+        with cache.forward([seq], [length]):
+            pass
+    with cache.forward([0], [30]):
+        pass
+    assert cache.page_table(0) == (0, 1, 6, 7)
+    held = memory[:, [0, 1, 6, 7]].copy()
+    driver.clear()
+    cache.swap_out(0)
+    page = HKV * 2 * PAGE * DIM * 2  # bytes
+    assert driver.calls("cuMemcpy3DAsync") == [f"to_host {page},2,2"] * 2 and driver.calls("cuMemHostAlloc") == ["1"]
+    assert not driver.calls("cuStreamSynchronize") and not driver.calls("cuEventSynchronize")
+    memory[:, [0, 1, 6, 7]] = 0xFFFF  # NaN: others write there now
+    cache.fork_sequence(1, 3)
+    with cache.forward([1, 3], [1, 1]):
+        pass
+    driver.clear()
+    cache.swap_in(0)
+    table = list(cache.page_table(0))
+    assert sorted(call.split()[0] for call in driver.calls("cuMemcpy3DAsync")) == ["to_device"] * len(
+        [i for i in range(4) if i == 0 or table[i] != table[i - 1] + 1]
+    )
+    assert not driver.calls("cuEventSynchronize") and not driver.calls("cuMemHostAlloc")
+    np.testing.assert_array_equal(memory[:, table], held)
+    # the block is used again, behind the copy that read it
+    driver.clear()
+    cache.swap_out(1)
+    assert not driver.calls("cuMemHostAlloc") and driver.calls("cuEventSynchronize") == [""]
+    state = cache.export_sequence(0)
+    assert state.kv.shape == (2, 2, 50, HKV, DIM)
+    rows = held.transpose(0, 2, 1, 4, 3, 5).reshape(2, 2, 64, HKV, DIM)[:, :, :50]
+    np.testing.assert_array_equal(state.kv.view(np.uint16), rows)
+    cache.remove_sequence(0)
+    cache.import_sequence(9, state)
+    back = memory[:, list(cache.page_table(9))].transpose(0, 2, 1, 4, 3, 5).reshape(2, 2, 64, HKV, DIM)[:, :, :50]
+    np.testing.assert_array_equal(back, rows)
+
+
+def test_cache_swaps_fail_whole(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE, prefix_reuse=True)
+    cache.add_sequence(0)
+    with cache.forward([0], [40]):
+        pass
+    before = list(cache._call("debug_state"))
+    for function in ("cuEventCreate", "cuMemHostAlloc", "cuMemcpy3DAsync", "cuEventRecord"):
+        driver.fail(function, 700)
+        with pytest.raises(errors.DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            cache.swap_out(0)
+        assert list(cache._call("debug_state")) == before and not cache.is_swapped_out(0)
+        # nothing would say when the copies are done that were begun
+        assert bool(driver.calls("cuStreamSynchronize")) == (function in ("cuMemcpy3DAsync", "cuEventRecord"))
+        driver.clear()
+    driver.capture(True)
+    for call in (cache.swap_out, cache.export_sequence):
+        with pytest.raises(errors.DeviceError, match="being captured"):
+            call(0)
+    driver.capture(False)
+    state = cache.export_sequence(0)
+    driver.fail("cuMemcpy3DAsync", 700)
+    with pytest.raises(errors.DeviceError):
+        cache.import_sequence(1, state)
+    assert list(cache._call("debug_state")) == before
+    cache.swap_out(0)
+    driver.fail("cuMemcpy3DAsync", 700)
+    with pytest.raises(errors.DeviceError):
+        cache.swap_in(0)
+    assert cache.is_swapped_out(0) and cache.num_free_pages == 12
+    cache.swap_in(0)
+    assert cache.seq_len(0) == 40
+
+
+def test_cache_waits_for_copies_before_it_gives_back_host_memory(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    for seq in (0, 1):
+        cache.add_sequence(seq)
+        with cache.forward([seq], [40]):
+            pass
+        cache.swap_out(seq)
+    cache.swap_in(1)
+    driver.clear()
+    del cache
+    assert len(driver.calls("cuEventSynchronize")) == len(driver.calls("cuMemFreeHost")) == 2
+    assert len(driver.calls("cuMemFree")) == 3
+
+
 def test_cache_rotates_in_the_launch_that_appends(driver):
     cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
     driver.clear()

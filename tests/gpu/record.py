@@ -56,8 +56,8 @@ FAMILIES = {
     "merge_states": Family(("merge_states.cuh",), ("merge",), ("test_gpu_merge.py",)),
     "kv_cache": Family(
         ("copy_pages.cuh", "move_tokens.cuh"),
-        ("copy_pages", "move_tokens", "memory", "staging"),
-        ("test_gpu_kv_cache.py", "test_gpu_float8.py"),
+        ("copy_pages", "move_tokens", "memory", "staging", "pinned"),
+        ("test_gpu_kv_cache.py", "test_gpu_kv_reuse.py", "test_gpu_float8.py"),
     ),
     "compiled_model": Family((), (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
     "matmul": Family((), ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),

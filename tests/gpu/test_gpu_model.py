@@ -321,6 +321,26 @@ def test_engine_samples_and_forks(executable):
     assert cache.num_used_pages == 0
 
 
+def test_a_chat_computes_only_what_is_new(executable):
+    """Each turn begins with all before it, tokens of steps ahead too. Beside a cache that computes it all: alike, not equal."""
+    cache, plain = executable.new_cache(num_pages=128), executable.new_cache(num_pages=128)
+    engine, talk = executable.engine(cache), [*PROMPTS[7], *PROMPTS[6], *PROMPTS[5]]
+    for turn in range(4):
+        before = engine.stats.reused_tokens
+        (text,) = engine.submit(talk, max_new_tokens=20)
+        engine.run()
+        reused = engine.stats.reused_tokens - before
+        assert reused == (0 if turn == 0 else (len(talk) - len(PROMPTS[turn])) // 16 * 16)
+        whole, new = [*talk, *text.tokens, 17], [*talk, *text.tokens][: (len(talk) + 19) // 16 * 16]
+        assert cache.add_sequence(1000, whole) == len(new)
+        plain.add_sequence(turn)
+        expected = executable.step(plain, [(turn, whole)])[0]
+        actual = executable.step(cache, [(1000, whole[len(new) :])])[0]
+        assert np.linalg.norm(actual - expected) <= 2e-2 * np.linalg.norm(expected)
+        cache.remove_sequence(1000)
+        talk += [*text.tokens, *PROMPTS[turn + 1]]
+
+
 def test_another_stream(executable):
     """A step runs on the stream of its caller; results are read after it."""
     stream = torch.cuda.Stream()

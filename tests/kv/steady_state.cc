@@ -1,8 +1,9 @@
-// Counts what the cache manager allocates in the steady state, and times its operations, with all keys or a window. Prints: allocations,
-// ns per decode step.
+// Counts what the cache manager allocates in the steady state, and times its operations, with all keys, a window, or prefixes that are
+// reused ("prefix": the pool is small, and half of each prompt is the same). Prints: allocations, ns per decode step.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -47,35 +48,58 @@ static long FindShared() {
   return allocations;
 }
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   using tvm_infer::kv::CacheManager;
   constexpr int kBatch = 64, kPrompt = 1000, kSteps = 500, kRounds = 3;
-  CacheManager manager({16, 20000, kBatch, kBatch * kPrompt});
-  if (argc > 1) manager.SetWindow({200});
-  std::vector<int64_t> ids(kBatch), prompt(kBatch, kPrompt), one(kBatch, 1), probe(kBatch, 40);
+  const bool has_window = argc > 1 && std::strcmp(argv[1], "window") == 0, reuses = argc > 1 && !has_window;
+  const int num_pages = reuses ? 7000 : 20000;
+  CacheManager manager({16, num_pages, kBatch, kBatch * kPrompt});
+  if (has_window) manager.SetWindow({200});
+  if (reuses) manager.EnablePrefixReuse();
+  std::vector<int64_t> ids(kBatch), prompt(kBatch, kPrompt), one(kBatch, 1), probe(kBatch, 40), tokens(kBatch * kPrompt);
   long allocations = FindShared();
   long long nanoseconds = 0, total = 0;
   for (int round = 0; round < kRounds; ++round) {
     // sequences come and go: the second round meets page lists that have seen these lengths
-    for (int i = 0; i < kBatch; ++i) manager.Add(ids[i] = round * 1000 + i);
+    for (int i = 0; i < kBatch; ++i) {
+      ids[i] = round * 1000 + i;
+      if (!reuses) {
+        manager.Add(ids[i]);
+        continue;
+      }
+      int64_t* text = &tokens[i * kPrompt];
+      for (int t = 0; t < kPrompt; ++t) text[t] = t < kPrompt / 2 ? t : 1'000'000 * ids[i] + t;
+      prompt[i] = kPrompt - manager.AddWithPrefix(ids[i], text, kPrompt, 0);
+      if (round > 0 && prompt[i] > kPrompt - kPrompt / 2 + 16) return 1;
+    }
+    if (reuses) {  // what is left to append
+      std::vector<int64_t> rest;
+      for (int i = 0; i < kBatch; ++i)
+        rest.insert(rest.end(), tokens.begin() + (i + 1) * kPrompt - prompt[i], tokens.begin() + (i + 1) * kPrompt);
+      rest.resize(tokens.size());
+      tokens = rest;
+    }
     const long before = g_allocations;
     const auto start = std::chrono::steady_clock::now();
     manager.BeginForward(ids.data(), prompt.data(), kBatch);
+    if (reuses) manager.NoteTokens(tokens.data());
     manager.EndForward();
     for (int step = 0; step < kSteps; ++step) {
       total += manager.BeginForward(ids.data(), one.data(), kBatch).page_indices.size();
+      if (reuses) manager.NoteTokens(ids.data());
       if (step % 10 == 0) {
         manager.CancelForward();
       } else {
         manager.EndForward();
       }
       if (step % 10 == 5) total += manager.PagesAfter(ids.data(), probe.data(), kBatch);
-      if (step % 50 == 25) manager.Pop(ids[step % kBatch], argc > 1 ? 1 : 20);
+      if (step % 50 == 25) manager.Pop(ids[step % kBatch], has_window ? 1 : 20);
     }
     nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count() / kSteps;
     if (round > 0) allocations += g_allocations - before;
     for (int i = 0; i < kBatch; ++i) manager.Remove(ids[i]);
   }
   std::printf("%ld %lld %lld\n", allocations, nanoseconds, total);
-  return manager.pool().num_free() == 20000 ? 0 : 1;
+  if (reuses && manager.prefixes().stats().evictions == 0) return 1;
+  return manager.pool().num_free() == num_pages ? 0 : 1;
 }

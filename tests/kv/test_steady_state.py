@@ -26,7 +26,7 @@ def output_of(name, tmp_path, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["window"]])
+@pytest.mark.parametrize("arguments", [[], ["window"], ["prefix"]])
 def test_steady_state_allocates_nothing(tmp_path, arguments):
     allocations, _, total = map(int, output_of("steady_state", tmp_path, *arguments).split())
     assert allocations == 0, f"{allocations} allocations in two rounds of 64 sequences and 500 steps"

@@ -2,10 +2,11 @@
 
 from .engine import Engine, EngineStats, Generation
 from .executable import Executable, Manifest
-from .kv_cache import PagedKVCache, Step
+from .kv_cache import PagedKVCache, PrefixStats, Step
 from .loading import load
 from .mlc_cache import MLCPagedKVCache
 from .sampling import Sampler
+from .sequence_state import SequenceState
 
 __all__ = [
     "Engine",
@@ -15,7 +16,9 @@ __all__ = [
     "MLCPagedKVCache",
     "Manifest",
     "PagedKVCache",
+    "PrefixStats",
     "Sampler",
+    "SequenceState",
     "Step",
     "load",
 ]

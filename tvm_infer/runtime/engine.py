@@ -40,13 +40,14 @@ OnToken = Callable[[Generation, int], None]
 @dataclass
 class EngineStats:
     """Work done so far. A step that has prompt tokens counts as prefill, its decode tokens too. decode_seconds : of the host; a step
-    launched ahead also runs while callbacks do, and then counts less."""
+    launched ahead also runs while callbacks do, and then counts less. reused_tokens : of prompts, which the cache held already."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    reused_tokens: int = 0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -75,7 +76,10 @@ class _Request:
     on_token: OnToken | None
     pages: int  # reserved from admission to the end
     streams: list[np.random.Generator]
+    namespace: int
     seq_ids: list[int] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)  # of seq_ids, those in the cache
+    has_begun: bool = False
     prefilled: int = 0
 
     @property
@@ -87,21 +91,30 @@ class Engine:
     """Requests that share one cache. Not thread-safe.
 
     A request is admitted, first come first served, when the cache has pages for its longest possible text and room for its samples,
-    so that a step never runs out of pages. A long prompt is prefilled in chunks beside the others' decoding.
+    so that a step never runs out of pages; those that running requests share are counted once. A long prompt is prefilled in chunks
+    beside the others' decoding.
 
     Where the executable can (`Executable.runs_ahead`) and all running samples decode greedily, with tokens to come after the next, a
     step is launched before the tokens of the one ahead of it are read. It is then under way when a sample turns out to have ended,
     whose token in it is dropped, and when a request arrives, which begins a step later. The device may still be at it when
     :meth:`step` and :meth:`run` return. While the engine has requests, the cache is the engine's: steps of others on it would write
     their tokens over those that the engine has not read.
+
+    Prompts are not computed as far as the cache holds what they begin with (`prefix_reuse`): pages of earlier requests, running or
+    ended, that nothing else has needed since. A request that would find at least half of what it has to compute in the pages of
+    another one's prompt, were that step done, begins behind it.
     """
 
-    def __init__(self, executable: Executable, cache: PagedKVCache) -> None:
+    def __init__(self, executable: Executable, cache: PagedKVCache, *, prefix_reuse: bool = True) -> None:
         executable.bind(cache)
         if len(cache):
             raise ArgumentError(
                 f"argument `cache` holds {len(cache)} sequences; an engine needs an empty cache: clear() it"
             )
+        # with tables by request, what pages hold depends on more than tokens
+        self.prefix_reuse = prefix_reuse and not cache.has_request_tables
+        if self.prefix_reuse:
+            cache.enable_prefix_reuse()
         self.executable = executable
         self.cache = cache
         self.stats = EngineStats()
@@ -110,6 +123,10 @@ class Engine:
         self._next_request = 0
         self._next_seq_id = 0
         self._reserved_pages = 0
+        # Reservations count a page once for each request that has it; this is how many times too often. (What windows keep is counted
+        # otherwise: pages that requests share leave them one by one.)
+        self._shared_pages = 0
+        self._counts_shared = self.prefix_reuse and cache.window_left is None
         self._max_step_tokens = min(cache.max_tokens, executable.manifest.max_tokens)
         # every running sample decodes one token in every step
         self._max_sequences = min(cache.max_batch, self._max_step_tokens)
@@ -138,8 +155,11 @@ class Engine:
         n: int = 1,
         stop_tokens: Sequence[int] = (),
         on_token: OnToken | None = None,
+        namespace: int = 0,
     ) -> list[Generation]:
         """Queue a prompt; returns its `n` generations, which grow as steps are run. Any time, also between steps.
+
+        namespace : prompts of one namespace reuse each other's pages (:meth:`PagedKVCache.add_sequence`), and nobody else's.
 
         Raises
         ------
@@ -155,7 +175,9 @@ class Engine:
         streams = [sampler.stream(request, i) for i in range(n)]
         pages = self._pages_of(len(tokens), max_new_tokens, n)
         stops = frozenset(int(t) for t in stop_tokens)
-        self._waiting.append(_Request(tokens, samples, max_new_tokens, sampler, stops, on_token, pages, streams))
+        self._waiting.append(
+            _Request(tokens, samples, max_new_tokens, sampler, stops, on_token, pages, streams, namespace)
+        )
         return samples
 
     def _check(self, tokens: np.ndarray, max_new_tokens: int, n: int) -> None:
@@ -311,7 +333,8 @@ class Engine:
             return False
         request = self._waiting[0]
         sequences = sum(len(r.samples) for r in self._running) + len(request.samples)
-        return sequences <= self._max_sequences and self._reserved_pages + request.pages <= self.cache.num_pages
+        reserved = self._reserved_pages - self._shared_pages
+        return sequences <= self._max_sequences and reserved + request.pages <= self.cache.num_pages
 
     def _admit(self) -> None:
         while self._can_admit():
@@ -319,22 +342,56 @@ class Engine:
             self._reserved_pages += request.pages
             request.seq_ids = [self._next_seq_id + i for i in range(len(request.samples))]
             self._next_seq_id += len(request.samples)
-            self.cache.add_sequence(request.seq_ids[0])
             self._running.append(request)
 
     def _prefill_chunks(self, budget: int) -> list[tuple[_Request, int]]:
-        chunks = []
+        chunks: list[tuple[_Request, int]] = []
         for request in self._running:
+            if budget <= 0:
+                break
+            if not request.has_begun:
+                if self.prefix_reuse and self._is_better_later(request, chunks):
+                    continue
+                self._begin(request)
             size = min(len(request.prompt) - request.prefilled, budget)
             if size > 0:
                 chunks.append((request, size))
                 budget -= size
         return chunks
 
+    def _begin(self, request: _Request) -> None:
+        """Give the request its first sequence, with what the cache holds of its prompt."""
+        if self.prefix_reuse:
+            request.prefilled = self.cache.add_sequence(request.seq_ids[0], request.prompt, namespace=request.namespace)
+            self.stats.reused_tokens += request.prefilled
+        else:
+            self.cache.add_sequence(request.seq_ids[0])
+        request.has_begun = True
+        request.live = request.seq_ids[:1]
+        self._shared_pages += self._num_shared(request)
+
+    def _is_better_later(self, request: _Request, chunks: Sequence[tuple[_Request, int]]) -> bool:
+        """Whether these chunks, once computed, hold at least half of what the request would have to compute now.
+
+        Then it loses a step and gains half of its prompt at least; less would not be worth a step to a long prompt.
+        """
+        page_size, prompt = self.cache.page_size, request.prompt
+        most = 0
+        for other, size in chunks:
+            if other.namespace == request.namespace:
+                count = min(other.prefilled + size, len(prompt) - 1)
+                alike = prompt[:count] == other.prompt[:count]
+                most = max(most, (count if alike.all() else int(alike.argmin())) // page_size * page_size)
+        if most == 0:
+            return False
+        now = self.cache.match_prefix(prompt, namespace=request.namespace)
+        return most > now and 2 * (most - now) >= len(prompt) - now
+
     def _begin_samples(self, request: _Request, result: StepResult, row: int) -> None:
         """The prompt is in: its other samples fork from it, and each takes its first token."""
         for child in request.seq_ids[1:]:
             self.cache.fork_sequence(request.seq_ids[0], child)
+            request.live.append(child)
         for i in range(len(request.samples)):
             self._take(request, i, result, row)
 
@@ -350,7 +407,7 @@ class Engine:
         elif len(sample.tokens) >= request.max_new_tokens:
             sample.finish_reason = "length"
         if sample.finish_reason:
-            self.cache.remove_sequence(request.seq_ids[index])
+            self._remove(request, index)
         if request.on_token is not None:
             self._events.append((request, sample, token))
 
@@ -361,6 +418,21 @@ class Engine:
 
     def _free(self, request: _Request) -> None:
         self._reserved_pages -= request.pages
-        for seq_id in request.seq_ids:
-            if seq_id in self.cache:
-                self.cache.remove_sequence(seq_id)
+        for seq_id in list(request.live):
+            self._remove(request, request.seq_ids.index(seq_id))
+
+    def _remove(self, request: _Request, index: int) -> None:
+        """Remove a sample's sequence; its pages can be found by all tokens that are known by now, those of steps ahead too."""
+        seq_id = request.seq_ids[index]
+        if self.prefix_reuse:
+            known, length = self.cache.num_known_tokens(seq_id), self.cache.seq_len(seq_id)
+            if known < length:
+                self.cache.commit_tokens(seq_id, [*request.prompt, *request.samples[index].tokens][known:length])
+        shared = self._num_shared(request)
+        self.cache.remove_sequence(seq_id)
+        request.live.remove(seq_id)
+        self._shared_pages += self._num_shared(request) - shared
+
+    def _num_shared(self, request: _Request) -> int:
+        """Pages of the request that other requests have, too."""
+        return self.cache.num_shared_pages(request.live) if self._counts_shared else 0

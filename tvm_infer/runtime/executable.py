@@ -249,6 +249,7 @@ class Executable:
         page_size: int = 16,
         max_batch: int | None = None,
         max_tokens: int | None = None,
+        prefix_reuse: bool = False,
         device: Any = None,
         kv_dtype: str | None = None,
         k_scale: Any = 1.0,
@@ -257,8 +258,9 @@ class Executable:
         """A cache of this model's layers and heads.
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
-        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). kv_dtype,
-        k_scale, v_scale : of its pages, as PagedKVCache has them; the compiled code serves each.
+        step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). prefix_reuse : as
+        of PagedKVCache; an engine turns it on by itself. kv_dtype, k_scale, v_scale : of its pages, as PagedKVCache has them; the
+        compiled code serves each.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,
@@ -285,6 +287,8 @@ class Executable:
                 float(m.rope["magnitude"]),
             )
         self._give_variants(cache)
+        if prefix_reuse:
+            cache.enable_prefix_reuse()
         return cache
 
     def _give_variants(self, cache: PagedKVCache) -> None:
@@ -444,9 +448,12 @@ class Executable:
 
     # Text
 
-    def engine(self, cache: PagedKVCache) -> Engine:
-        """A queue of requests that share `cache` and run together, joining and leaving between steps."""
-        return Engine(self, cache)
+    def engine(self, cache: PagedKVCache, *, prefix_reuse: bool = True) -> Engine:
+        """A queue of requests that share `cache` and run together, joining and leaving between steps.
+
+        prefix_reuse : prompts begin with the pages of earlier ones that began alike (:class:`Engine`).
+        """
+        return Engine(self, cache, prefix_reuse=prefix_reuse)
 
     def generate(
         self,
@@ -459,6 +466,7 @@ class Executable:
         on_token: OnToken | None = None,
         max_batch: int | None = None,
         page_size: int = 16,
+        prefix_reuse: bool = True,
     ) -> list[Generation]:
         """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
@@ -466,6 +474,7 @@ class Executable:
         ----------
         prompts : token lists, or texts if the model file had a tokenizer.
         sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
+        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`).
         stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
 
         Returns
@@ -481,7 +490,7 @@ class Executable:
         cache = self.new_cache(
             num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)
         )
-        engine = self.engine(cache)
+        engine = self.engine(cache, prefix_reuse=prefix_reuse)
         generations: list[Generation] = []
         for tokens in token_lists:
             generations += engine.submit(

@@ -6,6 +6,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..errors import ArgumentError, CacheStateError, DTypeError
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
+from . import sequence_state
+from .sequence_state import SequenceState
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2")
@@ -68,6 +71,34 @@ def _scales(value: Any, name: str, num_layers: int, num_kv_heads: int) -> np.nda
         raise ArgumentError(f"argument `{name}` has {wrong.flat[0]}; a scale is finite and above 0")
     columns = scales[:, None] if scales.ndim == 1 else scales
     return np.array(np.broadcast_to(columns, shape))
+
+
+def _tokens(values: Any) -> np.ndarray:
+    """int64 [n], contiguous."""
+    tokens = np.asarray(values)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise DTypeError(
+            f"argument `tokens` holds {tokens.dtype}, rank {tokens.ndim}; it must be a list of integers, one for each token"
+        )
+    return np.ascontiguousarray(tokens, np.int64)
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """What reuse of prefixes came to, since it was enabled.
+
+    lookups, hits : sequences added with tokens, and those of them that began with pages there were. tokens_asked, tokens_reused : of
+    all these. evictions : pages without a sequence that were given up for others. cached_pages : pages without a sequence that can be
+    found now. indexed_pages : all that can be.
+    """
+
+    lookups: int
+    hits: int
+    tokens_asked: int
+    tokens_reused: int
+    evictions: int
+    cached_pages: int
+    indexed_pages: int
 
 
 class Step:
@@ -164,6 +195,7 @@ class PagedKVCache:
     max_tokens : new tokens in one step, all sequences together; a longer prompt is prefilled in chunks.
     num_ctas : work queues of a plan; None: as many as threads.
     num_threads : threads of the CPU executor; None: its default (TVM_INFER_NUM_THREADS, else the processors).
+    prefix_reuse : let :meth:`add_sequence` find pages by their tokens, also of sequences that are gone.
     device : "cpu", "cuda" or "cuda:N". On CUDA all memory is the device's: pages, and at fixed addresses what a step reads, so that a
         captured graph can be replayed with the next step. A step begins on the current stream, and its layers run on the same.
     shared_prefix : whether steps look for shared pages; False: each sequence reads its own, and results do not depend on who shares.
@@ -191,6 +223,7 @@ class PagedKVCache:
         max_tokens: int,
         num_ctas: int | None = None,
         num_threads: int | None = None,
+        prefix_reuse: bool = False,
         device: Any = "cpu",
         shared_prefix: bool = True,
     ) -> None:
@@ -224,6 +257,8 @@ class PagedKVCache:
             self.set_scales(k_scale, v_scale)
         if not shared_prefix:
             self._call("set_shared_prefix", 0)
+        if prefix_reuse:
+            self.enable_prefix_reuse()
 
     @classmethod
     def for_spec(cls, spec: AttentionSpec, num_layers: int, **settings: Any) -> PagedKVCache:
@@ -237,7 +272,9 @@ class PagedKVCache:
             **settings,
         )
 
-    _rotating: frozenset[int] = frozenset()  # layers whose variant this object set, and which rotates
+    # layers whose variant this object set, and which rotates, or has tables by request
+    _rotating: frozenset[int] = frozenset()
+    _by_request: frozenset[int] = frozenset()
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -280,12 +317,36 @@ class PagedKVCache:
 
     # Sequences
 
-    def add_sequence(self, seq_id: int) -> None:
-        """Start an empty sequence. UnknownSequenceError if there is one of this id."""
-        self._call("add", _integer(seq_id, "seq_id"))
+    def add_sequence(self, seq_id: int, tokens: Any = None, *, namespace: int = 0) -> int:
+        """Start a sequence: empty, or with what the cache holds of its beginning.
+
+        Parameters
+        ----------
+        tokens : int64 [n], what the sequence is to have (its prompt), on a cache with `prefix_reuse`. It starts with the pages of the
+            longest prefix, in whole pages, that other sequences filled with the same tokens, and shares them; the last token at least
+            is left to compute. The tokens that are left are for steps to append. None: an empty sequence.
+        namespace : of tokens that mean the same: sequences of an adapter (LoRA), say, have one of their own.
+
+        Returns
+        -------
+        Tokens that it starts with: a multiple of page_size.
+
+        Raises
+        ------
+        UnknownSequenceError : there is one of this id. CacheStateError : tokens, or a namespace, on a cache without `prefix_reuse`.
+        DTypeError : tokens that are no integers.
+        """
+        seq_id, namespace = _integer(seq_id, "seq_id"), _integer(namespace, "namespace")
+        if tokens is None and namespace == 0:
+            self._call("add", seq_id)
+            return 0
+        return int(self._call("add_with_prefix", seq_id, _tokens([] if tokens is None else tokens), namespace))
 
     def remove_sequence(self, seq_id: int) -> None:
-        """Forget a sequence; pages that nobody else shares become free. UnknownSequenceError."""
+        """Forget a sequence; pages that nobody else shares become free. UnknownSequenceError.
+
+        With `prefix_reuse`, full pages whose tokens are known stay findable until others need them; they count as free.
+        """
         self._call("remove", _integer(seq_id, "seq_id"))
 
     def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
@@ -307,6 +368,109 @@ class PagedKVCache:
     def clear(self) -> None:
         """Remove every sequence."""
         self._call("clear")
+
+    # Prefixes
+
+    @property
+    def prefix_reuse(self) -> bool:
+        """Whether full pages are found by their tokens."""
+        return bool(self._call("reuses_prefixes"))
+
+    @property
+    def has_request_tables(self) -> bool:
+        """Whether a layer has a variant with tables by request (set through this object)."""
+        return bool(self._by_request)
+
+    def enable_prefix_reuse(self) -> None:
+        """From now on, find full pages by their tokens (`prefix_reuse` of the constructor).
+
+        ArgumentError : layers have a variant with tables by request, so that keys and values depend on more than tokens.
+        """
+        if self._by_request:
+            raise ArgumentError(
+                f"layers {', '.join(map(str, sorted(self._by_request)))} have a variant with tables by request: what pages hold "
+                "depends on more than tokens, so prefixes cannot be reused"
+            )
+        self._call("enable_prefix_reuse")
+
+    def match_prefix(self, tokens: Any, *, namespace: int = 0) -> int:
+        """How many of these tokens :meth:`add_sequence` would start with now. Changes nothing."""
+        return int(self._call("match_prefix", _tokens(tokens), _integer(namespace, "namespace")))
+
+    def commit_tokens(self, seq_id: int, tokens: Any) -> None:
+        """Say which tokens a sequence got in steps that were begun without `token_ids`, in order; its full pages can be found then.
+
+        Tokens are known from position 0 on without a gap: these follow :meth:`num_known_tokens`. Steps begun with `token_ids` say
+        theirs by themselves, if all before are known. Of steps with causal=False nothing can be said.
+
+        ArgumentError : more than the sequence has. CacheStateError : no `prefix_reuse`, or in a step.
+        """
+        self._call("commit_tokens", _integer(seq_id, "seq_id"), _tokens(tokens))
+
+    def num_known_tokens(self, seq_id: int) -> int:
+        """How many of a sequence's tokens are known, from position 0 on."""
+        return int(self._call("num_known_tokens", _integer(seq_id, "seq_id")))
+
+    def num_shared_pages(self, ids: Iterable[int]) -> int:
+        """Of the pages of these sequences, each counted once, how many other sequences have, too. UnknownSequenceError."""
+        return int(self._call("num_shared_pages", _integers(ids, "ids")))
+
+    def drop_prefixes(self) -> None:
+        """Let no page be found any more that is filled now: where a model's weights changed, say. Sequences keep theirs."""
+        self._call("drop_prefixes")
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """Counts since reuse was enabled. CacheStateError without `prefix_reuse`."""
+        return PrefixStats(*(int(n) for n in self._call("prefix_stats")))
+
+    # Host memory
+
+    def export_sequence(self, seq_id: int) -> SequenceState:
+        """A copy of a sequence on the host: keys and values of all layers, and its tokens where they are known. Waits for the device.
+
+        UnknownSequenceError. CacheStateError : in a step. A sequence that is swapped out can be exported.
+        """
+        return sequence_state.export_from(self, _integer(seq_id, "seq_id"))
+
+    def import_sequence(self, seq_id: int, state: SequenceState) -> None:
+        """A new sequence that goes on where `state` ends. The cache it came from may have had another page_size and another device.
+
+        With `prefix_reuse`, its full pages can be found by its tokens: the state must be of the same model.
+
+        Raises
+        ------
+        UnknownSequenceError : there is one of this id. OutOfPagesError : says how many pages are needed and free. ArgumentError : other
+        layers, heads or head_dim; positions missing that are no whole pages here, or that the next token sees. DTypeError : another
+        dtype. CacheStateError : in a step.
+        """
+        sequence_state.import_into(self, _integer(seq_id, "seq_id"), state)
+
+    def swap_out(self, seq_id: int) -> None:
+        """Move a sequence's contents to host memory and give its pages back; the id, its length and tokens stay.
+
+        Pages that others share are copied and stay theirs. On CUDA memory is page-locked, stays with the cache to be used again, and
+        nothing waits for the device. Until :meth:`swap_in` the sequence can only be removed and exported.
+
+        UnknownSequenceError. CacheStateError : in a step, or it is swapped out already.
+        """
+        self._call("swap_out", _integer(seq_id, "seq_id"))
+
+    def swap_in(self, seq_id: int) -> None:
+        """Bring a sequence back, to pages of its own.
+
+        UnknownSequenceError. OutOfPagesError if there are not enough. CacheStateError : in a step, or it is not swapped out.
+        """
+        self._call("swap_in", _integer(seq_id, "seq_id"))
+
+    def is_swapped_out(self, seq_id: int) -> bool:
+        """Whether the sequence is in host memory. UnknownSequenceError."""
+        return bool(self._call("is_swapped_out", _integer(seq_id, "seq_id")))
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Bytes of sequences in host memory."""
+        return int(self._call("swapped_bytes"))
 
     # Steps
 
@@ -340,7 +504,8 @@ class PagedKVCache:
         num_rows : rows of the step's tensors, from the step's tokens to max_tokens; None: as many as tokens. Rows behind the tokens are
             padding (token 0 at position 0): they append nothing, and their outputs are 0. A graph captured with so many rows can be
             replayed then.
-        token_ids : int64 [num_tokens] on the host. logit_rows : int64, at most num_rows, each a row of the step, on the host.
+        token_ids : int64 [num_tokens] on the host; with `prefix_reuse` the cache remembers them.
+        logit_rows : int64, at most num_rows, each a row of the step, on the host.
 
         Raises
         ------
@@ -497,15 +662,22 @@ class PagedKVCache:
         ExecutorError : on cuda, for pages of 8 bits.
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
-        call, causal, band = None, -1, Band()
+        call, causal, band, by_request = None, -1, Band(), False
         if variant is not None:
             prepared = variant_call.prepare(variant)
+            by_request = any(p.sort == "per_request" for p in prepared.bound.variant.parameters.values())
+            if by_request and self.prefix_reuse:
+                raise ArgumentError(
+                    f"argument `variant` is {prepared.bound.variant.name}, which has tables by request: what pages hold depends on "
+                    "more than tokens, so that a cache that reuses prefixes cannot have it; make one with prefix_reuse=False"
+                )
             causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
                 call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
+        self._by_request = self._by_request | set(chosen) if by_request else self._by_request - set(chosen)
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -560,7 +732,7 @@ class PagedKVCache:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence owns."""
+        """Pages that no sequence owns; those that can still be found by their tokens count."""
         return int(self._call("num_free_pages"))
 
     @property
@@ -611,7 +783,7 @@ class PagedKVCache:
         return int(self._call("seq_len", _integer(seq_id, "seq_id")))
 
     def page_table(self, seq_id: int) -> tuple[int, ...]:
-        """Pages of a sequence, in the order of its tokens; -1 for those that left the window and were given back."""
+        """Pages of a sequence, in the order of its tokens; -1 for those that left the window, and for all while it is swapped out."""
         return tuple(int(p) for p in self._call("page_table", _integer(seq_id, "seq_id")))
 
     def pages(self, layer: int) -> Any:

@@ -40,6 +40,20 @@ struct Memcpy2D {
   size_t width_bytes, height;
 };
 
+// CUDA_MEMCPY3D: `depth` planes of `height` rows of `width_bytes`; of each side rows are `pitch` bytes apart, planes `plane_rows` rows.
+struct Memcpy3D {
+  struct Side {
+    size_t x_bytes = 0, y = 0, z = 0, level = 0;
+    unsigned int memory_type = 0;
+    void* host = nullptr;
+    DevicePointer device = 0;
+    void* array = nullptr;
+    void* reserved = nullptr;
+    size_t pitch = 0, plane_rows = 0;
+  } from, to;
+  size_t width_bytes, height, depth;
+};
+
 // Values of cuda.h's enumerations (tests/cuda/driver_constants.cc holds them, and the structs above, against cuda.h).
 inline constexpr int kSuccess = 0;                    // CUDA_SUCCESS
 inline constexpr int kErrorOutOfMemory = 2;           // CUDA_ERROR_OUT_OF_MEMORY
@@ -53,6 +67,7 @@ inline constexpr int kComputeMinor = 76;              // CU_DEVICE_ATTRIBUTE_COM
 inline constexpr int kMaxSharedOptin = 97;            // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 inline constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 inline constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+inline constexpr unsigned kMemoryTypeHost = 1;        // CU_MEMORYTYPE_HOST
 inline constexpr unsigned kMemoryTypeDevice = 2;      // CU_MEMORYTYPE_DEVICE
 inline constexpr int kTensorMapUInt8 = 0;             // CU_TENSOR_MAP_DATA_TYPE_UINT8
 inline constexpr int kTensorMapFloat16 = 6;           // CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -97,6 +112,7 @@ inline constexpr int kCaptureModeRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_
   V(cuMemGetInfo_v2, (size_t* free_bytes, size_t* total_bytes))                                                                           \
   V(cuMemsetD2D8Async, (DevicePointer pointer, size_t pitch, unsigned char value, size_t width, size_t height, void* stream))             \
   V(cuMemcpy2DAsync_v2, (const Memcpy2D* copy, void* stream))                                                                             \
+  V(cuMemcpy3DAsync_v2, (const Memcpy3D* copy, void* stream))                                                                             \
   V(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned int flags))                                                                   \
   V(cuMemFreeHost, (void* pointer))                                                                                                       \
   V(cuEventCreate, (void** event, unsigned int flags))                                                                                    \

@@ -15,6 +15,7 @@
 #include "tvm_infer/ffi/host_results.h"
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/kv_cache_like.h"
+#include "tvm_infer/ffi/kv_cache_reuse.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/matmul_cuda.h"
 #include "tvm_infer/ffi/plan.h"
@@ -25,17 +26,18 @@
 #include "tvm_infer/ffi/variant.h"
 
 // V(name, function): name is what follows "tvm_infer."
-#define TVM_INFER_FUNCTIONS(V)         \
-  TVM_INFER_PLAN_FUNCTIONS(V)          \
-  TVM_INFER_ATTENTION_FUNCTIONS(V)     \
-  TVM_INFER_CUDA_FUNCTIONS(V)          \
-  TVM_INFER_HOST_RESULTS_FUNCTIONS(V)  \
-  TVM_INFER_KV_CACHE_FUNCTIONS(V)      \
-  TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V) \
-  TVM_INFER_MATMUL_FUNCTIONS(V)        \
-  TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)   \
-  TVM_INFER_READ_CEILING_FUNCTIONS(V)  \
-  TVM_INFER_ROPE_FUNCTIONS(V)          \
-  TVM_INFER_SCALE_LSE_FUNCTIONS(V)     \
-  TVM_INFER_TENSOR_FUNCTIONS(V)        \
+#define TVM_INFER_FUNCTIONS(V)          \
+  TVM_INFER_PLAN_FUNCTIONS(V)           \
+  TVM_INFER_ATTENTION_FUNCTIONS(V)      \
+  TVM_INFER_CUDA_FUNCTIONS(V)           \
+  TVM_INFER_HOST_RESULTS_FUNCTIONS(V)   \
+  TVM_INFER_KV_CACHE_FUNCTIONS(V)       \
+  TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V)  \
+  TVM_INFER_KV_CACHE_REUSE_FUNCTIONS(V) \
+  TVM_INFER_MATMUL_FUNCTIONS(V)         \
+  TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)    \
+  TVM_INFER_READ_CEILING_FUNCTIONS(V)   \
+  TVM_INFER_ROPE_FUNCTIONS(V)           \
+  TVM_INFER_SCALE_LSE_FUNCTIONS(V)      \
+  TVM_INFER_TENSOR_FUNCTIONS(V)         \
   TVM_INFER_VARIANT_FUNCTIONS(V)

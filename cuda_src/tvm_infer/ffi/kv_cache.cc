@@ -115,7 +115,7 @@ void KVCacheAdd(PagedKVCache kv, int64_t id) {
   Guarded([&] { kv->manager().Add(id); });
 }
 void KVCacheRemove(PagedKVCache kv, int64_t id) {
-  Guarded([&] { kv->manager().Remove(id); });
+  Guarded([&] { kv->Remove(id); });
 }
 void KVCacheFork(PagedKVCache kv, int64_t parent, int64_t child, int64_t position) {
   Guarded([&] { kv->manager().Fork(parent, child, position); });
@@ -140,7 +140,7 @@ void KVCacheMoveTokens(PagedKVCache kv, Shape ids, Shape src, Shape dst) {
   });
 }
 void KVCacheClear(PagedKVCache kv) {
-  Guarded([&] { kv->manager().Clear(); });
+  Guarded([&] { kv->Clear(); });
 }
 
 void KVCacheBeginForward(PagedKVCache kv, Shape ids, Shape append_lengths, int64_t causal) {

@@ -191,6 +191,7 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
                                    const kv::StepInputs& inputs) {
   const kv::Step& step = manager_.BeginForward(ids, append_lengths, num_requests);
   try {
+    if (inputs.token_ids != nullptr && causal) manager_.NoteTokens(inputs.token_ids);
     kv::StepInputs padded = inputs;
     KVStep next;
     next.step = &step;
@@ -220,6 +221,7 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
 
 void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) {
   const std::vector<kv::TokenMove> moves = manager_.Moves(ids, src, dst, num_moves);
+  manager_.NoteMoves(ids, dst, moves);
   if (!moves.empty()) executor_->MoveTokens(memory_, moves);
 }
 
@@ -344,7 +346,9 @@ void PagedKVCacheObj::Bind(int64_t token) {
     TVM_INFER_THROW(CacheStateError) << "the cache serves executable " << owner_ << " and cannot serve executable " << token
                                      << " too; give each its own cache, or release this one first";
   }
-  owner_ = token;
+  // Pages that were filled for another, or by hand, are not what this one would fill them with.
+  if (token != last_owner_ && manager_.reuses_prefixes()) manager_.ForgetTokens();
+  owner_ = last_owner_ = token;
 }
 
 void PagedKVCacheObj::Release(int64_t token) {

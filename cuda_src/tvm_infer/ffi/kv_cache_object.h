@@ -9,6 +9,8 @@
 #include <tvm/ffi/object.h>
 
 #include <cstdint>
+#include <memory>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -28,13 +30,28 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   explicit PagedKVCacheObj(const KVCacheConfig& config);
 
   // Grows the sequences, plans, copies shared pages that will be written, and brings all of it to the device by one asynchronous copy.
-  // A failure changes nothing. inputs.num_rows < 0: as many rows as tokens.
+  // A failure changes nothing. inputs.num_rows < 0: as many rows as tokens. Where prefixes are reused, the token_ids of a causal step are
+  // remembered: keys and values of another depend on tokens behind theirs.
   void BeginForward(const int64_t* ids, const int64_t* append_lengths, int64_t num_requests, bool causal, const kv::StepInputs& inputs);
   void EndForward() { manager_.EndForward(); }
   void CancelForward() { manager_.CancelForward(); }
 
   // kv::CacheManager::Moves, made.
   void MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves);
+
+  void Remove(int64_t id);
+  void Clear();
+
+  // Contents of a sequence in host memory (kv_cache_swap.cc). CacheStateError in a step. The id stays where it is swapped out, and nothing
+  // but Remove, SwapIn and ExportPages can be done with it then. Pages that others share are copied all the same.
+  void SwapOut(int64_t id);
+  void SwapIn(int64_t id);  // OutOfPagesError
+  int64_t swapped_bytes() const;
+  // [num_layers, pages it has, 2, num_kv_heads, page_size, head_dim] on the host: a copy. Slots behind its end hold anything.
+  tvm::ffi::Tensor ExportPages(int64_t id) const;
+  // A new sequence with these contents, in the same shape; arguments as of kv::CacheManager::AddFilled.
+  void ImportPages(int64_t id, const TensorView& pages, int64_t length, const kv::CacheManager::Gone& gone, const int64_t* tokens,
+                   int64_t num_tokens, int64_t space);
 
   // Stores k and v of the step's tokens at `layer`, then o = attention of q to all keys of its own sequence. Repeatable in a step.
   void Attention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, double sm_scale, bool causal,
@@ -107,6 +124,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
                    double sm_scale) const;
   KVMemory AllocateMemory();  // sets the executor's tile classes too
   int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
+  void CheckBetweenSteps(const char* operation) const;
+  std::unique_ptr<PageStore> StoreOf(size_t num_pages) const;
   void CheckCall(int64_t layer, double sm_scale, bool causal) const;
   void CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const;
   tvm::ffi::Tensor StepView(int64_t offset, int64_t length, bool is_batch_of_one) const;
@@ -125,9 +144,11 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   kv::SharedPages shared_pages_;
   KVStep step_;
   KVRope rope_;
-  std::vector<float> inv_freq_;  // of rope_, on the host
-  bool causal_ = true;           // of the plan
-  int64_t owner_ = 0;            // Bind()'s token; 0: none
+  std::vector<float> inv_freq_;                                      // of rope_, on the host
+  bool causal_ = true;                                               // of the plan
+  int64_t owner_ = 0;                                                // Bind()'s token; 0: none
+  int64_t last_owner_ = 0;                                           // whose keys and values the pages have
+  std::unordered_map<int64_t, std::unique_ptr<PageStore>> swapped_;  // by sequence; null where it has no pages
 };
 
 class PagedKVCache : public tvm::ffi::ObjectRef {

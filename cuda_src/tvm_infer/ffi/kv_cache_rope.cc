@@ -58,6 +58,7 @@ void PagedKVCacheObj::SetRope(const TensorView& inv_freq, bool is_interleaved, d
   executor_->Upload(values.data(), static_cast<int64_t>(values.size() * sizeof(float)), next.inv_freq);
   rope_ = next;
   inv_freq_ = std::move(values);
+  if (manager_.reuses_prefixes()) manager_.ForgetTokens();
 }
 
 void PagedKVCacheObj::FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o) {

@@ -85,6 +85,7 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
   manager_.SetWindow(seen);
   bands_ = std::move(bands);
   layers_ = std::move(next);
+  if (manager_.reuses_prefixes()) manager_.ForgetTokens();  // keys and values of layers behind come out otherwise from now on
 }
 
 LayerCall PagedKVCacheObj::CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tvm_infer/ffi/common.h"
+#include "tvm_infer/ffi/page_store.h"
 #include "tvm_infer/kv/step_buffer.h"
 #include "tvm_infer/schedule/planner.h"
 #include "tvm_infer/variant/cpu_functions.h"
@@ -88,6 +89,12 @@ class KVExecutor {
   virtual void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) = 0;
   // One move after the other, in every layer.
   virtual void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const = 0;
+  // Host memory for the contents of pages, of `bytes`, as this executor copies them fastest.
+  virtual std::unique_ptr<PageStore> NewStore(int64_t bytes) const = 0;
+  // The contents of `pages` in every layer, [num_layers, pages.size(), bytes of a page in a layer], to the store or back from it, in the
+  // order of the stream: returns before a device is done.
+  virtual void CopyPagesOut(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const = 0;
+  virtual void CopyPagesIn(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const = 0;
   // Where tensors of a call must be.
   virtual Place place() const = 0;
   // Throws ExecutorError where heads cannot be rotated so.

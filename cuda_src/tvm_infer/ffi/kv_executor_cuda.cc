@@ -15,6 +15,7 @@
 #include "tvm_infer/ffi/cuda_scope.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/kv_executor.h"
+#include "tvm_infer/ffi/page_store_cuda.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -54,6 +55,7 @@ class CudaKVExecutor final : public KVExecutor {
     CheckDevice();
     CheckPageSize();
     Complete(&config_);
+    pinned_ = std::make_shared<cuda::PinnedPool>(config_.device.device_id);
   }
 
   void Complete(KVCacheConfig* config) const override {
@@ -69,6 +71,13 @@ class CudaKVExecutor final : public KVExecutor {
   Place place() const override { return {config_.device, "kv"}; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
   void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const override;
+  std::unique_ptr<PageStore> NewStore(int64_t bytes) const override { return NewCudaPageStore(pinned_, bytes); }
+  void CopyPagesOut(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const override {
+    CudaPagesOut(Layout(memory), pages, store, config_.device);
+  }
+  void CopyPagesIn(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const override {
+    CudaPagesIn(Layout(memory), pages, store, config_.device);
+  }
   void CheckRope(int64_t rotary_dim) const override {
     cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
   }
@@ -79,8 +88,12 @@ class CudaKVExecutor final : public KVExecutor {
  private:
   void CheckDevice() const;
   void CheckPageSize() const;
+  PageMemory Layout(const KVMemory& memory) const {
+    return {DataPtr<char>(TensorView(memory.all_pages)), config_.num_layers, config_.num_pages, memory.page_bytes};
+  }
 
   KVCacheConfig config_;
+  std::shared_ptr<cuda::PinnedPool> pinned_;  // of sequences that are swapped out
 };
 
 void CudaKVExecutor::CheckDevice() const {

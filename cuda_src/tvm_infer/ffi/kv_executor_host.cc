@@ -58,6 +58,13 @@ class HostKVExecutor final : public KVExecutor {
   Place place() const override { return kHost; }
   void BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange& range) override;
   void MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const override;
+  std::unique_ptr<PageStore> NewStore(int64_t bytes) const override { return NewHostPageStore(bytes); }
+  void CopyPagesOut(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const override {
+    HostPagesOut(Layout(memory), pages, store->data());
+  }
+  void CopyPagesIn(const KVMemory& memory, const std::vector<int32_t>& pages, PageStore* store) const override {
+    HostPagesIn(Layout(memory), pages, store->data());
+  }
   void CheckRope(int64_t) const override {}  // any even number of elements
   void CheckVariant() const override {}
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override {
@@ -66,6 +73,9 @@ class HostKVExecutor final : public KVExecutor {
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
 
  private:
+  PageMemory Layout(const KVMemory& memory) const {
+    return {DataPtr<char>(TensorView(memory.all_pages)), config_.num_layers, config_.num_pages, memory.page_bytes};
+  }
   // k and v of the call; with a rope, its rotated queries too.
   void Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const;
   cpu::KVSource Source(const KVMemory& memory, const KVStep& step, int64_t layer) const;

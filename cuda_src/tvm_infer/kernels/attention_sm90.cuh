@@ -25,9 +25,6 @@
 #include "tvm_infer/ptx/tma.cuh"
 #include "tvm_infer/schedule/plan.h"
 
-#ifndef TI_MA
-#define TI_MA 8
-#endif
 namespace tvm_infer::kernels {
 
 // After a work whose rows were cut: this CTA's partial rows are written. The last of the merge's CTAs to arrive merges them all.
@@ -52,7 +49,7 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
 // NOTE: the parts of a tile end at about the same time. Each begins with other merges, so that none is the last to arrive at all.
 template <typename Config>
 __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>& c, const Work* work) {
-  constexpr int32_t kAtOnce = TI_MA;
+  constexpr int32_t kAtOnce = 8;
   const int32_t heads = __ldg(&work->num_kv_heads), count = heads * __ldg(&work->merge_tiles);
   const auto merge_of = [&](int32_t i) { return __ldg(&work->merge) + i / heads * c.params.expected.num_kv_heads + i % heads; };
   const int32_t rounds = (count + kAtOnce - 1) / kAtOnce;

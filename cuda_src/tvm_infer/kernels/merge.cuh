@@ -187,7 +187,8 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads, n = job.num_slots;
   const int32_t lane = c.ThreadAnew() % 32;
   const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, lane % kSlots);
-  const float lse = lane % kSlots < n ? __ldcg(params.partial_lse + slot + min(first + lane / kSlots * step, total - 1)) : attention::kNegInf;
+  const float lse =
+      lane % kSlots < n ? __ldcg(params.partial_lse + slot + min(first + lane / kSlots * step, total - 1)) : attention::kNegInf;
   PartialColumns<Config> v[kRows][kBatch];
   const auto load = [&](int32_t begin) {
 #pragma unroll

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "tvm_infer/error.h"
+#include "tvm_infer/kv/reserve.h"
 
 namespace tvm_infer::kv {
 namespace {
@@ -20,12 +21,6 @@ const CacheLimits& Checked(const CacheLimits& limits) {
     if (p.value <= 0) TVM_INFER_THROW(ArgumentError) << "argument `" << p.name << "` is " << p.value << "; it must be at least 1";
   }
   return limits;
-}
-
-// Room for `size` elements; doubles, so that a sequence that grows page by page allocates only ever more rarely.
-template <typename T>
-void Reserve2x(std::vector<T>* v, size_t size) {
-  if (size > v->capacity()) v->reserve(std::max(size, 2 * v->capacity()));
 }
 
 }  // namespace
@@ -49,13 +44,14 @@ void CacheManager::Add(int64_t id) {
   sequence.id = id;
   sequence.length = 0;
   sequence.is_live = true;
+  sequence.space = 0;
 }
 
 void CacheManager::Remove(int64_t id) {
   CheckIdle("remove");
   const int32_t slot = Find(id);
   ShrinkTo(&sequences_[slot], 0);
-  sequences_[slot].is_live = false;
+  sequences_[slot].is_live = sequences_[slot].is_away = false;
   slot_of_.erase(id);
   free_slots_.push_back(slot);  // has room: NewSlot() reserved it
 }
@@ -64,6 +60,7 @@ void CacheManager::Fork(int64_t parent, int64_t child, int64_t position) {
   CheckIdle("fork");
   const int32_t parent_slot = Find(parent);
   CheckNew(child, "child");
+  CheckHere(parent, "fork");
   const int32_t parent_length = sequences_[parent_slot].length;
   if (position < kWholeLength || position > parent_length) {
     TVM_INFER_THROW(ArgumentError) << "argument `position` is " << position << " but sequence " << parent << " has " << parent_length
@@ -73,6 +70,7 @@ void CacheManager::Fork(int64_t parent, int64_t child, int64_t position) {
   CheckReach(sequences_[parent_slot], length, "position", position);
   const int32_t slot = NewSlot();  // may move sequences_
   Reserve2x(&sequences_[slot].pages, NumPages(length));
+  Reserve2x(&sequences_[slot].tokens, std::min<size_t>(sequences_[parent_slot].tokens.size(), length));
   slot_of_.emplace(child, slot);
 
   free_slots_.pop_back();
@@ -87,10 +85,17 @@ void CacheManager::Fork(int64_t parent, int64_t child, int64_t position) {
   for (int32_t page : sequence.pages) {
     if (page != kNoPage) pool_.Share(page);
   }
+  sequence.space = shared.space;
+  sequence.tokens.assign(shared.tokens.begin(), shared.tokens.begin() + std::min<ptrdiff_t>(shared.tokens.size(), length));
+  sequence.is_plain = shared.is_plain;
+  sequence.num_indexed = shared.num_indexed;
+  sequence.indexed = shared.indexed;
+  CutTokens(&sequence, length);
 }
 
 void CacheManager::Pop(int64_t id, int64_t num_tokens) {
   CheckIdle("pop");
+  CheckHere(id, "pop");
   Sequence& sequence = sequences_[Find(id)];
   if (num_tokens < 0 || num_tokens > sequence.length) {
     TVM_INFER_THROW(ArgumentError) << "argument `n` of pop is " << num_tokens << " but sequence " << id << " has " << sequence.length
@@ -102,6 +107,7 @@ void CacheManager::Pop(int64_t id, int64_t num_tokens) {
 
 void CacheManager::Truncate(int64_t id, int64_t new_length) {
   CheckIdle("truncate");
+  CheckHere(id, "truncate");
   Sequence& sequence = sequences_[Find(id)];
   if (new_length < 0 || new_length > sequence.length) {
     TVM_INFER_THROW(ArgumentError) << "argument `length` of truncate is " << new_length << " but sequence " << id << " has "
@@ -116,7 +122,7 @@ void CacheManager::Clear() {
   for (size_t slot = 0; slot < sequences_.size(); ++slot) {
     if (!sequences_[slot].is_live) continue;
     ShrinkTo(&sequences_[slot], 0);
-    sequences_[slot].is_live = false;
+    sequences_[slot].is_live = sequences_[slot].is_away = false;
     free_slots_.push_back(static_cast<int32_t>(slot));
   }
   slot_of_.clear();
@@ -142,6 +148,7 @@ void CacheManager::ShrinkTo(Sequence* sequence, int32_t new_length) noexcept {
   sequence->gone_begin = std::min(sequence->gone_begin, keep);
   sequence->gone_end = std::min(sequence->gone_end, keep);
   sequence->length = new_length;
+  CutTokens(sequence, new_length);
 }
 
 // ---- Steps ----
@@ -155,6 +162,7 @@ const Step& CacheManager::BeginForward(const int64_t* ids, const int64_t* append
   GiveBack();
   Grow(append_lengths, num_requests);
   FillStep(append_lengths, num_requests);
+  step_tokens_.clear();
   in_forward_ = true;
   return step_;
 }
@@ -162,6 +170,7 @@ const Step& CacheManager::BeginForward(const int64_t* ids, const int64_t* append
 void CacheManager::EndForward() {
   step();
   in_forward_ = false;
+  if (!step_tokens_.empty()) KeepTokens();
 }
 
 void CacheManager::CancelForward() {
@@ -221,19 +230,20 @@ void CacheManager::Grow(const int64_t* append_lengths, int64_t num_requests) noe
     const bool writes_last = append_lengths[i] > 0 && fill != 0;
     const int32_t last = writes_last ? sequence.pages.back() : -1;
     const bool copies = writes_last && pool_.ref_count(last) > 1 && scratch_.keeper[last] != slot;
+    if (writes_last && !copies) LeaveIndex(last);
     undo_.push_back({slot, sequence.length, static_cast<int32_t>(sequence.pages.size()), copies ? last : -1});
   }
   for (int64_t i = 0; i < num_requests; ++i) {
     Sequence& sequence = sequences_[undo_[i].slot];
     if (undo_[i].shared_page >= 0) {
-      const int32_t copy = pool_.Take();
+      const int32_t copy = TakePage();
       step_.copies.push_back({undo_[i].shared_page, copy, sequence.length % limits_.page_size});
       pool_.Release(undo_[i].shared_page);
       sequence.pages.back() = copy;
     }
     sequence.length += static_cast<int32_t>(append_lengths[i]);
     const size_t num_pages = NumPages(sequence.length);
-    while (sequence.pages.size() < num_pages) sequence.pages.push_back(pool_.Take());
+    while (sequence.pages.size() < num_pages) sequence.pages.push_back(TakePage());
   }
 }
 

@@ -9,17 +9,24 @@
 // a model proposed and rejects are popped then, and the window moves back with them. Nor does a cancelled step take them back: another
 // sequence may own them alone by then, and write.
 //
+// Prefixes (EnablePrefixReuse): full pages whose tokens are known stay findable by them (prefix_index.h), also when their sequences are
+// gone, until the pool needs the room. A sequence that begins alike shares them. A page leaves the index before anybody writes into it.
+//
+// A sequence can be away: its id, length and tokens stay, its pages are given back while somebody keeps their contents elsewhere.
+//
 // Strong guarantee: an operation that throws has changed nothing. Errors are Error(kind) of error.h:
 //   UnknownSequenceError  an id that is not there, or is there already        CacheStateError  an operation between begin and end
 //   OutOfPagesError       pages needed, pages free, and what would free some  ArgumentError    a number out of its range
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
 #include "tvm_infer/kv/key_window.h"
 #include "tvm_infer/kv/page_pool.h"
+#include "tvm_infer/kv/prefix_index.h"
 
 namespace tvm_infer::kv {
 
@@ -58,6 +65,8 @@ struct Step {
 class CacheManager {
  public:
   explicit CacheManager(const CacheLimits& limits);
+  CacheManager(const CacheManager&) = delete;
+  CacheManager& operator=(const CacheManager&) = delete;
 
   // Sequences. None of these may be called between BeginForward() and its end.
   void Add(int64_t id);
@@ -72,6 +81,45 @@ class CacheManager {
   // tokens' places are as before; whoever has the memory moves them.
   std::vector<TokenMove> Moves(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) const;
   void Clear();
+
+  // ---- Prefixes (cache_manager_prefix.cc). CacheStateError before EnablePrefixReuse(), which allocates all room they take. ----
+  void EnablePrefixReuse();
+  bool reuses_prefixes() const { return prefixes_ != nullptr; }
+  const PrefixIndex& prefixes() const { return Prefixes(); }
+  // A sequence that will have these tokens: it starts with the whole pages that hold its beginning, one token at least left out, and with
+  // those that its window still shows of them. Returns its length. `space`: tokens of one namespace do not match those of another.
+  int64_t AddWithPrefix(int64_t id, const int64_t* tokens, int64_t num_tokens, int64_t space);
+  // The length that it would have.
+  int64_t MatchPrefix(const int64_t* tokens, int64_t num_tokens, int64_t space) const;
+  // Tokens of the step under way, as many as it has; EndForward() then keeps them. Of sequences whose tokens so far are all known: a gap is
+  // never known. Does nothing where prefixes are not reused.
+  void NoteTokens(const int64_t* tokens);
+  // The next tokens of a sequence that are not known yet, which steps have filled.
+  void CommitTokens(int64_t id, const int64_t* tokens, int64_t num_tokens);
+  const std::vector<int64_t>& Tokens(int64_t id) const { return sequences_[Find(id)].tokens; }
+  int64_t Space(int64_t id) const { return sequences_[Find(id)].space; }
+  // Of the pages of these sequences, each counted once, those that others have, too.
+  int64_t NumShared(const int64_t* ids, int64_t num_ids) const;
+  // These moves are about to be made: what they write is no longer what tokens say.
+  void NoteMoves(const int64_t* ids, const int64_t* dst, const std::vector<TokenMove>& moves) noexcept;
+  // Kept pages become free. ForgetTokens(): also what is known of the sequences there are, whose pages are never findable then.
+  void DropPrefixes();
+  void ForgetTokens();
+
+  // ---- Contents elsewhere (cache_manager_away.cc): whoever has the memory copies it. ----
+  bool IsAway(int64_t id) const { return sequences_[Find(id)].is_away; }
+  std::vector<int32_t> HeldPages(int64_t id) const;  // its pages in order, those given back left out; none while it is away
+  // Positions of pages that it gave back, [begin, end); empty: 0, 0.
+  struct Gone {
+    int64_t begin = 0, end = 0;
+  };
+  Gone GoneOf(int64_t id) const;
+  void CheckHere(int64_t id, const char* operation) const;  // CacheStateError where it is away
+  void SendAway(int64_t id);                                // gives its pages back
+  void FetchBack(int64_t id);                               // takes as many as it gave: OutOfPagesError
+  // A sequence of so many tokens, whose pages somebody fills; positions of `gone`, whole pages of it, have none. tokens: known ones.
+  void AddFilled(int64_t id, int64_t length, const Gone& gone, const int64_t* tokens, int64_t num_tokens, int64_t space);
+  void NoteFilled(int64_t id);  // its pages have their contents, and may be found
 
   // Which keys tokens see, from the next step on. ArgumentError where a sequence gave back pages that its next token would see.
   void SetWindow(const KeyWindow& window);
@@ -106,6 +154,8 @@ class CacheManager {
   // Everything, as integers, for tests: page_size, num_pages, in_forward, number of sequences, number of free pages, the free pages
   // (next one last), the reference count of every page, then for each sequence (ascending id) its id, length, number of entries, pages.
   std::vector<int64_t> DumpState() const;
+  // The index alone: number of nodes, then of each (ascending page) its page, parent, namespace and page_size tokens.
+  std::vector<int64_t> DumpPrefixes() const;
 
  private:
   struct Sequence {
@@ -114,6 +164,12 @@ class CacheManager {
     bool is_live = false;
     std::vector<int32_t> pages;            // keeps its capacity when the slot is used again
     int32_t gone_begin = 0, gone_end = 0;  // entries of pages that are kNoPage
+    bool is_away = false;                  // all entries are
+    std::vector<int64_t> tokens;           // of positions 0, 1, …, as far as they are known
+    int64_t space = 0;
+    bool is_plain = true;      // keys and values are what its tokens give; not after pages were dropped or tokens moved
+    int32_t num_indexed = 0;   // leading pages whose tokens are in the index, in pages of its own or of another
+    PrefixIndex::Ref indexed;  // the last of these
   };
   // How to undo one request of the step.
   struct Undo {
@@ -158,12 +214,22 @@ class CacheManager {
   void GiveBack() noexcept;
   void Grow(const int64_t* append_lengths, int64_t num_requests) noexcept;
   void FillStep(const int64_t* append_lengths, int64_t num_requests) noexcept;
+  int32_t TakePage() noexcept;
+  void LeaveIndex(int32_t page) noexcept;
+  PrefixIndex& Prefixes() const;
+  int64_t MostMatched(int64_t num_tokens) const;
+  void KeepTokens() noexcept;
+  void Index(Sequence* sequence) noexcept;
+  void CutTokens(Sequence* sequence, int64_t length) const noexcept;
+  [[noreturn]] void ThrowNoRoom(const char* operation, int64_t id, int64_t needed) const;
   [[noreturn]] void ThrowOutOfPages(const Growth& growth) const;
   [[noreturn]] void ThrowUnknown(int64_t id) const;
 
   CacheLimits limits_;
   KeyWindow window_;
   PagePool pool_;
+  std::unique_ptr<PrefixIndex> prefixes_;  // null: prefixes are not reused
+  std::vector<int64_t> step_tokens_;       // of the step under way; empty: not known
   std::unordered_map<int64_t, int32_t> slot_of_;
   std::vector<Sequence> sequences_;
   std::vector<int32_t> free_slots_;

@@ -60,6 +60,7 @@ void CacheManager::MeasureRequests(const int64_t* ids, const int64_t* append_len
                                      << " twice; a step appends to a sequence once: join its tokens, or take two steps";
     }
     s.seen[slot] = s.measurement;
+    if (sequences_[slot].is_away) CheckHere(ids[i], "a step");
     if (append_lengths[i] < 0) {
       TVM_INFER_THROW(ArgumentError) << "argument `append_lengths` is " << append_lengths[i] << " for sequence " << ids[i]
                                      << "; it must be at least 0 (pop() takes tokens away)";

@@ -6,6 +6,7 @@ namespace tvm_infer::kv {
 
 void CacheManager::DropPages(int64_t id, int64_t first_page, int64_t num_pages) {
   CheckIdle("drop_pages");
+  CheckHere(id, "drop_pages");
   Sequence& sequence = sequences_[Find(id)];
   const int64_t whole = sequence.length / limits_.page_size;
   if (first_page < 0 || num_pages < 0 || first_page > whole || num_pages > whole - first_page) {
@@ -21,6 +22,9 @@ void CacheManager::DropPages(int64_t id, int64_t first_page, int64_t num_pages) 
   for (auto page = begin; page != begin + num_pages; ++page) pool_.Release(*page);
   sequence.pages.erase(begin, begin + num_pages);
   sequence.length -= static_cast<int32_t>(num_pages * limits_.page_size);
+  if (num_pages == 0) return;
+  CutTokens(&sequence, first_page * limits_.page_size);
+  sequence.is_plain = sequence.length == 0;
 }
 
 std::vector<TokenMove> CacheManager::Moves(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) const {
@@ -29,6 +33,7 @@ std::vector<TokenMove> CacheManager::Moves(const int64_t* ids, const int64_t* sr
   moves.reserve(num_moves);
   for (int64_t i = 0; i < num_moves; ++i) {
     const Sequence& sequence = sequences_[Find(ids[i])];
+    if (sequence.is_away) CheckHere(ids[i], "move_tokens");
     const auto page_of = [&](int64_t position, const char* name) {
       if (position < 0 || position >= sequence.length) {
         TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` of move_tokens has " << position << " at entry " << i << "; sequence "
@@ -50,6 +55,16 @@ std::vector<TokenMove> CacheManager::Moves(const int64_t* ids, const int64_t* sr
     moves.push_back({from, static_cast<int32_t>(src[i] % limits_.page_size), to, static_cast<int32_t>(dst[i] % limits_.page_size)});
   }
   return moves;
+}
+
+void CacheManager::NoteMoves(const int64_t* ids, const int64_t* dst, const std::vector<TokenMove>& moves) noexcept {
+  if (prefixes_ == nullptr) return;
+  for (size_t i = 0; i < moves.size(); ++i) {
+    Sequence& sequence = sequences_[slot_of_.find(ids[i])->second];
+    LeaveIndex(moves[i].dst_page);
+    CutTokens(&sequence, dst[i]);
+    sequence.is_plain = false;
+  }
 }
 
 }  // namespace tvm_infer::kv
