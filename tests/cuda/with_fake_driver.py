@@ -283,21 +283,15 @@ def test_eight_bit_keys_are_panels_of_128_bytes_with_scales(driver):
     assert (p.k_scales, p.k_scale, p.v_scales, p.v_scale) == (None, 1.0, None, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "sizes", "swizzle", "num_maps"), [(64, "64,32,1", "2", 2), (256, "128,32,2", "3", 3)]
-)
-def test_eight_bit_heads_of_64_and_256(driver, head_dim, sizes, swizzle, num_maps):
-    cache = tensor((PAGES, 2, HKV, 32, head_dim), "float8_e5m2")
-    scaled(
-        k_cache=cache, **{n: tensor((ROWS, HQ, head_dim), "float16") for n in "qo"}, workspace=tensor((0,), "float32")
-    )
-    assert driver.launches()[0]["name"] == f"attention_fp16_e5m2_h{head_dim}_p32"
+def test_eight_bit_heads_of_256_are_two_panels(driver):
+    cache = tensor((PAGES, 2, HKV, 32, 256), "float8_e5m2")
+    scaled(k_cache=cache, **{n: tensor((ROWS, HQ, 256), "float16") for n in "qo"}, workspace=tensor((0,), "float32"))
+    assert driver.launches()[0]["name"] == "attention_fp16_e5m2_h256_p32"
     maps = driver.maps()
-    assert [m["type"] for m in maps] == ["0"] * num_maps and maps[0]["modes"] == f"0,{swizzle},2,0"
-    assert maps[0]["sizes"] == f"{sizes},{HKV},{PAGES}" and maps[0]["box"] == f"{sizes},1,1"
-    panel = min(head_dim, 128)
-    assert maps[0]["strides"] == f"{head_dim},{panel},{32 * head_dim},{2 * HKV * 32 * head_dim}"
-    assert num_maps == 2 or maps[2]["box"] == "128,32,1,1,1"
+    assert [(m["type"], m["modes"]) for m in maps] == [("0", "0,3,2,0")] * 3
+    assert maps[0]["sizes"] == f"128,32,2,{HKV},{PAGES}"
+    assert maps[0]["strides"] == f"256,128,{32 * 256},{2 * HKV * 32 * 256}"
+    assert [m["box"] for m in maps] == ["128,32,2,1,1", "128,32,2,1,1", "128,32,1,1,1"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -324,7 +318,7 @@ BAD_SCALED = [
     (
         "head_dim",
         errors.ExecutorError,
-        r"`q` has head_dim 96 beside 8-bit keys and values \(e5m2\).*64, 128 and 256",
+        r"`q` has head_dim 96 beside 8-bit keys and values \(e5m2\).*for 128 and 256",
         lambda: {
             "k_cache": tensor((PAGES, 2, HKV, PAGE, 96), "float8_e5m2"),
             **{n: tensor((ROWS, HQ, 96)) for n in "qo"},
