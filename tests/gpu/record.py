@@ -47,6 +47,7 @@ FAMILIES = {
             "test_gpu_variants.py",
             "test_gpu_random_variants.py",
             "test_gpu_invariance.py",
+            "test_gpu_levels.py",
             "test_gpu_streams.py",
             "test_gpu_float8.py",
         ),
@@ -57,7 +58,7 @@ FAMILIES = {
     "kv_cache": Family(
         ("copy_pages.cuh", "move_tokens.cuh"),
         ("copy_pages", "move_tokens", "memory", "staging", "pinned"),
-        ("test_gpu_kv_cache.py", "test_gpu_kv_reuse.py", "test_gpu_float8.py"),
+        ("test_gpu_kv_cache.py", "test_gpu_kv_reuse.py", "test_gpu_float8.py", "test_gpu_levels.py"),
     ),
     "compiled_model": Family((), (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
     "matmul": Family((), ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),

@@ -208,7 +208,7 @@ void Forest::MakeItems(const PlanParams& p, Items* items) const {
       work.tile_class = ClassOf(p, packed.num_rows);
       work.merge = tiles_[tile].merge;
       work.merge_tiles = packed.end_tile - tile;
-      items->AddTile(p, work, 0);
+      items->AddShared(p, work);
       tile = packed.end_tile;
     }
   }
@@ -224,7 +224,7 @@ void Forest::MakeItems(const PlanParams& p, Items* items) const {
     work.tile_class = tile.tile_class;
     work.merge = tile.merge;  // kNoMerge where there is none
     work.merge_tiles = tile.merge < 0 ? 0 : 1;
-    items->AddTile(p, work, 0);
+    items->AddShared(p, work);
   }
   items->Sort();
 }

@@ -81,21 +81,6 @@ int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
 
 }  // namespace
 
-// With each position the band moves on or stays, so that what one of the rows sees besides the sinks is one range: from where the first
-// begins to where the last ends.
-SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
-  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
-  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
-  const int64_t sink = std::min<int64_t>(band.num_sink, end);
-  if (band.chunk > 0) {
-    begin = std::max(begin, first / band.chunk * band.chunk);
-    end = std::min(end, (last / band.chunk + 1) * band.chunk);
-  }
-  if (begin >= end) return {0, 0, 0};
-  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
-  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
-}
-
 int64_t Items::Check(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
   const int32_t max_kv_len = CheckLengths(p, qo_indptr, kv_len, num_requests);
   return BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
@@ -110,6 +95,19 @@ void Items::Start(const PlanParams& p, int64_t max_items) {
   total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
 }
 
+inline void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  const int64_t overhead = t.fixed + t.row * tile.num_rows;
+  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
+  max_overhead = std::max(max_overhead, overhead + sink_cost);
+  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
+  work[count] = tile;
+  sink[count] = tile_sink;
+  cost[count++] = c;
+  total_cost += c;
+  max_cost = std::max(max_cost, c);
+}
+
 void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_items) {
   Start(p, max_items);
   const int32_t group = p.num_qo_heads / p.num_kv_heads;
@@ -120,6 +118,8 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
     const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
     const int32_t tile_class = ClassOf(p, num_rows);
     const TileClass& t = p.tile_classes[tile_class];
+    max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+    max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
     for (int32_t row = 0; row < num_rows;) {
       const int32_t rows = std::min(t.rows, num_rows - row);
       // Positions of the tile's first and last token. Divisions only where a request has several tiles.
@@ -150,27 +150,17 @@ void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* 
   Sort();
 }
 
-void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+void Items::AddShared(const PlanParams& p, const Work& tile) {
   const TileClass& t = p.tile_classes[tile.tile_class];
-  const int64_t overhead = t.fixed + t.row * tile.num_rows;
   max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
   // One that shares keys merges anyway: a piece more costs little.
   max_merge = std::max(max_merge, MergePrice(t, tile.merge_tiles > 0 ? 0 : tile.num_rows));
-  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
-  max_overhead = std::max(max_overhead, overhead + sink_cost);
-  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
-  work[count] = tile;
-  sink[count] = tile_sink;
-  cost[count++] = c;
-  total_cost += c;
-  max_cost = std::max(max_cost, c);
+  AddTile(p, tile, 0);
 }
 
 // The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.
 void Items::AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink) {
   const TileClass& t = p.tile_classes[tile.tile_class];
-  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-  max_merge = std::max(max_merge, MergePrice(t, tile.num_rows));
   max_overhead = std::max(max_overhead, t.fixed + t.row * tile.num_rows);
   const int32_t first_item = count;
   const int64_t max_sink_piece = tile_sink == 0 ? 0 : AddPiecesOf(p, tile, 0, tile_sink);
