@@ -107,7 +107,7 @@ struct ConfigSm90 {
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
     uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals
-    uint32_t last_arrivals;               // a bit for each merge of the work at hand that this CTA was the last to arrive at
+    int32_t is_last_arrival;
   };
   static constexpr uint32_t kWideOffset = kStages * kStageBytes;          // of wide K in it, V's behind
   static constexpr uint32_t kQueryOffset = kWideOffset + 2 * kWideBytes;  // of `query`

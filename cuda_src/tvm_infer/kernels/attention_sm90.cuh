@@ -36,51 +36,36 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
     int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
     const bool is_last = ptx::AtomicAddAcqRel(arrivals, 1) == job.num_slots - 1;
     if (is_last) *arrivals = 0;  // for the next launch
-    c.shared.last_arrivals = is_last;
+    c.shared.is_last_arrival = is_last;
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-  if (c.shared.last_arrivals == 0) return;
+  if (!c.shared.is_last_arrival) return;
   MergeRows(c, job, c.Warp(), Config::kConsumerWarps);
 }
 
 // The same after a work of shared keys, or beside such: it is of a merge for each of its heads and of the tiles in its rows
-// (Work::merge_tiles). A warp arrives at kAtOnce of them at a time, and those that are complete are shared out among the warps.
+// (Work::merge_tiles). Each warp arrives at an eighth of them, all at once, and merges those that it completes.
 //
-// NOTE: the parts of a tile end at about the same time. Each begins with other merges, so that none is the last to arrive at all.
+// NOTE: the parts of a tile end at about the same time. By warps none of them is the last to arrive everywhere.
 template <typename Config>
 __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>& c, const Work* work) {
-  constexpr int32_t kAtOnce = 8;
   const int32_t heads = __ldg(&work->num_kv_heads), count = heads * __ldg(&work->merge_tiles);
   const auto merge_of = [&](int32_t i) { return __ldg(&work->merge) + i / heads * c.params.expected.num_kv_heads + i % heads; };
-  const int32_t rounds = (count + kAtOnce - 1) / kAtOnce;
-  int32_t round = static_cast<int32_t>(blockIdx.x) % rounds;
+  ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
 #pragma unroll 1
-  for (int32_t left = rounds; left > 0; --left) {
-    const int32_t begin = round * kAtOnce;
-    round = round + 1 == rounds ? 0 : round + 1;
-    ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-    if (c.Warp() == 0) {
-      const int32_t i = begin + c.Lane();
-      bool is_last = false;
-      if (c.Lane() < kAtOnce && i < count) {
-        const int32_t merge = merge_of(i);
-        int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
-        is_last = ptx::AtomicAddAcqRel(arrivals, 1) == MergeJob::NumSlots(c.plan, merge) - 1;
-        if (is_last) *arrivals = 0;  // for the next launch
-      }
-      const uint32_t last_arrivals = __ballot_sync(0xffffffff, is_last);
-      if (c.Lane() == 0) c.shared.last_arrivals = last_arrivals;
+  for (int32_t first = c.Warp(); first < count; first += 32 * Config::kConsumerWarps) {
+    const int32_t i = first + c.ThreadAnew() % 32 * Config::kConsumerWarps;
+    bool is_last = false;
+    if (i < count) {
+      const int32_t merge = merge_of(i);
+      int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
+      is_last = ptx::AtomicAddAcqRel(arrivals, 1) == MergeJob::NumSlots(c.plan, merge) - 1;
+      if (is_last) *arrivals = 0;  // for the next launch
     }
-    ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-    // Of each complete merge as many warps as there are for it; this one's next is `skip` further on.
-    uint32_t complete = c.shared.last_arrivals;
-    const int32_t warps = max(Config::kConsumerWarps / max(__popc(complete), 1), 1);
-    int32_t skip = c.Warp() / warps;
+    uint32_t complete = __ballot_sync(0xffffffff, is_last);
 #pragma unroll 1
     for (; complete != 0; complete &= complete - 1) {
-      if (skip-- > 0) continue;
-      skip = Config::kConsumerWarps / warps - 1;
-      MergeRows(c, MergeJob(c.plan, merge_of(begin + __ffs(complete) - 1)), c.Warp() % warps, warps);
+      MergeRows(c, MergeJob(c.plan, merge_of(first + (__ffs(complete) - 1) * Config::kConsumerWarps)), 0, 1);
     }
   }
 }
