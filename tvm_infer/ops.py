@@ -296,7 +296,7 @@ def attention(
         variant where there is none (the band is not seen where `plan` is bare device memory). WorkspaceError : `workspace` is
         too small.
     ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are (on cuda 8-bit caches have
-        head_dim 64, 128 or 256 and pages of 16, 32 or 64 tokens).
+        head_dim 128 or 256 and pages of 16, 32 or 64 tokens).
     DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.
     """

@@ -268,7 +268,7 @@ def _flat_lists(kv_len: Any, num_kv_heads: int) -> Any:
     return kv_len.reshape(-1)
 
 
-def _level_words(levels: Any) -> np.ndarray:
+def level_words(levels: Any) -> np.ndarray:
     """`levels` as the planner reads them: of each group its level, its keys, its number of requests, the requests."""
     words: list[int] = []
     for number, level in enumerate(levels):
@@ -379,7 +379,7 @@ def plan(
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
-    words = _level_words(levels)
+    words = level_words(levels)
     if len(words) and variant is not None:
         raise ArgumentError(
             "argument `levels` with a `variant`: shared keys run without variants so far. Plan without levels"

@@ -106,7 +106,7 @@ import tvm_ffi
 from tvm_infer import _ffi
 _ffi.library()
 calls = []
-for name in ("attention_with_kv_cache", "matmul", "matmul_add"):
+for name in ("attention_with_kv_cache_rope", "matmul", "matmul_add"):
     tvm_ffi.register_global_func(f"tvm_infer.{name}", lambda *args, name=name: calls.append(name), override=True)
 print(generate(sys.argv[1], sys.argv[2]))
 print(calls)
@@ -126,7 +126,7 @@ def test_a_library_calls_its_own_functions(saved, executable, tokens, run_python
     folder = executable._library_path.parent
     out = run_python(OVERRIDE, saved / "model.so", saved / "model.safetensors", folder).splitlines()
     assert out[:2] == [str(tokens), "[]"]
-    assert out[2] == "['attention_with_kv_cache', 'matmul', 'matmul_add']"
+    assert out[2] == "['attention_with_kv_cache_rope', 'matmul', 'matmul_add']"
 
 
 def test_two_libraries_and_tvm_infer_in_one_process(saved, executable, tokens, tmp_path):
@@ -201,7 +201,7 @@ def test_a_loaded_model_is_exported_by_copying(saved, tmp_path):
 def test_the_manifest(saved, executable):
     about = library.read(saved / "model.so").about
     assert about["format"] == 1 and about["tvm_infer"] == tvm_infer.__version__ and about["device"] == "cpu"
-    assert about["functions"] == ["attention_with_kv_cache", "matmul", "matmul_add"]
+    assert about["functions"] == ["attention_with_kv_cache_rope", "matmul", "matmul_add"]
     assert about["kernels"] == about["archs"] == []
     assert [w["name"] for w in about["weights"]] == list(executable.manifest.weights)
     assert about["weights"][0]["shape"] == list(executable._weights[0].shape)
@@ -342,7 +342,7 @@ def export_cuda(model, path, **arguments):
     library.export(model, path, max_position=None, **{**defaults, **arguments})
 
 
-ATTENTION = ["append_b16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
+ATTENTION = ["rope_append_bf16", "copy_pages", "attention_bf16_h64_p16", "attention_bf16_h64_p64"]
 KERNELS = [*ATTENTION, "gemv_bf16", "gemv_fp16"]
 
 
@@ -352,6 +352,7 @@ def test_a_fused_projection_needs_the_kernel_that_rotates():
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
     assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
     assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
+    assert library.kernel_names(layers, ["attention_with_kv_cache_rope"], (16,)) == ("rope_append_bf16", *always)
 
 
 def test_products_of_any_kind_need_the_kernels_of_few_rows():
@@ -387,8 +388,8 @@ def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "arguments", "message"),
     [
-        ({"head_dim": 80}, {}, "'attention_bf16_h80_p16', which is no kernel"),
-        ({"dtype": "float32"}, {}, "'attention_fp32_h64_p16', which is no kernel"),
+        ({"head_dim": 104}, {}, "'attention_bf16_h104_p16', which is no kernel"),
+        ({"dtype": "float32"}, {}, "'rope_append_fp32', which is no kernel"),
         ({}, {"page_sizes": (24,)}, "'attention_bf16_h64_p24', which is no kernel"),
         ({}, {"archs": ("sm_80",)}, "sm_80"),
     ],

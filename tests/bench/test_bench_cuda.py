@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -80,6 +81,7 @@ class HostDevice(CudaDevice):
             num_kv_heads=w.num_kv_heads,
             head_dim=w.head_dim,
             dtype=w.dtype,
+            levels=w.levels,
         )
 
     def synchronize(self):
@@ -120,6 +122,45 @@ def test_every_row_has_what_the_json_promises(tiny, tmp_path, capsys):
     assert rows["plan"]["plan_us"] > 0 and "us" not in rows["plan"]
     out = " ".join(capsys.readouterr().out.split())
     assert "read 4000 GB/s" in out and "not measured: flashinfer, all rows" in out
+
+
+def test_shared_prefixes(monkeypatch):
+    """Both plans of a batch give what float64 gives; its requests share the pages of their prefix, which count once."""
+    shape = {"num_qo_heads": 8, "num_kv_heads": 2, "dtype": "bfloat16", "prefix": 512}
+    shared = Workload("shared", (1,) * 24, (530,) * 24, **shape)
+    flat = dataclasses.replace(shared, name="flat", flat=True)
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite("cuda", (shared, flat)))
+    monkeypatch.setattr(run_cuda, "MAX_COPIES", 2)
+    results = attention.run(suite="tiny", peers=[], cuda_device=HostDevice)
+    assert attention.num_failed(results) == 0
+    rows = results["rows"]
+    assert rows[0]["prefix"] == rows[1]["prefix"] == 512 and rows[0]["bytes"] == rows[1]["bytes"]
+    assert rows[0]["works"] != rows[1]["works"]
+    assert shared.kv_bytes == (512 + 24 * 18) * 2 * 2 * 128 * 2
+    batch = inputs.device_batch(shared, "cpu")
+    assert batch.kv.shape[0] == 32 + 24 * 2
+    assert len(set(batch.page_indices.tolist())) == 32 + 24 * 2 and all(
+        (batch.pages(r)[:32] == batch.pages(0)[:32]).all() for r in range(24)
+    )
+
+
+def test_formats_come_in_pairs():
+    rows = suites.suite("formats").workloads
+    assert {row.head_dim for row in rows if not row.prefix} == {64, 80, 96, 128, 192, 256}
+    for row in (row for row in rows if row.prefix and not row.flat):
+        assert dataclasses.replace(row, name=f"{row.name} flat", flat=True) in rows
+        assert row.levels and row.prefix % row.page_size == 0
+
+
+def test_keys_of_8_bits_stand_for_what_the_reference_sees():
+    row = dataclasses.replace(suites.suite("fp8").workloads[1], qo_lens=(1, 3), kv_lens=(40, 17))
+    assert row.kv_dtype == "float8_e4m3fn" and row.kv_bytes == 57 * 8 * 128 * 2
+    batch = inputs.device_batch(row, "cpu")
+    assert str(batch.kv.dtype) == "torch.float8_e4m3fn" and batch.kv_scales == {"k_scale": 1 / 32, "v_scale": 1 / 32}
+    k, v = batch.dense(0)
+    assert k.shape == (8, 40, 128) and 0.9 < float(k.double().std()) < 1.1 and 0.9 < float(v.double().std()) < 1.1
+    first = batch.kv[batch.pages(0)[0], 0, 3, 5].float() / 32
+    assert (k[3, 5].float() == first).all()
 
 
 def test_a_wrong_row_fails_and_the_rest_is_measured(tiny, monkeypatch):

@@ -80,7 +80,7 @@ def test_a_decode_step_is_one_graph(prepared):
         lowered = pipeline.lower(mod, tvm.target.Target(CUDA), reports)
     assert reports.capture.is_whole("decode"), str(reports.capture)
     (region,) = reports.capture.regions["decode"]
-    assert region["tvm_infer.attention_with_kv_cache"] == 2
+    assert region["tvm_infer.attention_with_kv_cache_rope"] == 2
     # of each layer o and down add the residual, q, k, v, gate and up do not; nor does the head
     assert region["tvm_infer.linear_add"] == 2 * 2 and region["tvm_infer.linear"] == 2 * 5 + 1
     assert "8 of them with the addition that followed" in str(reports.matmul)  # of main and decode

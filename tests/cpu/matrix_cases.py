@@ -41,6 +41,12 @@ class Case(NamedTuple):
     batch: str
     mask: str
     layout: str
+    kv_dtype: str = ""  # of the cache, where it is another
+
+    @property
+    def scales(self) -> dict[str, Any]:
+        """Of the cache: of K one a KV head, of V one for all."""
+        return {"k_scale": np.array([0.013, 0.02], np.float32), "v_scale": 0.011} if self.kv_dtype else {}
 
     @property
     def name(self) -> str:
@@ -59,6 +65,16 @@ def all_cases() -> list[Case]:
     return cases
 
 
+def float8_cases() -> list[Case]:
+    """Caches of 8 bits beside queries of every type, with every setting in turn."""
+    layouts = ("HND", "NHD separate", "HND separate", "NHD")
+    settings = itertools.product(DTYPES, ("float8_e4m3fn", "float8_e5m2"), GROUPS, HEAD_DIMS, BATCHES)
+    return [
+        Case(dtype, group, dim, PAGE_SIZES[i % 3], batch, list(MASKS)[(i + i // 4) % 4], layouts[(i + i // 16) % 4], kv)
+        for i, (dtype, kv, group, dim, batch) in enumerate(settings)
+    ][::5]
+
+
 def make(case: Case) -> PagedBatch:
     """The case's batch; 2 KV heads."""
     qo_lens, kv_lens = BATCHES[case.batch]
@@ -70,6 +86,8 @@ def make(case: Case) -> PagedBatch:
         head_dim=case.head_dim,
         page_size=case.page_size,
         dtype=case.dtype,
+        kv_dtype=case.kv_dtype or None,
+        **case.scales,
     )
 
 
@@ -92,12 +110,13 @@ def compute(case: Case, batch: PagedBatch, **plan_settings: Any) -> tuple[np.nda
         dtype=case.dtype,
         causal=causal,
         window_left=window_left,
+        kv_dtype=case.kv_dtype or None,
         **plan_settings,
     )
     cache, layout = cache_of(batch, case.layout)
     out = np.full_like(batch.q, np.nan)
     lse = np.full(batch.q.shape[:2], np.nan, np.float32)
-    tvm_infer.attention(batch.q, cache, plan, kv_layout=layout, out=out, lse=lse, **batch.tables)
+    tvm_infer.attention(batch.q, cache, plan, kv_layout=layout, out=out, lse=lse, **batch.tables, **case.scales)
     return out, lse
 
 
@@ -124,7 +143,7 @@ DEAR_TILES = (6, 24, 10**9, 10**6, 10**7, 37, 24, 10**9, 10**6, 10**7)
 def main(argv: list[str]) -> None:
     every = int(argv[0])
     settings = {"tile_table": DEAR_TILES, "num_ctas": 7, "fixed_split_size": 48} if "split" in argv else {}
-    for case in all_cases()[::every]:
+    for case in (float8_cases() if "float8" in argv else all_cases())[::every]:
         print(json.dumps(check(case, **settings)))
 
 

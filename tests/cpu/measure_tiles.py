@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any
 
 os.environ["TVM_INFER_NUM_THREADS"] = "1"
 
 import numpy as np
 
 import tvm_infer
-from tvm_infer import _ffi
-from tvm_infer.testing.batches import numpy_dtype
+from tvm_infer import _array, _ffi
 
 ROWS = (4, 8, 16, 32, 64, 192)
 PAGE_SIZE = 16
@@ -53,18 +51,18 @@ def work_time(rows: int, kv_len: int, cache: np.ndarray, q: np.ndarray) -> float
     return min(run() for _ in range(7))
 
 
-def measure(dtype: Any, head_dim: int) -> None:
+def measure(dtype: str, kv_dtype: str, head_dim: int) -> None:
     rng = np.random.default_rng(0)
-    kind = numpy_dtype(dtype)
-    num_pages = 128 * 2**20 // (2 * PAGE_SIZE * head_dim * kind.itemsize)  # 128 MiB
-    cache = rng.standard_normal((num_pages, 2, 1, PAGE_SIZE, head_dim), dtype=np.float32).astype(kind)
+    kind, kv_kind = _array.numpy_dtype(dtype), _array.numpy_dtype(kv_dtype)
+    num_pages = 128 * 2**20 // (2 * PAGE_SIZE * head_dim * kv_kind.itemsize)  # 128 MiB
+    cache = rng.standard_normal((num_pages, 2, 1, PAGE_SIZE, head_dim), dtype=np.float32).astype(kv_kind)
     q = rng.standard_normal((8192, 1, head_dim), dtype=np.float32).astype(kind)
     for rows in ROWS:
         empty, one = work_time(rows, 0, cache, q), work_time(1, 0, cache, q)
         row = (empty - one) / (rows - 1)
         kv = (work_time(rows, 1024, cache, q) - work_time(rows, 64, cache, q)) / 960
         print(
-            f"{dtype:9} head_dim {head_dim:3} rows {rows:3}: fixed {one - row:9,.0f} row {row:8,.0f} kv {kv:9,.0f} ps"
+            f"{dtype:8} {kv_dtype:13} head_dim {head_dim:3} rows {rows:3}: fixed {one - row:9,.0f} row {row:8,.0f} kv {kv:9,.0f} ps"
             f" ({4e3 * rows * head_dim / kv:4.0f} GFLOP/s)"
         )
 
@@ -73,4 +71,6 @@ if __name__ == "__main__":
     print(_ffi.func("cpu_info")().split()[0])
     for head_dim in [int(x) for x in sys.argv[1:]] or [64, 128]:
         for dtype in ("float32", "float16", "bfloat16"):
-            measure(dtype, head_dim)
+            measure(dtype, dtype, head_dim)
+        for kv_dtype in ("float8_e4m3fn", "float8_e5m2"):
+            measure("bfloat16", kv_dtype, head_dim)

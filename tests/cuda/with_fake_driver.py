@@ -283,21 +283,15 @@ def test_eight_bit_keys_are_panels_of_128_bytes_with_scales(driver):
     assert (p.k_scales, p.k_scale, p.v_scales, p.v_scale) == (None, 1.0, None, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "sizes", "swizzle", "num_maps"), [(64, "64,32,1", "2", 2), (256, "128,32,2", "3", 3)]
-)
-def test_eight_bit_heads_of_64_and_256(driver, head_dim, sizes, swizzle, num_maps):
-    cache = tensor((PAGES, 2, HKV, 32, head_dim), "float8_e5m2")
-    scaled(
-        k_cache=cache, **{n: tensor((ROWS, HQ, head_dim), "float16") for n in "qo"}, workspace=tensor((0,), "float32")
-    )
-    assert driver.launches()[0]["name"] == f"attention_fp16_e5m2_h{head_dim}_p32"
+def test_eight_bit_heads_of_256_are_two_panels(driver):
+    cache = tensor((PAGES, 2, HKV, 32, 256), "float8_e5m2")
+    scaled(k_cache=cache, **{n: tensor((ROWS, HQ, 256), "float16") for n in "qo"}, workspace=tensor((0,), "float32"))
+    assert driver.launches()[0]["name"] == "attention_fp16_e5m2_h256_p32"
     maps = driver.maps()
-    assert [m["type"] for m in maps] == ["0"] * num_maps and maps[0]["modes"] == f"0,{swizzle},2,0"
-    assert maps[0]["sizes"] == f"{sizes},{HKV},{PAGES}" and maps[0]["box"] == f"{sizes},1,1"
-    panel = min(head_dim, 128)
-    assert maps[0]["strides"] == f"{head_dim},{panel},{32 * head_dim},{2 * HKV * 32 * head_dim}"
-    assert num_maps == 2 or maps[2]["box"] == "128,32,1,1,1"
+    assert [(m["type"], m["modes"]) for m in maps] == [("0", "0,3,2,0")] * 3
+    assert maps[0]["sizes"] == f"128,32,2,{HKV},{PAGES}"
+    assert maps[0]["strides"] == f"256,128,{32 * 256},{2 * HKV * 32 * 256}"
+    assert [m["box"] for m in maps] == ["128,32,2,1,1", "128,32,2,1,1", "128,32,1,1,1"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -324,7 +318,7 @@ BAD_SCALED = [
     (
         "head_dim",
         errors.ExecutorError,
-        r"`q` has head_dim 96 beside 8-bit keys and values \(e5m2\).*64, 128 and 256",
+        r"`q` has head_dim 96 beside 8-bit keys and values \(e5m2\).*for 128 and 256",
         lambda: {
             "k_cache": tensor((PAGES, 2, HKV, PAGE, 96), "float8_e5m2"),
             **{n: tensor((ROWS, HQ, 96)) for n in "qo"},
@@ -1224,6 +1218,36 @@ def test_cache_rotates_in_the_launch_that_appends(driver):
     cache.clear()
     with pytest.raises(errors.ExecutorError, match="a rotary_dim of 20"):
         cache.set_rope(tvm_infer.RopeConfig(20))
+
+
+def test_a_call_brings_its_rotation(driver):
+    """Queries, keys and values apart, the rotated queries in memory of the caller's; nothing is allocated or copied."""
+    cache = tvm_infer.PagedKVCache(**CACHE, **CACHE_SIZE)
+    cache.add_sequence(5)
+    cache.begin_step([5], [3], num_rows=4)
+    driver.clear()
+    q, k, v, rotated_q, out = rows(4, HQ), rows(4, HKV), rows(4, HKV), rows(4, HQ), rows(4, HQ)
+    inv_freq = tensor((32,), dtype="float32", device=(CUDA, 1))
+    call = _ffi.func("attention_with_kv_cache_rope")
+    call(cache, 1, q, k, v, inv_freq, 1, 1.5, 0.25, 1, rotated_q, out)
+    assert [launch["name"] for launch in driver.launches()] == ["rope_append_bf16", "attention_bf16_h128_p16"]
+    assert driver.calls("cuMemAlloc") == driver.calls("cuMemcpyHtoDAsync") == []
+    p, attention = driver.rope_append_params(RopeParams), driver.params(Params)
+    assert (p.q, p.k, p.v, p.inv_freq) == tuple(addresses[id(x)] for x in (q, k, v, inv_freq))
+    assert p.q_out == attention.q == addresses[id(rotated_q)] and p.o == attention.o == addresses[id(out)]
+    assert list(p.q_strides) == [HQ * DIM, DIM] * 2 and list(p.kv_strides) == [HKV * DIM, DIM] * 2
+    assert (p.rotary_dim, p.is_interleaved, p.magnitude, p.max_tokens, p.num_qo_heads) == (64, 1, 1.5, 4, HQ)
+    driver.clear()
+    for name, change in {"q": 0, "k": 1, "v": 2, "rotated_q": 3}.items():
+        tensors = [q, k, v, rotated_q]
+        tensors[change] = tensor((4, HKV if name in "kv" else HQ, DIM), device=(CUDA, 1), offset=2)
+        with pytest.raises(errors.ArgumentError, match=f"`{name}` begins 2 bytes"):
+            call(cache, 1, *tensors[:3], inv_freq, 1, 1.5, 0.25, 1, tensors[3], out)
+    with pytest.raises(errors.ExecutorError, match="a rotary_dim of 20"):
+        call(cache, 1, q, k, v, tensor((10,), dtype="float32", device=(CUDA, 1)), 1, 1.5, 0.25, 1, rotated_q, out)
+    with pytest.raises(errors.ArgumentError, match="`inv_freq`"):
+        call(cache, 1, q, k, v, np.ones(32, np.float32), 1, 1.5, 0.25, 1, rotated_q, out)
+    assert driver.launches() == []
 
 
 @pytest.mark.parametrize(

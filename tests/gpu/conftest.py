@@ -100,6 +100,12 @@ def compile_kernels(items) -> None:
         names |= {f"gemv_{dtype}" for dtype in ("bf16", "fp16")}
     # test_gpu_append has head_dims without an attention kernel
     names = {n for n in names if not n.startswith("attention") or n in jit.all_names()}
+    names |= {
+        f"{family}_{dtype}_{kv}"
+        for family in families & {"append", "rope_append"}
+        for dtype in ("bf16", "fp16")
+        for kv in ("e4m3", "e5m2")
+    }
     arch = _device.cuda_info(torch.cuda.current_device()).arch
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
         list(pool.map(lambda name: jit.cubin(name, arch), sorted(names)))

@@ -23,7 +23,7 @@ def _check(code: int) -> None:
 
 
 class AttentionParams(ctypes.Structure):
-    """attention/params.cuh's struct of this name."""
+    """cuda/params.h's struct of this name."""
 
     _fields_ = [
         ("plan", ctypes.c_void_p),
@@ -41,8 +41,14 @@ class AttentionParams(ctypes.Structure):
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
         ("kv_strides", ctypes.c_int64 * 6),
+        ("k_scales", ctypes.c_void_p),
+        ("v_scales", ctypes.c_void_p),
+        ("k_scale", ctypes.c_float),
+        ("v_scale", ctypes.c_float),
         ("expected_plan", ctypes.c_int32 * 7),
         ("sm_scale_log2", ctypes.c_float),
+        ("sm_scale", ctypes.c_float),
+        ("plan_is_ready", ctypes.c_int32),
     ]
 
 

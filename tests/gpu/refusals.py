@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-MAGIC, VERSION, CAPTURE_KEY, NUM_CTAS, NUM_TOKENS, TICKETS = 0, 1, 2, 5, 7, 31  # words of the header
+MAGIC, VERSION, CAPTURE_KEY, NUM_CTAS, NUM_TOKENS, TICKETS = 0, 1, 2, 5, 7, 34  # words of the header
 
 # (name, status, words of the plan, fields of the launch's ExpectedPlan, CTAs more or fewer than the plan's)
 #   words, fields: index -> what is added to it

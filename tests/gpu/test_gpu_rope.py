@@ -9,7 +9,7 @@ import torch
 from gpu_batches import Batch, Case, bits, embedded, make_plan, plain_attention, same_bits
 
 import tvm_infer
-from tvm_infer import PagedKVCache, RopeConfig
+from tvm_infer import PagedKVCache, RopeConfig, _array, _ffi
 
 pytestmark = pytest.mark.family("rope_append")
 
@@ -332,6 +332,20 @@ def make_cache(device: str, config: RopeConfig) -> PagedKVCache:
     return cache
 
 
+def turned_by_the_call(cache, layer, qkv, config):
+    """The same with the rotation among the arguments, q, k and v apart; rotated queries in memory of the caller's."""
+    inv_freq = torch.from_numpy(config.inv_freq()).to(qkv.device)
+    q, k, v = qkv.split([8, 2, 2], dim=1)
+    rotated_q, out = (torch.full((len(q), 8, 128), torch.nan, device=q.device, dtype=q.dtype) for _ in range(2))
+    q, k, v, inv_freq, rotated_q, o = (
+        _array.as_tensor(x, "x", output=True) for x in (q, k, v, inv_freq, rotated_q, out)
+    )
+    call = _ffi.func("attention_with_kv_cache_rope")
+    turn = (inv_freq, int(config.interleaved), config.magnitude())
+    call(cache._handle, layer, q, k, v, *turn, 128**-0.5, 1, rotated_q, o)
+    return out
+
+
 @pytest.mark.subset
 @pytest.mark.family("rope_append", "attention_sm90")
 @pytest.mark.parametrize(
@@ -351,6 +365,7 @@ def test_a_cache_takes_the_projection_as_it_is(config, device):
         cache.begin_step([0, 1, 2], lengths, num_rows=n + padding)
         first, second = (cache.attention_fused_qkv(layer, qkv) for layer in (0, 1))
         assert same_bits(first, second) and not bool(first[n:].any())
+        assert same_bits(first, turned_by_the_call(cache, 0, qkv, config))
         cache.end_forward()
         for seq, got in enumerate(first[:n].split(lengths)):
             x = torch.cat(rows[seq]).double()

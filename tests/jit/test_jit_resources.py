@@ -42,7 +42,7 @@ def test_resources(name, cache):
 VARIANT_SPILLS = {"attention_bf16_h128_p16": 4, "attention_bf16_h128_p1": 44}
 PREBUILT = {name: v for name, v in (variant.STANDARD | CACHE_MASKS).items() if not v.is_plain}
 SPILLS = {
-    "alibi": (40, 32),
+    "alibi": (48, 32),
     "logit_bias": (20, 96),
     "token_tree": (4, 56),
     "qk_norm": (40, 40),

@@ -13,10 +13,12 @@ import tvm_ffi
 from tvm import relax
 
 from tvm_infer.relax import extern_calls
+from tvm_infer.testing import rope_reference
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 FAKE_ATTENTION = "test.relax.attention_with_kv_cache"
+FAKE_ROPE_ATTENTION = "test.relax.attention_with_kv_cache_rope"
 
 
 @dataclasses.dataclass
@@ -49,6 +51,11 @@ class FakeCache:
             result[rows] = np.einsum("hij,jhd->ihd", weights, np.repeat(values, group, 1))
         out[...] = result
 
+    def positions(self, layer) -> np.ndarray:
+        """Of the step's tokens, before the layer's keys are stored."""
+        old = {seq: len(self.store.get((layer, seq), ((),))[0]) for seq, _ in self.lengths}
+        return np.concatenate([old[seq] + np.arange(count) for seq, count in self.lengths])
+
 
 _CACHES: dict[int, FakeCache] = {}
 
@@ -58,6 +65,20 @@ def _fake_attention(kv, layer, q, k, v, sm_scale, causal, out):
     q, k, v, out = (np.from_dlpack(x) for x in (q, k, v, out))
     out.flags.writeable or out.setflags(write=True)
     _CACHES[int(kv)].attend(int(layer), q, k, v, float(sm_scale), bool(causal), out)
+
+
+@tvm_ffi.register_global_func(FAKE_ROPE_ATTENTION, override=True)
+def _fake_rope_attention(kv, layer, q, k, v, inv_freq, interleaved, magnitude, sm_scale, causal, rotated_q, out):
+    """The same after a rotation in float64."""
+    q, k, v, inv_freq, rotated_q, out = (np.from_dlpack(x) for x in (q, k, v, inv_freq, rotated_q, out))
+    cache = _CACHES[int(kv)]
+    positions = cache.positions(int(layer))
+    style = {"interleaved": bool(interleaved), "magnitude": float(magnitude)}
+    q, k = (rope_reference(x.astype(np.float64), positions, inv_freq, **style) for x in (q, k))
+    for written in (rotated_q, out):
+        written.flags.writeable or written.setflags(write=True)
+    rotated_q[...] = np.nan  # nobody reads it
+    cache.attend(int(layer), q, k, v, float(sm_scale), bool(causal), out)
 
 
 class Compiled:
@@ -81,6 +102,7 @@ class Compiled:
 def compile_with_fake_cache(monkeypatch):
     """(pass, ImportedModel) -> Compiled, whose attention calls go to the float64 cache."""
     monkeypatch.setattr(extern_calls, "ATTENTION_WITH_KV_CACHE", FAKE_ATTENTION)
+    monkeypatch.setattr(extern_calls, "ATTENTION_WITH_KV_CACHE_ROPE", FAKE_ROPE_ATTENTION)
 
     def build(rewrite, imported) -> Compiled:
         return Compiled(rewrite(imported.mod), imported.weights)

@@ -56,6 +56,10 @@ class Driver:
     def random(self, n, heads):
         return self.rng.standard_normal((n, heads, self.cache.head_dim)).astype(self.kind)
 
+    def kept(self, plane, layer, x):
+        """What the cache keeps of keys (plane 0) or values (1)."""
+        return x
+
     def step(self, ids, lengths, *, causal=True, sm_scale=None, call=None, cancel=False):
         """One step at every layer, compared with float64."""
         c, n = self.cache, sum(lengths)
@@ -64,7 +68,7 @@ class Driver:
         for layer in range(c.num_layers):
             q, k, v = self.random(n, c.num_qo_heads), self.random(n, c.num_kv_heads), self.random(n, c.num_kv_heads)
             o = (call or c.attention)(layer, q, k, v, causal=causal, sm_scale=sm_scale)
-            row = 0
+            row, k, v = 0, self.kept(0, layer, k), self.kept(1, layer, v)
             for seq, length in zip(ids, lengths, strict=True):
                 rows = slice(row, row + length)
                 row += length

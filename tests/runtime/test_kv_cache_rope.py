@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_infer import PagedKVCache, RopeConfig, errors
+from tvm_infer import PagedKVCache, RopeConfig, _array, _ffi, errors
 from tvm_infer.testing import attention_reference, rope_reference
 from tvm_infer.testing.batches import numpy_dtype
 
@@ -189,3 +189,109 @@ def test_calls_that_are_refused(change, error, words):
     cache.begin_forward([0], [3])
     with pytest.raises(error, match=words):
         cache.attention_fused_qkv(**arguments)
+
+
+# ---- the rotation in the call
+
+
+def rope_attention(cache, layer, q, k, v, rope, *, out=None, **changes):
+    """The packed function; queries of padding and what it need not write are NaN before."""
+    rotated_q = np.full(q.shape, np.nan, q.dtype)
+    out = np.full(q.shape, np.nan, q.dtype) if out is None else out
+    arguments = {
+        "layer": layer,
+        "q": q,
+        "k": k,
+        "v": v,
+        "inv_freq": rope.inv_freq(),
+        "interleaved": int(rope.interleaved),
+        "magnitude": rope.magnitude(),
+        "sm_scale": DIM**-0.5,
+        "causal": 1,
+        "rotated_q": rotated_q,
+        "out": out,
+        **changes,
+    }
+    tensors = {name: as_tensor(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    _ffi.func("attention_with_kv_cache_rope")(cache._handle, *tensors.values())
+    return out
+
+
+def as_tensor(x):
+    return _array.as_tensor(x, "x", output=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_layer_may_turn_otherwise(dtype):
+    """Layers of one cache against float64, each with a rotation of its own; nothing is set before."""
+    ropes = (CONFIGS["yarn"], CONFIGS["pairs"])
+    cache, models = make_cache(dtype), [Model(rope) for rope in ropes]
+    rng = np.random.default_rng(4)
+    cache.add_sequence(0), cache.add_sequence(1)
+    for lengths in ([7, 3], [1, 12], [0, 1], [1, 1]):
+        n, padding = sum(lengths), 3
+        cache.begin_step([0, 1], lengths, num_rows=n + padding)
+        for layer, (rope, model) in enumerate(zip(ropes, models, strict=True)):
+            qkv = rng.standard_normal((n + padding, HQ + 2 * HKV, DIM)).astype(numpy_dtype(dtype))
+            qkv[n:] = np.nan
+            model.append((0, 1), lengths, qkv[:n])
+            q, k, v = (np.ascontiguousarray(part) for part in np.split(qkv, [HQ, HQ + HKV], axis=1))
+            out = rope_attention(cache, layer, q, k, v, rope)
+            again = rope_attention(cache, layer, *np.split(qkv, [HQ, HQ + HKV], axis=1), rope)  # as parts of one tensor
+            np.testing.assert_array_equal(out.astype(np.float32), again.astype(np.float32))
+            expected = np.concatenate([model.attention(s, m) for s, m in enumerate(lengths) if m])
+            error = np.linalg.norm(out[:n].astype(np.float64) - expected) / np.linalg.norm(expected)
+            assert error < TOLERANCE[dtype]
+            assert not out[n:].astype(np.float32).any()
+        cache.end_forward()
+
+
+def test_the_call_is_the_cache_s_own_rotation():
+    """Bit for bit; and a step without rows is none."""
+    rope = CONFIGS["partial"]
+    one, other = make_cache(), make_cache()
+    one.set_rope(rope)
+    qkv = np.random.default_rng(5).standard_normal((6, HQ + 2 * HKV, DIM), np.float32)
+    one.add_sequence(0), other.add_sequence(0)
+    q, k, v = np.split(qkv, [HQ, HQ + HKV], axis=1)
+    with one.forward([0], [6]) as a, other.forward([0], [6]):
+        np.testing.assert_array_equal(rope_attention(other, 0, q, k, v, rope), a.attention_fused_qkv(0, qkv))
+    np.testing.assert_array_equal(one.gather(0, 0)[0], other.gather(0, 0)[0])
+    with other.forward([], []):
+        assert rope_attention(other, 0, q[:0], k[:0], v[:0], rope).shape == (0, HQ, DIM)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"inv_freq": np.ones(DIM // 2 + 1, np.float32)},
+            errors.ArgumentError,
+            "`inv_freq` has 17 entries.*heads of the cache",
+        ),
+        ({"inv_freq": np.ones(4)}, errors.DTypeError, "`inv_freq` has dtype float64"),
+        ({"inv_freq": np.ones((1, 4), np.float32)}, errors.ArgumentError, "`inv_freq`"),
+        ({"inv_freq": np.ones(8, np.float32)[::2]}, errors.ArgumentError, "`inv_freq`"),
+        ({"interleaved": 2}, errors.ArgumentError, "`interleaved` is 2"),
+        ({"magnitude": np.inf}, errors.ArgumentError, "`magnitude` is inf"),
+        ({"q": np.zeros((2, HQ, DIM), np.float32)}, errors.PlanMismatchError, "`q`.*announced 3 tokens"),
+        ({"k": np.zeros((3, HQ, DIM), np.float32)}, errors.ArgumentError, "`k`.*must be 2"),
+        ({"v": np.zeros((3, HKV, DIM), np.float16)}, errors.DTypeError, "`v` has dtype float16"),
+        ({"rotated_q": np.zeros((3, HKV, DIM), np.float32)}, errors.ArgumentError, "`rotated_q`.*must be 6"),
+        ({"out": np.zeros((4, HQ, DIM), np.float32)}, errors.PlanMismatchError, "`out`"),
+        ({"layer": 2}, errors.ArgumentError, "`layer` is 2"),
+        ({"sm_scale": np.nan}, errors.ArgumentError, "`sm_scale` is "),
+        ({"causal": 0}, errors.PlanMismatchError, "`causal` is 0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_rotations_that_are_refused(change, error, words):
+    cache = make_cache()
+    cache.add_sequence(0)
+    heads = {name: np.zeros((3, count, DIM), np.float32) for name, count in (("q", HQ), ("k", HKV), ("v", HKV))}
+    arguments = {"layer": 0, "rope": CONFIGS["halves"], **heads, **change}
+    with pytest.raises(errors.CacheStateError):
+        rope_attention(cache, **{**arguments, "layer": 0})  # no step is under way
+    cache.begin_forward([0], [3])
+    with pytest.raises(error, match=words):
+        rope_attention(cache, **arguments)

@@ -220,11 +220,11 @@ def test_levels_that_do_not_pay_change_nothing():
 
 def test_order_of_requests_and_tokens():
     """Members of a group stand together where the first of them does; tokens keep their order within a request."""
-    case = Case((1, 2, 1, 1), (9000,) * 4, ((((3, 1), 8000),),), tile_table=TABLES[2])
+    case = Case((1, 2, 1, 1), (90000,) * 4, ((((3, 1), 80000),),), num_ctas=4, tile_table=TABLES[2])
     plan = case.check()
     assert plan.num_shared_works > 0
     assert plan.token_order.tolist() == [0, 1, 2, 4, 3]
-    beside = Case((1, 2, 1, 1), (9000,) * 4, ((((1, 2), 8000),),), tile_table=TABLES[2]).check()
+    beside = Case((1, 2, 1, 1), (90000,) * 4, ((((1, 2), 80000),),), num_ctas=4, tile_table=TABLES[2]).check()
     assert beside.header["token_order_offset"] == 0 and beside.num_shared_works > 0
 
 
@@ -363,11 +363,11 @@ def test_settings_that_do_not_share(arguments):
 
 
 def test_queries_that_are_not_causal_may_share_all_keys():
-    case = Case((1, 2), (4000, 4000), ((((0, 1), 4000),),), causal=False, tile_table=TABLES[2])
+    case = Case((1, 2), (40000, 40000), ((((0, 1), 40000),),), causal=False, num_ctas=4, tile_table=TABLES[2])
     plan = case.check()
     assert plan.num_shared_works > 0  # all but the last, which each request has for itself
-    with pytest.raises(ArgumentError, match=r"shares 4001 keys.*at most 4000"):
-        case.plan(levels=[[((0, 1), 4001)]])
+    with pytest.raises(ArgumentError, match=r"shares 40001 keys.*at most 40000"):
+        case.plan(levels=[[((0, 1), 40001)]])
 
 
 def test_bad_lengths_are_named_first():

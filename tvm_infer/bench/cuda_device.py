@@ -73,10 +73,12 @@ class CudaDevice:
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
             dtype=workload.dtype,
+            kv_dtype=workload.kv_dtype or None,
             window_left=workload.window,
             num_sink=workload.num_sink,
             chunk=workload.chunk,
             device=self.torch_device,
+            levels=workload.levels,
         )
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
@@ -91,7 +93,7 @@ class CudaDevice:
         if batch.workload.ragged:
             k, v = batch.kv[0], batch.kv[1]
             return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
-        settings |= {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices}
+        settings |= batch.kv_scales | {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices}
         return lambda: ops.attention(batch.q, batch.kv, plan, kv_layout=batch.workload.kv_layout, **settings)
 
     def time(self, launches: Sequence[Callable[[], object]]) -> Timing:

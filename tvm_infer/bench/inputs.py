@@ -10,7 +10,7 @@ import numpy as np
 from ..testing import make_paged_batch
 from ..testing.batches import PagedBatch, numpy_dtype
 from . import variants
-from .workloads import Workload
+from .workloads import KV_SCALE, Workload
 
 _SLOW_FILL_TOKENS = 4096  # keys that make_paged_batch may fill token by token
 
@@ -94,6 +94,11 @@ class DeviceBatch:
         """1 / sqrt(head_dim)."""
         return float(self.workload.head_dim**-0.5)
 
+    @property
+    def kv_scales(self) -> dict[str, float]:
+        """`k_scale` and `v_scale`, where there are some."""
+        return {"k_scale": KV_SCALE, "v_scale": KV_SCALE} if self.workload.kv_dtype else {}
+
     def copy(self) -> DeviceBatch:
         """The same values in other memory; index tables are shared."""
         return replace(self, q=self.q.clone(), kv=self.kv.clone(), out=self.out.clone(), lse=self.lse.clone())
@@ -109,21 +114,29 @@ class DeviceBatch:
         return self.page_indices[begin:end].long()
 
     def dense(self, request: int) -> tuple[Any, Any]:
-        """(k, v) of a request without pages, [num_kv_heads, kv_len, head_dim] each, in the batch's dtype."""
+        """(k, v) of a request without pages, [num_kv_heads, kv_len, head_dim] each, in the batch's dtype (which holds what 8 bits stand
+        for)."""
         w, length = self.workload, self.workload.kv_lens[request]
         if w.ragged:
             begin = sum(w.kv_lens[:request])
             rows = self.kv[:, begin : begin + length].transpose(1, 2)
             return rows[0], rows[1]
         pool = self.kv if w.kv_layout == "HND" else self.kv.transpose(2, 3)
-        rows = (
-            pool[self.pages(request)].permute(1, 2, 0, 3, 4).reshape(2, w.num_kv_heads, -1, w.head_dim)[:, :, :length]
-        )
+        pages = pool.view(_bits(pool))[self.pages(request)].view(pool.dtype)  # torch does not index 8-bit floats
+        rows = pages.permute(1, 2, 0, 3, 4).reshape(2, w.num_kv_heads, -1, w.head_dim)[:, :, :length]
+        if w.kv_dtype:
+            rows = rows.to(self.q.dtype) * KV_SCALE
         return rows[0], rows[1]
 
 
+def _bits(tensor: Any) -> Any:
+    import torch
+
+    return torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype
+
+
 def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
-    """A random batch, N(0, 1), on a torch device; pages are handed out in random order."""
+    """A random batch, N(0, 1), on a torch device; pages are handed out in random order, those of a shared prefix to all requests."""
     import torch
 
     w = workload
@@ -138,14 +151,21 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
 
     counts = [-(-n // w.page_size) for n in w.kv_lens]
     page_indptr = indptr(counts)
+    shared = w.prefix // w.page_size
+    num_pages = sum(counts) - shared * (len(counts) - 1 if shared else 0)
     if w.ragged:
         kv = normal(2, sum(w.kv_lens), w.num_kv_heads, w.head_dim)
     elif w.kv_layout == "HND":
-        kv = normal(sum(counts), 2, w.num_kv_heads, w.page_size, w.head_dim)
+        kv = normal(num_pages, 2, w.num_kv_heads, w.page_size, w.head_dim)
     else:
-        kv = normal(sum(counts), 2, w.page_size, w.num_kv_heads, w.head_dim)
+        kv = normal(num_pages, 2, w.page_size, w.num_kv_heads, w.head_dim)
+    if w.kv_dtype:
+        kv = (kv / KV_SCALE).to(getattr(torch, w.kv_dtype))
     q = normal(sum(w.qo_lens), w.num_qo_heads, w.head_dim)
-    order = torch.randperm(sum(counts), generator=generator, device=device, dtype=torch.int32)
+    order = torch.randperm(num_pages, generator=generator, device=device, dtype=torch.int32)
+    if shared:
+        own = order[shared:].split([n - shared for n in counts])
+        order = torch.cat([x for pages in own for x in (order[:shared], pages)])
     return DeviceBatch(
         workload=w,
         q=q,

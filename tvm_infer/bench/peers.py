@@ -34,7 +34,7 @@ class Prepared:
 
 class Peer(Protocol):
     """A way to compute a workload. `variants`: its backends, each prepared and timed apart; the fastest is quoted. One that computes
-    attention variants and windows has an attribute takes_variants = True."""
+    attention variants and windows has an attribute takes_variants = True, one that reads keys and values of 8 bits takes_float8."""
 
     def variants(self, workload: Workload) -> Sequence[str]: ...
 
@@ -120,6 +120,8 @@ def measure_peer(
     """The peer's fastest variant, checked before it is timed, or {"skipped": why}; all variants under "variants"."""
     if (workload.variant or workload.window >= 0) and not getattr(candidate, "takes_variants", False):
         return {"skipped": "measured on plain causal attention only"}
+    if workload.kv_dtype and not getattr(candidate, "takes_float8", False):
+        return {"skipped": "has no keys and values of 8 bits beside queries of 16"}
     variants: dict[str, dict[str, Any]] = {}
     try:
         names = candidate.variants(workload)

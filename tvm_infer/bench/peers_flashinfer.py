@@ -28,6 +28,7 @@ class FlashInfer:
         import torch
 
         w, dtype = workload, getattr(torch, workload.dtype)
+        kv_dtype = getattr(torch, w.kv_dtype) if w.kv_dtype else dtype
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=batches[0].q.device)
 
         def host(values: Any) -> Any:
@@ -42,12 +43,12 @@ class FlashInfer:
             "last_page_len": host([(n - 1) % w.page_size + 1 for n in w.kv_lens]),
             "kv_len": host(w.kv_lens),
         }
-        wrapper, plan = _plan(variant, w, tables, workspace, dtype)
+        wrapper, plan = _plan(variant, w, tables, workspace, (dtype, kv_dtype))
         plan()
 
         def runner(b: DeviceBatch) -> Callable[[], object]:
             keys = (b.kv[0], b.kv[1]) if w.ragged else (b.kv,)
-            return lambda: wrapper.run(b.q, *keys, out=b.out)
+            return lambda: wrapper.run(b.q, *keys, out=b.out, **b.kv_scales)
 
         runs = [runner(b) for b in batches]
 
@@ -59,11 +60,13 @@ class FlashInfer:
         return Prepared(runs, output, plan)
 
 
-def _plan(variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtype: Any) -> tuple[Any, Callable[[], object]]:
+def _plan(
+    variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtypes: Any
+) -> tuple[Any, Callable[[], object]]:
     """(wrapper, a call that plans the batch) of a backend."""
     import flashinfer
 
-    heads = (w.num_qo_heads, w.num_kv_heads, w.head_dim)
+    heads, (dtype, kv_dtype) = (w.num_qo_heads, w.num_kv_heads, w.head_dim), dtypes
     scale = w.head_dim**-0.5
     if variant.startswith("decode"):
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -76,7 +79,7 @@ def _plan(variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtype: A
             *heads,
             w.page_size,
             q_data_type=dtype,
-            kv_data_type=dtype,
+            kv_data_type=kv_dtype,
             sm_scale=scale,
         )
     if variant in ("fa2", "fa3"):
@@ -90,7 +93,7 @@ def _plan(variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtype: A
             w.page_size,
             causal=True,
             q_data_type=dtype,
-            kv_data_type=dtype,
+            kv_data_type=kv_dtype,
             sm_scale=scale,
         )
     if variant.startswith("ragged "):
@@ -98,7 +101,13 @@ def _plan(variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtype: A
             workspace, "NHD", backend=variant.removeprefix("ragged ")
         )
         return wrapper, lambda: wrapper.plan(
-            t["qo_indptr"], t["kv_indptr"], *heads, causal=True, q_data_type=dtype, kv_data_type=dtype, sm_scale=scale
+            t["qo_indptr"],
+            t["kv_indptr"],
+            *heads,
+            causal=True,
+            q_data_type=dtype,
+            kv_data_type=kv_dtype,
+            sm_scale=scale,
         )
     if variant != "batch attention":
         raise Skipped(f"no such backend: {variant}")
@@ -114,5 +123,5 @@ def _plan(variant: str, w: Workload, t: dict[str, Any], workspace: Any, dtype: A
         causal=True,
         sm_scale=scale,
         q_data_type=dtype,
-        kv_data_type=dtype,
+        kv_data_type=kv_dtype,
     )

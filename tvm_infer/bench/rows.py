@@ -28,6 +28,8 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "window": workload.window if workload.window >= 0 else None,
         "num_sink": workload.num_sink or None,
         "chunk": workload.chunk or None,
+        "prefix": workload.prefix or None,
+        "kv_dtype": workload.kv_dtype or None,
     }
 
 

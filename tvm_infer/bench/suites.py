@@ -119,11 +119,45 @@ VARIANTS = (
     _variant(_ROPE_DECODE),
     *(_variant(w, "fused RoPE") for w in (_ROPE_DECODE, *_DECODES, *_PREFILLS)),
 )
-# heads of every width that has kernels; those of 128 are in the suites above
-FORMATS = tuple(
-    replace(w, name=f"{w.name} d{head_dim}", head_dim=head_dim)
-    for w in (_decode(64, 2048), _prefill(1, 8192))
-    for head_dim in (64, 80, 96, 128, 192, 256)
+
+
+def _prefix(batch: int, prefix: int, own: int, num_qo_heads: int = 32) -> tuple[Workload, Workload]:
+    """One token each of `batch` answers of one prompt, and the same where each request reads the prompt for itself."""
+    name = f"prefix {prefix} + {own} h{num_qo_heads}/8 b{batch}"
+    row = replace(_row(name, (1,) * batch, (prefix + own,) * batch, num_qo_heads), prefix=prefix)
+    return row, replace(row, name=f"{name} flat", flat=True)
+
+
+# what page tables have in common, each beside the flat plan of the same batch
+FORMATS = (
+    *_prefix(64, 8192, 256),
+    *_prefix(64, 8192, 256, num_qo_heads=64),
+    *_prefix(16, 512, 512),
+    *(row for batch in (4, 8, 16, 32) for row in _prefix(batch, 2048, 256)),
+    # heads of every width that has kernels
+    *(
+        replace(w, name=f"{w.name} d{head_dim}", head_dim=head_dim)
+        for w in (_decode(64, 2048), _prefill(1, 8192))
+        for head_dim in (64, 80, 96, 128, 192, 256)
+    ),
+)
+
+
+def _eight_bits(workload: Workload, kv_dtype: str = "float8_e4m3fn") -> Workload:
+    return replace(workload, name=f"{workload.name} {kv_dtype.removeprefix('float8_')}", kv_dtype=kv_dtype)
+
+
+_FP8_BASES = (
+    *(_decode(64, kv_len) for kv_len in (2048, 8192)),
+    _decode(16, 8192),
+    _prefill(1, 8192),
+    _mixed("2x1024 + 62x1@4096", (2, 1024, 1024), (62, 1, 4096)),
+)
+# keys and values of 8 bits, each beside the same in 16
+FP8 = (
+    *(row for w in _FP8_BASES for row in (w, _eight_bits(w))),
+    _eight_bits(_decode(64, 2048), "float8_e5m2"),
+    replace(_eight_bits(_decode(64, 2048)), name="decode h32/8 b64 kv2048 d256 e4m3fn", head_dim=256),
 )
 _QUICK = (
     "decode h32/8 b1 kv2048",
@@ -153,6 +187,7 @@ SUITES: dict[str, Suite] = {
     "h200": Suite("cuda", H200),
     "variants": Suite("cuda", VARIANTS),
     "formats": Suite("cuda", FORMATS),
+    "fp8": Suite("cuda", FP8),
     "h200-quick": Suite("cuda", tuple(w for w in H200 if w.name in _QUICK)),
 }
 # the suite of a device when none is named

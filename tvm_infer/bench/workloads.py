@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
+KV_SCALE = 2.0**-5  # N(0, 1) within 14; a power of two, so that 16 bits hold what 8 stand for
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Workload:
     variant : a name of variants.py, "" for plain attention. window : keys before its own that a query sees, -1 for all. chunk :
     positions a chunk, outside of which it sees none, 0 for no chunks. num_sink : first keys that it sees besides. (Those two have
     their variants.)
+    kv_dtype : of keys and values, where it is another than dtype; of 8 bits, times KV_SCALE.
+    prefix : first keys that all requests share, in whole pages; 0 for none. flat : not said to the plan: each request reads its own.
     """
 
     name: str
@@ -33,17 +36,31 @@ class Workload:
     window: int = -1
     num_sink: int = 0
     chunk: int = 0
+    prefix: int = 0
+    flat: bool = False
+    kv_dtype: str = ""
+
+    @property
+    def levels(self) -> list[list[tuple[range, int]]]:
+        """`levels` of tvm_infer.plan."""
+        return [[(range(len(self.kv_lens)), self.prefix)]] if self.prefix and not self.flat else []
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element of q, k, v and o."""
+        """Bytes of one element of q and o."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of one element of k and v in memory."""
+        return 1 if self.kv_dtype else self.element_bytes
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that every query together must read once."""
         keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
-        return 2 * keys * self.num_kv_heads * self.head_dim * self.element_bytes
+        keys -= self.prefix * (len(self.kv_lens) - 1)
+        return 2 * keys * self.num_kv_heads * self.head_dim * self.kv_element_bytes
 
     @property
     def bytes_moved(self) -> int:

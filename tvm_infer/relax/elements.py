@@ -177,6 +177,8 @@ ELEMENT_RULES: dict[str, Callable[[Evaluator, Any, Index], Any]] = {
     "relax.bitwise_not": _unary(_logical(tirx.Not)),
     "relax.negative": _unary(lambda a: tirx.Mul(a, literal(-1, str(a.ty)))),
     "relax.abs": _unary(tirx.abs),
+    "relax.cos": _unary(tirx.cos),
+    "relax.sin": _unary(tirx.sin),
     "relax.exp": _unary(tirx.exp),
     "relax.log": _unary(tirx.log),
     "relax.sqrt": _unary(tirx.sqrt),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .cache_creation import CacheArguments
 
 ATTENTION_WITH_KV_CACHE = "tvm_infer.attention_with_kv_cache"
+ATTENTION_WITH_KV_CACHE_ROPE = "tvm_infer.attention_with_kv_cache_rope"
 ATTENTION_WITH_KV_CACHE_FUSED_QKV = "tvm_infer.attention_with_kv_cache_fused_qkv"
 KV_CACHE_CREATE_LIKE = "tvm_infer.kv_cache_create_like"
 KV_CACHE_QUERY_POSITIONS = "tvm_infer.kv_cache_query_positions"
@@ -52,6 +53,48 @@ def attention_with_kv_cache(
             ]
         ),
         out_ty=out_ty,
+    )
+
+
+def attention_with_kv_cache_rope(
+    kv: Any,
+    layer: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    inv_freq: Any,
+    *,
+    interleaved: bool,
+    magnitude: float,
+    sm_scale: float,
+    causal: bool,
+    out_ty: Any,
+) -> Any:
+    """`attention_with_kv_cache` with rotary embedding of q and k on the way, by the positions that the cache gives its tokens.
+
+    inv_freq : float32 [rotary_dim / 2], a constant: radians a token of each pair; interleaved, magnitude : as of `RopeConfig`. Gives a
+    tuple: the rotated queries, which nothing else needs, and the output; both are of out_ty.
+    C++: ffi/kv_cache.cc, arguments (kv, layer, q, k, v, inv_freq, interleaved, magnitude, sm_scale, causal, rotated_q, out).
+    """
+    from tvm import relax
+
+    return relax.call_dps_packed(
+        ATTENTION_WITH_KV_CACHE_ROPE,
+        relax.Tuple(
+            [
+                kv,
+                relax.prim_value(layer),
+                q,
+                k,
+                v,
+                inv_freq,
+                relax.prim_value(int(interleaved)),
+                relax.prim_value(float(magnitude)),
+                relax.prim_value(float(sm_scale)),
+                relax.prim_value(int(causal)),
+            ]
+        ),
+        out_ty=[out_ty, out_ty],
     )
 
 

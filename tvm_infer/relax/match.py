@@ -36,6 +36,7 @@ from .nodes import (
 from .printer import format_expr
 from .prove import MaskProof, NotPlainError, Refusal, prove_mask, resolve_probability
 from .report import Location, NotAttention, Reason
+from .rotation import Lifted, NotARotationError, Rotation, lift
 from .scalars import free_vars, literal, walk
 from .symbolic import Evaluator, TooComplexError, View, decided
 
@@ -73,7 +74,8 @@ class Attention:
     """One proven attention.
 
     output : the variable to replace; output_axes : for each axis of its shape without the unit ones, its place in
-    (tokens, heads…, head_dim); head_extents : the head axes of the output, outermost first.
+    (tokens, heads…, head_dim); head_extents : the head axes of the output, outermost first. rotation : of q and k, which are what they
+    were before it; None where they come as they are. rope : the same for the report, with the reason.
     """
 
     spec: AttentionSpec
@@ -86,6 +88,8 @@ class Attention:
     form: str
     location: Location
     assumptions: tuple[str, ...]
+    rotation: Rotation | None
+    rope: str
 
 
 class Matcher:
@@ -95,7 +99,8 @@ class Matcher:
     ----------
     mod, name : the module and the function in it. num_tokens : the symbolic number of packed tokens, n of input_ids [1, n].
     inputs : parameters that change with every call (not weights). positions : the one of them that counts the tokens of a sequence.
-    assume_full : names of mask inputs that mask nothing.
+    assume_full : names of mask inputs that mask nothing. rotary_multiple : of which head_dim and the elements that turn must be
+    multiples for a rotation to be lifted; 0 to lift none.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Matcher:
         inputs: Sequence[Any],
         positions: Any,
         assume_full: Set[str],
+        rotary_multiple: int,
     ) -> None:
         func = mod[name]
         self._mod = mod
@@ -115,6 +121,7 @@ class Matcher:
         self._inputs = list(inputs)
         self._positions = positions
         self._assume_full = assume_full
+        self._rotary_multiple = rotary_multiple
         self._bindings = bindings_of(func)
         self._definitions = {binding.var: binding.value for binding in self._bindings}
         self._users: dict[Any, list[Any]] = {}
@@ -202,6 +209,7 @@ class Matcher:
         given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), sink, self._inputs, self._assume_full)
         proof = self._proof(evaluator, given, reads_positions)
         context = _Context(evaluator, h, i, j, heads, index, var, score, proof, head_dim)
+        rope = self._rope(context, (q_views[-1], k_views[-1]), axes)
         v, output_axes, extents = self._product(context, products[0], seen)
         safe = "softmax with a sink" if has_sink else "safe softmax" if len(self._users[var]) > 1 else "softmax"
         return self._attention(
@@ -213,6 +221,7 @@ class Matcher:
             f"matmul, {safe}, matmul",
             location,
             q_factor * k_factor,
+            rope,
             seen,
         )
 
@@ -229,8 +238,7 @@ class Matcher:
             proof = extract(ev, given)
         if not reads_positions:
             return proof
-        note = f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
-        return dataclasses.replace(proof, assumptions=(*proof.assumptions, note))
+        return dataclasses.replace(proof, assumptions=(*proof.assumptions, self._counts_tokens()))
 
     def _is_input(self, source: Any) -> bool:
         return any(same(source, parameter) for parameter in self._inputs)
@@ -528,8 +536,10 @@ class Matcher:
         v, _ = self._operand(ev, v_views, axes, j, "v", heads, seen)
         extents = (heads,) if heads > 1 else ()
         output_axes = tuple(range(2 + len(extents)))
+        rope = self._rope(context, (views[0][-1], views[1][-1]), axes)
         factor = q_factor * k_factor
-        return self._attention(context, (q, k, v), var, output_axes, extents, "R.nn.attention", location, factor, seen)
+        form = "R.nn.attention"
+        return self._attention(context, (q, k, v), var, output_axes, extents, form, location, factor, rope, seen)
 
     def _fused_value(self, ev: Evaluator, var: Any, call: Any, h: Any, i: Any, j: Any, depth: int) -> tuple[Any, Any]:
         """(softmax input at (h, i, j), score) of R.nn.attention."""
@@ -561,10 +571,16 @@ class Matcher:
         form: str,
         location: Location,
         operand_factor: float,
+        rope: Lifted | str,
         seen: str,
     ) -> Attention:
         q, k, v = operands
-        dtypes = {name: dtype_of(operand.tensor) for name, operand in zip("qkv", operands, strict=True)}
+        assumptions = context.proof.assumptions
+        if isinstance(rope, Lifted):
+            q, k, operand_factor = rope.q, rope.k, rope.factor
+            if rope.reads_positions:
+                assumptions = (*dict.fromkeys((*assumptions, self._counts_tokens())),)
+        dtypes = {name: dtype_of(operand.tensor) for name, operand in zip("qkv", (q, k, v), strict=True)}
         if len(set(dtypes.values())) != 1:
             raise Refusal(seen, f"q, k and v differ in data type: {dtypes}", "cast them to one data type")
         dtype = dtypes["q"]
@@ -579,7 +595,31 @@ class Matcher:
             raise Refusal(seen, f"the factor on the score is {scale:g}, not positive", "use a positive softmax scale")
         proof = context.proof
         spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, proof.causal, scale, proof.variant)
-        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, proof.assumptions)
+        rotation = rope.rotation if isinstance(rope, Lifted) else None
+        text = f"lifted: {rotation}" if rotation is not None else str(rope)
+        return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, assumptions, rotation, text)
+
+    def _rope(self, context: _Context, views: tuple[View, View], axes: _Axes) -> Lifted | str:
+        """q and k before their rotary embedding, or why they are taken as they are."""
+        ev = context.evaluator
+
+        def as_operand(view: View, token: Any, name: str) -> Operand | None:
+            try:
+                return self._operand(ev, [view], axes, token, name, context.heads, "")[0]
+            except Refusal:
+                return None
+
+        if not self._rotary_multiple:
+            return "not looked for"
+        try:
+            tokens = (context.i, context.j)
+            lifted = lift(ev, views, tokens, axes.depth, context.head_dim, self._rotary_multiple, as_operand)
+        except NotARotationError as error:
+            return f"left in the model: {error}"
+        return "none before the first matmul" if lifted is None else lifted
+
+    def _counts_tokens(self) -> str:
+        return f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
 
 
 @dataclass(frozen=True)

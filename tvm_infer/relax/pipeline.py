@@ -65,7 +65,8 @@ def prepare(
     function `decode` for steps of up to so many rows, in which every row samples. Raises ModelError, MatchError.
     """
     reports = PassReports()
-    mod, reports.attention = _paged_attention(mod, function, on_unmatched, assume_full)
+    device = "cuda" if target_kind == "cuda" else "cpu"
+    mod, reports.attention = _paged_attention(mod, function, on_unmatched, assume_full, device)
     has_decode = decode_rows > 0
     if has_decode:
         mod = decode_graph.add_decode_function(mod, function)
@@ -77,7 +78,7 @@ def prepare(
     norms = FuseRMSNorm()
     mod = norms(mod)
     reports.norm = norms.report
-    dispatch = DispatchMatmul("cuda" if target_kind == "cuda" else "cpu")
+    dispatch = DispatchMatmul(device)
     mod = dispatch(mod)
     reports.matmul = dispatch.report
     mod = _bound_tokens(_CheckedTakes(sum_in_float32(mod)).apply(), function, max_tokens)
@@ -106,7 +107,7 @@ def prepare_unpaged(mod: tvm.IRModule, bounds: Mapping[str, int], device: str = 
 
 
 def _paged_attention(
-    mod: tvm.IRModule, function: str, on_unmatched: str, assume_full: Sequence[str]
+    mod: tvm.IRModule, function: str, on_unmatched: str, assume_full: Sequence[str], device: str
 ) -> tuple[tvm.IRModule, RewriteReport]:
     """Attention through a cache: written so by the model's author (`relax.PagedKVCache`), or by our pass."""
     names = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, relax.Function)]
@@ -118,7 +119,9 @@ def _paged_attention(
             "model's create_paged_kv_cache beside it"
         )
     if not written:
-        rewrite = RewritePagedAttention(function, on_unmatched=on_unmatched, assume_full=assume_full)
+        rewrite = RewritePagedAttention(
+            function, on_unmatched=on_unmatched, assume_full=assume_full, target_kind=device
+        )
         return rewrite(mod), rewrite.report
     # what else the module has (a function that makes the cache) belongs to other ways of running it
     alone = tvm.IRModule({var: func for var, func in mod.functions_items() if not isinstance(func, relax.Function)})

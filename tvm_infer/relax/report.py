@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ class Location:
 class Match:
     """One attention that was rewritten.
 
-    layer : its layer in the KV cache, in program order; form : what it looked like; assumptions : what the proof took for granted.
+    layer : its layer in the KV cache, in program order; form : what it looked like; assumptions : what the proof took for granted;
+    rope : what became of rotary embedding before it, and why; "" where nobody looked.
     """
 
     layer: int
@@ -43,6 +45,7 @@ class Match:
     form: str
     location: Location
     assumptions: tuple[str, ...] = ()
+    rope: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,17 @@ class RewriteReport:
         for match in self.matched:
             if match.spec.variant is not None:
                 layers.setdefault(match.spec.variant, []).append(match.layer)
-        lines = []
-        for variant, numbers in layers.items():
-            what = "layer" if len(numbers) == 1 else "layers"
-            lines.append(f"variant of {what} {', '.join(map(str, numbers))}: {variant}".replace("\n", "\n  "))
-        return lines
+        return [
+            f"variant of {_layers(numbers)}: {variant}".replace("\n", "\n  ") for variant, numbers in layers.items()
+        ]
+
+    def _ropes(self) -> list[str]:
+        """What became of rotary embedding, layers of which the same is true together."""
+        layers: dict[str, list[int]] = {}
+        for match in self.matched:
+            if match.rope:
+                layers.setdefault(match.rope, []).append(match.layer)
+        return [f"rope of {_layers(numbers)}: {text}" for text, numbers in layers.items()]
 
     def __str__(self) -> str:
         lines = [
@@ -120,11 +129,20 @@ class RewriteReport:
                 "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
                 for row in [header, *rows]
             ]
+        lines += self._ropes()
         lines += self._variants()
         lines += [f"refused: {reason}" for reason in self.refused]
         lines += [f"not attention: {item.location}: {item.why}" for item in self.not_attention]
         assumptions = list(self.assumptions)
+        layers: dict[str, list[int]] = {}
         for match in self.matched:
-            assumptions += [f"layer {match.layer}: {text}" for text in match.assumptions]
+            for text in match.assumptions:
+                layers.setdefault(text, []).append(match.layer)
+        assumptions += [f"{_layers(numbers)}: {text}" for text, numbers in layers.items()]
         lines += [f"assumed: {text}" for text in assumptions]
         return "\n".join(lines)
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """ "layer 3", "layers 0, 1, 2"."""
+    return f"{'layer' if len(numbers) == 1 else 'layers'} {', '.join(map(str, numbers))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -19,6 +20,7 @@ from .report import Match, NotAttention, RewriteReport
 from .views import simplify_views
 
 PACKED_INPUTS = ("input_ids", "position_ids")
+_ROTARY_MULTIPLES = {"cpu": 2, "cuda": 16}  # elements of a head that kernels turn at once
 
 
 class RewritePagedAttention:
@@ -38,6 +40,9 @@ class RewritePagedAttention:
         attends to the tokens of the step alone) and reports it.
     assume_full : names of parameters that are masks and hide nothing but what the causal mask hides.
     kv_param_name : name of the new parameter.
+    lift_rope : let the attention call turn q and k where the pass can prove that this is what the model does (docs/relax.md); False
+        leaves that to the model's own operators, whose position_ids then need not be the positions that the cache gives its tokens.
+    target_kind : "cpu" or "cuda", for which the call turns multiples of 16 elements of a head.
 
     Attributes
     ----------
@@ -54,7 +59,11 @@ class RewritePagedAttention:
         on_unmatched: str = "error",
         assume_full: Sequence[str] = (),
         kv_param_name: str = "kv_cache",
+        lift_rope: bool = True,
+        target_kind: str = "cpu",
     ) -> None:
+        if target_kind not in _ROTARY_MULTIPLES:
+            raise ArgumentError(f'target_kind is {target_kind!r}; it must be "cpu" or "cuda"')
         if on_unmatched not in ("error", "keep"):
             raise ArgumentError(f'on_unmatched is {on_unmatched!r}; it must be "error" or "keep"')
         if isinstance(assume_full, str):
@@ -63,6 +72,7 @@ class RewritePagedAttention:
         self.on_unmatched = on_unmatched
         self.assume_full = tuple(assume_full)
         self.kv_param_name = kv_param_name
+        self._rotary_multiple = _ROTARY_MULTIPLES[target_kind] if lift_rope else 0
         self.report = RewriteReport()
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
@@ -134,12 +144,13 @@ class RewritePagedAttention:
             )
         num_tokens = _num_tokens(func)
         positions = next(param for param in func.params if str(param.name) == PACKED_INPUTS[1])
-        found = Matcher(mod, name, num_tokens, func.params[:num_input], positions, set(self.assume_full)).run()
+        inputs, assume_full = func.params[:num_input], set(self.assume_full)
+        found = Matcher(mod, name, num_tokens, inputs, positions, assume_full, self._rotary_multiple).run()
         attentions: list[Attention] = []
         for item in found:
             if isinstance(item, Attention):
                 self.report.matched.append(
-                    Match(len(attentions), item.spec, item.form, item.location, item.assumptions)
+                    Match(len(attentions), item.spec, item.form, item.location, item.assumptions, item.rope)
                 )
                 attentions.append(item)
             elif isinstance(item, NotAttention):
@@ -199,6 +210,8 @@ def _packed_problem(func: Any) -> str | None:
 def _replace(body: Any, attentions: Sequence[Attention], cache: Any, num_tokens: Any) -> Any:
     """The body with every attention's output bound to a call; what it made of its scores is left to dead-code elimination."""
     by_output = {attention.output: (layer, attention) for layer, attention in enumerate(attentions)}
+    rotations = {attention.rotation for attention in attentions if attention.rotation is not None}
+    frequencies = {rotation: relax.const(np.array(rotation.inv_freq, "float32")) for rotation in rotations}
     builder = relax.BlockBuilder()
     blocks = []
     for block in body.blocks:
@@ -217,26 +230,31 @@ def _replace(body: Any, attentions: Sequence[Attention], cache: Any, num_tokens:
                 bindings.append(binding)
                 continue
             layer, attention = entry
-            bindings.append(relax.VarBinding(binding.var, _call(builder, emit, layer, attention, cache, num_tokens)))
+            inv_freq = None if attention.rotation is None else frequencies[attention.rotation]
+            call = _call(builder, emit, layer, attention, cache, num_tokens, inv_freq)
+            bindings.append(relax.VarBinding(binding.var, call))
         is_dataflow = isinstance(block, relax.DataflowBlock)
         blocks.append(relax.DataflowBlock(bindings) if is_dataflow else relax.BindingBlock(bindings))
     return relax.SeqExpr(blocks, body.body)
 
 
-def _call(builder: Any, emit: Any, layer: int, attention: Attention, cache: Any, num_tokens: Any) -> Any:
-    """Emit the packed call of one attention; returns its output in the shape and data type of what it replaces."""
+def _call(builder: Any, emit: Any, layer: int, attention: Attention, cache: Any, num_tokens: Any, inv_freq: Any) -> Any:
+    """Emit the packed call of one attention; returns its output in the shape and data type of what it replaces. inv_freq : of its
+    rotation, as a constant."""
     spec = attention.spec
     q, k, v = (
         _packed_operand(emit, operand, num_tokens, spec.head_dim, f"{name}{layer}")
         for name, operand in (("q", attention.q), ("k", attention.k), ("v", attention.v))
     )
     out_ty = relax.TensorType([num_tokens, spec.num_qo_heads, spec.head_dim], spec.dtype)
-    output = emit(
-        extern_calls.attention_with_kv_cache(
-            cache, layer, q, k, v, sm_scale=spec.sm_scale, causal=spec.causal, out_ty=out_ty
-        ),
-        f"attention{layer}",
-    )
+    settings: dict[str, Any] = {"sm_scale": spec.sm_scale, "causal": spec.causal, "out_ty": out_ty}
+    if attention.rotation is None:
+        call = extern_calls.attention_with_kv_cache(cache, layer, q, k, v, **settings)
+    else:
+        settings |= {"interleaved": attention.rotation.interleaved, "magnitude": attention.rotation.magnitude}
+        call = extern_calls.attention_with_kv_cache_rope(cache, layer, q, k, v, inv_freq, **settings)
+        call = relax.TupleGetItem(emit(call, f"turned{layer}"), 1)  # item 0 is the queries, turned
+    output = emit(call, f"attention{layer}")
     shape, dtype = shape_of(attention.output), dtype_of(attention.output)
     parts = [num_tokens, *attention.head_extents, spec.head_dim]
     if len(parts) != 3:

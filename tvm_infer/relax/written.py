@@ -10,10 +10,11 @@ from tvm_infer.errors import ModelError
 from tvm_infer.spec import AttentionSpec
 
 from . import extern_calls
-from .nodes import bindings_of, dtype_of, op_name, shape_of, static_int
+from .nodes import bindings_of, op_name, shape_of, static_int
 from .report import Location, Match
 
-_CALLS = (extern_calls.ATTENTION_WITH_KV_CACHE, extern_calls.ATTENTION_WITH_KV_CACHE_FUSED_QKV)
+_FUSED_QKV = extern_calls.ATTENTION_WITH_KV_CACHE_FUSED_QKV
+_CALLS = (extern_calls.ATTENTION_WITH_KV_CACHE, extern_calls.ATTENTION_WITH_KV_CACHE_ROPE, _FUSED_QKV)
 
 
 def packed_callee(value: Any) -> str:
@@ -44,7 +45,7 @@ def scalar(value: Any) -> Any:
 
 
 def written_attentions(name: str, func: Any) -> list[Match]:
-    """The attentions of a function that calls ours already (models of `relax.PagedKVCache`), in program order.
+    """The attentions of a function that calls ours already (of a `relax.PagedKVCache`, or rewritten before), in program order.
 
     Raises ModelError where layers are not numbered 0, 1, … in that order: one cache has one layer for each.
     """
@@ -55,12 +56,14 @@ def written_attentions(name: str, func: Any) -> list[Match]:
             continue
         arguments = packed_arguments(binding.value)
         layer, sm_scale, causal = (scalar(arguments[i]) for i in (1, -2, -1))
-        _, num_qo_heads, head_dim = (static_int(dim) for dim in shape_of(binding.var))
-        heads = static_int(shape_of(arguments[3 if callee == _CALLS[0] else 2])[1])
+        out = binding.var.ty
+        out = out.fields[-1] if isinstance(out, relax.TupleType) else out
+        _, num_qo_heads, head_dim = (static_int(dim) for dim in out.shape.values)
+        heads = static_int(shape_of(arguments[2 if callee == _FUSED_QKV else 3])[1])
         if num_qo_heads is None or head_dim is None or heads is None:
             raise ModelError(f"{name}/{binding.var.name}: heads and head_dim must be numbers, not {binding.var.ty}")
-        num_kv_heads = heads if callee == _CALLS[0] else (heads - num_qo_heads) // 2
-        spec = AttentionSpec(num_qo_heads, num_kv_heads, head_dim, dtype_of(binding.var), bool(causal), float(sm_scale))
+        num_kv_heads = (heads - num_qo_heads) // 2 if callee == _FUSED_QKV else heads
+        spec = AttentionSpec(num_qo_heads, num_kv_heads, head_dim, str(out.dtype), bool(causal), float(sm_scale))
         found.append(Match(int(layer), spec, "PagedKVCache", Location(name, str(binding.var.name), callee)))
     layers = [match.layer for match in found]
     if layers != list(range(len(layers))):

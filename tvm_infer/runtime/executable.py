@@ -155,9 +155,10 @@ class Executable:
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
-            append = f"rope_append_{element}" if m.rope is not None else "append_b16"
+            kernels = library.kernel_names(m.layers, library.called_functions(self._compiled), ())
+            appends = " or ".join(name for name in kernels if "append" in name)
             lines += [
-                f"two launches a layer: {append}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",

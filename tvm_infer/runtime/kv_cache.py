@@ -185,7 +185,7 @@ class PagedKVCache:
     head_dim : multiple of 8, from 8 to 256.
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
-        On CUDA with head_dim 64, 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
+        On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
     k_scale, v_scale : of pages of 8 bits, value = element * scale: a number, [num_layers], or [num_layers, num_kv_heads] (arrays on
         the host), finite and above 0. The largest magnitude of keys (values) that is to be represented, divided by the format's largest
         value: 448 (e4m3) or 57344 (e5m2). See :meth:`set_scales`.

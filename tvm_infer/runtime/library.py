@@ -151,7 +151,7 @@ def export(
     if not objects:
         raise errors.ModelError(f"{model.library.parent} holds no object files: compile the model again")
     _refuse_source(objects)
-    functions: list[str] = json.loads((model.library.parent / FUNCTIONS).read_text())
+    functions = called_functions(model)
     device = _device(str(model.manifest["target"]))
     codes = _variants(model.manifest, {name: (shape, dtype) for name, shape, dtype in weights}, device)
     layers = [AttentionSpec(**{**spec, "variant": None}) for spec in model.manifest["layers"]]
@@ -228,7 +228,7 @@ def kernel_names(
     names: dict[str, None] = {}
     if "attention_with_kv_cache" in functions:
         names["append_b16"] = None
-    if "attention_with_kv_cache_fused_qkv" in functions:
+    if {"attention_with_kv_cache_fused_qkv", "attention_with_kv_cache_rope"} & set(functions):
         names |= {f"rope_append_{_ELEMENTS[spec.dtype]}": None for spec in layers}
     if names:
         names["copy_pages"] = None  # forks that stop sharing a page
@@ -278,6 +278,13 @@ def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_s
                 "compile it again to export others"
             )
     linker.publish(model.library, path)
+
+
+def called_functions(model: CompiledModel) -> list[str]:
+    """Names of tvm_infer's packed functions that a compiled model calls."""
+    if model.about is not None:
+        return list(model.about["functions"])
+    return list(json.loads((model.library.parent / FUNCTIONS).read_text()))
 
 
 def functions_called(executable: Any) -> str:

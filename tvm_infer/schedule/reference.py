@@ -21,6 +21,7 @@ _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a 
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
 _MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and what a merge costs
 _MIN_SHARED_GAIN_FRACTION = 16  # shared works must gain 1/16 of the makespan and what their merges cost
+_SHARED_MERGE_TIME = 6_000_000  # planner.cc
 
 
 class TileClass(NamedTuple):
@@ -332,7 +333,7 @@ def choose_shared(
 ) -> tuple[list[Item], Layout] | None:
     """The layout with shared works, if it is shorter than the flat one by more than its merges cost."""
     layout = choose(forest.items, classes, heads, num_ctas, 0, True)
-    merges = -(-forest.merge_price * heads // num_ctas) + forest.max_merge_price
+    merges = -(-forest.merge_price * heads // num_ctas) + _SHARED_MERGE_TIME
     makespan = max(flat.load)
     return (
         (forest.items, layout) if max(layout.load) + merges < makespan - makespan // _MIN_SHARED_GAIN_FRACTION else None

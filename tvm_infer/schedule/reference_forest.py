@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ..band import Band
     from .reference import Item, TileClass
 
+SHARED_MERGE = 2_700_000  # forest.cc
+
 
 class Run(NamedTuple):
     """Requests ``order[begin:end]`` have the keys [0, kv_end) in common."""
@@ -53,7 +55,6 @@ class Forest:
     order: list[int]
     flat_cost: int
     merge_price: int
-    max_merge_price: int
 
 
 def make_forest(
@@ -151,6 +152,5 @@ def make_forest(
         [(t.item.row_begin, t.item.num_rows) for t in merging],
         order,
         sum(t.item.cost(classes[t.item.tile_class]) for t in tiles),
-        sum(map(price, merging)),
-        max(map(price, merging)),
+        sum(map(price, merging)) + SHARED_MERGE * len(merging),
     )

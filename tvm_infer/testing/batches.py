@@ -12,12 +12,25 @@ from .reference import attention_reference
 
 
 def numpy_dtype(name: str) -> Any:
-    """The numpy dtype called `name`; "bfloat16" is ml_dtypes'."""
-    if name == "bfloat16":
+    """The numpy dtype called `name`; "bfloat16", "float8_e4m3fn" and "float8_e5m2" are ml_dtypes'."""
+    if name == "bfloat16" or name.startswith("float8"):
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(getattr(ml_dtypes, name))
     return np.dtype(name)
+
+
+def quantise(x: Any, scale: Any, dtype: str) -> np.ndarray:
+    """x / scale as 8-bit floats: rounded to nearest even by ml_dtypes, saturating, NaN as it is. x : [..., num_kv_heads, head_dim].
+
+    scale : a number, or float32 [num_kv_heads].
+    """
+    import ml_dtypes
+
+    kind = numpy_dtype(dtype)
+    largest = float(ml_dtypes.finfo(kind).max)
+    scales = np.asarray(scale, np.float32).reshape(-1, 1)
+    return np.clip(np.asarray(x).astype(np.float32) / scales, -largest, largest).astype(kind)
 
 
 @dataclass
@@ -26,7 +39,8 @@ class PagedBatch:
 
     q : [num_tokens, num_qo_heads, head_dim]. k_new, v_new : the last qo_len keys of each request, [num_tokens, num_kv_heads,
     head_dim]. kv_cache : [num_pages, 2, num_kv_heads, page_size, head_dim], every slot without a key is NaN. keys, values : per
-    request [kv_len, num_kv_heads, head_dim]. Tables are int32; entries past a request's last key are garbage.
+    request [kv_len, num_kv_heads, head_dim], as the cache has them (of 8 bits: element * scale, float64). Tables are int32; entries
+    past a request's last key are garbage.
     """
 
     q: np.ndarray
@@ -76,18 +90,24 @@ def make_paged_batch(
     spare_pages: int = 3,
     sm_scale: float | None = None,
     levels: Iterable[Iterable[tuple[Sequence[int], int]]] = (),
+    kv_dtype: str | None = None,
+    k_scale: Any = 1.0,
+    v_scale: Any = 1.0,
 ) -> PagedBatch:
     """A random batch. Pages are in random order in the pool; `spare_pages` belong to no request; each request's table has one
     garbage entry behind its pages. `levels` as of :func:`tvm_infer.plan`: requests of a group have the same first keys, and share the
-    pages that these fill; pages that this leaves to nobody are NaN."""
+    pages that these fill; pages that this leaves to nobody are NaN. kv_dtype, k_scale, v_scale : of a cache of 8 bits; scales are
+    numbers or [num_kv_heads]."""
     rng = np.random.default_rng(seed)
     kind = numpy_dtype(dtype)
+    kv_kind = kind if kv_dtype is None else numpy_dtype(kv_dtype)
     pages_of = [-(-n // page_size) for n in kv_lens]
     num_pages = sum(pages_of) + spare_pages
     order = rng.permutation(num_pages).astype(np.int32)
-    cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kind)
+    cache = np.full((num_pages, 2, num_kv_heads, page_size, head_dim), np.nan, kv_kind)
     shape = (num_kv_heads, head_dim)
-    keys, values = [], []
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
     pages: list[np.ndarray] = []
     for length, count in zip(kv_lens, pages_of, strict=True):
         keys.append(rng.standard_normal((length, *shape)).astype(kind))
@@ -98,8 +118,17 @@ def make_paged_batch(
             keys[r][:num_keys] = keys[requests[0]][:num_keys]
             values[r][:num_keys] = values[requests[0]][:num_keys]
             pages[r][: num_keys // page_size] = pages[requests[0]][: num_keys // page_size]
+    k_new, v_new = ([x[len(x) - n :] for x, n in zip(kept, qo_lens, strict=True)] for kept in (keys, values))
+    stored = [keys, values]
+    if kv_dtype is not None:
+        scales = (k_scale, v_scale)
+        stored = [[quantise(x, s, kv_dtype) for x in kept] for kept, s in zip(stored, scales, strict=True)]
+        keys, values = (
+            [x.astype(np.float64) * np.asarray(s, np.float32).astype(np.float64).reshape(-1, 1) for x in elements]
+            for elements, s in zip(stored, scales, strict=True)
+        )
     indices, indptr = [], [0]
-    for k, v, table in zip(keys, values, pages, strict=True):
+    for k, v, table in zip(*stored, pages, strict=True):
         for j in range(len(k)):
             cache[table[j // page_size], 0, :, j % page_size] = k[j]
             cache[table[j // page_size], 1, :, j % page_size] = v[j]
@@ -109,8 +138,8 @@ def make_paged_batch(
     none = np.zeros((0, num_kv_heads, head_dim), kind)
     return PagedBatch(
         q=rng.standard_normal((int(qo_indptr[-1]), num_qo_heads, head_dim)).astype(kind),
-        k_new=np.concatenate([none, *(k[len(k) - n :] for k, n in zip(keys, qo_lens, strict=True))]),
-        v_new=np.concatenate([none, *(v[len(v) - n :] for v, n in zip(values, qo_lens, strict=True))]),
+        k_new=np.concatenate([none, *k_new]),
+        v_new=np.concatenate([none, *v_new]),
         kv_cache=cache,
         keys=keys,
         values=values,

@@ -15,7 +15,7 @@ namespace tvm_infer::attention {
 class PlanCheck {
  public:
   // By a whole warp. `grid`: CTAs that were launched.
-  __device__ __forceinline__ PlanCheck(const PlanView& plan, const cuda::ExpectedPlan& expected, int32_t grid, bool has_variant) {
+  __device__ __forceinline__ PlanCheck(const PlanView& plan, const cuda::ExpectedPlan& expected, int32_t grid, bool has_variant = false) {
     const int32_t lane = threadIdx.x % 32;
     word_ = __ldg(reinterpret_cast<const int32_t*>(plan.header) + lane % kWords);
     const auto equals = [&](int32_t word, int32_t value) {

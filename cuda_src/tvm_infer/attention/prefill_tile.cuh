@@ -223,7 +223,10 @@ class PrefillTile : private PrefillProducts<Config> {
                                           int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
     const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-      ApplyVariant<Variant>(s, c_.variant, rows, tile_key, c_.params.sm_scale);
+      // NOTE: a value of its own: what variant and band mask compute of the same one would be kept for both, and spill.
+      int32_t kv_pos = tile_key;
+      asm volatile("" : "+r"(kv_pos));
+      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, c_.params.sm_scale);
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);

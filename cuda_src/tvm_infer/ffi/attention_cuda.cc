@@ -230,7 +230,8 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
                         const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                         const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales) {
-  if (rotation != nullptr) CheckAlignedRows(rotation->q, "qkv");  // so are k and v then, whose names the caller does not know
+  // First, for its name: k and v may be parts of the same tensor, and are aligned if it is.
+  if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor(), kv_cache, "kv_cache");
   launch.variant = variant;
   cpu::KVSource source{};

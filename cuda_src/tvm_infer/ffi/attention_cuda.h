@@ -45,6 +45,7 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
 // `q` is written: its queries and k are rotated on the way (rope.h).
 struct OwnRotation {
   const TensorView& q;  // before the rotation
+  const char* q_name;   // in messages
   const float* inv_freq;
   int32_t rotary_dim;
   bool is_interleaved;

@@ -63,6 +63,15 @@ void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, TensorView qkv
   Guarded([&] { kv->FusedAttention(layer, qkv, sm_scale, causal != 0, out); });
 }
 
+void AttentionWithKVCacheRope(PagedKVCache kv, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView inv_freq,
+                              int64_t interleaved, double magnitude, double sm_scale, int64_t causal, TensorView rotated_q,
+                              TensorView out) {
+  Guarded([&] {
+    const RopeArguments rope{inv_freq, interleaved, magnitude};
+    kv->RopeAttention(layer, q, k, v, rope, sm_scale, causal != 0, rotated_q, out);
+  });
+}
+
 void KVCacheSetRope(PagedKVCache kv, TensorView inv_freq, int64_t interleaved, double magnitude) {
   Guarded([&] {
     CheckRotation(inv_freq, interleaved, magnitude, kv->config().head_dim, "the cache", kHost);

@@ -16,6 +16,7 @@
 #define TVM_INFER_KV_CACHE_FUNCTIONS(V)                              \
   V(attention_with_kv_cache, AttentionWithKVCache)                   \
   V(attention_with_kv_cache_fused_qkv, AttentionWithKVCacheFusedQKV) \
+  V(attention_with_kv_cache_rope, AttentionWithKVCacheRope)          \
   V(kv_cache_set_rope, KVCacheSetRope)                               \
   V(kv_cache_set_variant, KVCacheSetVariant)                         \
   V(kv_cache_set_shared_prefix, KVCacheSetSharedPrefix)              \
@@ -69,6 +70,13 @@ void AttentionWithKVCache(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView q
 //   qkv  [num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim], strided, head_dim contiguous: q, k and v of the projection
 void AttentionWithKVCacheFusedQKV(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView qkv, double sm_scale, int64_t causal,
                                   tvm::ffi::TensorView out);
+
+// The same with q, k and v apart, and the rotation in the call, so that layers may differ and nothing is set before: arguments as of
+// rope_append_paged (rope.h), inv_freq where the cache is.
+//   q, k, v, out  as of attention_with_kv_cache, before rotation; rotated_q as q: it is written, and overlaps none of the others
+void AttentionWithKVCacheRope(PagedKVCache kv, int64_t layer, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                              tvm::ffi::TensorView inv_freq, int64_t interleaved, double magnitude, double sm_scale, int64_t causal,
+                              tvm::ffi::TensorView rotated_q, tvm::ffi::TensorView out);
 
 // How attention_with_kv_cache_fused_qkv rotates, at every layer; arguments as of rope_append_paged (rope.h), but inv_freq float32
 // [rotary_dim / 2] on the host. Once, before the first sequence: rotated keys of one kind do not go with queries of another.

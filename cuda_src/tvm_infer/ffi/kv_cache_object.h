@@ -23,6 +23,13 @@
 
 namespace tvm_infer::ffi_api {
 
+// A rotation as arguments of a call, by rope.h's names.
+struct RopeArguments {
+  const TensorView& inv_freq;
+  int64_t interleaved;
+  double magnitude;
+};
+
 class PagedKVCacheObj : public tvm::ffi::Object {
  public:
   // Throws ArgumentError, DTypeError, ExecutorError before anything large is allocated. Page memory is not touched: the system gives it
@@ -76,6 +83,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
   // head_dim]. CacheStateError before SetRope.
   void FusedAttention(int64_t layer, const TensorView& qkv, double sm_scale, bool causal, const TensorView& o);
+  // The same with q, k and v apart and the rotation in the call: inv_freq float32 [rotary_dim / 2] where the cache is. Writes rotated_q.
+  void RopeAttention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const RopeArguments& rope,
+                     double sm_scale, bool causal, const TensorView& rotated_q, const TensorView& o);
 
   // Positions of the step's tokens, int64 [num_tokens], on the host. A view: the next step overwrites it.
   tvm::ffi::Tensor QueryPositions() const;

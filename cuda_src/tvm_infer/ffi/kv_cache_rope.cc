@@ -1,7 +1,8 @@
-// The cache's own rotary embedding: a layer takes the projection's output as it is.
+// Rotary embedding on the way into the cache: a layer takes the projection's output as it is.
 #include <algorithm>
 
 #include "tvm_infer/ffi/kv_cache_object.h"
+#include "tvm_infer/ffi/rope_checks.h"
 
 namespace tvm_infer::ffi_api {
 namespace {
@@ -29,6 +30,13 @@ class Heads {
   int64_t shape_[3], strides_[3];
   DLTensor dl_{};
 };
+
+// [num_rows, …] of a dense [more, heads, head_dim].
+tvm::ffi::Tensor FirstRows(const tvm::ffi::Tensor& tensor, int64_t num_rows) {
+  const int64_t heads = tensor.size(1), head_dim = tensor.size(2);
+  const int64_t shape[] = {num_rows, heads, head_dim}, strides[] = {heads * head_dim, head_dim, 1};
+  return tensor.as_strided(tvm::ffi::ShapeView(shape, 3), tvm::ffi::ShapeView(strides, 3), 0);
+}
 
 }  // namespace
 
@@ -74,7 +82,34 @@ void PagedKVCacheObj::FusedAttention(int64_t layer, const TensorView& qkv, doubl
   const Heads q(qkv, 0, num_qo_heads), k(qkv, num_qo_heads, num_kv_heads), v(qkv, num_qo_heads + num_kv_heads, num_kv_heads);
   const TensorView views[] = {q.view(), k.view(), v.view()};
   LayerCall call = CallOf(layer, views[0], views[1], views[2], o, sm_scale);
-  call.rope = &rope_;
+  const tvm::ffi::Tensor rotated = FirstRows(rope_.rotated_q, step_.num_rows);
+  const TensorView rotated_q(rotated);
+  const LayerRope rope{DataPtr<const float>(TensorView(rope_.inv_freq)),
+                       rotated_q,
+                       static_cast<int32_t>(rope_.rotary_dim),
+                       rope_.is_interleaved,
+                       rope_.magnitude,
+                       "qkv"};
+  call.rope = &rope;
+  executor_->Attention(memory_, step_, call);
+}
+
+void PagedKVCacheObj::RopeAttention(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const RopeArguments& rope,
+                                    double sm_scale, bool causal, const TensorView& rotated_q, const TensorView& o) {
+  CheckCall(layer, sm_scale, causal);
+  CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(rotated_q, "rotated_q", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckRotation(rope.inv_freq, rope.interleaved, rope.magnitude, config_.head_dim, "the cache", executor_->place());
+  const int64_t rotary_dim = 2 * rope.inv_freq.size(0);
+  executor_->CheckRope(rotary_dim);
+  if (step_.num_rows == 0) return;
+  const LayerRope own{DataPtr<const float>(rope.inv_freq), rotated_q, static_cast<int32_t>(rotary_dim), rope.interleaved == 1,
+                      static_cast<float>(rope.magnitude),  "q"};
+  LayerCall call = CallOf(layer, q, k, v, o, sm_scale);
+  call.rope = &own;
   executor_->Attention(memory_, step_, call);
 }
 

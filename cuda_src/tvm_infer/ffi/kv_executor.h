@@ -56,6 +56,16 @@ struct KVRope {
 
 inline constexpr int32_t kMaxPlans = 4;  // of a step: bands that the layers of one model may have
 
+// How one layer's queries and keys turn on their way.
+struct LayerRope {
+  const float* inv_freq;        // [rotary_dim / 2], where the executor computes
+  const TensorView& rotated_q;  // [num_rows, num_qo_heads, head_dim], contiguous heads: between rotation and attention
+  int32_t rotary_dim;
+  bool is_interleaved;
+  float magnitude;     // on cosine and sine
+  const char* q_name;  // of the argument that queries come in, for messages
+};
+
 // The step under way.
 struct KVStep {
   const kv::Step* step = nullptr;
@@ -72,7 +82,7 @@ struct LayerCall {
   double sm_scale;
   int32_t plan = 0;                        // which of the step's
   const variant::Call* variant = nullptr;  // null: none
-  const KVRope* rope = nullptr;            // rotates q and k on their way; null: they come as they are to be
+  const LayerRope* rope = nullptr;         // rotates q and k on their way; null: they come as they are to be
 };
 
 class KVExecutor {

@@ -42,13 +42,6 @@ tvm::ffi::Tensor Words(const tvm::ffi::Tensor& words, int64_t offset, int64_t le
   return words.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), offset / 4);
 }
 
-// [num_rows, …] of a dense [more, heads, head_dim].
-tvm::ffi::Tensor FirstRows(const tvm::ffi::Tensor& tensor, int64_t num_rows) {
-  const int64_t heads = tensor.size(1), head_dim = tensor.size(2);
-  const int64_t shape[] = {num_rows, heads, head_dim}, strides[] = {heads * head_dim, head_dim, 1};
-  return tensor.as_strided(tvm::ffi::ShapeView(shape, 3), tvm::ffi::ShapeView(strides, 3), 0);
-}
-
 class CudaKVExecutor final : public KVExecutor {
  public:
   explicit CudaKVExecutor(const KVCacheConfig& config) : config_(config) {
@@ -183,11 +176,10 @@ void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
                                 TensorView(memory.workspace), call.o, rotation, call.variant, scales);
   };
   if (call.rope == nullptr) return attend(call.q, nullptr);
-  const KVRope& rope = *call.rope;
-  const tvm::ffi::Tensor rotated = FirstRows(rope.rotated_q, step.num_rows);
-  const on_cuda::OwnRotation rotation{call.q, DataPtr<const float>(TensorView(rope.inv_freq)), static_cast<int32_t>(rope.rotary_dim),
-                                      rope.is_interleaved, rope.magnitude};
-  attend(TensorView(rotated), &rotation);
+  const LayerRope& rope = *call.rope;
+  CheckAlignedRows(rope.rotated_q, "rotated_q");
+  const on_cuda::OwnRotation rotation{call.q, rope.q_name, rope.inv_freq, rope.rotary_dim, rope.is_interleaved, rope.magnitude};
+  attend(rope.rotated_q, &rotation);
 }
 
 }  // namespace

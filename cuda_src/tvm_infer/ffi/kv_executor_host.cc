@@ -165,7 +165,7 @@ void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu
   append.cache = cache;
   const int num_threads = static_cast<int>(config_.num_threads);
   if (call.rope == nullptr) return cpu::Append(append, num_threads);
-  const TensorView q_out(call.rope->rotated_q);
+  const TensorView& q_out = call.rope->rotated_q;
   cpu::RopeAppendArgs args{};
   args.append = append;
   args.num_tokens = step.step->num_tokens();
@@ -176,8 +176,8 @@ void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu
   args.q_out = DataPtr<void>(q_out);
   args.q_out_token_stride = Stride(q_out, 0);
   args.q_out_head_stride = Stride(q_out, 1);
-  args.inv_freq = DataPtr<const float>(TensorView(call.rope->inv_freq));
-  args.rotary_dim = static_cast<int32_t>(call.rope->rotary_dim);
+  args.inv_freq = call.rope->inv_freq;
+  args.rotary_dim = call.rope->rotary_dim;
   args.is_interleaved = call.rope->is_interleaved;
   args.magnitude = call.rope->magnitude;
   cpu::RopeAppend(args, num_threads);
@@ -188,7 +188,7 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   if (step.step->num_tokens() == 0) return;
   const cpu::KVSource cache = Source(memory, step, call.layer);
   Append(step, call, cache);
-  const TensorView q = call.rope == nullptr ? call.q : TensorView(call.rope->rotated_q);
+  const TensorView& q = call.rope == nullptr ? call.q : call.rope->rotated_q;
   cpu::AttentionArgs attend{};
   attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan(call.plan);
   attend.variant = call.variant;

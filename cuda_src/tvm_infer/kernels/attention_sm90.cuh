@@ -177,15 +177,14 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       } else {
         i = prefill.Run(queue, i, work);
       }
-      const Work* done = queue.works + i;
+      const Work done = LoadWork(queue.works, i);
       if constexpr (!kHasVariant) {  // plans with such works run without variants
-        if (__ldg(&done->merge_tiles) > 0) {
-          ArriveAndMergeTiles(consumer, done);
+        if (done.merge_tiles > 0) {
+          ArriveAndMergeTiles(consumer, queue.works + i);
           continue;
         }
       }
-      const int32_t merge = __ldg(&done->merge);
-      if (merge != kNoMerge) ArriveAndMerge(consumer, merge);
+      if (done.merge != kNoMerge) ArriveAndMerge(consumer, done.merge);
     }
   }
 }

@@ -100,7 +100,9 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   const attention::AttentionParams& params = c.params;
   constexpr int kLoads = kHeadDim <= 128 ? 8 : 4;  // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
-  const int32_t lane = c.ThreadAnew() % 32, in_slot = h * job.merge.num_rows + row, n = job.num_slots;
+  // NOTE: read anew where variants do not decide what is short: the compiler would keep it, and spill, on small pages.
+  const int32_t lane = Config::kHasVariant ? threadIdx.x % 32 : c.ThreadAnew() % 32;
+  const int32_t in_slot = h * job.merge.num_rows + row, n = job.num_slots;
   int32_t partial = job.my_slot + in_slot;  // this lane's of 32
   PartialColumns<Config> v[kLoads];
   const auto load = [&](int32_t i) {
@@ -240,10 +242,12 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     }
     return;
   }
-  if (job.num_slots <= 8) {
+  if constexpr (!Config::kHasVariant) {  // NOTE: these have no registers to spare
+    if (job.num_slots <= 8) {
 #pragma unroll 1
-    for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);
-    return;
+      for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);
+      return;
+    }
   }
 #pragma unroll 1
   for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += num_warps) {

@@ -30,7 +30,6 @@ class Forest {
   const int32_t* token_order() const { return has_order_ ? token_order_.data() : nullptr; }
   int64_t flat_cost() const { return flat_cost_; }      // of all requests' tiles with all their keys, one KV head
   int64_t merge_price() const { return merge_price_; }  // of merging each tile once, one KV head
-  int64_t max_merge_price() const { return max_merge_price_; }
 
   int64_t CountSlots(const Items& items, const Layout& layout, int32_t num_kv_heads);
   // Merges of the tiles, int32[num_merge_tiles * num_kv_heads + 1] ends of their slots, and the slots. After CountSlots of the same.
@@ -84,7 +83,7 @@ class Forest {
   ScratchArray<int32_t> cursor_;         // of each merge
   int32_t num_tiles_ = 0, num_places_ = 0, num_runs_ = 0, num_merge_tiles_ = 0, num_levels_ = 0, num_shared_items_ = 0;
   bool has_order_ = false, has_end_ = false;
-  int64_t flat_cost_ = 0, merge_price_ = 0, max_merge_price_ = 0;
+  int64_t flat_cost_ = 0, merge_price_ = 0;
 };
 
 }  // namespace tvm_infer

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "tvm_infer/error.h"
@@ -36,6 +37,16 @@ std::string NameOf(const Batch& batch, int32_t request, int32_t list) {
                                  << "needs kv_len >= qo_len: kv_len counts the new tokens too";
 }
 
+// f(lists_per_request), as a constant where it is 1: a loop over lists costs a batch without them a tenth of planning.
+template <typename F>
+void WithLists(const Batch& batch, const F& f) {
+  if (batch.lists_per_request == 1) {
+    f(std::integral_constant<int32_t, 1>());
+  } else {
+    f(batch.lists_per_request);
+  }
+}
+
 // Checks all lengths and returns the largest kv_len.
 int32_t CheckLengths(const PlanParams& p, const Batch& batch) {
   const int32_t *qo_indptr = batch.qo_indptr, *kv_len = batch.kv_len;
@@ -43,24 +54,29 @@ int32_t CheckLengths(const PlanParams& p, const Batch& batch) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr[0] is " << qo_indptr[0] << "; it must be 0: requests are packed from the first token on";
   }
   const bool needs_keys = p.band.has_end();
-  int32_t max_kv_len = 0;
-  const auto is_bad = [&](int32_t r) {  // without a branch
+  const auto is_bad = [=](int32_t r, auto lists, int32_t* longest) {  // without a branch
     const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
     bool bad = qo_len < 0;
-    for (int32_t l = r * batch.lists_per_request; l < (r + 1) * batch.lists_per_request; ++l) {
+    for (int32_t l = r * lists; l < (r + 1) * lists; ++l) {
       bad |= (kv_len[l] < 0) | (needs_keys & (kv_len[l] < qo_len));
-      max_kv_len = std::max(max_kv_len, kv_len[l]);
+      *longest = std::max(*longest, kv_len[l]);
     }
     return bad;
   };
   bool bad = false;  // one branch for all requests
-  for (int32_t r = 0; r < batch.num_requests; ++r) bad |= is_bad(r);
+  int32_t max_kv_len = 0;
+  WithLists(batch, [&](auto lists) {
+    bool some = false;
+    int32_t longest = 0;
+    for (int32_t r = 0; r < batch.num_requests; ++r) some |= is_bad(r, lists, &longest);
+    bad = some, max_kv_len = longest;
+  });
   if (p.band.right > 0 && max_kv_len > kMaxInt32 - p.band.right - 1) {  // executors add positions and the width in 32 bits
     TVM_INFER_THROW(ArgumentError) << "window_right is " << p.band.right << " with a request of " << max_kv_len
                                    << " keys; the two must stay below 2^31 together: -1 is a window of all keys";
   }
   for (int32_t r = 0; bad && r < batch.num_requests; ++r) {
-    if (is_bad(r)) ThrowBadRequest(batch, r);
+    if (is_bad(r, batch.lists_per_request, &max_kv_len)) ThrowBadRequest(batch, r);
   }
   return max_kv_len;
 }
@@ -100,21 +116,6 @@ int64_t BoundItems(const PlanParams& p, const Batch& batch, int64_t max_kv_len) 
 
 }  // namespace
 
-// With each position the band moves on or stays, so that what one of the rows sees besides the sinks is one range: from where the first
-// begins to where the last ends.
-SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
-  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
-  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
-  const int64_t sink = std::min<int64_t>(band.num_sink, end);
-  if (band.chunk > 0) {
-    begin = std::max(begin, first / band.chunk * band.chunk);
-    end = std::min(end, (last / band.chunk + 1) * band.chunk);
-  }
-  if (begin >= end) return {0, 0, 0};
-  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
-  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
-}
-
 int64_t Items::Check(const PlanParams& p, const Batch& batch) { return BoundItems(p, batch, CheckLengths(p, batch)); }
 
 void Items::Start(const PlanParams& p, int64_t max_items) {
@@ -126,24 +127,29 @@ void Items::Start(const PlanParams& p, int64_t max_items) {
   total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
 }
 
-void Items::Build(const PlanParams& p, const Batch& batch, int64_t max_items) {
-  Start(p, max_items);
-  for (int32_t r = 0; r < batch.num_requests; ++r) {
-    if (batch.qo_indptr[r + 1] == batch.qo_indptr[r]) continue;
-    for (int32_t list = 0; list < batch.lists_per_request; ++list) AddTilesOf(p, batch, r, list);
-  }
-  Sort();
+inline void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  const int64_t overhead = t.fixed + t.row * tile.num_rows;
+  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
+  max_overhead = std::max(max_overhead, overhead + sink_cost);
+  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
+  work[count] = tile;
+  sink[count] = tile_sink;
+  cost[count++] = c;
+  total_cost += c;
+  max_cost = std::max(max_cost, c);
 }
 
-// Row tiles of a request against one of its lists: the only one, or that of KV head `list`.
-void Items::AddTilesOf(const PlanParams& p, const Batch& batch, int32_t r, int32_t list) {
-  const int32_t group = p.num_qo_heads / p.num_kv_heads;
-  const int32_t kv_list = r * batch.lists_per_request + list;
+// Row tiles of a request against one of its `lists`: the only one, or that of KV head `list`.
+inline void Items::AddTilesOf(const PlanParams& p, const Batch& batch, int32_t group, int32_t r, int32_t lists, int32_t list) {
+  const int32_t kv_list = r * lists + list;
   const int32_t qo_len = batch.qo_indptr[r + 1] - batch.qo_indptr[r];
   const int32_t num_rows = qo_len * group, row0 = batch.qo_indptr[r] * group, kv = batch.kv_len[kv_list];
   const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
   const int32_t tile_class = ClassOf(p, num_rows);
   const TileClass& t = p.tile_classes[tile_class];
+  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+  max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
   for (int32_t row = 0; row < num_rows;) {
     const int32_t rows = std::min(t.rows, num_rows - row);
     // Positions of the tile's first and last token. Divisions only where a request has several tiles.
@@ -172,27 +178,29 @@ void Items::AddTilesOf(const PlanParams& p, const Batch& batch, int32_t r, int32
   }
 }
 
-void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+void Items::Build(const PlanParams& p, const Batch& batch, int64_t max_items) {
+  Start(p, max_items);
+  const int32_t group = p.num_qo_heads / p.num_kv_heads;
+  WithLists(batch, [&](auto lists) {
+    for (int32_t r = 0; r < batch.num_requests; ++r) {
+      if (batch.qo_indptr[r + 1] == batch.qo_indptr[r]) continue;
+      for (int32_t list = 0; list < lists; ++list) AddTilesOf(p, batch, group, r, lists, list);
+    }
+  });
+  Sort();
+}
+
+void Items::AddShared(const PlanParams& p, const Work& tile) {
   const TileClass& t = p.tile_classes[tile.tile_class];
-  const int64_t overhead = t.fixed + t.row * tile.num_rows;
   max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
   // One that shares keys merges anyway: a piece more costs little.
   max_merge = std::max(max_merge, MergePrice(t, tile.merge_tiles > 0 ? 0 : tile.num_rows));
-  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
-  max_overhead = std::max(max_overhead, overhead + sink_cost);
-  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
-  work[count] = tile;
-  sink[count] = tile_sink;
-  cost[count++] = c;
-  total_cost += c;
-  max_cost = std::max(max_cost, c);
+  AddTile(p, tile, 0);
 }
 
 // The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.
 void Items::AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink) {
   const TileClass& t = p.tile_classes[tile.tile_class];
-  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-  max_merge = std::max(max_merge, MergePrice(t, tile.num_rows));
   max_overhead = std::max(max_overhead, t.fixed + t.row * tile.num_rows);
   const int32_t first_item = count;
   const int64_t max_sink_piece = tile_sink == 0 ? 0 : AddPiecesOf(p, tile, 0, tile_sink);

@@ -69,8 +69,20 @@ struct SeenKeys {
   int32_t begin;
   int32_t end;
 };
-// Rows at positions first … last, of a request of `kv` keys.
-SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv);
+// Rows at positions first … last, of a request of `kv` keys. With each position the band moves on or stays, so that what one of the rows
+// sees besides the sinks is one range: from where the first begins to where the last ends.
+inline SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int64_t kv) {
+  int64_t begin = band.left == kUnbounded ? 0 : std::max<int64_t>(0, first - band.left);
+  int64_t end = band.right == kUnbounded ? kv : std::min<int64_t>(kv, last + band.right + 1);
+  const int64_t sink = std::min<int64_t>(band.num_sink, end);
+  if (band.chunk > 0) {
+    begin = std::max(begin, first / band.chunk * band.chunk);
+    end = std::min(end, (last / band.chunk + 1) * band.chunk);
+  }
+  if (begin >= end) return {0, 0, 0};
+  if (sink < begin) return {static_cast<int32_t>(sink), static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  return {0, 0, static_cast<int32_t>(std::max(sink, end))};
+}
 
 struct Items {
   // Everything but how many heads, from kv_head_begin on; `merge` is the index of the item's cut tile, with merge_tiles > 0 its first tile
@@ -95,11 +107,13 @@ struct Items {
 
   // The same step by step: at most max_items, whole.
   void Start(const PlanParams& p, int64_t max_items);
-  void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);
+  void AddShared(const PlanParams& p, const Work& tile);
   void Sort();
 
  private:
-  void AddTilesOf(const PlanParams& p, const Batch& batch, int32_t request, int32_t list);
+  [[gnu::always_inline]] void AddTilesOf(const PlanParams& p, const Batch& batch, int32_t group, int32_t request, int32_t lists,
+                                         int32_t list);
+  [[gnu::always_inline]] void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);  // a quarter of planning otherwise
   void AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink);
   int64_t AddPiecesOf(const PlanParams& p, const Work& tile, int32_t begin, int32_t end);
   ScratchArray<int32_t> order_tmp_;

@@ -136,15 +136,14 @@ bool Layout::Lay(const PlanParams& p, const Items& items, int64_t target, bool m
 // Heads whose keys are computed whole: one work, final if no other works have keys of these rows, or two partial ones where sinks lie
 // apart. Both on one CTA, whose cache still holds the first's results when it merges them with the second's.
 void Layout::PlaceRun(const Items& items, int32_t item, int32_t cta, int32_t head, int32_t num_heads) {
-  const Work& work = items.work[item];
-  if (items.sink[item] == 0) {
-    if (work.merge_tiles == 0) {
-      placements[num_placements++] = {cta, head, num_heads, -1};
-    } else {
-      AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
-    }
+  // NOTE: an item's 48 bytes of Work are not looked at where they decide nothing.
+  const bool is_whole = items.num_tree_merges == 0 || items.work[item].merge_tiles == 0;
+  if (items.sink[item] == 0 && is_whole) {
+    placements[num_placements++] = {cta, head, num_heads, -1};
     return;
   }
+  const Work& work = items.work[item];
+  if (items.sink[item] == 0) return AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
   AddPartial(work, cta, head, num_heads, 0, items.sink[item]);
   AddPartial(work, cta, head, num_heads, work.kv_begin, work.kv_end);
   EndMerge(work, head, num_heads);

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Shared works must shorten the plan by what their merges cost and by this fraction: costs are measured in plans of one kind of work.
 constexpr int64_t kMinSharedGainFraction = 16;
+// And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc.
+constexpr int64_t kSharedMergeTime = 6'000'000;
 
 }  // namespace
 
@@ -76,7 +78,7 @@ struct Planner::Scratch {
 
 // Whether the plan with shared works is shorter than one without.
 bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const {
-  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + forest.max_merge_price();
+  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + kSharedMergeTime;
   return shared.layout->makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
 }
 
