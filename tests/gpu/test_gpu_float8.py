@@ -39,14 +39,16 @@ class Float8Case(Case):
 class Float8Batch(Batch):
     """A batch whose keys and values are elements times scales, and whose cache holds the elements. NaN wherever nothing may be read."""
 
-    def __init__(self, case: Float8Case, device: str, seed: int = 0, appended: bool = True) -> None:
+    def __init__(
+        self, case: Float8Case, device: str, seed: int = 0, requests: list[Request] | None = None, appended: bool = True
+    ) -> None:
         heads = case.heads[1]
         steps = torch.arange(heads) % 4 if case.by_head else torch.ones(heads)
         self.k_scales, self.v_scales = ((2.0**e * (1 + steps / 4)).to(device, torch.float32) for e in (-5, -6))
         self.float8 = FLOAT8[case.float8]
         kept = [
             Request(r.q, self._values(r.k, self.k_scales), self._values(r.v, self.v_scales))
-            for r in make_requests(case, device, seed)
+            for r in requests or make_requests(case, device, seed)
         ]
         super().__init__(case, device, seed, kept, appended)
         self._quantise_cache()
@@ -245,7 +247,8 @@ def test_rope_append(case, interleaved, device):
     plain = Batch(case, device, requests=batch.requests, appended=False)
     expected = tvm_infer.rope_append(*arguments, plain.cache, rope=rope, **lengths, **plain.tables)
     assert same_bits(out, expected)
-    there = Float8Batch(case, "cpu", appended=False)
+    requests = [Request(r.q.cpu(), r.k.cpu(), r.v.cpu()) for r in batch.requests]
+    there = Float8Batch(case, "cpu", requests=requests, appended=False)
     for name in ("q", "k_new", "v_new"):
         getattr(there, name).copy_(getattr(batch, name))
     host = {"qo_indptr": there.device_qo_indptr, "kv_len": there.device_kv_len}

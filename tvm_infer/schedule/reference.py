@@ -21,7 +21,7 @@ _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a 
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
 _MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and what a merge costs
 _MIN_SHARED_GAIN_FRACTION = 16  # shared works must gain 1/16 of the makespan and what their merges cost
-_SHARED_MERGE_TIME = 6_000_000  # planner.cc
+_SHARED_MERGE_TIME = 9_000_000  # planner.cc
 
 
 class TileClass(NamedTuple):

@@ -63,18 +63,17 @@ struct ConfigSm90 {
   static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kPageSize >= 16 && !kHasVariant), "8-bit elements: panels are 128 of them");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed. Those of the widest heads would leave three stages to
-  // the ring, too few bytes in flight: one buffer, and prefill drains at the end of a head.
-  static constexpr int kQueryBuffers = kHeadDim <= 192 && !kIsScaled ? 2 : 1;
+  // Queries of the next head arrive while the last tiles of this one are computed. Where 8-bit tiles are widened there is no room for two
+  // buffers, and prefill drains at the end of a head.
+  static constexpr int kQueryBuffers = kIsScaled ? 1 : 2;
   static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
   // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
   // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
-  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally. Tiles of head_dim 64 are so small that 112 KB are
-  // better (64 requests of 2048 keys, on an H100: 92.7 us, 93.8 with 128 KB, 94.6 with 144).
+  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
   static constexpr int kStageBytes = kTileKeys * tile::Panels(kKvColumns) * tile::kPanelRowBytes;
   static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
   static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;
-  static constexpr int kDecodeBytes = kHeadDim == 64 ? 114688 : 131072;
+  static constexpr int kDecodeBytes = 131072;
   static constexpr int kDecodeStages = kDecodeBytes / kStageBytes < kStages ? kDecodeBytes / kStageBytes : kStages;
   static_assert(kStages >= 3, "prefill holds K of a tile and V of the one before, while the next arrives");
   using Ring = tile::Ring<kStages, kStageBytes>;

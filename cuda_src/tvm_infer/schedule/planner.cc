@@ -18,7 +18,7 @@ constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Shared works must shorten the plan by what their merges cost and by this fraction: costs are measured in plans of one kind of work.
 constexpr int64_t kMinSharedGainFraction = 16;
 // And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc.
-constexpr int64_t kSharedMergeTime = 6'000'000;
+constexpr int64_t kSharedMergeTime = 9'000'000;
 
 }  // namespace
 
