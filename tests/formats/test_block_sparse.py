@@ -107,6 +107,7 @@ def matrices(library, values):
     return [sparse.bsr_array(values, blocksize=(3, 8)), sparse.bsr_matrix(values, blocksize=(3, 8))]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta state")
 @pytest.mark.parametrize("library", ["torch", "scipy"])
 def test_matrices_of_libraries(library):
     rng = np.random.default_rng(1)
