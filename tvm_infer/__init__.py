@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from . import jit as jit
     from . import variant as variant
     from .blas import linear, matmul, matmul_add, set_blas
+    from .block_sparse import BlockSparsePlan, block_sparse_attention, plan_block_sparse
     from .compiler import compile as compile
+    from .contiguous import contiguous_attention, contiguous_start
     from .cublas import set_cublas
     from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
@@ -27,13 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionSpec",
+    "BlockSparsePlan",
     "PagedKVCache",
     "Plan",
     "RopeConfig",
     "append",
     "append_attention",
     "attention",
+    "block_sparse_attention",
     "compile",
+    "contiguous_attention",
+    "contiguous_start",
     "cpu_tile_table",
     "cuda_tile_table",
     "errors",
@@ -44,6 +50,7 @@ __all__ = [
     "matmul_add",
     "merge",
     "plan",
+    "plan_block_sparse",
     "plan_status",
     "ragged_attention",
     "rope_append",
@@ -55,13 +62,17 @@ __all__ = [
 
 # Loaded at first use, so that `import tvm_infer` costs neither TVM nor a C++ library.
 _LAZY = {
+    "BlockSparsePlan": "block_sparse",
     "PagedKVCache": "runtime",
     "Plan": "schedule",
     "RopeConfig": "rope",
     "append": "ops",
     "append_attention": "ops",
     "attention": "ops",
+    "block_sparse_attention": "block_sparse",
     "compile": "compiler",
+    "contiguous_attention": "contiguous",
+    "contiguous_start": "contiguous",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
     "linear": "blas",
@@ -70,6 +81,7 @@ _LAZY = {
     "matmul_add": "blas",
     "merge": "ops",
     "plan": "planning",
+    "plan_block_sparse": "block_sparse",
     "plan_status": "planning",
     "ragged_attention": "ops",
     "rope_append": "ops",

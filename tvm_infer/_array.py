@@ -135,6 +135,16 @@ def empty_on(device: _device.Device, shape: tuple[int, ...], dtype: str) -> Any:
     return torch.empty(shape, dtype=getattr(torch, dtype), device=str(device))
 
 
+def index_on(device: _device.Device, words: np.ndarray) -> Any:
+    """A copy of int32 words on a device, of the kind that :func:`empty_on` allocates. Waits for the copy."""
+    target = empty_on(device, words.shape, "int32")
+    if is_torch(target):
+        import torch
+
+        return target.copy_(torch.from_numpy(words))
+    return target.copyfrom(words)
+
+
 def copy_to_host(x: Any) -> np.ndarray:
     """A device tensor's elements after the work before it on the current stream; waits. bfloat16 comes as ml_dtypes.bfloat16."""
     name = dtype_name(x)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import _array, _device, _ffi, variant_call
-from .errors import ArgumentError
+from .errors import ArgumentError, PlanMismatchError
 from .planning import WorkspaceSize, cpu_tile_table, cuda_tile_table, num_threads, plan, plan_status, workspace_size
 from .rope import RopeConfig
 from .schedule import Plan
@@ -191,7 +191,17 @@ _WITH_SCALES = {
     "paged_attention": "scaled_paged_attention",
     "ragged_attention": "scaled_ragged_attention",
     "append_paged_attention": "scaled_append_attention",
+    "contiguous_attention": "contiguous_attention",  # takes both, given or not
 }
+
+
+def _check_appends(plan: Any) -> None:
+    """Raise PlanMismatchError for a plan that does not say where a request's new tokens go."""
+    if isinstance(plan, Plan) and plan.has_head_lists:
+        raise PlanMismatchError(
+            f"argument `plan` has a list of keys for each KV head, {plan.num_kv_lists} lists of {plan.num_requests} requests, which "
+            "say nothing of where a request's new tokens go; call append with the requests' own page tables and kv_len, then attention"
+        )
 
 
 def _call(name: str, arguments: tuple[Any, ...], scales: tuple[Any, ...] | None, variant: Any) -> None:
@@ -256,7 +266,8 @@ def attention(
         head_dim] each; with kv_layout "NHD" the last three are page_size, num_kv_heads, head_dim.
     plan : from :func:`plan`, for these lengths and for the device of `q`. On cuda a bare int32 device buffer will do, with a
         `workspace`; the kernel then checks it alone (:func:`plan_status`).
-    kv_page_indptr, kv_page_indices : int32; request r's pages are kv_page_indices[kv_page_indptr[r] : kv_page_indptr[r + 1]].
+    kv_page_indptr, kv_page_indices : int32; request r's pages are kv_page_indices[kv_page_indptr[r] : kv_page_indptr[r + 1]]. Of a
+        plan with a `kv_len` of each KV head, so are those of list ``r * num_kv_heads + h``, whose head h is read.
         On cuda device tensors, whose values nobody checks.
     sm_scale : factor on q·k; default 1 / sqrt(head_dim). On cuda > 0.
     out : as `q`; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`. On cuda contiguous.
@@ -409,6 +420,7 @@ def append_attention(
     v_scale: Any = 1.0,
 ) -> Any:
     """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
+    _check_appends(plan)
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
     num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
@@ -475,6 +487,7 @@ def rope_append(
     """
     if not isinstance(rope, RopeConfig):
         raise ArgumentError(f"argument `rope` is a {type(rope).__name__}; it must be a tvm_infer.RopeConfig")
+    _check_appends(plan)
     _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)

@@ -23,7 +23,7 @@ _REFUSALS = {
     3: "it has more CTAs than were launched: plan with the device's number of SMs (device=…, no num_ctas)",
     4: "it has more query tokens than q has rows: plan with this batch's qo_indptr",
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
-    6: "it has more requests than the page table: pass the table of the batch that was planned",
+    6: "it has more requests (or lists of their KV heads) than the page table: pass the table of the batch that was planned",
     8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
@@ -143,8 +143,8 @@ def _settings(
 
 
 @functools.lru_cache(maxsize=256)
-def _capacity(*limits: Any) -> WorkspaceSize:
-    plan_bytes, partial_rows = _ffi.func("plan_shared_capacity")(*limits)
+def _capacity(function: str, *limits: Any) -> WorkspaceSize:
+    plan_bytes, partial_rows = _ffi.func(function)(*limits)
     return WorkspaceSize(int(plan_bytes), int(partial_rows))
 
 
@@ -170,6 +170,7 @@ def workspace_size(
     variant: Any = None,
     max_levels: int = 0,
     max_shared_tokens: int | None = None,
+    head_lists: bool = False,
 ) -> WorkspaceSize:
     """Exact upper bounds of what plans within the limits need.
 
@@ -179,6 +180,7 @@ def workspace_size(
     max_kv_tokens : keys of all requests together; needed only with `fixed_split_size > 0`, where plans grow with it.
     max_levels : `levels` of :func:`plan` that there is room for. A batch that needs more is planned as if its requests shared nothing.
     max_shared_tokens : query tokens of all requests in groups; default: one for each request.
+    head_lists : for plans with a `kv_len` of each KV head; max_kv_tokens counts the keys of all their lists.
     Others as in :func:`plan`, with the same values.
 
     Returns
@@ -198,12 +200,20 @@ def workspace_size(
     num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim, kv_dtype)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
-    limits |= {
-        "max_levels": max_levels,
-        "max_shared_tokens": max_requests if max_shared_tokens is None else max_shared_tokens,
-    }
+    if head_lists:
+        if max_levels:
+            raise ArgumentError(
+                f"argument `max_levels` is {max_levels!r} with head_lists; lists of KV heads are not shared: leave one of them out"
+            )
+        function = "plan_head_lists_capacity"
+    else:
+        function = "plan_shared_capacity"
+        limits |= {
+            "max_levels": max_levels,
+            "max_shared_tokens": max_requests if max_shared_tokens is None else max_shared_tokens,
+        }
     try:
-        return _capacity(*settings, *limits.values())
+        return _capacity(function, *settings, *limits.values())
     except TypeError as error:
         _refuse_types(error, settings, limits)
 
@@ -214,7 +224,7 @@ def _rounded(n: int) -> int:
 
 
 def _allocate(
-    qo_indptr: Any, kv_len: Any, num_levels: int, fixed_split_size: int, settings: tuple[Any, ...]
+    qo_indptr: Any, kv_len: Any, num_levels: int, fixed_split_size: int, settings: tuple[Any, ...], head_lists: bool
 ) -> tuple[np.ndarray, int]:
     """A buffer that holds any plan of these lengths, and its most partial rows. Lengths may be wrong: the planner says so."""
     indptr = np.asarray(qo_indptr)
@@ -222,15 +232,40 @@ def _allocate(
     max_keys = 0
     if fixed_split_size > 0:
         max_keys = _rounded(int(np.maximum(np.asarray(kv_len, dtype=np.int64), 0).sum()))
-    limits = (
-        _rounded(indptr.size),
-        _rounded(max_tokens),
-        max_keys,
-        num_levels,
-        _rounded(max_tokens) if num_levels else 0,
-    )
-    size = _capacity(*settings, *limits)
+    limits = (_rounded(indptr.size), _rounded(max_tokens), max_keys)
+    if head_lists:
+        size = _capacity("plan_head_lists_capacity", *settings, *limits)
+    else:
+        size = _capacity(
+            "plan_shared_capacity", *settings, *limits, num_levels, _rounded(max_tokens) if num_levels else 0
+        )
     return np.empty(size.plan_bytes // 4, np.int32), size.partial_rows
+
+
+def _flat_lists(kv_len: Any, num_kv_heads: int) -> Any:
+    """`kv_len` of each request and KV head as one row of numbers, and what is one already as it is."""
+    shape = getattr(kv_len, "shape", None)
+    if shape is None:
+        if not (isinstance(kv_len, (list, tuple)) and len(kv_len) and hasattr(kv_len[0], "__len__")):
+            return kv_len
+        try:
+            kv_len = np.array(kv_len, np.int32)
+        except (TypeError, ValueError, OverflowError):
+            raise ArgumentError(
+                "argument `kv_len` is a list of lists that are not as many 32-bit integers each; it must have one number for each "
+                "request, or for each request and KV head"
+            ) from None
+        shape = kv_len.shape
+    if len(shape) != 2:
+        return kv_len
+    if shape[1] != num_kv_heads:
+        raise ArgumentError(
+            f"argument `kv_len` has shape {tuple(shape)}; with a list of keys for each KV head it must be [num_requests, "
+            f"{num_kv_heads}], num_kv_heads"
+        )
+    if not hasattr(kv_len, "reshape") and _device.cuda_index(kv_len) is None:
+        kv_len = np.from_dlpack(kv_len)
+    return kv_len.reshape(-1)
 
 
 def level_words(levels: Any) -> np.ndarray:
@@ -285,7 +320,10 @@ def plan(
     Parameters
     ----------
     qo_indptr : int32 [num_requests + 1], host; query tokens of request r are [qo_indptr[r], qo_indptr[r + 1]). A list will do.
-    kv_len : int32 [num_requests], host; keys of each request, its new tokens included.
+    kv_len : int32 [num_requests], host; keys of each request, its new tokens included. Or [num_requests, num_kv_heads]: each KV head of
+        a request attends to a list of keys of its own, as the page table then has it, list ``r * num_kv_heads + h`` that of head h
+        (docs/kv-formats.md). Positions are then those in the list: with `causal` its last keys are the request's new tokens. Not with
+        windows, sinks, chunks, variants or levels.
     num_qo_heads, num_kv_heads : the first is a multiple of the second.
     head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise. On cuda dtype is
         "bfloat16" or "float16".
@@ -329,7 +367,9 @@ def plan(
     DeviceError : the stream is being captured for a graph, or the driver failed.
     """
     target = _target(device, device_out)
-    qo_indptr, kv_len = _array.as_index(qo_indptr, "qo_indptr"), _array.as_index(kv_len, "kv_len")
+    lists = _flat_lists(kv_len, num_kv_heads)
+    head_lists = lists is not kv_len
+    qo_indptr, kv_len = _array.as_index(qo_indptr, "qo_indptr"), _array.as_index(lists, "kv_len")
     for name, x in (("qo_indptr", qo_indptr), ("kv_len", kv_len)):
         if not isinstance(x, np.ndarray) and _device.cuda_index(x) is not None:
             raise ArgumentError(
@@ -344,11 +384,13 @@ def plan(
         raise ArgumentError(
             "argument `levels` with a `variant`: shared keys run without variants so far. Plan without levels"
         )
+    if head_lists:
+        _check_head_lists(len(words) > 0, variant, band)
     is_allocated = out is None
     try:
         if out is None:
             num_levels = len(levels) if len(words) else 0
-            out, most_partial_rows = _allocate(qo_indptr, kv_len, num_levels, fixed_split_size, settings)
+            out, most_partial_rows = _allocate(qo_indptr, kv_len, num_levels, fixed_split_size, settings, head_lists)
             if max_partial_rows is None:
                 max_partial_rows = most_partial_rows
         else:
@@ -356,7 +398,8 @@ def plan(
         if len(words):
             bytes_used = _ffi.func("plan_shared")(qo_indptr, kv_len, words, *settings, max_partial_rows, out)
         else:
-            bytes_used = _ffi.func("plan")(qo_indptr, kv_len, *settings, max_partial_rows, out)
+            function = "plan_head_lists" if head_lists else "plan"
+            bytes_used = _ffi.func(function)(qo_indptr, kv_len, *settings, max_partial_rows, out)
     except TypeError as error:
         _refuse_types(error, settings, {"max_partial_rows": max_partial_rows})
     if is_allocated:
@@ -366,6 +409,22 @@ def plan(
             device_out = _array.empty_on(target, (bytes_used // 4,), "int32")
         _ffi.func("plan_upload")(out, device_out)
     return Plan(out, device_out)
+
+
+def _check_head_lists(has_levels: bool, variant: Any, band: Any) -> None:
+    """Refuse what a plan with lists of KV heads has no meaning for."""
+    for name, is_given in (("levels", has_levels), ("variant", variant is not None)):
+        if is_given:
+            raise ArgumentError(
+                f"argument `{name}` with a `kv_len` of each KV head; such a plan runs without {name}: leave it out, or give one kv_len "
+                "for each request"
+            )
+    for name, value in band._asdict().items():
+        if value != {"window_left": -1, "num_sink": 0, "chunk": 0}.get(name, min(value, 0)):
+            raise ArgumentError(
+                f"argument `{name}` is {value} with a `kv_len` of each KV head; such a plan is causal or sees all keys of a list, "
+                "since positions are those in the list: leave out of the lists what a window hides"
+            )
 
 
 def _check_out(out: Any, max_partial_rows: int | None) -> None:

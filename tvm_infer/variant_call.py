@@ -115,6 +115,11 @@ def check_plan(variant: Any, plan: Plan) -> None:
             f"argument `plan` was made with {plan.band}, and `variant` {prepared.bound.variant.digest} has {prepared.band}; plan "
             f"with tvm_infer.plan(…, variant=variant), which takes them from there, or with {prepared.band}"
         )
+    if plan.has_head_lists:
+        raise PlanMismatchError(
+            f"argument `plan` has a list of keys for each KV head, {plan.num_kv_lists} lists of {plan.num_requests} requests, and the "
+            "call a variant, which is told positions in a request: plan with one kv_len for each request"
+        )
     if plan.num_shared_works:
         raise PlanMismatchError(
             f"argument `plan` has {plan.num_shared_works} works with rows of several requests (levels), and the call a variant, which "

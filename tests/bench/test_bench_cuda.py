@@ -76,7 +76,7 @@ class HostDevice(CudaDevice):
         w = workload
         return ops.plan(
             inputs.indptr(w.qo_lens),
-            list(w.kv_lens),
+            w.list_lens,
             num_qo_heads=w.num_qo_heads,
             num_kv_heads=w.num_kv_heads,
             head_dim=w.head_dim,
@@ -144,9 +144,26 @@ def test_shared_prefixes(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("kv_len", [528, 112])
+def test_streaming_heads(monkeypatch, kv_len):
+    """Every other head reads a few pages, or all there are, by the reference as by the plan. Peers are not measured on it."""
+    shape = {"num_qo_heads": 8, "num_kv_heads": 4, "dtype": "bfloat16", "streaming": (32, 80)}
+    row = Workload("streaming", (1,) * 3, (kv_len,) * 3, **shape)
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite("cuda", (row,)))
+    results = attention.run(suite="tiny", peers=["torch"], cuda_device=HostDevice)
+    assert attention.num_failed(results) == 0
+    (made,) = results["rows"]
+    assert (
+        made["streaming"] == list(row.streaming) and "same keys for all KV heads" in made["peers"]["torch"]["skipped"]
+    )
+
+
 def test_formats_come_in_pairs():
     rows = suites.suite("formats").workloads
     assert {row.head_dim for row in rows if not row.prefix} == {64, 80, 96, 128, 192, 256}
+    dense, streaming = (row for row in rows if row.kv_lens == (32768,) * 16)
+    assert dataclasses.replace(streaming, name=dense.name, streaming=(0, 0)) == dense
+    assert streaming.kv_bytes == 2 * 16 * 4 * (32768 + 68 * 16) * 128 * 2 and streaming.flops < 0.52 * dense.flops
     for row in (row for row in rows if row.prefix and not row.flat):
         assert dataclasses.replace(row, name=f"{row.name} flat", flat=True) in rows
         assert row.levels and row.prefix % row.page_size == 0

@@ -81,7 +81,7 @@ def driver():
     assert made.current_device() == -1  # no call leaves a context behind
 
 
-def host_plan(num_ctas=132, **kwargs):
+def host_plan(num_ctas=132, kv_len=KV_LEN, **kwargs):
     settings = {
         "num_qo_heads": HQ,
         "num_kv_heads": HKV,
@@ -90,7 +90,7 @@ def host_plan(num_ctas=132, **kwargs):
         "num_ctas": num_ctas,
         **kwargs,
     }
-    return tvm_infer.plan(QO, KV_LEN, tile_table=tuple(_ffi.func("cuda_tile_table")("bfloat16", DIM)), **settings)
+    return tvm_infer.plan(QO, kv_len, tile_table=tuple(_ffi.func("cuda_tile_table")("bfloat16", DIM)), **settings)
 
 
 def paged(**changes):
@@ -422,6 +422,82 @@ def test_ragged_launch(driver):
     assert k_map["strides"].split(",")[:3] == [str(HKV * DIM * 2), "128", str(DIM * 2)]
     p = driver.params(Params)
     assert p.kv_indptr == addresses[id(a["kv_indptr"])] and p.kv_page_indices is None and p.max_kv_lists == 2
+
+
+def contiguous(**changes):
+    made = paged()
+    made |= {"k": tensor((3, 12, HKV, DIM)), "v": tensor((3, 12, HKV, DIM)), "kv_start": index([14, 0])} | changes
+    rest = [made[n] for n in ("sm_scale", "workspace", "o", "lse")]
+    _ffi.func("contiguous_attention")(
+        made["plan"], made["q"], made["k"], made["v"], made["kv_start"], *rest, 1.0, 1.0, None, None, None
+    )
+    return made
+
+
+def test_contiguous_launch(driver):
+    """Buffers are rows of one tensor for the same kernel, which reads first rows only."""
+    cases = (
+        ({}, 3 * 12, HKV * DIM, DIM),
+        ({n: tensor((3, 12, HKV, DIM), strides=(40 * HKV * DIM, HKV * DIM, DIM, 1)) for n in "kv"}, 92, HKV * DIM, DIM),
+        ({n: tensor((3, 12, HKV, DIM), strides=(HKV * 12 * DIM, DIM, 12 * DIM, 1)) for n in "kv"}, 60, DIM, 12 * DIM),
+        ({n: tensor((50, HKV, DIM)) for n in "kv"}, 50, HKV * DIM, DIM),
+    )
+    for changes, rows, token, head in cases:
+        driver.clear()
+        a = contiguous(**changes)
+        assert driver.launches()[0]["name"] == "attention_bf16_h128_ragged"
+        k_map, _ = driver.maps()
+        assert k_map["sizes"] == f"64,{rows},2,{HKV},1"
+        assert k_map["strides"].split(",")[:3] == [str(token * 2), "128", str(head * 2)]
+        p = driver.params(Params)
+        assert p.kv_indptr == addresses[id(a["kv_start"])] and p.kv_page_indices is None and p.max_kv_lists == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": tensor((3, 12, HKV, DIM), strides=(9000, HKV * DIM, DIM, 1))}, "`k`.*strides 9000 from one buffer to the next"),
+        ({"v": tensor((3, 13, HKV, DIM))}, "`k` and `v` have 12 and 13 rows from one buffer to the next"),
+        ({"kv_start": index([0, 1], device=(CUDA, 1))}, "`kv_start` is on cuda:1"),
+        ({"kv_start": index([[0, 1]])}, "`kv_start` has rank 2"),
+    ],
+)  # fmt: skip
+def test_contiguous_refuses_before_any_launch(driver, changes, message):
+    with pytest.raises(errors.ArgumentError, match=message):
+        contiguous(**changes)
+    assert driver.launches() == []
+
+
+def test_contiguous_rows_are_looked_at_where_debug_checks_are_on(driver):
+    before = _ffi.func("set_debug_checks")(True)
+    try:
+        with pytest.raises(errors.ArgumentError, match="`kv_start` is 17 for request 0, which has 20 keys"):
+            contiguous(kv_start=index([17, 0]))
+        contiguous(kv_start=index([16, 0]))
+    finally:
+        _ffi.func("set_debug_checks")(before)
+    assert len(driver.launches()) == 1
+
+
+def test_lists_of_heads(driver):
+    """As many lists as the table has; appending by such a plan is refused where it is looked at."""
+    lists = index(host_plan(kv_len=[[20, 9], [3, 16]]).buffer)
+    tables = {"kv_page_indptr": index([0, 2, 3, 4, 5]), "kv_page_indices": index([4, 0, 1, 2, 3])}
+    attend(plan=lists, **tables)
+    assert driver.params(Params).max_kv_lists == 4
+    before = _ffi.func("set_debug_checks")(True)
+    try:
+        attend(plan=lists, **tables)
+        with pytest.raises(
+            errors.PlanMismatchError, match="3 entries; 4 lists, one for each request and KV head, need 5"
+        ):
+            attend(plan=lists)
+        new = [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+        made = paged(plan=lists, **tables)
+        with pytest.raises(errors.PlanMismatchError, match="4 lists of 2 requests, which say nothing of where"):
+            _ffi.func("append_paged_attention")(made.pop("plan"), made.pop("q"), *new, *made.values())
+    finally:
+        _ffi.func("set_debug_checks")(before)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ FAMILIES = {
             "test_gpu_levels.py",
             "test_gpu_streams.py",
             "test_gpu_float8.py",
+            "test_gpu_formats.py",
         ),
     ),
     "append": Family(("append.cuh",), ("append",), ("test_gpu_append.py", "test_gpu_float8.py")),

@@ -26,12 +26,12 @@ void operator delete[](void* p, size_t) noexcept { free(p); }
 
 namespace {
 
-struct Batch {
+struct Lengths {
   std::vector<int32_t> qo_indptr, kv_len;
 };
 
-Batch MakeBatch(std::mt19937* random, int num_requests, int longest_query, int longest_kv) {
-  Batch batch;
+Lengths MakeLengths(std::mt19937* random, int num_requests, int longest_query, int longest_kv) {
+  Lengths batch;
   batch.qo_indptr.push_back(0);
   for (int r = 0; r < num_requests; ++r) {
     const int qo_len = static_cast<int>((*random)() % (longest_query + 1));
@@ -47,11 +47,11 @@ int main() {
   using namespace tvm_infer;
   const TileClass classes[] = {{64, 64, 1'500'000, 5'000, 15'300}, {128, 128, 2'500'000, 10'000, 11'000}};
   std::mt19937 random(0);
-  std::vector<Batch> batches;
+  std::vector<Lengths> batches;
   for (int i = 0; i < 40; ++i) {
-    batches.push_back(MakeBatch(&random, 1 + i % 9, 1, 100'000));
-    batches.push_back(MakeBatch(&random, 200, 1, 8192));
-    batches.push_back(MakeBatch(&random, 16, 2000, 4096));
+    batches.push_back(MakeLengths(&random, 1 + i % 9, 1, 100'000));
+    batches.push_back(MakeLengths(&random, 200, 1, 8192));
+    batches.push_back(MakeLengths(&random, 16, 2000, 4096));
   }
   std::vector<int32_t> out(8 << 20), order(300);
   std::iota(order.begin(), order.end(), 0);
@@ -61,9 +61,17 @@ int main() {
     for (const int32_t fixed_split_size : {kSplitAuto, kSplitNever, 256}) {
       for (const MaskBand& band : {MaskBand{kUnbounded, 0}, MaskBand{2000, 0, 4}, MaskBand{kUnbounded, 0, 0, 1024}}) {
         const PlanParams params{132, 32, 8, band, fixed_split_size, classes, 2};
-        for (const Batch& batch : batches) {
+        for (const Lengths& batch : batches) {
           planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
                        static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+          if (band == MaskBand{kUnbounded, 0}) {  // the same lengths as lists of two heads, of half the requests
+            const auto num_requests = static_cast<int32_t>(batch.kv_len.size() / 2);
+            PlanParams of_two = params;
+            of_two.num_kv_heads = 2;
+            of_two.band.right = kUnbounded;
+            planner.PlanHeadLists(of_two, batch.qo_indptr.data(), batch.kv_len.data(), num_requests, out.data(),
+                                  static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);
+          }
           if (!band.IsSharable() || fixed_split_size != kSplitAuto) continue;
           // Longest common keys of all, and more of its first half: what these are decides no size.
           const auto num_requests = static_cast<int32_t>(batch.kv_len.size());

@@ -68,7 +68,7 @@ class CudaDevice:
         """The workload's plan, on the host and on the device."""
         return ops.plan(
             indptr(workload.qo_lens),
-            list(workload.kv_lens),
+            workload.list_lens,
             num_qo_heads=workload.num_qo_heads,
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
@@ -93,7 +93,7 @@ class CudaDevice:
         if batch.workload.ragged:
             k, v = batch.kv[0], batch.kv[1]
             return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
-        settings |= batch.kv_scales | {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices}
+        settings |= batch.kv_scales | batch.tables
         return lambda: ops.attention(batch.q, batch.kv, plan, kv_layout=batch.workload.kv_layout, **settings)
 
     def time(self, launches: Sequence[Callable[[], object]]) -> Timing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +94,23 @@ class DeviceBatch:
     def sm_scale(self) -> float:
         """1 / sqrt(head_dim)."""
         return float(self.workload.head_dim**-0.5)
+
+    @functools.cached_property
+    def tables(self) -> dict[str, Any]:
+        """The keyword arguments of tvm_infer.attention that name pages: of requests, or of their KV heads."""
+        w = self.workload
+        if not sum(w.streaming):
+            return {"kv_page_indptr": self.page_indptr, "kv_page_indices": self.page_indices}
+        import torch
+
+        first, last = (n // w.page_size for n in w.streaming)
+        lists = []
+        for r in range(len(w.kv_lens)):
+            pages = self.pages(r).int()
+            few = torch.cat([pages[:first], pages[-last:]])
+            lists += [pages if head % 2 else few for head in range(w.num_kv_heads)]
+        starts = torch.from_numpy(indptr([len(pages) for pages in lists])).to(self.q.device)
+        return {"kv_page_indptr": starts, "kv_page_indices": torch.cat(lists)}
 
     @property
     def kv_scales(self) -> dict[str, float]:

@@ -25,18 +25,23 @@ def time_plan(workload: Workload, plan: Plan, calls: int = _CALLS) -> Timing:
     are the executor's."""
     import tvm_ffi
 
-    make, capacity_of = _ffi.func("plan_shared" if workload.levels else "plan"), _ffi.func("plan_shared_capacity")
+    has_lists = sum(workload.streaming) > 0
+    make = _ffi.func("plan_head_lists" if has_lists else "plan_shared" if workload.levels else "plan")
+    capacity_of = _ffi.func("plan_head_lists_capacity" if has_lists else "plan_shared_capacity")
     levels = [level_words(workload.levels)] if workload.levels else []
     tile_table = tvm_ffi.Shape(tuple(int(n) for tile in plan.tile_classes.tolist() for n in tile))
     settings = (workload.num_qo_heads, workload.num_kv_heads, plan.num_ctas, tvm_ffi.Shape(plan.band), 0, tile_table)
     num_requests, num_tokens = len(workload.qo_lens), sum(workload.qo_lens)
-    limits = (num_requests, num_tokens, sum(workload.kv_lens), len(levels), num_tokens)
+    limits: tuple[int, ...] = (num_requests, num_tokens, int(np.sum(workload.list_lens)))
+    limits += () if has_lists else (len(levels), num_tokens)
     plan_bytes, partial_rows = capacity_of(*settings, *limits)
     out = np.zeros(int(plan_bytes) // 4, np.int32)
     rng = np.random.default_rng(0)
-    qo, kv = np.asarray(workload.qo_lens, np.int32), np.asarray(workload.kv_lens, np.int32)
+    qo, kv = np.asarray(workload.qo_lens, np.int32), np.asarray(workload.list_lens, np.int32)
     orders = [np.arange(num_requests), *(rng.permutation(num_requests) for _ in range(_ORDERS - 1))]
-    batches = [(indptr(qo[order].tolist()), kv[order], *levels, *settings, int(partial_rows), out) for order in orders]
+    batches = [
+        (indptr(qo[order].tolist()), kv[order].ravel(), *levels, *settings, int(partial_rows), out) for order in orders
+    ]
     for batch in batches:
         make(*batch)
     times = []

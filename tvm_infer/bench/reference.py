@@ -93,6 +93,8 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
         if variant is not None:
             scores = variant.logits(scores, query_heads[None, :, :, None], position[:, None, None], keys)
         scores.masked_fill_(hidden[:, None, None], -math.inf)
+        if sum(w.streaming):
+            scores[:, h % 2 :: 2].masked_fill_(~w.streams(keys, m), -math.inf)
         lse.append(torch.logsumexp(scores, -1))
         o.append(torch.einsum("thgk,hkd->thgd", torch.exp(scores - lse[-1][..., None]), v[part].double()))
         if variant is not None:

@@ -30,6 +30,7 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "chunk": workload.chunk or None,
         "prefix": workload.prefix or None,
         "kv_dtype": workload.kv_dtype or None,
+        "streaming": list(workload.streaming) if sum(workload.streaming) else None,
     }
 
 

@@ -129,7 +129,14 @@ def _prefix(batch: int, prefix: int, own: int, num_qo_heads: int = 32) -> tuple[
 
 
 # what page tables have in common, each beside the flat plan of the same batch
+def _streaming(workload: Workload, first: int, last: int) -> tuple[Workload, Workload]:
+    """The batch, and the same with every other KV head reading first and last keys only."""
+    name = f"{workload.name} half streaming {first} + {last}"
+    return workload, replace(workload, name=name, streaming=(first, last))
+
+
 FORMATS = (
+    *_streaming(_decode(16, 32768), 4 * 16, 1024),
     *_prefix(64, 8192, 256),
     *_prefix(64, 8192, 256, num_qo_heads=64),
     *_prefix(16, 512, 512),

@@ -19,6 +19,8 @@ class Workload:
     their variants.)
     kv_dtype : of keys and values, where it is another than dtype; of 8 bits, times KV_SCALE.
     prefix : first keys that all requests share, in whole pages; 0 for none. flat : not said to the plan: each request reads its own.
+    streaming : of decodes whose keys fill their pages, (first keys, last keys), whole pages and at most all, that every other
+    KV head reads, from the first one on; the others read all. (0, 0) for none such.
     """
 
     name: str
@@ -39,6 +41,20 @@ class Workload:
     prefix: int = 0
     flat: bool = False
     kv_dtype: str = ""
+    streaming: tuple[int, int] = (0, 0)
+
+    @property
+    def list_lens(self) -> list[Any]:
+        """`kv_len` of tvm_infer.plan: of each request, or of each request and KV head."""
+        if not sum(self.streaming):
+            return list(self.kv_lens)
+        few = sum(self.streaming)
+        return [[n if head % 2 else few for head in range(self.num_kv_heads)] for n in self.kv_lens]
+
+    def streams(self, key: Any, kv_len: int) -> Any:
+        """Whether a streaming head reads a key; for tensors."""
+        first, last = self.streaming
+        return (key < first) | (key >= kv_len - last)
 
     @property
     def levels(self) -> list[list[tuple[range, int]]]:
@@ -60,7 +76,8 @@ class Workload:
         """Bytes of keys and values that every query together must read once."""
         keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
         keys -= self.prefix * (len(self.kv_lens) - 1)
-        return 2 * keys * self.num_kv_heads * self.head_dim * self.kv_element_bytes
+        keys_of_heads = sum(map(sum, self.list_lens)) if sum(self.streaming) else keys * self.num_kv_heads
+        return 2 * keys_of_heads * self.head_dim * self.kv_element_bytes
 
     @property
     def bytes_moved(self) -> int:
@@ -101,6 +118,8 @@ class Workload:
     @property
     def flops(self) -> int:
         """Multiply-adds, counted as two, of q·k and p·v over visible keys (causal)."""
+        if sum(self.streaming):  # decodes
+            return 4 * sum(map(sum, self.list_lens)) * (self.num_qo_heads // self.num_kv_heads) * self.head_dim
         return 4 * self.visible_pairs * self.num_qo_heads * self.head_dim
 
     def with_dtype(self, dtype: str) -> Workload:

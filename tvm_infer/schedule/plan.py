@@ -71,8 +71,8 @@ class Plan:
     ----------
     buffer : int32 array, the whole buffer as the cpu executor takes it.
     device_buffer : the copy that cuda kernels read, or None: the plan is for the cpu.
-    num_ctas, num_requests, num_tokens, num_kv_heads, group_size, num_works, num_shared_works, num_merges, num_partial_rows,
-    bytes_used : int
+    num_ctas, num_requests, num_kv_lists, num_tokens, num_kv_heads, group_size, num_works, num_shared_works, num_merges,
+    num_partial_rows, bytes_used : int
     band : Band, the keys that a query sees by position. header["band_left"] and ["band_right"] are the part that executors test.
     works : structured array, fields of plan.h's Work. CTA c executes ``works[work_indptr[c]:work_indptr[c + 1]]``.
     merges : structured array; merge m joins partials ``merge_slots[merge_indptr[m]:merge_indptr[m + 1]]``.
@@ -141,6 +141,9 @@ class Plan:
     bytes_used = _word("bytes_used", "Bytes of the header and its arrays.")
     num_ctas = _word("num_ctas", "CTAs whose queues the plan fills.")
     num_requests = _word("num_requests", "Requests of the batch.")
+    num_kv_lists = _word(
+        "num_kv_lists", "Lists of keys: one for each request, or for each request and KV head (`has_head_lists`)."
+    )
     num_tokens = _word("num_tokens", "Query tokens of all requests.")
     num_kv_heads = _word("num_kv_heads", "KV heads.")
     group_size = _word("group_size", "Query heads of each KV head.")
@@ -169,6 +172,11 @@ class Plan:
     def needs_variant(self) -> bool:
         """Whether it runs only with a variant, whose mask tests its sinks or chunks row by row."""
         return bool(self.buffer[_LEFT + 1] or self.buffer[_LEFT + 2])
+
+    @property
+    def has_head_lists(self) -> bool:
+        """Whether the KV heads of a request have lists of keys of their own. With one KV head there is no difference."""
+        return self.num_kv_lists != self.num_requests
 
     @property
     def works(self) -> np.ndarray:
@@ -202,8 +210,8 @@ class Plan:
 
     @property
     def kv_len(self) -> np.ndarray:
-        """int32 [num_requests]: keys of each request."""
-        return self._array("kv_len", np.int32, int(self.header["num_kv_lists"]))
+        """int32 [num_kv_lists]: keys of each request; of KV head h of request r at r * num_kv_heads + h."""
+        return self._array("kv_len", np.int32, self.num_kv_lists)
 
     @property
     def token_order(self) -> np.ndarray:
@@ -285,7 +293,8 @@ class Plan:
         bottom = ends[:-1] - ends[indptr[cta]]
         figure = Figure(figsize=(min(16.0, 5.0 + 0.07 * self.num_ctas), 3.6), layout="constrained")
         axes = figure.subplots()
-        color = colormaps["tab20"]((works["kv_list"] * 7 % 20) / 19.5)
+        request = works["kv_list"] // (self.num_kv_heads if self.has_head_lists else 1)
+        color = colormaps["tab20"]((request * 7 % 20) / 19.5)
         axes.bar(cta, cost, bottom=bottom, width=0.9, color=color, edgecolor="white", linewidth=0.3)
         mean = self.total_cost_us / self.num_ctas
         axes.axhline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.1f} us")

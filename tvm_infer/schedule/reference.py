@@ -43,10 +43,10 @@ class TileClass(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row tile with the keys it sees, or a piece of these keys; all KV heads cost the same. Rows are of one request, or of several
-    that share the keys."""
+    """A row tile with the keys it sees, or a piece of these keys. It stands for all KV heads, which cost the same, or is of one head
+    with a list of keys of its own. Rows are of one request, or of several that share the keys."""
 
-    request: int
+    kv_list: int  # the request's, or where each KV head has its own that of `head`
     tile_class: int
     row_begin: int
     num_rows: int
@@ -60,6 +60,7 @@ class Item(NamedTuple):
         -1
     )  # of an item of shared keys, or beside such: its first tile that merges, and how many there are
     merge_tiles: int = 0
+    head: int = 0  # its first KV head
 
     def sink_cost(self, tile_class: TileClass) -> int:
         return tile_class.cost(self.overhead, self.sink) if self.sink else 0
@@ -117,11 +118,14 @@ def class_of(classes: list[TileClass], num_rows: int) -> int:
     return next((i for i, t in enumerate(classes) if t.rows >= num_rows), len(classes) - 1)
 
 
-def make_items(qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, classes: list[TileClass]) -> list[Item]:
-    """Row tiles of every request, in order; with a fixed split size, their pieces."""
+def make_items(
+    qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, classes: list[TileClass], lists: int = 1
+) -> list[Item]:
+    """Row tiles of every request, in order; with a fixed split size, their pieces. Of each of the request's `lists` of keys."""
     items: list[Item] = []
     tile = 0
-    for r, kv in enumerate(kv_len):
+    for kv_list, kv in enumerate(kv_len):
+        r, head = divmod(kv_list, lists)
         qo_len = qo_indptr[r + 1] - qo_indptr[r]
         num_rows = qo_len * group
         c = class_of(classes, num_rows)
@@ -135,7 +139,8 @@ def make_items(qo_indptr: Any, kv_len: Any, group: int, band: Band, fixed: int, 
             else:
                 parts = [(*ranges[-1], ranges[0][1] if len(ranges) == 2 else 0)]
             for b, e, sink in parts:
-                items.append(Item(r, c, qo_indptr[r] * group + row, rows, b, e, first, overhead, tile, sink))
+                row_begin = qo_indptr[r] * group + row
+                items.append(Item(kv_list, c, row_begin, rows, b, e, first, overhead, tile, sink, head=head))
             tile += 1
     return items
 
@@ -182,7 +187,7 @@ def lay(
 
     def end_merge(i: int, head: int, n: int, slots: list[int]) -> None:
         if items[i].merge_tile < 0:
-            out.merges.append((items[i].row_begin, items[i].num_rows, head, n, slots))
+            out.merges.append((items[i].row_begin, items[i].num_rows, items[i].head + head, n, slots))
 
     # Tiles cut at a fixed size: all pieces have the same runs of heads, and their partial rows and merges are known beforehand.
     pieces: dict[int, list[int]] = {}
@@ -197,7 +202,7 @@ def lay(
         row, rows = items[members[0]].row_begin, items[members[0]].num_rows
         for head in range(0, heads, run):
             rows_of = [out.partial_rows + (i * heads + head) * rows for i in range(len(members))]
-            out.merges.append((row, rows, head, min(run, heads - head), rows_of))
+            out.merges.append((row, rows, items[members[0]].head + head, min(run, heads - head), rows_of))
         out.partial_rows += len(members) * heads * rows
 
     def cut_head(i: int, head: int) -> bool:
@@ -377,14 +382,16 @@ def plan(
 
     tile_table : five integers per class: rows, kv_granule, fixed, row, kv.
     """
-    qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in kv_len]
+    has_head_lists = np.ndim(kv_len) == 2
+    qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in np.ravel(kv_len)]
     values = [int(v) for v in tile_table]
     classes = [TileClass(*values[i : i + 5]) for i in range(0, len(values), 5)]
     group = num_qo_heads // num_kv_heads
-    items = make_items(qo_indptr, kv_len, group, band, fixed_split_size, classes)
+    lists, item_heads = (num_kv_heads, 1) if has_head_lists else (1, num_kv_heads)
+    items = make_items(qo_indptr, kv_len, group, band, fixed_split_size, classes, lists)
     is_unaligned = band.window_left >= 0 or band.chunk > 0
-    layout = choose(items, classes, num_kv_heads, num_ctas, fixed_split_size, is_unaligned)
-    order, runs = runs_of(levels, len(kv_len))
+    layout = choose(items, classes, item_heads, num_ctas, fixed_split_size, is_unaligned)
+    order, runs = runs_of(levels, len(qo_indptr) - 1)
     forest = make_forest(order, runs, qo_indptr, kv_len, group, band, classes) if runs else None
     if forest is not None:
         shared = choose_shared(forest, layout, classes, num_kv_heads, num_ctas)
@@ -402,8 +409,8 @@ def plan(
         i = items[w.item]
         rows, heads, keys = (
             (i.row_begin, i.num_rows),
-            (w.head, w.num_heads),
-            (i.request, w.kv_begin, w.kv_end, i.merge_tiles),
+            (i.head + w.head, w.num_heads),
+            (i.kv_list, w.kv_begin, w.kv_end, i.merge_tiles),
         )
         works.append((*rows, *heads, *keys, i.position, i.tile_class, w.out, w.merge))
     slots = [m[4] for m in merges]
@@ -428,7 +435,7 @@ def plan(
         "version": fmt.PLAN_VERSION,
         "capture_key": key,
         "num_ctas": num_ctas,
-        "num_requests": len(kv_len),
+        "num_requests": len(qo_indptr) - 1,
         "num_tokens": qo_indptr[-1],
         "num_kv_heads": num_kv_heads,
         "group_size": group,

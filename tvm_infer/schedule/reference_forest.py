@@ -74,7 +74,7 @@ def make_forest(
     for place, r in enumerate(order):
         qo_len = qo_indptr[r + 1] - qo_indptr[r]
         for item in make_items([0, qo_len], [kv_len[r]], group, band, 0, classes):
-            moved = item._replace(request=r, row_begin=item.row_begin + row, tile=len(tiles))
+            moved = item._replace(kv_list=r, row_begin=item.row_begin + row, tile=len(tiles))
             tiles.append(Tile(moved, kv_len[r], place))
         row += qo_len * group
     within = [[t for t in tiles if run.begin <= t.place < run.end] for run in runs]
@@ -84,8 +84,8 @@ def make_forest(
 
     def most(t: Tile) -> int:
         """Keys of a tile that may be shared: all its request's rows see them, and one is left."""
-        return kv_len[t.item.request] - (
-            qo_indptr[t.item.request + 1] - qo_indptr[t.item.request] if band.window_right >= 0 else 1
+        return kv_len[t.item.kv_list] - (
+            qo_indptr[t.item.kv_list + 1] - qo_indptr[t.item.kv_list] if band.window_right >= 0 else 1
         )
 
     kv_end = [min([run.kv_end, *(most(t) for t in ts)]) for run, ts in zip(runs, within, strict=True)]
@@ -139,7 +139,7 @@ def make_forest(
             overhead, first = classes[c].fixed + classes[c].row * rows, ts[0].item
             keys = (begin, kv_end[k], kv_end[k], overhead, len(items))
             items.append(
-                Item(first.request, c, first.row_begin, rows, *keys, merge_tile=ts[0].merge, merge_tiles=len(ts))
+                Item(first.kv_list, c, first.row_begin, rows, *keys, merge_tile=ts[0].merge, merge_tiles=len(ts))
             )
     num_shared = len(items)
     for t in tiles:

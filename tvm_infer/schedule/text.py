@@ -31,7 +31,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 def _rows(plan: Plan, work: Any) -> str:
     """Whose rows a work has: "r2[0:4]" of one request, "r2+15[64 rows]" of that and 15 more that share the keys."""
-    requests = plan.requests_of(work) if work["merge_tiles"] > 0 else [work["kv_list"]]
+    lists = plan.num_kv_heads if plan.has_head_lists else 1
+    requests = plan.requests_of(work) if work["merge_tiles"] > 0 else [work["kv_list"] // lists]
     if len(requests) > 1:
         return f"r{requests[0]}+{len(requests) - 1}[{work['num_rows']} rows]"
     token = int(plan.token_order[work["row_begin"] // plan.group_size])

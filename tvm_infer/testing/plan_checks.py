@@ -10,11 +10,13 @@ import numpy as np
 from ..schedule import Plan
 
 
-def visible_ranges(plan: Plan, request: int, row_begin: int, num_rows: int) -> list[tuple[int, int]]:
+def visible_ranges(
+    plan: Plan, request: int, row_begin: int, num_rows: int, kv_list: int | None = None
+) -> list[tuple[int, int]]:
     """Keys [begin, end) that some row of a tile sees: sinks and others, where they lie apart; [(0, 0)] if none. Rows are packed rows
-    within the request."""
+    within the request; `kv_list` where it is not the request's."""
     qo_len = int(plan.qo_indptr[request + 1] - plan.qo_indptr[request])
-    kv_len = int(plan.kv_len[request])
+    kv_len = int(plan.kv_len[request if kv_list is None else kv_list])
     left, right, num_sink, chunk = plan.band
     first = kv_len - qo_len + row_begin // plan.group_size
     last = kv_len - qo_len + (row_begin + num_rows - 1) // plan.group_size
@@ -52,6 +54,11 @@ def check_plan(plan: Plan) -> None:
     assert (works["num_rows"] <= plan.tile_classes["rows"][works["tile_class"]]).all()
     assert (works["kv_head_begin"] >= 0).all()
     assert (works["kv_head_begin"] + works["num_kv_heads"] <= plan.num_kv_heads).all()
+    assert plan.num_kv_lists in (plan.num_requests, plan.num_requests * plan.num_kv_heads)
+    if plan.has_head_lists:
+        assert (works["num_kv_heads"] == 1).all(), "a work of several heads, whose keys are not the same"
+        assert (works["kv_list"] % plan.num_kv_heads == works["kv_head_begin"]).all(), "keys of another head"
+        assert plan.num_shared_works == 0
     assert ((works["out"] < 0) == (works["merge"] < 0)).all()
     assert (works["merge_tiles"][works["merge"] < 0] == 0).all()
     assert (np.sort(plan.token_order) == np.arange(plan.num_tokens)).all(), "tokens are skipped or repeated"
@@ -140,27 +147,36 @@ def _check_cover(plan: Plan, parts: _Parts) -> None:
             "a tile holds rows of another request"
         )
         local = int(tokens[0] - plan.qo_indptr[request]) * plan.group_size + row % plan.group_size
-        expected = visible_ranges(plan, request, local, num_rows)
-        heads = slice(t * plan.num_kv_heads, (t + 1) * plan.num_kv_heads)
-        assert (begin[at[heads]] == expected[0][0]).all() and (end[last[heads]] == expected[-1][1]).all(), (
-            "keys outside the band"
-        )
-        assert (gaps_of[heads] == len(expected) - 1).all(), "keys are skipped or computed twice"
-        inside = gaps[(gaps >= at[heads.start]) & (gaps <= last[heads.stop - 1])] if len(expected) > 1 else gaps[:0]
-        assert (end[inside - 1] == expected[0][1]).all() and (begin[inside] == expected[-1][0]).all(), (
-            "keys outside the band"
-        )
-        mine = np.unique(parts.work[at[heads.start] : last[heads.stop - 1] + 1])
-        position = int(plan.kv_len[request] - (plan.qo_indptr[request + 1] - plan.qo_indptr[request]))
-        for work in works[mine]:
-            if _is_shared(plan, work):  # all of them see its keys
-                assert (
-                    work["kv_end"]
-                    <= work["qo_pos_base"]
-                    <= max(position, 0 if plan.band.window_right >= 0 else plan.kv_len[request])
-                )
-            else:
-                assert work["kv_list"] == request and work["qo_pos_base"] == position + local // plan.group_size
+        for head in range(plan.num_kv_heads) if plan.has_head_lists else [None]:
+            _check_tile(plan, parts, (at, last, gaps, gaps_of), t, request, local, num_rows, head)
+
+
+def _check_tile(
+    plan: Plan, parts: _Parts, ends: Any, t: int, request: int, local: int, num_rows: int, head: int | None
+) -> None:
+    """The keys of a tile's works, from `local` of the request's rows on; of one head, or of all, that see the same (None)."""
+    at, last, gaps, gaps_of = ends
+    works, begin, end = plan.works, parts.begin, parts.end
+    kv_list = request if head is None else request * plan.num_kv_heads + head
+    expected = visible_ranges(plan, request, local, num_rows, kv_list)
+    first_head, num_heads = (0, plan.num_kv_heads) if head is None else (head, 1)
+    heads = slice(t * plan.num_kv_heads + first_head, t * plan.num_kv_heads + first_head + num_heads)
+    assert (begin[at[heads]] == expected[0][0]).all() and (end[last[heads]] == expected[-1][1]).all(), (
+        "keys outside the band"
+    )
+    assert (gaps_of[heads] == len(expected) - 1).all(), "keys are skipped or computed twice"
+    inside = gaps[(gaps >= at[heads.start]) & (gaps <= last[heads.stop - 1])] if len(expected) > 1 else gaps[:0]
+    assert (end[inside - 1] == expected[0][1]).all() and (begin[inside] == expected[-1][0]).all(), (
+        "keys outside the band"
+    )
+    mine = np.unique(parts.work[at[heads.start] : last[heads.stop - 1] + 1])
+    position = int(plan.kv_len[kv_list] - (plan.qo_indptr[request + 1] - plan.qo_indptr[request]))
+    for work in works[mine]:
+        if _is_shared(plan, work):  # all of them see its keys
+            most = max(position, 0 if plan.band.window_right >= 0 else plan.kv_len[request])
+            assert work["kv_end"] <= work["qo_pos_base"] <= most
+        else:
+            assert work["kv_list"] == kv_list and work["qo_pos_base"] == position + local // plan.group_size
 
 
 def _check_merges(plan: Plan, parts: _Parts) -> None:

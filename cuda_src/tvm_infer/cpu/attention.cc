@@ -257,6 +257,10 @@ void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_thre
                                        << " works with rows of several requests, and the call a variant, which runs without any. Plan "
                                           "without levels.";
   }
+  if (header.num_kv_lists != header.num_requests && args.variant != nullptr) {
+    TVM_INFER_THROW(PlanMismatchError) << "the plan has a list of keys for each KV head, where positions say nothing of a request, and the "
+                                          "call a variant, which is told positions. Plan with one kv_len for each request.";
+  }
   if (num_threads > kMaxThreads) {
     TVM_INFER_THROW(ArgumentError) << "num_threads is " << num_threads << ", but must be at most " << kMaxThreads << ".";
   }

@@ -1,5 +1,7 @@
 #include "tvm_infer/ffi/attention.h"
 
+#include <array>
+
 #include "tvm_infer/ffi/attention_checks.h"
 #include "tvm_infer/ffi/attention_cuda.h"
 #include "tvm_infer/ffi/common.h"
@@ -70,7 +72,8 @@ CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView
   CheckCacheFitsQuery(shape, q);
   CheckPageTable(kv_page_indptr, kv_page_indices, kHost, source);
   CheckPageTableValues({source->page_indptr, kv_page_indptr.size(0), source->page_indices, kv_page_indices.size(0)},
-                       plan.header->num_kv_lists, plan.kv_len(), shape, DebugChecks());
+                       plan.header->num_kv_lists, plan.kv_len(), shape, DebugChecks(),
+                       plan.header->num_kv_lists != plan.header->num_requests);
   return shape;
 }
 
@@ -92,16 +95,16 @@ void AttendPaged(const TensorView& plan, const TensorView& q, const TensorView& 
   cpu::Attention(args, 0);
 }
 
-void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr,
-                  double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
+void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& rows,
+                  RowTable table, double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
                   const VariantCallObj* variant, const KVScales& scales = KVScales()) {
   const Place place = PlaceOf(q, "q");
   const variant::Call* call = CallOf(variant, place);
-  if (place.is_cuda()) return on_cuda::RaggedAttention(place, plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, call, scales);
+  if (place.is_cuda()) return on_cuda::RaggedAttention(place, plan, q, k, v, rows, table, sm_scale, workspace, o, lse, call, scales);
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
-  CheckRagged(q, k, v, kv_indptr, kHost, &args.kv, scales);
-  CheckRaggedValues(args.kv.page_indptr, kv_indptr.size(0), k, PlanView(args.plan));
+  CheckRagged(q, k, v, rows, table, kHost, &args.kv, scales);
+  (table == RowTable::kIndptr ? CheckRaggedValues : CheckStartValues)(args.kv.page_indptr, rows.size(0), k, PlanView(args.plan));
   cpu::Attention(args, 0);
 }
 
@@ -116,6 +119,7 @@ void AppendAndAttend(const TensorView& plan, const TensorView& q, const TensorVi
                                          workspace, o, lse, call, scales);
   }
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
+  CheckPlanAppends(*PlanView(args.plan).header);
   args.variant = call;
   const PlanView view(args.plan);
   const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
@@ -161,12 +165,12 @@ void VariantPagedAttention(TensorView plan, TensorView q, TensorView k_cache, Op
 
 void RaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale, TensorView workspace,
                      TensorView o, OptionalTensor lse) {
-  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, nullptr); });
+  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, RowTable::kIndptr, sm_scale, workspace, o, lse, nullptr); });
 }
 
 void VariantRaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale,
                             TensorView workspace, TensorView o, OptionalTensor lse, VariantCall variant) {
-  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, variant.get()); });
+  Guarded([&] { AttendRagged(plan, q, k, v, kv_indptr, RowTable::kIndptr, sm_scale, workspace, o, lse, variant.get()); });
 }
 
 void AppendPaged(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
@@ -204,8 +208,74 @@ void ScaledPagedAttention(TensorView plan, TensorView q, TensorView k_cache, Opt
 void ScaledRaggedAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_indptr, double sm_scale,
                            TensorView workspace, TensorView o, OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales,
                            OptionalTensor v_scales, tvm::ffi::Optional<VariantCall> variant) {
-  Guarded(
-      [&] { AttendRagged(plan, q, k, v, kv_indptr, sm_scale, workspace, o, lse, Get(variant), {k_scale, v_scale, k_scales, v_scales}); });
+  Guarded([&] {
+    AttendRagged(plan, q, k, v, kv_indptr, RowTable::kIndptr, sm_scale, workspace, o, lse, Get(variant),
+                 {k_scale, v_scale, k_scales, v_scales});
+  });
+}
+
+namespace {
+
+constexpr const char* kBuffers = "[num_rows, num_kv_heads, head_dim], or [num_buffers, max_len, num_kv_heads, head_dim]";
+
+// Rows from one buffer to the next of a tensor [num_buffers, max_len, …]: they need not touch, nor does a buffer's head.
+int64_t BufferStride(const TensorView& x, const char* name) {
+  CheckRank(x, name, 4, kBuffers);
+  if (x.numel() == 0 || x.size(0) == 1) return x.size(1);
+  const int64_t buffer = Stride(x, 0), row = Stride(x, 1);
+  if (x.size(1) == 1 && buffer > 0) return 1;  // the buffers are the rows
+  if (row <= 0 || buffer < 0 || buffer % row != 0) {
+    TVM_INFER_THROW(ArgumentError) << "argument `" << name << "`, shape " << ShapeString(x) << ", has strides " << buffer
+                                   << " from one buffer to the next and " << row
+                                   << " from one token to the next; the first must be a multiple of the second, so that the buffers are "
+                                      "rows of one tensor. Pass them as one tensor [num_rows, num_kv_heads, head_dim], or copy them";
+  }
+  return buffer / row;
+}
+
+// [num_buffers, max_len, num_kv_heads, head_dim] as [num_rows, num_kv_heads, head_dim], what lies between the buffers included.
+class AsRows {
+ public:
+  AsRows(const TensorView& x, const char* name) : of_(x), shape_{}, strides_{}, tensor_{} {
+    if (x.ndim() == 3) return;
+    const int64_t stride = BufferStride(x, name), buffers = x.size(0);
+    shape_ = {x.numel() == 0 ? 0 : (buffers - 1) * stride + x.size(1), x.size(2), x.size(3)};
+    strides_ = {x.size(1) == 1 ? Stride(x, 0) : Stride(x, 1), Stride(x, 2), Stride(x, 3)};
+    tensor_ = {DataPtr<void>(x), x.device(), 3, x.dtype(), shape_.data(), strides_.data(), 0};
+    of_ = TensorView(&tensor_);
+  }
+  AsRows(const AsRows&) = delete;
+  const TensorView& view() const { return of_; }
+
+ private:
+  TensorView of_;
+  std::array<int64_t, 3> shape_, strides_;
+  DLTensor tensor_;
+};
+
+}  // namespace
+
+int64_t ContiguousStride(TensorView k, TensorView v) {
+  return Guarded([&] {
+    const int64_t stride = BufferStride(k, "k"), stride_v = BufferStride(v, "v");
+    if (stride != stride_v) {
+      TVM_INFER_THROW(ArgumentError) << "arguments `k` and `v` have " << stride << " and " << stride_v
+                                     << " rows from one buffer to the next; they must have the same, since one `kv_start` is for both. Lay "
+                                        "them out alike";
+    }
+    return stride;
+  });
+}
+
+void ContiguousAttention(TensorView plan, TensorView q, TensorView k, TensorView v, TensorView kv_start, double sm_scale,
+                         TensorView workspace, TensorView o, OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales,
+                         OptionalTensor v_scales, tvm::ffi::Optional<VariantCall> variant) {
+  Guarded([&] {
+    if (k.ndim() == 4 && v.ndim() == 4) ContiguousStride(k, v);
+    const AsRows k_rows(k, "k"), v_rows(v, "v");
+    AttendRagged(plan, q, k_rows.view(), v_rows.view(), kv_start, RowTable::kStart, sm_scale, workspace, o, lse, Get(variant),
+                 {k_scale, v_scale, k_scales, v_scales});
+  });
 }
 
 void ScaledAppend(TensorView k, TensorView v, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,

@@ -31,6 +31,8 @@
   V(scaled_ragged_attention, ScaledRaggedAttention)   \
   V(scaled_append, ScaledAppend)                      \
   V(scaled_append_attention, ScaledAppendAttention)   \
+  V(contiguous_attention, ContiguousAttention)        \
+  V(contiguous_stride, ContiguousStride)              \
   V(merge, MergeStates)                               \
   V(set_debug_checks, SetDebugChecks)
 
@@ -92,6 +94,18 @@ void ScaledAppendAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tv
                            tvm::ffi::TensorView kv_page_indices, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
                            OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales,
                            tvm::ffi::Optional<VariantCall> variant);
+
+// ScaledRaggedAttention for keys that begin anywhere: list l has rows kv_start[l] … kv_start[l] + kv_len of k and v, kv_len the plan's.
+// Requests may stand in any order, with gaps of anything between them, and may share rows.
+//   k, v      [num_rows, num_kv_heads, head_dim]; or [num_buffers, max_len, num_kv_heads, head_dim], whose row b * stride + j, of
+//             ContiguousStride, is [b, j]
+//   kv_start  int32 [num_requests], on the device of q
+void ContiguousAttention(tvm::ffi::TensorView plan, tvm::ffi::TensorView q, tvm::ffi::TensorView k, tvm::ffi::TensorView v,
+                         tvm::ffi::TensorView kv_start, double sm_scale, tvm::ffi::TensorView workspace, tvm::ffi::TensorView o,
+                         OptionalTensor lse, double k_scale, double v_scale, OptionalTensor k_scales, OptionalTensor v_scales,
+                         tvm::ffi::Optional<VariantCall> variant);
+// Rows from one buffer of k and v to the next. ArgumentError where that is no whole number of them, or not the same of both.
+int64_t ContiguousStride(tvm::ffi::TensorView k, tvm::ffi::TensorView v);
 
 // (o, lse) = (o_a, lse_a) (+) (o_b, lse_b): the attention over the union of two disjoint sets of keys.
 void MergeStates(tvm::ffi::TensorView o_a, tvm::ffi::TensorView lse_a, tvm::ffi::TensorView o_b, tvm::ffi::TensorView lse_b,

@@ -120,7 +120,7 @@ void CheckPageTable(const TensorView& indptr, const TensorView& indices, const P
   source->page_indices = DataPtr<const int32_t>(indices);
 }
 
-void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr, const Place& place,
+void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& rows, RowTable table, const Place& place,
                  cpu::KVSource* source, const KVScales& scales) {
   const TensorView* tensors[] = {&k, &v};
   const char* names[] = {"k", "v"};
@@ -133,8 +133,8 @@ void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, 
   }
   CheckSameDType(v, "v", k, "k");
   for (int axis = 0; axis < 2; ++axis) CheckDim(v, "v", axis, k.size(axis), "as k");
-  CheckIndex(kv_indptr, "kv_indptr", place);
-  if (kv_indptr.size(0) < 1) TVM_INFER_THROW(ArgumentError) << "argument `kv_indptr` is empty; it has one entry more than requests";
+  CheckIndex(rows, NameOf(table), place);
+  if (NumLists(table, rows) < 0) TVM_INFER_THROW(ArgumentError) << "argument `kv_indptr` is empty; it has one entry more than requests";
   source->dtype = CheckKVDType(k, "k");
   source->k = DataPtr<void>(k);
   source->v = DataPtr<void>(v);
@@ -144,7 +144,7 @@ void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, 
   source->v_token_stride = Stride(v, 0);
   source->v_head_stride = Stride(v, 1);
   source->page_size = 1;
-  source->page_indptr = DataPtr<const int32_t>(kv_indptr);
+  source->page_indptr = DataPtr<const int32_t>(rows);
   source->page_indices = nullptr;
   SetScales(scales, k.size(1), place, source);
 }

@@ -26,8 +26,13 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
 // Head_dim of the cache is that of q, and their data types are a pair.
 void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q);
 void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source);
+// Where each list's rows are: kIndptr, rows indptr[l] … indptr[l + 1], [num_lists + 1]; kStart, from row start[l] on, [num_lists].
+enum class RowTable { kIndptr, kStart };
+inline const char* NameOf(RowTable table) { return table == RowTable::kIndptr ? "kv_indptr" : "kv_start"; }
+inline int64_t NumLists(RowTable table, const TensorView& rows) { return rows.size(0) - (table == RowTable::kIndptr ? 1 : 0); }
+
 // Keys without pages: k and v against each other and q.
-void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& kv_indptr, const Place& place,
+void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& rows, RowTable table, const Place& place,
                  cpu::KVSource* source, const KVScales& scales = KVScales());
 // New tokens against the cache.
 void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& shape, const Place& place);

@@ -111,7 +111,7 @@ std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& 
   CheckPlanFitsCache(header, shape);
   const std::vector<int32_t> indptr = scope.ToHost(kv_page_indptr), indices = scope.ToHost(kv_page_indices);
   CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, header.num_kv_lists,
-                       PlanView(&header).kv_len(), shape, /*check_pages=*/true);
+                       PlanView(&header).kv_len(), shape, /*check_pages=*/true, header.num_kv_lists != header.num_requests);
   return words;
 }
 
@@ -150,26 +150,26 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
 }
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
-                     const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
+                     const TensorView& rows, RowTable table, double sm_scale, const TensorView& workspace, const TensorView& o,
                      const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales) {
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k, "k");
   launch.variant = variant;
   cpu::KVSource source{};
-  CheckRagged(q, k, v, kv_indptr, place, &source, scales);
+  CheckRagged(q, k, v, rows, table, place, &source, scales);
   CheckAlignedRows(k, "k");
   CheckAlignedRows(v, "v");
   SetHeads(&launch.params.expected, q, k.size(1), "k");
-  launch.params.expected.max_kv_lists = static_cast<int32_t>(kv_indptr.size(0)) - 1;
+  launch.params.expected.max_kv_lists = static_cast<int32_t>(NumLists(table, rows));
   SetKeys(&launch.params, source);
   launch.page_size = cuda::kRagged;
   launch.num_pages = k.size(0);
   const CudaScope scope(place.device);
   if (MayCheckValues(scope)) {
-    const std::vector<int32_t> words = scope.ToHost(plan), indptr = scope.ToHost(kv_indptr);
+    const std::vector<int32_t> words = scope.ToHost(plan), values = scope.ToHost(rows);
     const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
     CheckPlanFitsQuery(header, q, /*is_padded=*/true);
     CheckPlanFitsWorkspace(header, workspace, q.size(2));
-    CheckRaggedValues(indptr.data(), kv_indptr.size(0), k, PlanView(&header));
+    (table == RowTable::kIndptr ? CheckRaggedValues : CheckStartValues)(values.data(), rows.size(0), k, PlanView(&header));
     CheckDeviceScales(scope, scales);
   }
   Launch(scope, &launch);
@@ -218,6 +218,7 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
   if (MayCheckValues(scope)) {
     const std::vector<int32_t> words = CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
     const PlanView view(words.data());
+    CheckPlanAppends(*view.header);
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
     CheckDeviceScales(scope, scales);
   }

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "tvm_infer/ffi/attention.h"
+#include "tvm_infer/ffi/attention_checks.h"
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/variant/cpu_functions.h"
@@ -26,7 +27,7 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
                     const variant::Call* variant, const KVScales& scales);
 
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
-                     const TensorView& kv_indptr, double sm_scale, const TensorView& workspace, const TensorView& o,
+                     const TensorView& rows, RowTable table, double sm_scale, const TensorView& workspace, const TensorView& o,
                      const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales);
 
 void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, const TensorView& qo_indptr, const TensorView& kv_len,

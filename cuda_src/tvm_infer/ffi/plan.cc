@@ -90,11 +90,29 @@ struct PlanCall {
   PlanCall(const TensorView& qo_indptr_, const TensorView& kv_len_, const TensorView& plan_out) {
     CheckIndex(qo_indptr_, "qo_indptr");
     CheckIndex(kv_len_, "kv_len");
-    CheckIndex(plan_out, "plan_out");
     CheckDim(qo_indptr_, "qo_indptr", 0, kv_len_.size(0) + 1, "one more than kv_len has entries");
+    Read(qo_indptr_, kv_len_, plan_out);
+  }
+  PlanCall(const TensorView& qo_indptr_, const TensorView& kv_len_, const TensorView& plan_out, const PlanParams& params) {
+    CheckParams(params);
+    CheckIndex(qo_indptr_, "qo_indptr");
+    CheckIndex(kv_len_, "kv_len");
+    if (qo_indptr_.size(0) < 1) TVM_INFER_THROW(ArgumentError) << "argument `qo_indptr` is empty; it has one entry more than requests";
+    const int64_t requests = qo_indptr_.size(0) - 1;
+    if (kv_len_.size(0) != requests * params.num_kv_heads) {
+      TVM_INFER_THROW(ArgumentError) << "argument `kv_len` has " << kv_len_.size(0) << " entries; " << requests << " requests with "
+                                     << params.num_kv_heads << " KV heads, each with a list of keys, need "
+                                     << requests * params.num_kv_heads;
+    }
+    Read(qo_indptr_, kv_len_, plan_out);
+  }
+
+ private:
+  void Read(const TensorView& qo_indptr_, const TensorView& kv_len_, const TensorView& plan_out) {
+    CheckIndex(plan_out, "plan_out");
     qo_indptr = DataPtr<int32_t>(qo_indptr_);
     kv_len = DataPtr<int32_t>(kv_len_);
-    num_requests = CheckedInt32(kv_len_.size(0), "number of requests");
+    num_requests = CheckedInt32(qo_indptr_.size(0) - 1, "number of requests");
     out = DataPtr<void>(plan_out);
     out_bytes = plan_out.numel() * static_cast<int64_t>(sizeof(int32_t));
   }
@@ -126,6 +144,17 @@ int64_t MakeSharedPlan(TensorView qo_indptr, TensorView kv_len, TensorView level
   });
 }
 
+int64_t MakeHeadListsPlan(TensorView qo_indptr, TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
+                          tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_partial_rows,
+                          TensorView plan_out) {
+  return Guarded([&] {
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
+    const PlanCall call(qo_indptr, kv_len, plan_out, params);
+    return ThreadPlanner().PlanHeadLists(params, call.qo_indptr, call.kv_len, call.num_requests, call.out, call.out_bytes,
+                                         max_partial_rows);
+  });
+}
+
 tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
                                tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens) {
   return PlanSharedCapacityOf(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table, max_requests, max_tokens,
@@ -139,6 +168,20 @@ tvm::ffi::Shape PlanSharedCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads,
     const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
     const PlanLimits limits{CheckedInt32(max_requests, "max_requests"), CheckedInt32(max_tokens, "max_tokens"), max_kv_tokens,
                             CheckedInt32(max_levels, "max_levels"), CheckedInt32(max_shared_tokens, "max_shared_tokens")};
+    const PlanCapacity capacity = ComputeCapacity(params, limits);
+    return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});
+  });
+}
+
+tvm::ffi::Shape PlanHeadListsCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band,
+                                        int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                                        int64_t max_kv_tokens) {
+  return Guarded([&] {
+    const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
+    const PlanLimits limits{.max_requests = CheckedInt32(max_requests, "max_requests"),
+                            .max_tokens = CheckedInt32(max_tokens, "max_tokens"),
+                            .max_kv_tokens = max_kv_tokens,
+                            .has_head_lists = true};
     const PlanCapacity capacity = ComputeCapacity(params, limits);
     return tvm::ffi::Shape({capacity.plan_bytes, capacity.partial_rows});
   });

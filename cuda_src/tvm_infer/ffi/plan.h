@@ -8,15 +8,17 @@
 
 #include "tvm_infer/schedule/planner.h"
 
-#define TVM_INFER_PLAN_FUNCTIONS(V)             \
-  V(abi_version, AbiVersion)                    \
-  V(plan, MakePlan)                             \
-  V(plan_shared, MakeSharedPlan)                \
-  V(plan_capacity, PlanCapacityOf)              \
-  V(plan_shared_capacity, PlanSharedCapacityOf) \
-  V(plan_upload, UploadPlan)                    \
-  V(cpu_tile_table, CpuTileTable)               \
-  V(cpu_kv_tile_table, CpuKVTileTable)          \
+#define TVM_INFER_PLAN_FUNCTIONS(V)                    \
+  V(abi_version, AbiVersion)                           \
+  V(plan, MakePlan)                                    \
+  V(plan_shared, MakeSharedPlan)                       \
+  V(plan_head_lists, MakeHeadListsPlan)                \
+  V(plan_capacity, PlanCapacityOf)                     \
+  V(plan_shared_capacity, PlanSharedCapacityOf)        \
+  V(plan_head_lists_capacity, PlanHeadListsCapacityOf) \
+  V(plan_upload, UploadPlan)                           \
+  V(cpu_tile_table, CpuTileTable)                      \
+  V(cpu_kv_tile_table, CpuKVTileTable)                 \
   V(cpu_info, CpuInfo)
 
 namespace tvm_infer::ffi_api {
@@ -46,6 +48,12 @@ int64_t MakeSharedPlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_l
                        int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table,
                        int64_t max_partial_rows, tvm::ffi::TensorView plan_out);
 
+// MakePlan where each KV head of a request has a list of keys of its own.
+//   kv_len         int32[num_requests * num_kv_heads]: keys of KV head h of request r at r * num_kv_heads + h
+int64_t MakeHeadListsPlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads,
+                          int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size, tvm::ffi::Shape tile_table,
+                          int64_t max_partial_rows, tvm::ffi::TensorView plan_out);
+
 // (plan bytes, partial rows) that suffice for every batch within the limits.
 tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band, int64_t fixed_split_size,
                                tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens, int64_t max_kv_tokens);
@@ -54,6 +62,11 @@ tvm::ffi::Shape PlanCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64
 tvm::ffi::Shape PlanSharedCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band,
                                      int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
                                      int64_t max_kv_tokens, int64_t max_levels, int64_t max_shared_tokens);
+
+// PlanCapacityOf for plans of MakeHeadListsPlan; max_kv_tokens counts the keys of all lists.
+tvm::ffi::Shape PlanHeadListsCapacityOf(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas, tvm::ffi::Shape band,
+                                        int64_t fixed_split_size, tvm::ffi::Shape tile_table, int64_t max_requests, int64_t max_tokens,
+                                        int64_t max_kv_tokens);
 
 // Copies a plan to a cuda device, in the order of the current stream: its bytes_used, through pinned memory, so that plan_host may be
 // written again at once.

@@ -52,6 +52,7 @@ Lengths HostLengths(const RopeCall& call, const CacheShape& shape) {
     const PlanHeader& header = CheckPlan(call.plan.value());
     CheckPlanFitsQuery(header, call.q, /*is_padded=*/true);
     CheckPlanFitsCache(header, shape);
+    CheckPlanAppends(header);
     const PlanView view(&header);
     lengths = {view.qo_indptr(), view.kv_len(), header.num_requests};
   } else {

@@ -37,6 +37,7 @@ void CheckValues(const CudaScope& scope, const RopeCall& call, const CacheShape&
     const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
     CheckPlanFitsQuery(header, call.q, /*is_padded=*/true);
     CheckPlanFitsCache(header, shape);
+    CheckPlanAppends(header);
     const PlanView view(&header);
     qo_indptr.assign(view.qo_indptr(), view.qo_indptr() + header.num_requests + 1);
     kv_len.assign(view.kv_len(), view.kv_len() + header.num_requests);

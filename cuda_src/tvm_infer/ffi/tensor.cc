@@ -1,6 +1,7 @@
 #include "tvm_infer/ffi/tensor.h"
 
 #include <utility>
+#include <vector>
 
 #include "tvm_infer/cpu/stream.h"
 #include "tvm_infer/ffi/common.h"
@@ -29,6 +30,25 @@ tvm::ffi::Tensor ViewAs(tvm::ffi::Tensor tensor, DLDataType dtype) {
     const tvm::ffi::ShapeView shape = tensor.shape(), strides = tensor.strides();  // lint: a Tensor has strides
     const DLDevice device = tensor.device();
     return tvm::ffi::Tensor::FromNDAllocStrided(SharedMemory{std::move(tensor)}, shape, strides, dtype, device);
+  });
+}
+
+tvm::ffi::Tensor SplitRows(tvm::ffi::Tensor tensor, int64_t rows) {
+  return Guarded([&] {
+    const TensorView view(tensor);
+    if (view.ndim() < 1 || rows < 1 || view.size(0) % rows != 0) {
+      TVM_INFER_THROW(ArgumentError) << "argument `tensor` has shape " << ShapeString(view) << " and `rows` is " << rows
+                                     << "; it must be at least 1 and divide the first dimension";
+    }
+    std::vector<int64_t> shape{view.size(0) / rows, rows}, strides{rows * Stride(view, 0), Stride(view, 0)};
+    for (int axis = 1; axis < view.ndim(); ++axis) {
+      shape.push_back(view.size(axis));
+      strides.push_back(Stride(view, axis));
+    }
+    const DLDevice device = tensor.device();
+    const DLDataType dtype = tensor.dtype();
+    return tvm::ffi::Tensor::FromNDAllocStrided(SharedMemory{std::move(tensor)}, tvm::ffi::ShapeView(shape.data(), shape.size()),
+                                                tvm::ffi::ShapeView(strides.data(), strides.size()), dtype, device);
   });
 }
 

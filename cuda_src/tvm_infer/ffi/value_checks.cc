@@ -70,10 +70,13 @@ void CheckPlanFitsWorkspace(const PlanHeader& header, const TensorView& workspac
   }
 }
 
-void CheckPageTableValues(const PageTable& table, int32_t num_lists, const int32_t* kv_len, const CacheShape& shape, bool check_pages) {
+void CheckPageTableValues(const PageTable& table, int32_t num_lists, const int32_t* kv_len, const CacheShape& shape, bool check_pages,
+                          bool is_by_head) {
+  const char* of = is_by_head ? "list " : "request ";
   if (table.num_indptr != num_lists + 1) {
     TVM_INFER_THROW(PlanMismatchError) << "argument `kv_page_indptr` has " << table.num_indptr << " entries; " << num_lists
-                                       << " requests need " << num_lists + 1;
+                                       << (is_by_head ? " lists, one for each request and KV head, need " : " requests need ")
+                                       << num_lists + 1;
   }
   const int32_t* ptr = table.indptr;
   if (ptr[0] != 0) TVM_INFER_THROW(ArgumentError) << "argument `kv_page_indptr` starts at " << ptr[0] << "; it must start at 0";
@@ -84,7 +87,7 @@ void CheckPageTableValues(const PageTable& table, int32_t num_lists, const int32
                                      << l + 1 << "; it must not decrease";
     }
     if (num_pages * shape.page_size < kv_len[l]) {
-      TVM_INFER_THROW(PlanMismatchError) << "request " << l << " has kv_len " << kv_len[l] << " but argument `kv_page_indptr` gives it "
+      TVM_INFER_THROW(PlanMismatchError) << of << l << " has kv_len " << kv_len[l] << " but argument `kv_page_indptr` gives it "
                                          << num_pages << " pages of " << shape.page_size << " tokens; it needs "
                                          << (kv_len[l] + static_cast<int64_t>(shape.page_size) - 1) / shape.page_size;
     }
@@ -97,8 +100,8 @@ void CheckPageTableValues(const PageTable& table, int32_t num_lists, const int32
     const int32_t used = (kv_len[l] + shape.page_size - 1) / shape.page_size;  // later entries may hold anything
     for (int32_t i = ptr[l]; i < ptr[l] + used; ++i) {
       if (table.indices[i] < 0 || table.indices[i] >= shape.num_pages) {
-        TVM_INFER_THROW(ArgumentError) << "argument `kv_page_indices` has page " << table.indices[i] << " at entry " << i << " (request "
-                                       << l << "); pages must be in [0, " << shape.num_pages << ")";
+        TVM_INFER_THROW(ArgumentError) << "argument `kv_page_indices` has page " << table.indices[i] << " at entry " << i << " (" << of << l
+                                       << "); pages must be in [0, " << shape.num_pages << ")";
       }
     }
   }
@@ -122,6 +125,30 @@ void CheckRaggedValues(const int32_t* ptr, int64_t num_indptr, const TensorView&
     TVM_INFER_THROW(ArgumentError) << "argument `kv_indptr` ends at " << ptr[header.num_kv_lists] << " but `k` has " << k.size(0)
                                    << " rows";
   }
+}
+
+void CheckStartValues(const int32_t* start, int64_t num_starts, const TensorView& k, const PlanView& plan) {
+  const PlanHeader& header = *plan.header;
+  CheckDim(k, "k", 1, header.num_kv_heads, "num_kv_heads of the plan");
+  if (num_starts != header.num_kv_lists) {
+    TVM_INFER_THROW(ArgumentError) << "argument `kv_start` has " << num_starts << " entries; it must have " << header.num_kv_lists
+                                   << ", one for each request of the plan";
+  }
+  for (int32_t l = 0; l < header.num_kv_lists; ++l) {
+    const int64_t length = plan.kv_len()[l];
+    if (start[l] < 0 || start[l] + length > k.size(0)) {
+      TVM_INFER_THROW(ArgumentError) << "argument `kv_start` is " << start[l] << " for request " << l << ", which has " << length
+                                     << " keys; its rows must lie within the " << k.size(0) << " of `k`";
+    }
+  }
+}
+
+void CheckPlanAppends(const PlanHeader& header) {
+  if (header.num_kv_lists == header.num_requests) return;
+  TVM_INFER_THROW(PlanMismatchError) << "argument `plan` has a list of keys for each KV head, " << header.num_kv_lists << " lists of "
+                                     << header.num_requests
+                                     << " requests, which say nothing of where a request's new tokens go; call append with the requests' "
+                                        "own page tables and kv_len, then attention";
 }
 
 void CheckAppendLengths(const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "tvm_infer/error.h"
+#include "tvm_infer/schedule/items.h"
 #include "tvm_infer/schedule/plan_writer.h"
 #include "tvm_infer/schedule/planner.h"
 
@@ -13,6 +14,10 @@ uint64_t Mix(uint64_t state, uint64_t value) {  // the finaliser of splitmix64 o
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
+}
+
+int64_t BytesOf(const PlanParams& p, const PlanSizes& sizes, const PlanLimits& limits, int64_t lists_per_request = 1) {
+  return PlanBytes(p, sizes, limits.max_requests, limits.max_requests * lists_per_request);
 }
 
 PlanSizes SizesOf(const LayoutBounds& bounds) { return {bounds.placements, bounds.merges, bounds.partials}; }
@@ -30,8 +35,7 @@ PlanCapacity AddShared(const PlanParams& p, const PlanLimits& limits, int64_t ti
   PlanSizes sizes{bounds.placements, bounds.merges + shared_tiles * heads};
   sizes.merge_slots = bounds.partials + shared_tiles * heads * (levels + 1) + bounds.cut_partials * tiles_of_one;
   sizes.ordered_tokens = limits.max_tokens;
-  return {std::max(PlanBytes(p, sizes, limits.max_requests), PlanBytes(p, SizesOf(flat), limits.max_requests)),
-          flat_rows + rows * heads * (levels + 1)};
+  return {std::max(BytesOf(p, sizes, limits), BytesOf(p, SizesOf(flat), limits)), flat_rows + rows * heads * (levels + 1)};
 }
 
 }  // namespace
@@ -54,37 +58,41 @@ uint64_t CaptureKey(const PlanParams& p) {
 // S: a tile of request r has at most ceil(kv_len[r] / S) <= 1 + kv_len[r] / S pieces, with sinks one more. Let request r have 1 + a tiles
 // and 1 + b pieces for each: sum(a) <= tiles - requests and sum(b) <= B = max_kv_tokens / S, so items, sum((1 + a) * (1 + b)), are at most
 // tiles + B + B * sum(a), most where all rows are one request's. Of its rows likewise: sum(rows * (1 + b)) <= rows * (1 + B).
-PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits) {
-  CheckParams(params);
+// With a list for each KV head, a batch is as one of num_kv_heads times the requests and rows, of one head.
+PlanCapacity ComputeCapacity(const PlanParams& all_heads, const PlanLimits& limits) {
+  CheckParams(all_heads);
+  const PlanParams params = limits.has_head_lists ? OfOneHead(all_heads) : all_heads;
+  const int64_t lists = limits.has_head_lists ? all_heads.num_kv_heads : 1;
   if (limits.max_requests < 0 || limits.max_tokens < 0 || limits.max_kv_tokens < 0 || limits.max_levels < 0 ||
       limits.max_shared_tokens < 0) {
     TVM_INFER_THROW(ArgumentError) << "limits are max_requests " << limits.max_requests << ", max_tokens " << limits.max_tokens
                                    << ", max_kv_tokens " << limits.max_kv_tokens << ", max_levels " << limits.max_levels
                                    << ", max_shared_tokens " << limits.max_shared_tokens << "; each must be at least 0";
   }
-  const int64_t rows = int64_t{limits.max_tokens} * (params.num_qo_heads / params.num_kv_heads);
-  const int64_t active = std::min(limits.max_requests, limits.max_tokens);  // requests with a query token
-  if (active == 0) return {PlanBytes(params, {}, limits.max_requests), 0};
+  const int64_t rows_of_list = int64_t{limits.max_tokens} * (params.num_qo_heads / params.num_kv_heads), rows = rows_of_list * lists;
+  const int64_t active = lists * std::min(limits.max_requests, limits.max_tokens);  // lists of requests with a query token
+  if (active == 0) return {BytesOf(params, {}, limits, lists), 0};
   const bool has_sink = params.band.num_sink > 0;
   const int64_t tiles = MaxTiles(params, active, rows);
   LayoutBounds bounds = BoundLayout(params, tiles, 0);
-  const int64_t tile_rows = std::min<int64_t>(rows, params.tile_classes[params.num_tile_classes - 1].rows);
+  const int64_t tile_rows = std::min<int64_t>(rows_of_list, params.tile_classes[params.num_tile_classes - 1].rows);
   int64_t partial_rows = has_sink ? 2 * rows * params.num_kv_heads + bounds.cut_partials * tile_rows : bounds.partials * tile_rows;
-  if (limits.max_levels > 0 && limits.max_shared_tokens > 0 && params.band.IsSharable() && params.fixed_split_size == kSplitAuto) {
+  if (limits.max_levels > 0 && limits.max_shared_tokens > 0 && !limits.has_head_lists && params.band.IsSharable() &&
+      params.fixed_split_size == kSplitAuto) {
     return AddShared(params, limits, tiles, bounds, partial_rows);
   }
-  if (params.fixed_split_size <= 0) return {PlanBytes(params, SizesOf(bounds), limits.max_requests), partial_rows};
+  if (params.fixed_split_size <= 0) return {BytesOf(params, SizesOf(bounds), limits, lists), partial_rows};
 
   const int64_t more_pieces = limits.max_kv_tokens / params.fixed_split_size, sink_pieces = has_sink ? 1 : 0;
   if (more_pieces + sink_pieces > 0) {
     // Any of the items may be cut: one work an item and the slack of each kind, but never more than one work a head.
-    const int64_t items = tiles * (1 + sink_pieces) + more_pieces * MaxTiles(params, 1, rows);
+    const int64_t items = tiles * (1 + sink_pieces) + more_pieces * MaxTiles(params, 1, rows_of_list);
     const LayoutBounds cut = BoundLayout(params, 0, items);
     const int64_t whole_slack = bounds.placements - tiles;
     bounds = {std::min(items * params.num_kv_heads, cut.placements + whole_slack), cut.merges, cut.partials, 0};
-    partial_rows = rows * (1 + sink_pieces + more_pieces) * params.num_kv_heads;
+    partial_rows = (rows * (1 + sink_pieces) + rows_of_list * more_pieces) * params.num_kv_heads;
   }
-  return {PlanBytes(params, SizesOf(bounds), limits.max_requests), partial_rows};
+  return {BytesOf(params, SizesOf(bounds), limits, lists), partial_rows};
 }
 
 }  // namespace tvm_infer

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 #include "tvm_infer/error.h"
@@ -13,53 +15,86 @@ constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Sums of a few costs stay within int64. 2^60 ps are 13 days.
 constexpr double kMaxTotalCost = 1152921504606846976.0;
 
-[[noreturn]] void ThrowBadRequest(const int32_t* qo_indptr, const int32_t* kv_len, int32_t r) {
+// "kv_len[3]", or of a batch with a list for each KV head "kv_len[3, 1]".
+std::string NameOf(const Batch& batch, int32_t request, int32_t list) {
+  const std::string of_head = batch.lists_per_request > 1 ? ", " + std::to_string(list % batch.lists_per_request) : std::string();
+  return "kv_len[" + std::to_string(request) + of_head + "]";
+}
+
+[[noreturn]] void ThrowBadRequest(const Batch& batch, int32_t r) {
+  const int32_t* qo_indptr = batch.qo_indptr;
+  const int32_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
   if (qo_indptr[r + 1] < qo_indptr[r]) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr[" << r + 1 << "] is " << qo_indptr[r + 1] << ", less than qo_indptr[" << r
                                    << "] = " << qo_indptr[r] << "; qo_indptr must not decrease: it is the running sum of query lengths";
   }
-  if (kv_len[r] < 0) TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << "; lengths must be at least 0";
-  TVM_INFER_THROW(ArgumentError) << "kv_len[" << r << "] is " << kv_len[r] << ", less than the request's "
-                                 << qo_indptr[r + 1] - qo_indptr[r]
+  int32_t list = r * batch.lists_per_request;
+  while (batch.kv_len[list] >= 0 && list + 1 < (r + 1) * batch.lists_per_request && batch.kv_len[list] >= qo_len) ++list;
+  const std::string name = NameOf(batch, r, list);
+  if (batch.kv_len[list] < 0) TVM_INFER_THROW(ArgumentError) << name << " is " << batch.kv_len[list] << "; lengths must be at least 0";
+  TVM_INFER_THROW(ArgumentError) << name << " is " << batch.kv_len[list] << ", less than the request's " << qo_len
                                  << " query tokens; a band with an end on the right (causal, a right window, chunks) "
                                  << "needs kv_len >= qo_len: kv_len counts the new tokens too";
 }
 
+// f(lists_per_request), as a constant where it is 1: a loop over lists costs a batch without them a tenth of planning.
+template <typename F>
+void WithLists(const Batch& batch, const F& f) {
+  if (batch.lists_per_request == 1) {
+    f(std::integral_constant<int32_t, 1>());
+  } else {
+    f(batch.lists_per_request);
+  }
+}
+
 // Checks all lengths and returns the largest kv_len.
-int32_t CheckLengths(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
+int32_t CheckLengths(const PlanParams& p, const Batch& batch) {
+  const int32_t *qo_indptr = batch.qo_indptr, *kv_len = batch.kv_len;
   if (qo_indptr[0] != 0) {
     TVM_INFER_THROW(ArgumentError) << "qo_indptr[0] is " << qo_indptr[0] << "; it must be 0: requests are packed from the first token on";
   }
   const bool needs_keys = p.band.has_end();
-  int32_t max_kv_len = 0;
-  bool bad = false;  // one branch for all requests
-  for (int32_t r = 0; r < num_requests; ++r) {
+  const auto is_bad = [=](int32_t r, auto lists, int32_t* longest) {  // without a branch
     const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
-    bad |= (qo_len < 0) | (kv_len[r] < 0) | (needs_keys & (kv_len[r] < qo_len));
-    max_kv_len = std::max(max_kv_len, kv_len[r]);
-  }
+    bool bad = qo_len < 0;
+    for (int32_t l = r * lists; l < (r + 1) * lists; ++l) {
+      bad |= (kv_len[l] < 0) | (needs_keys & (kv_len[l] < qo_len));
+      *longest = std::max(*longest, kv_len[l]);
+    }
+    return bad;
+  };
+  bool bad = false;  // one branch for all requests
+  int32_t max_kv_len = 0;
+  WithLists(batch, [&](auto lists) {
+    bool some = false;
+    int32_t longest = 0;
+    for (int32_t r = 0; r < batch.num_requests; ++r) some |= is_bad(r, lists, &longest);
+    bad = some, max_kv_len = longest;
+  });
   if (p.band.right > 0 && max_kv_len > kMaxInt32 - p.band.right - 1) {  // executors add positions and the width in 32 bits
     TVM_INFER_THROW(ArgumentError) << "window_right is " << p.band.right << " with a request of " << max_kv_len
                                    << " keys; the two must stay below 2^31 together: -1 is a window of all keys";
   }
-  for (int32_t r = 0; bad && r < num_requests; ++r) {
-    const int64_t qo_len = int64_t{qo_indptr[r + 1]} - qo_indptr[r];
-    if (qo_len < 0 || kv_len[r] < 0 || (needs_keys && kv_len[r] < qo_len)) ThrowBadRequest(qo_indptr, kv_len, r);
+  for (int32_t r = 0; bad && r < batch.num_requests; ++r) {
+    if (is_bad(r, batch.lists_per_request, &max_kv_len)) ThrowBadRequest(batch, r);
   }
   return max_kv_len;
 }
 
 // Items of the batch, at most. Throws if plans, costs or loads could leave their types.
-int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_kv_len) {
-  const int64_t group = p.num_qo_heads / p.num_kv_heads;
-  const int64_t rows = qo_indptr[num_requests] * group;
+int64_t BoundItems(const PlanParams& p, const Batch& batch, int64_t max_kv_len) {
+  const int64_t group = p.num_qo_heads / p.num_kv_heads, lists = batch.lists_per_request;
+  const int32_t* qo_indptr = batch.qo_indptr;
+  const int64_t rows = batch.num_tokens() * group;
   const int64_t sinks = p.band.num_sink > 0 ? 1 : 0;  // a piece more for each tile, or a work
-  int64_t bound = MaxTiles(p, std::min<int64_t>(num_requests, qo_indptr[num_requests]), rows);
+  int64_t bound = lists * MaxTiles(p, std::min(batch.num_requests, batch.num_tokens()), rows);
   if (p.fixed_split_size > 0) {  // far below tiles * pieces of the longest, where one long request stands among many short ones
     bound = 0;
-    for (int32_t r = 0; r < num_requests; ++r) {
-      const int64_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
-      if (qo_len > 0) bound += MaxTiles(p, 1, qo_len * group) * (std::max<int64_t>(1, CeilDiv(kv_len[r], p.fixed_split_size)) + sinks);
+    for (int32_t r = 0; r < batch.num_requests; ++r) {
+      const int64_t qo_len = qo_indptr[r + 1] - qo_indptr[r], tiles = qo_len > 0 ? MaxTiles(p, 1, qo_len * group) : 0;
+      for (int64_t l = r * lists; l < (r + 1) * lists; ++l) {
+        bound += tiles * (std::max<int64_t>(1, CeilDiv(batch.kv_len[l], p.fixed_split_size)) + sinks);
+      }
     }
   }
   double max_cost = 1;
@@ -81,10 +116,7 @@ int64_t BoundItems(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
 
 }  // namespace
 
-int64_t Items::Check(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
-  const int32_t max_kv_len = CheckLengths(p, qo_indptr, kv_len, num_requests);
-  return BoundItems(p, qo_indptr, kv_len, num_requests, max_kv_len);
-}
+int64_t Items::Check(const PlanParams& p, const Batch& batch) { return BoundItems(p, batch, CheckLengths(p, batch)); }
 
 void Items::Start(const PlanParams& p, int64_t max_items) {
   work.Reserve(max_items);
@@ -108,45 +140,53 @@ inline void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_s
   max_cost = std::max(max_cost, c);
 }
 
-void Items::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_items) {
+// Row tiles of a request against one of its `lists`: the only one, or that of KV head `list`.
+inline void Items::AddTilesOf(const PlanParams& p, const Batch& batch, int32_t group, int32_t r, int32_t lists, int32_t list) {
+  const int32_t kv_list = r * lists + list;
+  const int32_t qo_len = batch.qo_indptr[r + 1] - batch.qo_indptr[r];
+  const int32_t num_rows = qo_len * group, row0 = batch.qo_indptr[r] * group, kv = batch.kv_len[kv_list];
+  const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
+  const int32_t tile_class = ClassOf(p, num_rows);
+  const TileClass& t = p.tile_classes[tile_class];
+  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+  max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
+  for (int32_t row = 0; row < num_rows;) {
+    const int32_t rows = std::min(t.rows, num_rows - row);
+    // Positions of the tile's first and last token. Divisions only where a request has several tiles.
+    const bool is_whole = rows == num_rows;
+    const int64_t first = is_whole ? pos0 : pos0 + row / group;
+    const int64_t last = is_whole ? kv - 1 : pos0 + (row + rows - 1) / group;
+    const SeenKeys keys = KeysSeen(p.band, first, last, kv);
+    const Work tile{.row_begin = row0 + row,
+                    .num_rows = rows,
+                    .kv_head_begin = list,
+                    .num_kv_heads = p.num_kv_heads,
+                    .kv_list = kv_list,
+                    .kv_begin = keys.begin,
+                    .kv_end = keys.end,
+                    .merge_tiles = 0,
+                    .qo_pos_base = static_cast<int32_t>(first),
+                    .tile_class = tile_class,
+                    .out = kFinalRows,
+                    .merge = kNoMerge};
+    if (p.fixed_split_size > 0) {
+      AddPieces(p, tile, keys.sink);
+    } else {
+      AddTile(p, tile, keys.sink);
+    }
+    row += rows;
+  }
+}
+
+void Items::Build(const PlanParams& p, const Batch& batch, int64_t max_items) {
   Start(p, max_items);
   const int32_t group = p.num_qo_heads / p.num_kv_heads;
-  for (int32_t r = 0; r < num_requests; ++r) {
-    const int32_t qo_len = qo_indptr[r + 1] - qo_indptr[r];
-    if (qo_len == 0) continue;
-    const int32_t num_rows = qo_len * group, row0 = qo_indptr[r] * group, kv = kv_len[r];
-    const int64_t pos0 = int64_t{kv} - qo_len;  // of the request's first query token
-    const int32_t tile_class = ClassOf(p, num_rows);
-    const TileClass& t = p.tile_classes[tile_class];
-    max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-    max_merge = std::max(max_merge, MergePrice(t, std::min(t.rows, num_rows)));
-    for (int32_t row = 0; row < num_rows;) {
-      const int32_t rows = std::min(t.rows, num_rows - row);
-      // Positions of the tile's first and last token. Divisions only where a request has several tiles.
-      const bool is_whole = rows == num_rows;
-      const int64_t first = is_whole ? pos0 : pos0 + row / group;
-      const int64_t last = is_whole ? kv - 1 : pos0 + (row + rows - 1) / group;
-      const SeenKeys keys = KeysSeen(p.band, first, last, kv);
-      const Work tile{.row_begin = row0 + row,
-                      .num_rows = rows,
-                      .kv_head_begin = 0,
-                      .num_kv_heads = p.num_kv_heads,
-                      .kv_list = r,
-                      .kv_begin = keys.begin,
-                      .kv_end = keys.end,
-                      .merge_tiles = 0,
-                      .qo_pos_base = static_cast<int32_t>(first),
-                      .tile_class = tile_class,
-                      .out = kFinalRows,
-                      .merge = kNoMerge};
-      if (p.fixed_split_size > 0) {
-        AddPieces(p, tile, keys.sink);
-      } else {
-        AddTile(p, tile, keys.sink);
-      }
-      row += rows;
+  WithLists(batch, [&](auto lists) {
+    for (int32_t r = 0; r < batch.num_requests; ++r) {
+      if (batch.qo_indptr[r + 1] == batch.qo_indptr[r]) continue;
+      for (int32_t list = 0; list < lists; ++list) AddTilesOf(p, batch, group, r, lists, list);
     }
-  }
+  });
   Sort();
 }
 

@@ -1,7 +1,7 @@
 // Items: the units that a plan lays onto CTAs. An item is a row tile of one request with the keys it sees, or one piece of these keys
 // where a fixed split size cuts them; or (forest.h) a tile of rows of several requests with keys that they share. All KV heads of an item
-// cost the same, so it stands for num_kv_heads equal works. Sinks that lie apart from the other keys are a second work of each head, and a
-// piece of their own under a fixed split size.
+// cost the same, so it stands for num_kv_heads equal works, or it is of one head where each has a list of its own. Sinks that lie apart
+// from the other keys are a second work of each head, and a piece of their own under a fixed split size.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,24 @@
 #include "tvm_infer/schedule/scratch_array.h"
 
 namespace tvm_infer {
+
+// Lengths, as of Planner::Plan or, where every KV head of a request has keys of its own, as of Planner::PlanHeadLists.
+struct Batch {
+  const int32_t* qo_indptr;  // [num_requests + 1]
+  const int32_t* kv_len;     // [num_requests * lists_per_request]
+  int32_t num_requests;
+  int32_t lists_per_request = 1;  // or num_kv_heads
+
+  int32_t num_tokens() const { return qo_indptr[num_requests]; }
+  int32_t num_lists() const { return num_requests * lists_per_request; }
+};
+
+// What the items of a batch with a list for each KV head are made and laid with: every item is of one head.
+inline PlanParams OfOneHead(PlanParams p) {
+  p.num_qo_heads /= p.num_kv_heads;
+  p.num_kv_heads = 1;
+  return p;
+}
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -67,7 +85,8 @@ inline SeenKeys KeysSeen(const MaskBand& band, int64_t first, int64_t last, int6
 }
 
 struct Items {
-  // Everything but heads; `merge` is the index of the item's cut tile, with merge_tiles > 0 its first tile that merges, or kNoMerge.
+  // Everything but how many heads, from kv_head_begin on; `merge` is the index of the item's cut tile, with merge_tiles > 0 its first tile
+  // that merges, or kNoMerge.
   ScratchArray<Work> work;
   ScratchArray<int64_t> cost;   // of one KV head, >= 1; its sinks included
   ScratchArray<int32_t> sink;   // keys [0, sink) are the item's too, in a work apart; 0: none
@@ -82,9 +101,9 @@ struct Items {
   int64_t max_overhead, max_granule_cost, max_merge;
 
   // Checks lengths (ArgumentError naming the index); returns how many items Build makes at most.
-  static int64_t Check(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
-  // Makes the items of a batch that was checked, in the order of requests, tiles, keys, and sorts them.
-  void Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int64_t max_items);
+  static int64_t Check(const PlanParams& p, const Batch& batch);
+  // Makes the items of a batch that was checked, in the order of requests, lists, tiles, keys, and sorts them.
+  void Build(const PlanParams& p, const Batch& batch, int64_t max_items);
 
   // The same step by step: at most max_items, whole.
   void Start(const PlanParams& p, int64_t max_items);
@@ -92,6 +111,8 @@ struct Items {
   void Sort();
 
  private:
+  [[gnu::always_inline]] void AddTilesOf(const PlanParams& p, const Batch& batch, int32_t group, int32_t request, int32_t lists,
+                                         int32_t list);
   [[gnu::always_inline]] void AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink);  // a quarter of planning otherwise
   void AddPieces(const PlanParams& p, const Work& tile, int32_t tile_sink);
   int64_t AddPiecesOf(const PlanParams& p, const Work& tile, int32_t begin, int32_t end);

@@ -169,7 +169,7 @@ void Layout::AddPartial(const Work& work, int32_t cta, int32_t head, int32_t num
 
 void Layout::EndMerge(const Work& work, int32_t head, int32_t num_heads) {
   if (work.merge_tiles > 0) return;
-  merges[num_merges++] = {work.row_begin, work.num_rows, head, num_heads};
+  merges[num_merges++] = {work.row_begin, work.num_rows, work.kv_head_begin + head, num_heads};
   merge_indptr[num_merges] = num_slots;
 }
 
@@ -217,7 +217,7 @@ void Layout::PlaceCutTiles(const PlanParams& p, const Items& items, int64_t targ
     cut_runs_[t] = {run, num_merges, num_partial_rows};
     const int64_t rows_of_piece = int64_t{heads} * work.num_rows;
     for (int32_t head = 0; head < heads; head += run) {
-      merges[num_merges++] = {work.row_begin, work.num_rows, head, std::min(run, heads - head)};
+      merges[num_merges++] = {work.row_begin, work.num_rows, work.kv_head_begin + head, std::min(run, heads - head)};
       for (int32_t i = 0; i < tile.num_pieces; ++i) {
         merge_slots[num_slots++] = static_cast<int32_t>(num_partial_rows + i * rows_of_piece + int64_t{head} * work.num_rows);
       }

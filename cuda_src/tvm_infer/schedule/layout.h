@@ -13,7 +13,7 @@ namespace tvm_infer {
 // A run of KV heads of an item on a CTA: one Work.
 struct Placement {
   int32_t cta;
-  int32_t kv_head_begin;
+  int32_t kv_head_begin;  // counted from the item's
   int32_t num_kv_heads;
   int32_t partial;  // index of its Partial, or -1: it computes all keys of its item and writes final rows
 };

@@ -34,7 +34,7 @@ void CheckSettings(const PlanParams& p) {
 const SharedRuns& Levels::Read(const PlanParams& p, const int32_t* words, int64_t num_words, const int32_t* qo_indptr,
                                const int32_t* kv_len, int32_t num_requests) {
   CheckParams(p);
-  Items::Check(p, qo_indptr, kv_len, num_requests);
+  Items::Check(p, {qo_indptr, kv_len, num_requests});
   CheckSettings(p);
   ReadGroups(words, num_words);
   CheckGroups(p, qo_indptr, kv_len, num_requests);

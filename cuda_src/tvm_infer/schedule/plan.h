@@ -10,7 +10,9 @@
 //   packed row   token * group_size + query head within the group: the rows one KV head serves
 //   row index    the plan's own order of packed rows; row r is token_order[r / group_size], head r % group_size. Without an order
 //                (token_order_offset == 0) slot and token are the same number.
-//   KV list      keys in order: a request's pages, or a ragged range. Lists 0 … num_requests - 1 are the requests'.
+//   KV list      keys in order: a request's pages, or a ragged range. Lists 0 … num_requests - 1 are the requests'; or, where each KV head
+//                of a request has keys of its own, list r * num_kv_heads + h is that of head h of request r, and positions are those in
+//                the list: such a plan has num_kv_lists == num_requests * num_kv_heads, and works of one head.
 //   shared work  rows of several requests, whose lists begin with the same keys, against these keys: they are read once for all. The row
 //                index has such requests side by side (shared_runs.h).
 //   position     of a token in its request, from 0. Query token t of request r stands at kv_len[r] - (qo_indptr[r + 1] - t).

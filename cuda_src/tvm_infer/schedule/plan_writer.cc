@@ -59,7 +59,7 @@ void WriteWorks(const PlanParams& p, const Attempt& attempt, int32_t* cursor, Wo
       const Placement& placement = layout.placements[i];
       Work& work = works[cursor[placement.cta]++];
       work = attempt.items.work[item];
-      work.kv_head_begin = placement.kv_head_begin;
+      work.kv_head_begin += placement.kv_head_begin;
       work.num_kv_heads = placement.num_kv_heads;
       if (placement.partial < 0) continue;  // `merge` and `out` say final
       const Partial& partial = layout.partials[placement.partial];
@@ -93,10 +93,10 @@ int32_t SharedWorks(const Attempt& attempt, const Forest* forest) {
 
 }  // namespace
 
-int64_t PlanBytes(const PlanParams& p, const PlanSizes& sizes, int64_t num_requests) {
+int64_t PlanBytes(const PlanParams& p, const PlanSizes& sizes, int64_t num_requests, int64_t num_lists) {
   return Align16(sizeof(PlanHeader)) + (p.num_ctas + sizes.works) * int64_t{sizeof(Work)} + Align16((int64_t{p.num_ctas} + 1) * 4) +
          sizes.merges * int64_t{sizeof(Merge)} + Align16((sizes.merges + 1) * 4) + Align16(sizes.merge_slots * 4) +
-         Align16((num_requests + 1) * 4) + Align16(num_requests * 4) + Align16(sizes.ordered_tokens * 4) +
+         Align16((num_requests + 1) * 4) + Align16(num_lists * 4) + Align16(sizes.ordered_tokens * 4) +
          p.num_tile_classes * int64_t{sizeof(TileClass)} + Align16((kNumTickets + sizes.merges) * 4);
 }
 
@@ -111,7 +111,8 @@ void WritePlan(const PlanParams& p, const Batch& batch, const Attempt& attempt, 
   header.capture_key[1] = static_cast<uint32_t>(key >> 32);
   header.bytes_used = static_cast<int32_t>(bytes);
   header.num_ctas = p.num_ctas;
-  header.num_requests = header.num_kv_lists = batch.num_requests;
+  header.num_requests = batch.num_requests;
+  header.num_kv_lists = batch.num_lists();
   header.num_tokens = batch.num_tokens();
   header.num_kv_heads = p.num_kv_heads;
   header.group_size = p.num_qo_heads / p.num_kv_heads;
@@ -143,7 +144,7 @@ void WritePlan(const PlanParams& p, const Batch& batch, const Attempt& attempt, 
   int32_t* merge_slots = writer.Array<int32_t>(header.num_merge_slots, &header.merge_slots_offset);
   WriteMerges(p, attempt, forest, merges, merge_indptr, merge_slots);
   writer.Copy(batch.qo_indptr, batch.num_requests + 1, &header.qo_indptr_offset);
-  writer.Copy(batch.kv_len, batch.num_requests, &header.kv_len_offset);
+  writer.Copy(batch.kv_len, batch.num_lists(), &header.kv_len_offset);
   writer.Copy(forest == nullptr ? nullptr : forest->token_order(), sizes.ordered_tokens, &header.token_order_offset);
   writer.Copy(p.tile_classes, p.num_tile_classes, &header.tile_classes_offset);
   int32_t* tickets = writer.Array<int32_t>(kNumTickets + header.num_merges, &header.tickets_offset);

@@ -14,16 +14,7 @@ struct PlanSizes {
   int64_t works = 0, merges = 0, merge_slots = 0;
   int64_t ordered_tokens = 0;  // of token_order
 };
-int64_t PlanBytes(const PlanParams& p, const PlanSizes& sizes, int64_t num_requests);
-
-// Lengths, as of Planner::Plan.
-struct Batch {
-  const int32_t* qo_indptr;
-  const int32_t* kv_len;
-  int32_t num_requests;
-
-  int32_t num_tokens() const { return qo_indptr[num_requests]; }
-};
+int64_t PlanBytes(const PlanParams& p, const PlanSizes& sizes, int64_t num_requests, int64_t num_lists);
 
 // `forest`: that the items were made by, or nullptr. `bytes`: PlanBytes of `sizes`. `cursor`: scratch, int32[num_ctas].
 void WritePlan(const PlanParams& p, const Batch& batch, const Attempt& attempt, Forest* forest, const PlanSizes& sizes, int64_t bytes,

@@ -92,7 +92,7 @@ bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const 
   shared.Lay(p);
   // The mean load is as short as a flat plan can be, and needs none to be laid.
   if (IsWorthSharing(p, CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas))) return true;
-  flat.items.Build(p, batch.qo_indptr, batch.kv_len, batch.num_requests, max_items);
+  flat.items.Build(p, batch, max_items);
   flat.Lay(p);
   return IsWorthSharing(p, flat.layout->makespan);
 }
@@ -100,32 +100,74 @@ bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const 
 Planner::Planner() : scratch_(std::make_unique<Scratch>()) {}
 Planner::~Planner() = default;
 
+namespace {
+
+void CheckNumRequests(int32_t num_requests) {
+  if (num_requests < 0) TVM_INFER_THROW(ArgumentError) << "num_requests is " << num_requests << "; it must be at least 0";
+}
+
+void CheckHeadLists(const PlanParams& p, int32_t num_requests) {
+  if (p.band.has_begin() || p.band.num_sink > 0 || p.band.right > 0) {
+    TVM_INFER_THROW(ArgumentError) << "band is (" << p.band.left << ", " << p.band.right << "), num_sink " << p.band.num_sink << ", chunk "
+                                   << p.band.chunk
+                                   << " with a list of keys for each KV head; such a plan is causal or sees all keys of a list: leave out "
+                                      "of the lists what a window hides";
+  }
+  if (int64_t{num_requests} * p.num_kv_heads > kMaxInt32) {
+    TVM_INFER_THROW(ArgumentError) << "num_requests is " << num_requests << " with " << p.num_kv_heads
+                                   << " KV heads, each with a list of keys; there may be at most " << kMaxInt32 << " lists";
+  }
+}
+
+}  // namespace
+
 int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,
                       int64_t out_bytes, int64_t max_partial_rows, const SharedRuns& shared) {
   CheckParams(params);
-  if (num_requests < 0) TVM_INFER_THROW(ArgumentError) << "num_requests is " << num_requests << "; it must be at least 0";
-  const int64_t max_items = Items::Check(params, qo_indptr, kv_len, num_requests);
-  Scratch& s = *scratch_;
+  CheckNumRequests(num_requests);
   const Batch batch{qo_indptr, kv_len, num_requests};
+  const int64_t max_items = Items::Check(params, batch);
+  Scratch& s = *scratch_;
   s.cursor.Reserve(params.num_ctas);
   if (s.TryShared(params, batch, shared, max_items)) {
     const Layout& layout = *s.shared.layout;
     const int64_t slots = s.forest.CountSlots(s.shared.items, layout, params.num_kv_heads) + layout.num_slots;
     const PlanSizes sizes{layout.num_placements, s.shared.items.num_tree_merges + layout.num_merges, slots,
                           s.forest.token_order() == nullptr ? 0 : batch.num_tokens()};
-    const int64_t bytes = PlanBytes(params, sizes, num_requests);
+    const int64_t bytes = PlanBytes(params, sizes, num_requests, num_requests);
     if (bytes <= std::min(out_bytes, kMaxInt32) && layout.num_partial_rows <= max_partial_rows) {
       WritePlan(params, batch, s.shared, &s.forest, sizes, bytes, s.cursor.data(), out);
       return bytes;
     }
   }
   if (s.flat.layout == nullptr) {
-    s.flat.items.Build(params, qo_indptr, kv_len, num_requests, max_items);
+    s.flat.items.Build(params, batch, max_items);
     s.flat.Lay(params);
   }
+  return WriteFlat(params, batch, out, out_bytes, max_partial_rows);
+}
+
+int64_t Planner::PlanHeadLists(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,
+                               int64_t out_bytes, int64_t max_partial_rows) {
+  CheckParams(params);
+  CheckNumRequests(num_requests);
+  CheckHeadLists(params, num_requests);
+  const Batch batch{qo_indptr, kv_len, num_requests, params.num_kv_heads};
+  const PlanParams of_head = OfOneHead(params);
+  const int64_t max_items = Items::Check(of_head, batch);
+  Scratch& s = *scratch_;
+  s.cursor.Reserve(params.num_ctas);
+  s.flat.items.Build(of_head, batch, max_items);
+  s.flat.Lay(of_head);
+  return WriteFlat(params, batch, out, out_bytes, max_partial_rows);
+}
+
+// Writes s.flat, which is laid.
+int64_t Planner::WriteFlat(const PlanParams& params, const Batch& batch, void* out, int64_t out_bytes, int64_t max_partial_rows) {
+  Scratch& s = *scratch_;
   const Layout& layout = *s.flat.layout;
   const PlanSizes sizes{layout.num_placements, layout.num_merges, layout.num_slots};
-  const int64_t bytes = PlanBytes(params, sizes, num_requests);
+  const int64_t bytes = PlanBytes(params, sizes, batch.num_requests, batch.num_lists());
   if (bytes > out_bytes || bytes > kMaxInt32) {
     TVM_INFER_THROW(WorkspaceError)
         << "the plan buffer holds " << std::min(out_bytes, kMaxInt32) << " bytes, but the plan of this batch takes " << bytes

@@ -33,6 +33,8 @@ struct PlanLimits {
   // Room for shared works: runs around a request, and query tokens of all requests within runs. A batch of more is planned without any.
   int32_t max_levels = 0;
   int32_t max_shared_tokens = 0;
+  // Plans of Planner::PlanHeadLists, of which max_kv_tokens counts the keys of all lists. No shared works then.
+  bool has_head_lists = false;
 };
 
 // What a buffer must hold for every batch within the limits: tight bounds, no guesses.
@@ -48,6 +50,8 @@ void CheckParams(const PlanParams& params);
 uint64_t CaptureKey(const PlanParams& params);
 
 PlanCapacity ComputeCapacity(const PlanParams& params, const PlanLimits& limits);
+
+struct Batch;  // items.h
 
 class Planner {
  public:
@@ -66,7 +70,16 @@ class Planner {
   int64_t Plan(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,
                int64_t out_bytes, int64_t max_partial_rows, const SharedRuns& shared = {});
 
+  // The same where each KV head of a request attends to keys of its own: lists of unequal lengths, balanced in one plan. A Work is of one
+  // KV head; list r * num_kv_heads + h is that of head h of request r.
+  //   kv_len     int32[num_requests * num_kv_heads], keys of each list. With the causal band the last keys of every list are the request's
+  //              new tokens: kv_len >= qo_len
+  // ArgumentError also for a band that is neither causal nor all keys: other positions mean nothing in a list that leaves keys out.
+  int64_t PlanHeadLists(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,
+                        int64_t out_bytes, int64_t max_partial_rows);
+
  private:
+  int64_t WriteFlat(const PlanParams& params, const Batch& batch, void* out, int64_t out_bytes, int64_t max_partial_rows);
   struct Scratch;
   std::unique_ptr<Scratch> scratch_;
 };
