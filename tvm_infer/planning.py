@@ -243,19 +243,19 @@ def _allocate(
 
 
 def _flat_lists(kv_len: Any, num_kv_heads: int) -> Any:
-    """`kv_len` of each request and KV head as one row of numbers, and what is one already as it is."""
-    shape = getattr(kv_len, "shape", None)
+    """`kv_len` of each request and KV head as one row of numbers; another as it is."""
+    lists, shape = kv_len, getattr(kv_len, "shape", None)
     if shape is None:
-        if not (isinstance(kv_len, (list, tuple)) and len(kv_len) and hasattr(kv_len[0], "__len__")):
+        if not (isinstance(kv_len, (list, tuple)) and kv_len and isinstance(kv_len[0], (list, tuple, np.ndarray))):
             return kv_len
         try:
-            kv_len = np.array(kv_len, np.int32)
+            lists = np.array(kv_len, np.int32)
         except (TypeError, ValueError, OverflowError):
             raise ArgumentError(
                 "argument `kv_len` is a list of lists that are not as many 32-bit integers each; it must have one number for each "
                 "request, or for each request and KV head"
             ) from None
-        shape = kv_len.shape
+        shape = lists.shape
     if len(shape) != 2:
         return kv_len
     if shape[1] != num_kv_heads:
@@ -263,9 +263,9 @@ def _flat_lists(kv_len: Any, num_kv_heads: int) -> Any:
             f"argument `kv_len` has shape {tuple(shape)}; with a list of keys for each KV head it must be [num_requests, "
             f"{num_kv_heads}], num_kv_heads"
         )
-    if not hasattr(kv_len, "reshape") and _device.cuda_index(kv_len) is None:
-        kv_len = np.from_dlpack(kv_len)
-    return kv_len.reshape(-1)
+    if not hasattr(lists, "reshape") and _device.cuda_index(lists) is None:
+        lists = np.from_dlpack(lists)
+    return lists.reshape(-1)
 
 
 def level_words(levels: Any) -> np.ndarray:

@@ -112,6 +112,8 @@ def test_torch_and_tvm_lengths():
     lengths = np.array([[5, 9], [4, 4]], np.int32)
     for kv_len in (torch.from_numpy(lengths), tvm.runtime.tensor(lengths)):
         assert tvm_infer.plan([0, 1, 3], kv_len, **heads).kv_len.tolist() == [5, 9, 4, 4]
+    plain = tvm_infer.plan([0, 1, 3], list(torch.tensor([5, 9])), **heads)
+    assert plain.kv_len.tolist() == [5, 9] and not plain.has_head_lists
 
 
 LISTS = [[5, 9], [4, 4]]
@@ -135,6 +137,7 @@ LISTS = [[5, 9], [4, 4]]
         ({"levels": [[([0, 1], 2)]]}, "`levels` with a `kv_len` of each KV head; such a plan runs without levels"),
         ({"variant": variant.soft_cap.bind(cap=30.0)}, "`variant` with a `kv_len` of each KV head"),
         ({"num_kv_heads": 3}, "`kv_len` has shape (2, 2)"),
+        ({"kv_len": np.zeros((1, 2, 2), np.int32)}, "`kv_len` has rank 3"),
         ({"num_qo_heads": 3}, "multiple of num_kv_heads = 2"),
         ({"num_ctas": 0}, "num_ctas is 0"),
     ],
