@@ -68,8 +68,8 @@ ATTENTION = [
         ["float32"],
         lambda b: {"q": b.q.float(), "kv_cache": b.cache.float(), "out": b.q.float()},
     ),
-    ("head_dim 96", errors.ExecutorError, ["96", "64"], lambda b: of_dim(b, 96)),
-    ("head_dim 256", errors.ExecutorError, ["256", "128"], lambda b: of_dim(b, 256)),
+    ("head_dim 104", errors.ExecutorError, ["104", "64"], lambda b: of_dim(b, 104)),
+    ("head_dim 40", errors.ExecutorError, ["40", "128"], lambda b: of_dim(b, 40)),
     ("page_size 12", errors.ExecutorError, ["page_size 12"], lambda b: {"kv_cache": of_pages(b, 12)}),
     ("page_size 128", errors.ExecutorError, ["page_size 128"], lambda b: {"kv_cache": of_pages(b, 128)}),
     ("host cache", errors.ArgumentError, ["k_cache", "cpu"], lambda b: {"kv_cache": b.cache.cpu()}),
@@ -257,7 +257,7 @@ def test_plan_refuses(batch, cuda):
     settings = {"num_qo_heads": 32, "num_kv_heads": 8}
     for kind, words, changes in (
         (errors.TvmInferError, ["float32"], {"head_dim": 128, "dtype": "float32"}),
-        (errors.TvmInferError, ["96"], {"head_dim": 96, "dtype": "bfloat16"}),
+        (errors.TvmInferError, ["104"], {"head_dim": 104, "dtype": "bfloat16"}),
         (errors.TvmInferError, [], {"head_dim": 128, "dtype": "bfloat16", "device": "cuda:77"}),
         (errors.ArgumentError, ["kv_len"], {"head_dim": 128, "dtype": "bfloat16", "kv_len": [-3]}),
     ):
