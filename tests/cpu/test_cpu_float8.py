@@ -366,7 +366,7 @@ def test_tile_tables_by_the_type_of_keys(table):
 
 def test_a_key_of_8_bits_costs_a_decode_on_cuda_about_half():
     two, one = (tvm_infer.cuda_tile_table("bfloat16", 128, kv) for kv in ("bfloat16", "float8_e4m3fn"))
-    assert 0.5 < one[4] / two[4] < 0.6 and one[5:] == two[5:]
+    assert 0.5 < one[4] / two[4] < 0.6 and one[9] > two[9]  # prefill widens tiles first
     with pytest.raises(errors.ExecutorError, match=r"head_dim 96 beside 8-bit keys and values \(e5m2\)"):
         tvm_infer.cuda_tile_table("bfloat16", 96, "float8_e5m2")
 
