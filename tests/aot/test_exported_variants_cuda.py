@@ -232,7 +232,10 @@ except Exception as error:
     )
     (digest, _) = digests(about)
     assert f"there is no kernel `{ATTENTION}_v{digest}` for sm_90a" in out[0]
-    assert f"holds rope_append_bf16 for sm_90a, copy_pages for sm_90a, attention_bf16_h64_p64_v{digest} for sm_90a" in out[0]
+    assert (
+        f"holds rope_append_bf16 for sm_90a, copy_pages for sm_90a, attention_bf16_h64_p64_v{digest} for sm_90a"
+        in out[0]
+    )
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
