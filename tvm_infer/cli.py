@@ -149,7 +149,10 @@ def bench_streaming(batch: int, sink: int, window: int, kv: int, layers: int, js
 
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's, else cpu")
-@click.option("--suite", help="a named list of workloads: cpu, h200, h200-quick, variants; default: cpu, on cuda h200")
+@click.option(
+    "--suite",
+    help="a named list of workloads: cpu, h200, h200-quick, variants, formats, fp8; default: cpu, on cuda h200",
+)
 @click.option("--workload", "workloads", multiple=True, help="run only these workloads of the suite (repeatable)")
 @click.option(
     "--dtype",
