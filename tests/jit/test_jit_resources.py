@@ -12,9 +12,8 @@ MAX_SHARED_BYTES = 232448  # of a CTA on sm_90
 MAX_CPU_SECONDS = 5  # of nvcc and all it starts
 
 
-# 256 columns of O, logits and weights are all but 50 of a thread's registers; what is spilled is kept from head to head, not from tile
-# to tile.
-SPILLS_OF_WIDE_HEADS = {"_h256_": 352, "_h192_": 12, "_h96_": 8, "_e4m3_h128_": 16, "_e5m2_h128_": 16}
+# As they are, so that more is seen: O of 256 columns, logits and weights are all but 50 of a thread's registers. What it costs is not known.
+SPILLS_WITHOUT_VARIANT = {"_h256_": 352, "_h192_": 12, "_h96_": 8, "_e4m3_h128_": 16, "_e5m2_h128_": 16}
 
 
 @pytest.mark.needs_nvcc
@@ -22,7 +21,7 @@ SPILLS_OF_WIDE_HEADS = {"_h256_": 352, "_h192_": 12, "_h96_": 8, "_e4m3_h128_": 
 def test_resources(name, cache):
     built = cubins.build_one(name)
     resources = built.resources
-    allowed = sum(most for part, most in SPILLS_OF_WIDE_HEADS.items() if part in name)
+    allowed = sum(most for part, most in SPILLS_WITHOUT_VARIANT.items() if part in name)
     assert resources.spill_bytes <= allowed and resources.stack_bytes <= allowed
     assert resources.shared_bytes <= MAX_SHARED_BYTES
     assert resources.cpu_seconds <= MAX_CPU_SECONDS

@@ -263,3 +263,25 @@ def test_mlc_caches_have_no_8_bits():
             head_dim=16,
             dtype="float8_e4m3fn",
         )
+
+
+def test_states_do_not_leave_their_scales_behind():
+    """A state has no scales, so that another cache would read other values: refused both ways. Swaps stay in the cache."""
+    sizes = dict(num_layers=1, num_qo_heads=2, num_kv_heads=1, head_dim=16, num_pages=4, max_batch=1, max_tokens=8)
+    plain = PagedKVCache(**sizes, dtype="float32")
+    plain.add_sequence(0)
+    state = plain.export_sequence(0)
+    cache = PagedKVCache(**sizes, dtype="float32", kv_dtype="float8_e4m3fn", k_scale=0.5)
+    cache.add_sequence(0)
+    new = [np.full((3, heads, 16), 1.5, np.float32) for heads in (2, 1, 1)]
+    with cache.forward([0], [3]) as step:
+        step.attention(0, *new)
+    with pytest.raises(errors.DTypeError, match=r"pages of float8_e4m3fn, whose scales.*swap_out"):
+        cache.export_sequence(0)
+    with pytest.raises(errors.DTypeError, match=r"whose scales"):
+        cache.import_sequence(1, state)
+    before = [np.array(x) for x in cache.gather(0, 0)]
+    cache.swap_out(0)
+    cache.swap_in(0)
+    for was, now in zip(before, cache.gather(0, 0), strict=True):
+        assert was.tobytes() == np.array(now).tobytes() and was.any()

@@ -17,6 +17,8 @@ _WORKSPACE_BYTES = 256 << 20
 class FlashInfer:
     """Its backends that take the workload. `plan` is quoted apart, as ours is; index tables are on the host for it."""
 
+    takes_float8 = True
+
     def variants(self, workload: Workload) -> Sequence[str]:
         require("flashinfer")
         if workload.ragged:

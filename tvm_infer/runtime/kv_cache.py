@@ -429,7 +429,8 @@ class PagedKVCache:
     def export_sequence(self, seq_id: int) -> SequenceState:
         """A copy of a sequence on the host: keys and values of all layers, and its tokens where they are known. Waits for the device.
 
-        UnknownSequenceError. CacheStateError : in a step. A sequence that is swapped out can be exported.
+        UnknownSequenceError. CacheStateError : in a step. DTypeError : pages of 8 bits, whose scales a state does not hold (swap_out
+        works). A sequence that is swapped out can be exported.
         """
         return sequence_state.export_from(self, _integer(seq_id, "seq_id"))
 

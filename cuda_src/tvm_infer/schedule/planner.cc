@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Shared works must shorten the plan by what their merges cost and by this fraction: costs are measured in plans of one kind of work.
 constexpr int64_t kMinSharedGainFraction = 16;
-// And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc.
+// And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc. With 6 us 8
+// requests of 2048 + 256 keys were shared, 17.8 us where the flat plan takes 14.7 (H200).
 constexpr int64_t kSharedMergeTime = 9'000'000;
 
 }  // namespace
