@@ -12,8 +12,8 @@ MAX_SHARED_BYTES = 232448  # of a CTA on sm_90
 MAX_CPU_SECONDS = 5  # of nvcc and all it starts
 
 
-# As they are, so that more is seen: O of 256 columns, logits and weights are all but 50 of a thread's registers. What that costs has not
-# been measured.
+# As they are, so that more is seen: O of 256 columns, logits and weights are all but 50 of a thread's registers.
+# What that costs has not been measured.
 SPILLS_WITHOUT_VARIANT = {"_h256_": 352, "_h192_": 12, "_h96_": 8, "_e4m3_h128_": 16, "_e5m2_h128_": 16}
 
 
