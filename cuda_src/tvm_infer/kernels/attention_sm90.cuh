@@ -93,7 +93,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       ptx::MbarrierInit(ring.full + 8 * i, Config::kFullArrivals);
       ptx::MbarrierInit(ring.empty + 8 * i, Config::kEmptyArrivals);
     }
-    for (int i = 0; i < Config::kQueryBuffers; ++i) {
+    for (int i = 0; i < Config::kQueryTurns; ++i) {
       ptx::MbarrierInit(query_full + 8 * i, 32 * kQueryLoaders);
       ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerThreads);
     }
