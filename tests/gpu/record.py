@@ -1,7 +1,7 @@
 """What was held on a GPU, and whether it was held by the code as it stands.
 
-  python tests/gpu/record.py run [--sanitizer] [--workers N] [--out FILE]   on a machine with a GPU: all GPU tests, then tests/gpu/record.json
-  python tests/gpu/record.py check [--record FILE]            anywhere: families whose record is of other code; exit code 1 if any
+  python tests/gpu/record.py run [--sanitizer] [--workers N] [--out FILE]   on a machine with a GPU: all GPU tests, then record.json
+  python tests/gpu/record.py check [--record FILE]   anywhere: families whose record is of other code; exit code 1 if any
 
 A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and
 ffi/, and its GPU tests. Comments and blank lines of C++ do not count; nor do where the tree lies, file times, the order of listings.
