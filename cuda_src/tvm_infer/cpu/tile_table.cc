@@ -19,6 +19,7 @@ constexpr Measured kSixteenBit[kNumClasses] = {{4, 54'000, 15'000, 26'000},   {8
                                                {64, 48'000, 24'000, 191'000}, {192, 48'000, 25'000, 477'000}};
 // Keys and values of 8 bits cost as much: bytes that are saved are spent on widening (per key of 4 rows 27 ns from bfloat16, 27 from e5m2,
 // 31 from e4m3; of 64 rows 188, 180, 184).
+constexpr SharedMergeCost kSharedMerge = {.each = 2'700'000, .once = 9'000'000};
 constexpr int32_t kKvGranule = 64;  // cuts between blocks of keys
 
 // Work per key grows with head_dim, but for the softmax, which weighs as much as 16 of it.
@@ -47,11 +48,11 @@ struct Tables {
 
 }  // namespace
 
-const TileClass* TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t* count) {
+TileCosts TileTable(DType dtype, DType kv_dtype, int32_t head_dim) {
   static const Tables tables;
   const int32_t index = head_dim < 8 ? 0 : head_dim > 256 ? 31 : (head_dim + 7) / 8 - 1;
-  *count = kNumClasses;
-  return tables.of[dtype == DType::kFloat32 && !IsScaled(kv_dtype) ? 0 : 1][index].classes;
+  const Scaled& scaled = tables.of[dtype == DType::kFloat32 && !IsScaled(kv_dtype) ? 0 : 1][index];
+  return {scaled.classes, kNumClasses, kSharedMerge};
 }
 
 }  // namespace tvm_infer::cpu

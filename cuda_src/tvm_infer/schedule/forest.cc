@@ -4,13 +4,6 @@
 #include <limits>
 
 namespace tvm_infer {
-namespace {
-
-// What a merge of shared keys costs beyond MergePrice: those of a tile follow one another, and few CTAs have any. Measured on an H100, over
-// the makespan and the 4.5 us of any launch: 64 merges of a row tile and head 7.5 to 9 us, 256 of them 15, 512 of them 21.
-constexpr int64_t kSharedMerge = 2'700'000;
-
-}  // namespace
 
 bool Forest::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared) {
   has_end_ = p.band.has_end();
@@ -167,7 +160,7 @@ bool Forest::ChooseRuns(const PlanParams& p) {
   for (int32_t i = 0; i < num_places_; ++i) {
     if (run_of_[i] < 0 || runs_[run_of_[i]].depth == 0) continue;
     for (int32_t t = first_tile_[i]; t < first_tile_[i + 1]; ++t) {
-      merge_price_ += kSharedMerge + MergePrice(p.tile_classes[tiles_[t].tile_class], tiles_[t].num_rows);
+      merge_price_ += p.shared_merge->each + MergePrice(p.tile_classes[tiles_[t].tile_class], tiles_[t].num_rows);
     }
   }
   return true;

@@ -27,6 +27,10 @@ void CheckSettings(const PlanParams& p) {
                                    << "; with shared keys a row's result depends on the levels, which a fixed size is to prevent. Plan "
                                       "without levels, or with fixed_split_size 0";
   }
+  if (!p.shared_merge.has_value()) {
+    TVM_INFER_THROW(ArgumentError) << "argument `levels` with a `tile_table` that does not say what merges of shared keys cost; end the table "
+                                      "with two integers, picoseconds for each merge and for a plan that has any (the executors' do)";
+  }
 }
 
 }  // namespace

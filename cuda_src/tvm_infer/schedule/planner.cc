@@ -17,9 +17,6 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Shared works must shorten the plan by what their merges cost and by this fraction: costs are measured in plans of one kind of work.
 constexpr int64_t kMinSharedGainFraction = 16;
-// And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc. With 6 us 8
-// requests of 2048 + 256 keys were shared, 17.8 us where the flat plan takes 14.7 (H200).
-constexpr int64_t kSharedMergeTime = 9'000'000;
 
 }  // namespace
 
@@ -53,9 +50,15 @@ void CheckParams(const PlanParams& p) {
   if (p.num_tile_classes < 1) {
     TVM_INFER_THROW(ArgumentError) << "tile_classes is empty; a plan needs at least one tile class of its executor";
   }
+  constexpr int64_t kMaxCost = int64_t{1} << 40;
+  if (p.shared_merge.has_value()) {
+    const auto [each, once] = *p.shared_merge;
+    if (std::min(each, once) < 0 || std::max(each, once) > kMaxCost) {
+      TVM_INFER_THROW(ArgumentError) << "shared_merge is (each " << each << ", once " << once << "); costs must be from 0 to 2^40 ps";
+    }
+  }
   for (int32_t c = 0; c < p.num_tile_classes; ++c) {
     const TileClass& t = p.tile_classes[c];
-    constexpr int64_t kMaxCost = int64_t{1} << 40;
     if (t.rows < 1 || t.kv_granule < 1 || std::min({t.fixed, t.row, t.kv - 1}) < 0 || std::max({t.fixed, t.row, t.kv}) > kMaxCost) {
       TVM_INFER_THROW(ArgumentError) << "tile_classes[" << c << "] is (rows " << t.rows << ", kv_granule " << t.kv_granule << ", fixed "
                                      << t.fixed << ", row " << t.row << ", kv " << t.kv
@@ -79,7 +82,7 @@ struct Planner::Scratch {
 
 // Whether the plan with shared works is shorter than one without.
 bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const {
-  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + kSharedMergeTime;
+  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + p.shared_merge->once;
   return shared.layout->makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
 }
 
@@ -87,7 +90,8 @@ bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t flat_makespan
 bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items) {
   flat.layout = nullptr;
   if (runs.num_runs == 0) return false;
-  TVM_INFER_ICHECK(p.band.IsSharable() && p.fixed_split_size == kSplitAuto) << "; keys of a window, or cut at a fixed size, are not shared";
+  TVM_INFER_ICHECK(p.band.IsSharable() && p.fixed_split_size == kSplitAuto && p.shared_merge.has_value())
+      << "; keys of a window, or cut at a fixed size, or without costs of their merges, are not shared";
   if (!forest.Build(p, batch.qo_indptr, batch.kv_len, batch.num_requests, runs)) return false;
   forest.MakeItems(p, &shared.items);
   shared.Lay(p);
