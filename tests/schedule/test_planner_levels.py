@@ -372,7 +372,9 @@ def test_what_merges_cost_is_the_tables_word():
         dear = dataclasses.replace(case, tile_table=(*classes, *prices))
         assert dear.check().num_shared_works == 0
         assert (dear.plan().header["capture_key"] == case.plan().header["capture_key"]).all()
-    with pytest.raises(ArgumentError, match=r"`levels` with a `tile_table` that does not say what merges of shared keys cost; end"):
+    with pytest.raises(
+        ArgumentError, match=r"`levels` with a `tile_table` that does not say what merges of shared keys cost; end"
+    ):
         case.plan(tile_table=tuple(classes))
 
 

@@ -151,7 +151,9 @@ class Executable:
         m = self.manifest
         spec = m.layers[0]
         table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
-        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS))
+        tiles = ", ".join(
+            f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS)
+        )
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]

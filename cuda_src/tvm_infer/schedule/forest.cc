@@ -219,7 +219,6 @@ void Forest::MakeItems(const PlanParams& p, Items* items) const {
     work.merge_tiles = tile.merge < 0 ? 0 : 1;
     items->AddShared(p, work);
   }
-  items->Sort();
 }
 
 namespace {

@@ -18,7 +18,7 @@ class Forest {
  public:
   // Decides which runs are used; false: none is. The batch was checked (Items::Check).
   bool Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared);
-  // Items of the batch: shared ones first, then those of requests. Sorted.
+  // Items of the batch: shared ones first, then those of requests. Not sorted.
   void MakeItems(const PlanParams& p, Items* items) const;
 
   // Row tiles that merge what shared works computed for them. Their merges are of one KV head each: tile t, head h is number

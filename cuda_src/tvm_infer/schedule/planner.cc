@@ -76,14 +76,21 @@ struct Planner::Scratch {
   Forest forest;
   ScratchArray<int32_t> cursor;  // next free work of each CTA
 
-  bool IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const;
+  void LayFlat(const PlanParams& p, const Batch& batch, int64_t max_items);
+  bool IsWorthSharing(const PlanParams& p, int64_t shared_makespan, int64_t flat_makespan) const;
   bool TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items);
 };
 
-// Whether the plan with shared works is shorter than one without.
-bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const {
+void Planner::Scratch::LayFlat(const PlanParams& p, const Batch& batch, int64_t max_items) {
+  flat.items.Build(p, batch, max_items);
+  flat.Lay(p);
+}
+
+// Whether a plan with shared works is shorter than one without. Never true for a shorter flat plan, or a longer shared one, where it is not
+// for these: bounds of either decide, too.
+bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t shared_makespan, int64_t flat_makespan) const {
   const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + p.shared_merge->once;
-  return shared.layout->makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
+  return shared_makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
 }
 
 // True: `shared` is laid, and better. Otherwise `flat` may be laid, or not yet.
@@ -94,12 +101,18 @@ bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const 
       << "; keys of a window, or cut at a fixed size, or without costs of their merges, are not shared";
   if (!forest.Build(p, batch.qo_indptr, batch.kv_len, batch.num_requests, runs)) return false;
   forest.MakeItems(p, &shared.items);
+  // The mean load is as short as a plan can be, and needs none to be laid: what it cannot win, or cannot lose, one layout decides.
+  const int64_t least_flat = CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas);
+  const int64_t least_shared = CeilDiv(shared.items.total_cost * p.num_kv_heads, p.num_ctas);
+  if (!IsWorthSharing(p, least_shared, least_flat)) {
+    LayFlat(p, batch, max_items);
+    if (!IsWorthSharing(p, least_shared, flat.layout->makespan)) return false;
+  }
+  shared.items.Sort();
   shared.Lay(p);
-  // The mean load is as short as a flat plan can be, and needs none to be laid.
-  if (IsWorthSharing(p, CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas))) return true;
-  flat.items.Build(p, batch, max_items);
-  flat.Lay(p);
-  return IsWorthSharing(p, flat.layout->makespan);
+  if (IsWorthSharing(p, shared.layout->makespan, least_flat)) return true;
+  if (flat.layout == nullptr) LayFlat(p, batch, max_items);
+  return IsWorthSharing(p, shared.layout->makespan, flat.layout->makespan);
 }
 
 Planner::Planner() : scratch_(std::make_unique<Scratch>()) {}
@@ -145,10 +158,7 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
       return bytes;
     }
   }
-  if (s.flat.layout == nullptr) {
-    s.flat.items.Build(params, batch, max_items);
-    s.flat.Lay(params);
-  }
+  if (s.flat.layout == nullptr) s.LayFlat(params, batch, max_items);
   return WriteFlat(params, batch, out, out_bytes, max_partial_rows);
 }
 
