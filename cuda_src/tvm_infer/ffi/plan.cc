@@ -140,7 +140,7 @@ int64_t MakeSharedPlan(TensorView qo_indptr, TensorView kv_len, TensorView level
     const PlanCall call(qo_indptr, kv_len, plan_out);
     CheckIndex(levels, "levels");
     const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
-    Levels reader;
+    thread_local Levels reader;  // as the planner's: a step allocates nothing
     const SharedRuns& shared =
         reader.Read(params, DataPtr<int32_t>(levels), levels.numel(), call.qo_indptr, call.kv_len, call.num_requests);
     return ThreadPlanner().Plan(params, call.qo_indptr, call.kv_len, call.num_requests, call.out, call.out_bytes, max_partial_rows, shared);
