@@ -58,7 +58,9 @@ def _tile_table(kind: str, dtype: str, head_dim: int, kv_dtype: str | None = Non
 
 
 def cpu_tile_table(dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
-    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+    """The CPU executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
 
@@ -70,7 +72,9 @@ def cpu_tile_table(dtype: str = "float32", head_dim: int = 128, kv_dtype: str | 
 
 
 def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
-    """The CUDA executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+    """The CUDA executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
 
@@ -138,7 +142,8 @@ def _settings(
         return num_ctas, tuple(tile_table)
     except TypeError:
         raise ArgumentError(
-            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class"
+            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class, and may end with two for merges of "
+            "shared keys"
         ) from None
 
 
@@ -338,7 +343,8 @@ def plan(
     num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
     fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
         not depend on the rest of the batch; -1 never splits.
-    tile_table : five integers per tile class; default: the executor's.
+    tile_table : costs, picoseconds: five integers per tile class and, where there are `levels`, two of merging shared keys, as
+        :func:`cpu_tile_table` has them; default: the executor's.
     device : where the plan runs: "cpu", "cuda", "cuda:1", a torch.device or a TVM device; default: that of `device_out`, else
         "cpu".
     out : int32 host buffer to write the plan to (see :func:`workspace_size`); default: one is allocated.

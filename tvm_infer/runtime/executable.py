@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..models import Tokenizer
 
 DEFAULT_MAX_BATCH = 16
-_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
+_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs; behind the classes are two costs more
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 _steps = itertools.count(1)  # of all caches
@@ -151,7 +151,9 @@ class Executable:
         m = self.manifest
         spec = m.layers[0]
         table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
-        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
+        tiles = ", ".join(
+            f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS)
+        )
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
