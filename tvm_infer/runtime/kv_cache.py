@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,8 @@ class PagedKVCache:
     # layers whose variant this object set, and which rotates, or has tables by request
     _rotating: frozenset[int] = frozenset()
     _by_request: frozenset[int] = frozenset()
+    # layers whose variant reads tables by positions -> it
+    _with_matrices: Mapping[int, variant_call.Prepared] = MappingProxyType({})
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -563,8 +566,10 @@ class PagedKVCache:
         Raises
         ------
         CacheStateError : no step is under way. PlanMismatchError : another number of tokens than announced, or another mask.
-        ArgumentError, DTypeError : shape, layer or dtype are not the cache's.
+        ArgumentError, DTypeError : shape, layer or dtype are not the cache's. VariantError : a table of the layer's variant that is
+        read by positions is too short for the step.
         """
+        self._check_tables(_integer(layer, "layer"))
         if out is None:
             out = _array.empty_like(q, tuple(q.shape))
         _ffi.func("attention_with_kv_cache")(
@@ -578,6 +583,11 @@ class PagedKVCache:
             _array.as_tensor(out, "out", output=True),
         )
         return out
+
+    def _check_tables(self, layer: int) -> None:
+        prepared = self._with_matrices.get(layer)
+        if prepared is not None and self.in_forward:
+            prepared.check_tables(self.plan, self.num_qo_heads)
 
     def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
         """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
@@ -650,6 +660,9 @@ class PagedKVCache:
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
         self._by_request = self._by_request | set(chosen) if by_request else self._by_request - set(chosen)
+        others = {number: kept for number, kept in self._with_matrices.items() if number not in chosen}
+        has_matrices = variant is not None and prepared.has_matrices
+        self._with_matrices = others | (dict.fromkeys(chosen, prepared) if has_matrices else {})
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -668,6 +681,7 @@ class PagedKVCache:
                 f"argument `layer` is {layer}, whose variant turns queries and keys as attention reads them; attention_fused_qkv would "
                 "turn them before: call attention, or set a variant without a rotation"
             )
+        self._check_tables(layer)
         if out is None:
             out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
         _ffi.func("attention_with_kv_cache_fused_qkv")(
