@@ -25,6 +25,9 @@ _REFUSALS = {
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
     6: "it has more requests (or lists of their KV heads) than the page table: pass the table of the batch that was planned",
     8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
+    9: "it has a list of keys for each KV head, and the launch a variant, or an append before it, which are told positions in a "
+    "request: plan with one kv_len for each request",
+    10: "it has sinks or chunks, which a variant's mask tests, and the launch has no variant: pass the one that it was made for",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
 
