@@ -211,7 +211,9 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run all GPU tests here and write the record")
     runner.add_argument("--out", type=pathlib.Path, default=RECORD)
-    runner.add_argument("--workers", type=int, default=0, help="processes that share the GPU (pytest-xdist); 0: this one alone")
+    runner.add_argument(
+        "--workers", type=int, default=0, help="processes that share the GPU (pytest-xdist); 0: this one alone"
+    )
     runner.add_argument("--sanitizer", action="store_true", help="tests/gpu/sanitize.sh, too")
     checker = commands.add_parser("check", help="say which families' records are of other code")
     checker.add_argument("--record", type=pathlib.Path, default=RECORD)
