@@ -308,11 +308,18 @@ class Executable:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
         or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
-        have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
-        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        have = (
+            cache.num_layers,
+            cache.num_qo_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.head_dim_vo,
+            cache.dtype,
+        )
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim, spec.dtype)
         if have != need:
             raise ArgumentError(
-                f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: make it with "
                 "Executable.new_cache"
             )
         kind = cache.device.partition(":")[0]

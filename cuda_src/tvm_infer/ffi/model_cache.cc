@@ -161,12 +161,13 @@ void CheckLayers(const PagedKVCache& kv, const JsonObject& model) {
   const auto heads = Field<int64_t>(layer, "num_qo_heads"), kv_heads = Field<int64_t>(layer, "num_kv_heads");
   const auto head_dim = Field<int64_t>(layer, "head_dim");
   if (have.num_layers == static_cast<int64_t>(layers.size()) && have.num_qo_heads == heads && have.num_kv_heads == kv_heads &&
-      have.head_dim == head_dim) {
+      have.head_dim == head_dim && have.head_dim_vo == head_dim) {
     return;
   }
   TVM_INFER_THROW(ArgumentError) << "argument `kv` has " << have.num_layers << " layers of " << have.num_qo_heads << " / "
-                                 << have.num_kv_heads << " heads of " << have.head_dim << " elements; the model has " << layers.size()
-                                 << " of " << heads << " / " << kv_heads << " of " << head_dim << ": make it with model_create_cache";
+                                 << have.num_kv_heads << " heads of " << have.head_dim << " elements (values " << have.head_dim_vo
+                                 << "); the model has " << layers.size() << " of " << heads << " / " << kv_heads << " of " << head_dim
+                                 << ": make it with model_create_cache";
 }
 
 void SetVariants(const PagedKVCache& kv, const JsonObject& manifest, const Array<Tensor>& weights) {
@@ -201,7 +202,7 @@ PagedKVCache ModelCreateCache(Array<Tensor> weights, int64_t page_size, int64_t 
     config.num_layers = static_cast<int64_t>(layers.size());
     config.num_qo_heads = Field<int64_t>(layer, "num_qo_heads");
     config.num_kv_heads = Field<int64_t>(layer, "num_kv_heads");
-    config.head_dim = Field<int64_t>(layer, "head_dim");
+    config.head_dim = config.head_dim_vo = Field<int64_t>(layer, "head_dim");
     config.dtype = config.kv_dtype = ToDType(layer);
     config.page_size = page_size;
     config.num_pages = num_pages;

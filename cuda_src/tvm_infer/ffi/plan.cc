@@ -208,6 +208,10 @@ void UploadPlan(TensorView plan_host, TensorView plan_device) {
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CpuKVTileTable(dtype, head_dim, dtype); }
 
 tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
+  return CpuVOTileTable(dtype, head_dim, head_dim, kv_dtype);
+}
+
+tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     const KVDType* type = FindKVDType(std::string(dtype));
     if (type == nullptr || cpu::IsScaled(type->type)) {
@@ -217,7 +221,8 @@ tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ff
     const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
     CheckDTypePair(type->type, "dtype", kv_type, "kv_dtype");
     int32_t count = 0;
-    const TileClass* classes = cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), &count);
+    const TileClass* classes =
+        cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), CheckedInt32(head_dim_vo, "head_dim_vo"), &count);
     std::vector<int64_t> flat;
     for (int32_t i = 0; i < count; ++i) {
       const TileClass& c = classes[i];
