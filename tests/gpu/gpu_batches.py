@@ -259,7 +259,9 @@ def plain_attention(
     m, num_kv_heads, _ = k.shape
     group = num_qo_heads // num_kv_heads
     if m == 0:
-        return q.new_zeros((n, num_qo_heads, v.shape[2])), torch.full((n, num_qo_heads), -math.inf, dtype=q.dtype, device=q.device)
+        return q.new_zeros((n, num_qo_heads, v.shape[2])), torch.full(
+            (n, num_qo_heads), -math.inf, dtype=q.dtype, device=q.device
+        )
     rows = q.view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(num_kv_heads, group * n, head_dim)
     scores = (rows @ k.permute(1, 2, 0)) * sm_scale
     position = torch.arange(n, device=q.device)[:, None] + (m - n)

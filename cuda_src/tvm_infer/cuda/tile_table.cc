@@ -55,13 +55,12 @@ void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32
   }
   if (FindRow(kv_dtype, head_dim, head_dim_vo) != nullptr) return;
   if (head_dim != head_dim_vo) {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside head_dim_vo " << head_dim_vo
-                                   << (IsScaled(kv_dtype)
-                                           ? " in 8 bits; the cuda executor has kernels for equal widths there. Keep keys and "
-                                             "values in 16 bits"
-                                           : "; the cuda executor has kernels for head_dim 192 with head_dim_vo 128, else for "
-                                             "equal widths (64, 80, 96, 128, 192, 256). Pad the values with zeros")
-                                   << ", or pass host tensors (the cpu executor takes any head_dim_vo up to head_dim)";
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside a head_dim_vo of " << head_dim_vo
+                                   << (IsScaled(kv_dtype) ? " in 8 bits, for which the cuda executor has kernels for 128 and 256, "
+                                                          : "; the cuda executor has kernels for 64, 80, 96, 128, 192 and 256, ")
+                                   << "the same for both" << (IsScaled(kv_dtype) ? "" : ", and for 192 with a head_dim_vo of 128")
+                                   << ". Pad the heads with zeros (and keep sm_scale that of the unpadded width), or pass host tensors "
+                                      "(the cpu executor takes any head_dim_vo up to head_dim)";
   }
   if (IsScaled(kv_dtype)) {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside 8-bit keys and values ("

@@ -41,9 +41,10 @@ const tvm::ffi::Tensor& PagedKVCacheObj::Pages(int64_t layer) const {
 tvm::ffi::Tensor PagedKVCacheObj::ValuePages(int64_t layer) const {
   const tvm::ffi::Tensor& pages = Pages(layer);
   if (!config_.has_equal_widths()) return memory_.v_pages[layer];
-  const int64_t shape[] = {pages.size(0), pages.size(2), pages.size(3), pages.size(4)};
-  const int64_t strides[] = {pages.stride(0), pages.stride(2), pages.stride(3), 1};
-  return pages.as_strided(tvm::ffi::ShapeView(shape, 4), tvm::ffi::ShapeView(strides, 4), pages.stride(1));
+  const KVCacheConfig& c = config_;
+  const int64_t head = c.page_size * c.head_dim, values = c.num_kv_heads * head;
+  const int64_t shape[] = {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim}, strides[] = {2 * values, head, c.head_dim, 1};
+  return pages.as_strided(tvm::ffi::ShapeView(shape, 4), tvm::ffi::ShapeView(strides, 4), values);
 }
 
 void PagedKVCacheObj::CheckEqualWidths(const char* operation, const char* way_out) const {

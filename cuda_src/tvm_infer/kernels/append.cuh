@@ -98,7 +98,7 @@ struct AppendVector {
     return 2 * p.num_kv_heads * row_vectors;
   }
   __device__ __forceinline__ static uint32_t OutputVectors(const cuda::AppendParams& p) { return p.head_dim / 8; }
-  __device__ __forceinline__ AppendVector() = default;
+  AppendVector() = default;
   __device__ __forceinline__ AppendVector(uint32_t index, uint32_t row_vectors) : row(index / row_vectors), column(index % row_vectors) {}
   __device__ __forceinline__ void Advance(uint32_t row_vectors, uint32_t step_rows, uint32_t step_columns) {
     row += step_rows;
