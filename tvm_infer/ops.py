@@ -284,7 +284,8 @@ def attention(
         plan with a `kv_len` of each KV head, so are those of list ``r * num_kv_heads + h``, whose head h is read.
         On cuda device tensors, whose values nobody checks.
     sm_scale : factor on q·k; default 1 / sqrt(head_dim). On cuda > 0.
-    out : as `q`, head_dim_vo wide; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`. On cuda contiguous.
+    out : as `q`, head_dim_vo wide; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`.
+        On cuda contiguous.
     workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim_vo + 1)``; allocated if None.
         Calls on one stream may share it.
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
@@ -354,8 +355,8 @@ def ragged_attention(
 ) -> Any:
     """Attention of ragged queries over ragged keys without pages.
 
-    k, v : [num_kv_tokens, num_kv_heads, head_dim], `v` perhaps narrower; on the host also of 8 bits. kv_indptr : int32 [num_requests + 1], on the device of
-    `q`; request r's keys are rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
+    k, v : [num_kv_tokens, num_kv_heads, head_dim], `v` perhaps narrower (head_dim_vo); on the host also of 8 bits. kv_indptr : int32
+    [num_requests + 1], on the device of `q`; request r's keys are rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
     """
     (indptr,) = _tables(q, kv_indptr=kv_indptr)
     num_kv_heads = _num_kv_heads(k, 1, (3,))
@@ -391,9 +392,9 @@ def append(
 ) -> None:
     """Write new keys and values at the end of each request, in place.
 
-    k, v : [num_tokens, num_kv_heads, head_dim], `v` as wide as the cache's values. Token t of request r goes to position ``kv_len[r] - (qo_indptr[r + 1] - t)``:
-    `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the device of `k`, and tokens behind
-    qo_indptr[num_requests] are padding.
+    k, v : [num_tokens, num_kv_heads, head_dim], `v` as wide as the cache's values. Token t of request r goes to position
+    ``kv_len[r] - (qo_indptr[r + 1] - t)``: `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the
+    device of `k`, and tokens behind qo_indptr[num_requests] are padding.
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     indptr, lengths, page_indptr, page_indices = _tables(

@@ -1250,7 +1250,7 @@ def test_cache_of_keys_wider_than_values(driver):
     _ffi.func("kv_cache_move_tokens")(cache, [5], [17], [4])
     assert [launch["name"] for launch in driver.launches()] == ["move_tokens"] * 2  # keys, then values
     cache.remove_sequence(5)
-    with pytest.raises(errors.ExecutorError, match="head_dim 192 beside head_dim_vo 128.*where they are equal"):
+    with pytest.raises(errors.ExecutorError, match=r"head_dim 192 beside head_dim_vo 128.*where they are equal"):
         cache.set_rope(tvm_infer.RopeConfig(64))
     with pytest.raises(errors.ExecutorError, match="head_dim 192 beside a head_dim_vo of 64"):
         tvm_infer.PagedKVCache(**{**sizes, "head_dim_vo": 64})

@@ -319,8 +319,8 @@ class Executable:
         need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim, spec.dtype)
         if have != need:
             raise ArgumentError(
-                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: make it with "
-                "Executable.new_cache"
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: "
+                "make it with Executable.new_cache"
             )
         kind = cache.device.partition(":")[0]
         if kind != m.device_kind:

@@ -183,8 +183,8 @@ class PagedKVCache:
     num_layers : layers, each with its own keys and values.
     num_qo_heads, num_kv_heads : the first is a multiple of the second (grouped-query attention).
     head_dim : of queries and keys, a multiple of 8, from 8 to 256.
-    head_dim_vo : of values and the output, a multiple of 8, at most head_dim; None: head_dim. On CUDA 128 beside a head_dim of 192, else
-        head_dim, and then without variants and rotation in the cache (docs/kv-formats.md).
+    head_dim_vo : of values and the output, a multiple of 8, at most head_dim; None: head_dim. On CUDA 128 beside a head_dim of 192,
+        else head_dim, and then without variants and rotation in the cache (docs/kv-formats.md).
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
         On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.

@@ -109,8 +109,8 @@ def _check_has_no_scales(cache: PagedKVCache) -> None:
 def _check_has_one_width(cache: PagedKVCache) -> None:
     if cache.head_dim_vo != cache.head_dim:
         raise ArgumentError(
-            f"the cache has head_dim {cache.head_dim} and head_dim_vo {cache.head_dim_vo}, and a SequenceState holds keys and values of "
-            "one width; swap the sequence out instead (swap_out, swap_in)"
+            f"the cache has head_dim {cache.head_dim} and head_dim_vo {cache.head_dim_vo}, and a SequenceState holds keys and values "
+            "of one width; swap the sequence out instead (swap_out, swap_in)"
         )
 
 

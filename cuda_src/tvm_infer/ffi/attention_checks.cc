@@ -46,7 +46,6 @@ void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& 
   CheckRank(o, "o", 3, "[num_tokens, num_qo_heads, head_dim_vo]");
   CheckSameDType(o, "o", q, "q");
   for (int axis = 0; axis < 2; ++axis) CheckDim(o, "o", axis, q.size(axis), "as q");
-  CheckHeadDim(o, "o");
   CheckLastDimContiguous(o, "o");
   if (lse.has_value()) {
     CheckPlace(lse.value(), "lse", place);
