@@ -140,7 +140,7 @@ def _prepare(
     """
     _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
     device = _device.cuda_index(q)
-    v_shape = getattr(v, "shape", ())
+    v_shape: Any = getattr(v, "shape", ())
     head_dim_vo = int(v_shape[-1] if len(v_shape) else q.shape[-1])
     if device is not None:
         words, workspace = _prepare_cuda(q, head_dim_vo, plan, workspace, num_kv_heads, num_lists, device)
