@@ -94,6 +94,8 @@ class Torch:
         from torch.nn.attention.bias import causal_lower_right
         from torch.nn.functional import scaled_dot_product_attention
 
+        if variant == "flash" and workload.head_dim_vo:
+            raise Skipped("torch's FlashAttention takes keys as wide as values")
         history = any(1 < n < m for n, m in equal_lengths(workload))
         if variant == "cudnn" and history:
             raise Skipped("torch hands cuDNN no causal mask for queries with history")
