@@ -150,7 +150,10 @@ class Executable:
         """What runs the attention, and in which pieces."""
         m = self.manifest
         spec = m.layers[0]
-        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
+        widths = (spec.head_dim, spec.width_vo)
+        table = _ffi.func("cuda_vo_tile_table" if m.device_kind == "cuda" else "cpu_vo_tile_table")(
+            spec.dtype, *widths, spec.dtype
+        )
         tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
@@ -158,7 +161,7 @@ class Executable:
             kernels = library.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
             lines += [
-                f"two launches a layer: {appends}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, {library.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
@@ -316,7 +319,7 @@ class Executable:
             cache.head_dim_vo,
             cache.dtype,
         )
-        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim, spec.dtype)
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.width_vo, spec.dtype)
         if have != need:
             raise ArgumentError(
                 f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: "

@@ -273,6 +273,7 @@ class PagedKVCache:
             num_qo_heads=spec.num_qo_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
+            head_dim_vo=spec.width_vo,
             dtype=spec.dtype,
             **settings,
         )

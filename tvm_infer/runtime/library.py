@@ -227,7 +227,7 @@ def kernel_names(
 
     names: dict[str, None] = {}
     if "attention_with_kv_cache" in functions:
-        names["append_b16"] = None
+        names |= {f"append_b16{_widths(spec)}": None for spec in layers}
     if {"attention_with_kv_cache_fused_qkv", "attention_with_kv_cache_rope"} & set(functions):
         names |= {f"rope_append_{_ELEMENTS[spec.dtype]}": None for spec in layers}
     if names:
@@ -244,9 +244,15 @@ def kernel_names(
 _ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in kernels' names
 
 
+def _widths(spec: AttentionSpec) -> str:
+    """Of a kernel for keys wider than values, "_h192_v128"; "" where they are as wide."""
+    return f"_h{spec.head_dim}_v{spec.head_dim_vo}" if spec.head_dim_vo else ""
+
+
 def attention_kernel(spec: AttentionSpec, page_size: int, digest: str = "") -> str:
     """The name of the CUDA kernel of a layer's attention; digest : of its variant's code, "" without."""
-    plain = f"attention_{_ELEMENTS[spec.dtype]}_h{spec.head_dim}_p{page_size}"
+    heads = _widths(spec) or f"_h{spec.head_dim}"
+    plain = f"attention_{_ELEMENTS[spec.dtype]}{heads}_p{page_size}"
     return f"{plain}_v{digest}" if digest else plain
 
 
