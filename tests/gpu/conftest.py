@@ -93,7 +93,7 @@ def compile_kernels(items) -> None:
     cases = (getattr(getattr(item, "callspec", None), "params", {}).get("case") for item in items)
     names = {case.kernel for case in cases if case is not None}
     if "append" in families:
-        names.add("append_b16")
+        names |= {"append_b16", "append_b16_h192_v128"}
     if "rope_append" in families:
         names |= {f"rope_append_{dtype}" for dtype in ("bf16", "fp16")}
     if "merge_states" in families:

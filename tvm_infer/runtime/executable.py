@@ -150,7 +150,10 @@ class Executable:
         """What runs the attention, and in which pieces."""
         m = self.manifest
         spec = m.layers[0]
-        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
+        widths = (spec.head_dim, spec.width_vo)
+        table = _ffi.func("cuda_vo_tile_table" if m.device_kind == "cuda" else "cpu_vo_tile_table")(
+            spec.dtype, *widths, spec.dtype
+        )
         tiles = ", ".join(
             f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS)
         )
@@ -160,7 +163,7 @@ class Executable:
             kernels = model_kernels.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
             lines += [
-                f"two launches a layer: {appends}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, {model_kernels.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
@@ -325,12 +328,19 @@ class Executable:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
         or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
-        have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
-        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        have = (
+            cache.num_layers,
+            cache.num_qo_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.head_dim_vo,
+            cache.dtype,
+        )
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.width_vo, spec.dtype)
         if have != need:
             raise ArgumentError(
-                f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
-                "Executable.new_cache"
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: "
+                "make it with Executable.new_cache"
             )
         kind = cache.device.partition(":")[0]
         if kind != m.device_kind:

@@ -18,8 +18,10 @@ inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the 
 // In place of a page size: keys are rows of one tensor [kv_tokens, num_kv_heads, head_dim], those of a list in a run.
 inline constexpr int kRagged = 0;
 
-// Element: of queries and results. KvElement: of keys and values, the same or one of 8 bits.
-template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant, typename KvElement_ = Element_>
+// Element: of queries and results. KvElement: of keys and values, the same or one of 8 bits. kHeadDim is of queries and keys, kHeadDimVo of
+// values and results.
+template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant, typename KvElement_ = Element_,
+          int kHeadDimVo_ = kHeadDim_>
 struct ConfigSm90 {
   using Element = Element_;
   using KvElement = KvElement_;
@@ -27,19 +29,22 @@ struct ConfigSm90 {
   using Variant = Variant_;
   static constexpr bool kChangesQueries = attention::kChangesQueries<Variant>, kChangesKeys = attention::kChangesKeys<Variant>;
   static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput || kChangesQueries || kChangesKeys;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimVo = kHeadDimVo_;
   static constexpr int kPageSize = kPageSize_;
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "products of 16 columns, accumulators of 256");
+  static_assert(kHeadDimVo == kHeadDim || (kHeadDimVo < kHeadDim && kHeadDimVo % 64 == 0 && kHeadDim % 64 == 0),
+                "values are as wide as keys, or both are whole panels and results fit where queries were");
   static constexpr bool kIsRagged = kPageSize == kRagged;
   static constexpr bool kIsGather = !kIsRagged && kPageSize < 8;  // by cp.async, since a swizzled box holds whole groups of 8 tokens
   static_assert(kIsRagged || (kPageSize <= 64 && (kPageSize & (kPageSize - 1)) == 0), "pages of 1, 2, 4, 8, 16, 32 or 64 tokens");
 
-  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers.
+  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers. With narrower values they
+  // would, but then shared memory has room for one query buffer, and prefill would drain at the end of each head.
   static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kTileAlign = kIsRagged || kIsGather ? 1 : kPageSize;        // where in its list a tile may start
   static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
-  static constexpr int kDecodeColumns = kHeadDim * kTileKeys / 128;  // of O, a warp's in decode (attention/decode_tile.cuh)
+  static constexpr int kDecodeColumns = kHeadDimVo * kTileKeys / 128;  // of O, a warp's in decode (attention/decode_tile.cuh)
   static constexpr int kPrefillRows = 128;
   static constexpr int kPanelRows = 64;  // of queries in shared memory: a warpgroup's
 
@@ -56,11 +61,14 @@ struct ConfigSm90 {
   static constexpr int kRowWidth =
       kPanels * tile::kPanelElements;                       // elements of a row in shared memory; those behind kHeadDim are not used
   static constexpr bool kIsPadded = kRowWidth != kHeadDim;  // copies fill whole panels, one by one
-  static constexpr int kLoadLanes = kPanels * 8 <= 8 ? 8 : kPanels * 8 <= 16 ? 16 : 32;  // of a row by 16-byte chunks: a power of two
+  static constexpr int kLoadLanes = tile::RowLanes(kHeadDim);
   // Keys and values in the ring: 8-bit rows lie as 16-bit rows of half as many columns.
   static constexpr int kKvColumns = kIsScaled ? kHeadDim / 2 : kHeadDim;
-  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;
-  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kPageSize >= 16 && !kHasVariant), "8-bit elements: panels are 128 of them");
+  static constexpr int kValueColumns = kIsScaled ? kHeadDimVo / 2 : kHeadDimVo;
+  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;          // of K
+  using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns>;  // of V, from the start of its stage
+  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant),
+                "8-bit elements: panels are 128 of them");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
   // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is
@@ -72,9 +80,9 @@ struct ConfigSm90 {
   // From one turn's queries to the next one's.
   static constexpr int kPrefillQueryStride = kQueryBuffers == 2 ? kQueryBytes : 0;
   static constexpr int kDecodeQueryStride = kQueryBuffers == 2 ? kQueryBytes : kDecodeRows * tile::kPanelRowBytes;
-  // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
-  // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
-  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
+  // One stage is a tile of K or of V of one head (of narrower values not all of it). Prefill takes all the room there is, since its tiles
+  // of K and V pass in bursts. Decode keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more
+  // than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
   static constexpr int kStageBytes = kTileKeys * tile::Panels(kKvColumns) * tile::kPanelRowBytes;
   static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
   static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;

@@ -14,6 +14,7 @@ struct DecodeProducts {
   using Element = typename Config::Element;
   using Weight = Element;  // that weights are rounded to
   using Boxes = typename Config::Boxes;
+  using ValueBoxes = typename Config::ValueBoxes;
   static constexpr int kHeadDim = Config::kHeadDim, kWarpKeys = 16, kOwnColumns = Config::kDecodeColumns;
 
   // A warp's 16 query rows.
@@ -37,7 +38,7 @@ struct DecodeProducts {
   }
   __device__ __forceinline__ static uint32_t ValueOffset(uint32_t first) {
     const uint32_t block = Lane() / 8;
-    return Boxes::Offset(first + Lane() % 8 + block % 2 * 8, block / 2);
+    return ValueBoxes::Offset(first + Lane() % 8 + block % 2 * 8, block / 2);
   }
 
   // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
@@ -67,7 +68,7 @@ struct DecodeProducts {
 #pragma unroll
     for (int d = 0; d < kOwnColumns / 16; ++d) {
       uint32_t v[4];
-      ptx::LoadMatrixX4Transposed(v, Boxes::Columns(address, (kOwnColumns == kHeadDim ? 0 : first_column) + 16 * d));
+      ptx::LoadMatrixX4Transposed(v, ValueBoxes::Columns(address, (kOwnColumns == Config::kHeadDimVo ? 0 : first_column) + 16 * d));
       if (is_edge) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] &= keep[i % 2];

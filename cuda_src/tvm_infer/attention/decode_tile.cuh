@@ -26,12 +26,12 @@ class DecodeTile {
   using Ring = typename Config::Ring;
   using Variant = typename Config::Variant;
   using Boxes = typename Config::Boxes;
-  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
+  static constexpr int kHeadDimVo = Config::kHeadDimVo, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
   static constexpr int kSlices = kTileKeys / kWarpKeys, kColumnGroups = Config::kConsumerWarps / kSlices;
   static_assert(kSlices * kColumnGroups == Config::kConsumerWarps);
   static_assert(kColumnGroups == 1 || !Config::kChangesKeys, "variants that change keys are for head_dim 64 and 128");
   static constexpr int kOwnColumns = Config::kDecodeColumns;  // a warp's, of O
-  static_assert(kOwnColumns * kColumnGroups == kHeadDim);
+  static_assert(kOwnColumns * kColumnGroups == kHeadDimVo);
   using Products = std::conditional_t<Config::kIsScaled, ScaledDecodeProducts<Config>, DecodeProducts<Config>>;
 
   __device__ __forceinline__ explicit DecodeTile(Consumer<Config>& c) : c_(c) {}
@@ -159,7 +159,7 @@ class DecodeTile {
   // `first_partial`: the head's first partial row, or kFinalRows.
   __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t first_partial, int32_t row, uint32_t query,
                                            const float* scratch) {
-    using Columns = LaneColumns<kHeadDim>;
+    using Columns = LaneColumns<kHeadDimVo>;
     const auto& shared = c_.shared;
     const float scale = c_.SoftmaxScale();
     float max = kNegInf;
@@ -201,7 +201,7 @@ class DecodeTile {
       out.o = static_cast<char*>(c_.params.o) + static_cast<uint64_t>(static_cast<uint32_t>(at.x)) * 16;
       out.lse = c_.params.lse == nullptr ? nullptr : c_.params.lse + at.y;
     } else {
-      out = PartialRow<kHeadDim>(c_.params, first_partial + row);
+      out = PartialRow<kHeadDimVo>(c_.params, first_partial + row);
     }
 #pragma unroll
     for (int p = 0; p < Columns::kPieces; ++p) {

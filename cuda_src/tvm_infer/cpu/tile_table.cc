@@ -52,9 +52,10 @@ struct Tables {
 
 }  // namespace
 
-TileCosts TileTable(DType dtype, DType kv_dtype, int32_t head_dim) {
+TileCosts TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t head_dim_vo) {
   static const Tables tables;
-  const int32_t index = head_dim < 8 ? 0 : head_dim > 256 ? 31 : (head_dim + 7) / 8 - 1;
+  const int32_t width = (head_dim + head_dim_vo) / 2;  // one product is over keys, the other over values
+  const int32_t index = width < 8 ? 0 : width > 256 ? 31 : (width + 7) / 8 - 1;
   const Scaled& scaled = tables.of[dtype == DType::kFloat32 && !IsScaled(kv_dtype) ? 0 : 1][index];
   return {scaled.classes, kNumClasses, scaled.shared_merge};
 }

@@ -221,6 +221,10 @@ tvm::ffi::Shape FlatCosts(const TileCosts& costs) {
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CpuKVTileTable(dtype, head_dim, dtype); }
 
 tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
+  return CpuVOTileTable(dtype, head_dim, head_dim, kv_dtype);
+}
+
+tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     const KVDType* type = FindKVDType(std::string(dtype));
     if (type == nullptr || cpu::IsScaled(type->type)) {
@@ -229,7 +233,7 @@ tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ff
     }
     const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
     CheckDTypePair(type->type, "dtype", kv_type, "kv_dtype");
-    return FlatCosts(cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim")));
+    return FlatCosts(cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), CheckedInt32(head_dim_vo, "head_dim_vo")));
   });
 }
 

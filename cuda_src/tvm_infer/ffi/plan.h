@@ -19,6 +19,7 @@
   V(plan_upload, UploadPlan)                           \
   V(cpu_tile_table, CpuTileTable)                      \
   V(cpu_kv_tile_table, CpuKVTileTable)                 \
+  V(cpu_vo_tile_table, CpuVOTileTable)                 \
   V(cpu_info, CpuInfo)
 
 namespace tvm_infer::ffi_api {
@@ -82,6 +83,8 @@ tvm::ffi::Shape FlatCosts(const TileCosts& costs);
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim);
 // The same where keys and values are kept in another type than queries have.
 tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype);
+// The same where values (and outputs) are narrower than keys (and queries).
+tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype);
 
 // "isa threads": e.g. "avx512 2".
 tvm::ffi::String CpuInfo();
