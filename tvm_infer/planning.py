@@ -25,6 +25,8 @@ _REFUSALS = {
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
     6: "it has more requests (or lists of their KV heads) than the page table: pass the table of the batch that was planned",
     8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
+    9: "a request has more pages than its table, or than a selection's max_pages, so that its lists are empty: select with more",
+    10: "pages were selected for other lists than it was planned for: select with the PageSelection that it is of",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
 

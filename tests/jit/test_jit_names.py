@@ -21,12 +21,10 @@ def test_the_matrix():
     expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 2, 4, 8, 16, 32, 64))} | {
         f"{a}_ragged" for a in attention
     }
-    expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling"}
-    expected |= {f"{name}_{e}" for name, e in itertools.product(("rope_append", "gemv"), ("bf16", "fp16"))}
-    expected |= {
-        f"{name}_{e}_{kv}"
-        for name, e, kv in itertools.product(("append", "rope_append"), ("bf16", "fp16"), ("e4m3", "e5m2"))
-    }
+    expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling", "select_pages"}
+    plain, scaled = ("rope_append", "gemv", "page_bounds", "page_scores"), ("append", "rope_append", "page_bounds")
+    expected |= {f"{name}_{e}" for name, e in itertools.product(plain, ("bf16", "fp16"))}
+    expected |= {f"{name}_{e}_{kv}" for name, e, kv in itertools.product(scaled, ("bf16", "fp16"), ("e4m3", "e5m2"))}
     expected |= {
         f"attention_{e}_{kv}_h{d}_p{p}"
         for e, kv, d, p in itertools.product(("bf16", "fp16"), ("e4m3", "e5m2"), (128, 256), (16, 32, 64))

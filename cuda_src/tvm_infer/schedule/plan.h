@@ -160,6 +160,8 @@ enum PlanRefusal : int32_t {
   kTooManyLists = 6,       // more KV lists than the page table has
   kOtherCaptureKey = 7,    // not the capture key that the launch was captured with
   kSharedWithVariant = 8,  // shared works in a launch with a variant
+  kTooManyPages = 9,       // of select_pages: a request has more pages than its table, or than scores have room for; its lists are empty
+  kOtherLists = 10,        // of select_pages: the plan is not for as many lists, or not that of full ones
 };
 
 // Read access to a plan in memory; works on the host and in device code.
