@@ -1,5 +1,5 @@
-// kernels/page_bounds.cuh on the host (compiled with -include warp.h): random batches against the definition, all bounds compared. Prints how
-// many batches it ran.
+// kernels/page_bounds.cuh on the host (compiled with -include warp.h): random batches against the definition, all bounds compared. Prints
+// how many batches it ran.
 #include "tvm_infer/kernels/page_bounds.cuh"
 
 #include "append_batch.h"
@@ -83,9 +83,8 @@ void RunCase(int32_t number) {
     }
   }
   for (int32_t again = 0; again < 2; ++again) {
-    emulated::Launch(Random(1, 4), tvm_infer::kernels::kPageBoundsThreads, [&] {
-      is_float8 ? page_bounds_bf16_e4m3(params) : page_bounds_bf16(params);
-    });
+    emulated::Launch(Random(1, 4), tvm_infer::kernels::kPageBoundsThreads,
+                     [&] { is_float8 ? page_bounds_bf16_e4m3(params) : page_bounds_bf16(params); });
     for (int64_t i = 0; i < bounds_elements; ++i) {
       const float x = ToFloat(bounds[i]), y = ToFloat(expected[i]);
       if (x == y || (x != x && y != y)) continue;

@@ -70,8 +70,7 @@ void RunCase(int32_t number) {
   p.scores = scores.data();
   p.scores_stride_request = p.num_kv_heads * p.max_pages;
   p.scores_stride_head = p.max_pages;
-  emulated::Launch(p.num_requests * p.num_kv_heads * p.ctas_per_list, tvm_infer::kernels::kPageScoresThreads,
-                   [&] { page_scores_bf16(p); });
+  emulated::Launch(p.num_requests * p.num_kv_heads * p.ctas_per_list, tvm_infer::kernels::kPageScoresThreads, [&] { page_scores_bf16(p); });
   for (int32_t r = 0; r < p.num_requests; ++r) {
     const int32_t num_pages = (kv_len[r] + p.page_size - 1) / p.page_size;
     const bool has_scores = num_pages > p.min_pages && num_pages <= indptr[r + 1] - indptr[r];

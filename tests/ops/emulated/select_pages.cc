@@ -1,5 +1,5 @@
-// kernels/select_pages.cuh on the host (compiled with -include warp.h): random requests, scores with ties, NaN and zeros of both signs, against
-// a sort; and the plan's works. Prints how many batches it ran.
+// kernels/select_pages.cuh on the host (compiled with -include warp.h): random requests, scores with ties, NaN and zeros of both signs,
+// against a sort; and the plan's works. Prints how many batches it ran.
 #include "tvm_infer/kernels/select_pages.cuh"
 
 #include <algorithm>

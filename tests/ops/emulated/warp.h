@@ -1,5 +1,5 @@
-// Runs a kernel's source on the host, a CTA at a time: a fiber for each thread, which meet at warp-wide operations and at barriers. Enough of
-// CUDA for the kernels that only copy, compare and merge.
+// Runs a kernel's source on the host, a CTA at a time: a fiber for each thread, which meet at warp-wide operations and at barriers. Enough
+// of CUDA for the kernels that only copy, compare and merge.
 #pragma once
 
 #include <ucontext.h>
