@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__, _ffi, cache_dir, errors
 from .band import Band
 from .models import LanguageModel, Tokenizer, load_gguf
-from .runtime import library, variant_code
+from .runtime import library, model_kernels, variant_code
 from .runtime.executable import Executable
 from .runtime.manifest import Manifest
 from .runtime.variants import MAX_BANDS
@@ -400,7 +400,7 @@ def _prepare_variants(
         return
     variant_code.register(codes)
     kernels = [
-        library.attention_kernel(specs[code.layers[0]], page_size, code.digest)
+        model_kernels.attention_kernel(specs[code.layers[0]], page_size, code.digest)
         for code in variant_code.by_digest(codes).values()
         for page_size in library.DEFAULT_PAGE_SIZES
     ]

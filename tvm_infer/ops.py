@@ -246,6 +246,7 @@ def _run(
     if isinstance(plan, Plan) or not is_cuda:
         parsed = plan if isinstance(plan, Plan) else Plan(_host_words(plan))
         variant_call.check_plan(variant, parsed)
+        prepared.check_tables(parsed, int(q.shape[1]))
     # On a device a captured graph may be replayed with the plan of more requests: as many as the page table has.
     num_requests = num_lists if is_cuda else parsed.num_requests
     call = None if prepared.is_plain else prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]))

@@ -25,6 +25,9 @@ _REFUSALS = {
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
     6: "it has more requests (or lists of their KV heads) than the page table: pass the table of the batch that was planned",
     8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
+    9: "it has a list of keys for each KV head, and the launch a variant, or an append before it, which are told positions in a "
+    "request: plan with one kv_len for each request",
+    10: "it has sinks or chunks, which a variant's mask tests, and the launch has no variant: pass the one that it was made for",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
 
@@ -68,7 +71,9 @@ def _tile_table(
 def cpu_tile_table(
     dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
 ) -> tuple[int, ...]:
-    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+    """The CPU executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 
@@ -82,7 +87,9 @@ def cpu_tile_table(
 def cuda_tile_table(
     dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
 ) -> tuple[int, ...]:
-    """The CUDA executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+    """The CUDA executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 
@@ -156,7 +163,8 @@ def _settings(
         return num_ctas, tuple(tile_table)
     except TypeError:
         raise ArgumentError(
-            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class"
+            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class, and may end with two for merges of "
+            "shared keys"
         ) from None
 
 
@@ -361,7 +369,8 @@ def plan(
     num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
     fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
         not depend on the rest of the batch; -1 never splits.
-    tile_table : five integers per tile class; default: the executor's.
+    tile_table : costs, picoseconds: five integers per tile class and, where there are `levels`, two of merging shared keys, as
+        :func:`cpu_tile_table` has them; default: the executor's.
     device : where the plan runs: "cpu", "cuda", "cuda:1", a torch.device or a TVM device; default: that of `device_out`, else
         "cpu".
     out : int32 host buffer to write the plan to (see :func:`workspace_size`); default: one is allocated.

@@ -408,9 +408,12 @@ def test_the_read_ceiling_compiles_without_spills(tmp_path):
 
 
 def test_planning_is_timed_on_the_executors_table():
-    plan = HostDevice().plan(TINY[1])
-    timing = planning.time_plan(TINY[1], plan, calls=40)
-    assert timing.runs == 40 and 0 < timing.median < 10_000
+    device = HostDevice()
+    for workload in (TINY[1], dataclasses.replace(TINY[0], prefix=4)):
+        plan, table = device.plan(workload), device.tile_table(workload)
+        assert table[:-2] == tuple(n for tile in plan.tile_classes.tolist() for n in tile)
+        timing = planning.time_plan(workload, plan, table, calls=40)
+        assert timing.runs == 40 and 0 < timing.median < 10_000
 
 
 def test_groups_of_equal_lengths_cover_the_batch():

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import tvm_infer
 from tvm_infer import AttentionSpec, compiler, errors
 from tvm_infer.relax import RewritePagedAttention, from_torch
-from tvm_infer.runtime import library
+from tvm_infer.runtime import model_kernels
 
 HEADS, NOPE, ROPE, VALUE = 2, 16, 8, 16
 
@@ -127,7 +127,7 @@ def test_widths_without_a_kernel_for_cuda():
 
 def test_kernels_of_a_model_for_cuda():
     layers = [AttentionSpec(8, 8, 192, "bfloat16", head_dim_vo=128)] * 2
-    assert library.kernel_names(layers, ["attention_with_kv_cache"], (16, 64)) == (
+    assert model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16, 64)) == (
         "append_b16_h192_v128",
         "copy_pages",
         "attention_bf16_h192_v128_p16",

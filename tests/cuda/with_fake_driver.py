@@ -18,6 +18,7 @@ from tvm_infer.jit import headers
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
+HEAD_LISTS, SHARED_WORKS, ROW_MASKS = 1, 2, 4  # cuda/params.h, PlanFeature
 ABI, THREADS, SHARED = headers.kernel_abi(), 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
@@ -40,6 +41,7 @@ class Params(ctypes.Structure):
             for n in ("num_kv_heads", "group_size", "max_tokens", "max_partial_rows", "max_kv_lists")
         ],
         ("capture_key", ctypes.c_uint32 * 2),
+        ("features", ctypes.c_int32),
         ("sm_scale_log2", ctypes.c_float),
         ("sm_scale", ctypes.c_float),
         ("plan_is_ready", ctypes.c_int32),
@@ -187,6 +189,22 @@ def test_a_variant_is_part_of_the_name_and_a_third_parameter(driver):
     attend()
     assert driver.launches()[1]["name"] == "attention_bf16_h128_p16"
     assert driver.params(Params).plan_is_ready == 0  # whoever wrote the plan may still be at it
+
+
+def test_what_a_plan_may_have_depends_on_the_call(driver):
+    """Kernels refuse other plans: what they would make of them is not what was meant (attention/plan_check.cuh)."""
+    made, new = paged(), [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    features = lambda: driver.params(Params).features  # noqa: E731
+    attend()
+    assert features() == HEAD_LISTS | SHARED_WORKS
+    ragged()
+    assert features() == HEAD_LISTS | SHARED_WORKS
+    _ffi.func("variant_paged_attention")(*made.values(), call)
+    assert features() == ROW_MASKS
+    arguments = list(made.values())
+    _ffi.func("append_paged_attention")(*arguments[:2], *new, *arguments[2:])
+    assert features() == SHARED_WORKS  # of both launches: neither runs where the other is refused
 
 
 def test_a_variant_with_tables_elsewhere_is_refused_before_any_launch(driver):
@@ -647,8 +665,8 @@ class RopeParams(ctypes.Structure):
         ("o", ctypes.c_void_p),
         ("o_strides", ctypes.c_int64 * 2),
         ("num_qo_heads", ctypes.c_int32),
-        ("expected", ctypes.c_int32 * 7),
-        *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size")],
+        ("expected", ctypes.c_int32 * 8),
+        *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size", "plan_is_ready")],
         *[(n, ctypes.c_void_p) for n in ("q", "q_out")],
         ("q_strides", ctypes.c_int64 * 4),
         ("inv_freq", ctypes.c_void_p),
@@ -726,7 +744,7 @@ def test_rope_append_by_a_plan_of_another_dtype_and_device(driver):
     p = driver.rope_append_params(RopeParams)
     assert (p.plan, p.qo_indptr, p.kv_len) == (addresses[id(a["plan"])], None, None)
     # KV heads, group, tokens, partial rows, lists, any capture key
-    assert list(p.expected) == [HKV, HQ // HKV, ROWS, 2**31 - 1, 2, 0, 0]
+    assert list(p.expected) == [HKV, HQ // HKV, ROWS, 2**31 - 1, 2, 0, 0, SHARED_WORKS | ROW_MASKS]
     assert (p.rotary_dim, p.is_interleaved) == (0, 1)
 
 

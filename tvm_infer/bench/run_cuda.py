@@ -57,7 +57,7 @@ def measure_workload(
 ) -> dict[str, Any]:
     """One row. Raises WrongResult, and whatever the library raises."""
     plan = device.plan(workload)
-    plan_time = time_plan(workload, plan)
+    plan_time = time_plan(workload, plan, device.tile_table(workload))
     row = shape_of(workload) | {
         "plan_us": plan_time.median,
         "plan_p90_us": plan_time.p90,

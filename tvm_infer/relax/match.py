@@ -431,7 +431,7 @@ class Matcher:
         is_left = context.softmax in self._cone(call.args[0])
         depth_axis = len(shape) - 1 if is_left else len(shape) - 2
         depth = static_int(shape[depth_axis])
-        if not _fits(depth, context.head_dim):
+        if depth is None or not _fits(depth, context.head_dim):
             raise Refusal(seen, f"v has width {format_expr(shape[depth_axis])}, q and k {context.head_dim}", KEEP)
         query_axis, extents = self._classify(ev, shape, {depth_axis}, f"{product.name} {format_shape(shape)}")
         if math.prod(extents) != context.heads:
@@ -643,9 +643,9 @@ class Matcher:
         return f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
 
 
-def _fits(width: int | None, head_dim: int) -> bool:
+def _fits(width: int, head_dim: int) -> bool:
     """Whether values may be so wide beside keys of head_dim: as wide, or narrower where kernels count by eights."""
-    return width is not None and (width == head_dim or (0 < width < head_dim and width % 8 == 0 and head_dim % 8 == 0))
+    return width == head_dim or (0 < width < head_dim and width % 8 == 0 and head_dim % 8 == 0)
 
 
 @dataclass(frozen=True)

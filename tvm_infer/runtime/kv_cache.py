@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,9 @@ from ..errors import ArgumentError, CacheStateError, DTypeError
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
-from . import sequence_state
+from . import page_type, sequence_state
 from .sequence_state import SequenceState
 
-_DTYPES = ("float32", "float16", "bfloat16")
-_SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -44,33 +43,6 @@ def _integers(values: Iterable[int], name: str) -> tuple[int, ...]:
     if numbers and not (min(numbers) in _INT64 and max(numbers) in _INT64):
         raise ArgumentError(f"argument `{name}` is {values!r}; its numbers must fit in 64 bits")
     return numbers
-
-
-def _dtype(value: Any, name: str, allowed: tuple[str, ...]) -> str:
-    found = str(value).removeprefix("torch.")
-    if found in allowed:
-        return found
-    hint = "; 8-bit floats are for keys and values alone: name them by `kv_dtype`" if found in _SCALED_DTYPES else ""
-    raise DTypeError(f"argument `{name}` is {value!r}; it must be one of {', '.join(allowed)}{hint}")
-
-
-def _scales(value: Any, name: str, num_layers: int, num_kv_heads: int) -> np.ndarray:
-    """float32 [num_layers, num_kv_heads] of a number, of one a layer, or of one a layer and KV head."""
-    try:
-        scales = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise DTypeError(f"argument `{name}` is {value!r}; it must be a number or an array of numbers") from None
-    shape = (num_layers, num_kv_heads)
-    if scales.shape not in ((), shape[:1], shape):
-        raise ArgumentError(
-            f"argument `{name}` has shape {scales.shape}; it must be a number, [num_layers] = [{num_layers}], or [num_layers, "
-            f"num_kv_heads] = [{num_layers}, {num_kv_heads}]"
-        )
-    wrong = scales[~(np.isfinite(scales) & (scales > 0))]
-    if wrong.size:
-        raise ArgumentError(f"argument `{name}` has {wrong.flat[0]}; a scale is finite and above 0")
-    columns = scales[:, None] if scales.ndim == 1 else scales
-    return np.array(np.broadcast_to(columns, shape))
 
 
 def _tokens(values: Any) -> np.ndarray:
@@ -230,15 +202,12 @@ class PagedKVCache:
         device: Any = "cpu",
         shared_prefix: bool = True,
     ) -> None:
-        name = _dtype(dtype, "dtype", _DTYPES)
-        kv_name = name if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", (*_DTYPES, *_SCALED_DTYPES))
+        name = page_type.checked_dtype(dtype, "dtype", page_type.DTYPES)
+        kv_name = page_type.checked_kv_dtype(kv_dtype, name)
         layers, heads = _integer(num_layers, "num_layers"), _integer(num_kv_heads, "num_kv_heads")
-        has_scales = any(not isinstance(scale, (int, float)) or scale != 1 for scale in (k_scale, v_scale))
-        if has_scales and kv_name not in _SCALED_DTYPES:
-            raise ArgumentError(
-                f"arguments `k_scale`, `v_scale` are for pages of 8 bits; pages of {kv_name} have no scale: leave them 1, or take "
-                f"kv_dtype={_SCALED_DTYPES[0]!r}"
-            )
+        has_scales = page_type.are_given(k_scale, v_scale)
+        if has_scales:
+            page_type.check_has_scales(kv_name)
         dl_device = tvm_ffi.device(str(_device.parse(device)))
         width = _integer(head_dim, "head_dim")
         handle = _ffi.func("kv_cache_create_unequal")(
@@ -281,6 +250,8 @@ class PagedKVCache:
     # layers whose variant this object set, and which rotates, or has tables by request
     _rotating: frozenset[int] = frozenset()
     _by_request: frozenset[int] = frozenset()
+    # layers whose variant reads tables by positions -> it
+    _with_matrices: Mapping[int, variant_call.Prepared] = MappingProxyType({})
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -602,8 +573,10 @@ class PagedKVCache:
         Raises
         ------
         CacheStateError : no step is under way. PlanMismatchError : another number of tokens than announced, or another mask.
-        ArgumentError, DTypeError : shape, layer or dtype are not the cache's.
+        ArgumentError, DTypeError : shape, layer or dtype are not the cache's. VariantError : a table of the layer's variant that is
+        read by positions is too short for the step.
         """
+        self._check_tables(_integer(layer, "layer"))
         if out is None:
             out = _array.empty_like(q, (*q.shape[:-1], self.head_dim_vo))
         _ffi.func("attention_with_kv_cache")(
@@ -617,6 +590,11 @@ class PagedKVCache:
             _array.as_tensor(out, "out", output=True),
         )
         return out
+
+    def _check_tables(self, layer: int) -> None:
+        prepared = self._with_matrices.get(layer)
+        if prepared is not None and self.in_forward:
+            prepared.check_tables(self.plan, self.num_qo_heads)
 
     def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
         """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
@@ -648,7 +626,10 @@ class PagedKVCache:
         step, or on a cache that holds sequences.
         """
         size = (self.num_layers, self.num_kv_heads)
-        self._call("set_scales", _scales(k_scale, "k_scale", *size), _scales(v_scale, "v_scale", *size))
+        scales = (
+            page_type.checked_scales(value, name, *size) for value, name in ((k_scale, "k_scale"), (v_scale, "v_scale"))
+        )
+        self._call("set_scales", *scales)
 
     def set_variant(self, variant: Any, *, layers: Iterable[int] | None = None) -> None:
         """Let layers compute this attention from the next step on: a model of soft caps, windows, sinks … (docs/variants.md).
@@ -686,6 +667,9 @@ class PagedKVCache:
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
         self._by_request = self._by_request | set(chosen) if by_request else self._by_request - set(chosen)
+        others = {number: kept for number, kept in self._with_matrices.items() if number not in chosen}
+        has_matrices = variant is not None and prepared.has_matrices
+        self._with_matrices = others | (dict.fromkeys(chosen, prepared) if has_matrices else {})
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -704,6 +688,7 @@ class PagedKVCache:
                 f"argument `layer` is {layer}, whose variant turns queries and keys as attention reads them; attention_fused_qkv would "
                 "turn them before: call attention, or set a variant without a rotation"
             )
+        self._check_tables(layer)
         if out is None:
             out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
         _ffi.func("attention_with_kv_cache_fused_qkv")(

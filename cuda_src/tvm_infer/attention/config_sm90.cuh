@@ -71,10 +71,15 @@ struct ConfigSm90 {
                 "8-bit elements: panels are 128 of them");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed. Where 8-bit tiles are widened there is no room for two
-  // buffers, and prefill drains at the end of a head.
-  static constexpr int kQueryBuffers = kIsScaled ? 1 : 2;
+  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is
+  // no room for two buffers of prefill, with heads of 256 it is better used for tiles, and prefill drains at the end of a head. Decode has
+  // two places even there, rows 0 … 15 and 16 … 31 of the one buffer.
+  static constexpr int kQueryTurns = 2;
+  static constexpr int kQueryBuffers = kIsScaled || kHeadDim > 192 ? 1 : 2;
   static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
+  // From one turn's queries to the next one's.
+  static constexpr int kPrefillQueryStride = kQueryBuffers == 2 ? kQueryBytes : 0;
+  static constexpr int kDecodeQueryStride = kQueryBuffers == 2 ? kQueryBytes : kDecodeRows * tile::kPanelRowBytes;
   // One stage is a tile of K or of V of one head (of narrower values not all of it). Prefill takes all the room there is, since its tiles
   // of K and V pass in bursts. Decode keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more
   // than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
@@ -98,9 +103,10 @@ struct ConfigSm90 {
 
   struct SharedMemory {
     alignas(1024) uint8_t ring[kStages * kStageBytes + 2 * kWideBytes];  // behind the stages: wide K, wide V
-    // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
+    // Queries, for each warpgroup its panels of 64 rows, decode's in the first. Once decode has read them, O of the eight warps, 8 rows at
+    // a time, fp32; with one buffer that is where no turn's queries are (DecodeOutput).
     alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
-    // Beside each query buffer, and its owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
+    // Beside each turn's queries, and their owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
     // when they are stored would be a chain of loads and divisions that nothing covers.
     union {
       struct {
@@ -108,18 +114,27 @@ struct ConfigSm90 {
         float warp_sum[kConsumerWarps][kDecodeRows];
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
-    } scratch[kQueryBuffers];
-    int2 decode_rows[kQueryBuffers][kDecodeRows];      // what `rows` is to prefill
+    } scratch[kQueryTurns];
+    int2 decode_rows[kQueryTurns][kDecodeRows];        // what `rows` is to prefill
     float query_unscale[kIsScaled ? kDecodeRows : 1];  // attention/decode_products_scaled.cuh
-    int2 head[kQueryBuffers];                          // first partial row or kFinalRows, number of rows
+    int2 head[kQueryTurns];                            // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
-    uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
-    uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals
+    uint64_t query_full[kQueryTurns];   // 64 arrivals: the loader warps
+    uint64_t query_empty[kQueryTurns];  // kConsumerThreads arrivals
     int32_t is_last_arrival;
+
+    __device__ __forceinline__ float* DecodeOutput(uint32_t turn) {
+      if constexpr (kQueryBuffers == 2) return reinterpret_cast<float*>(query[turn]);
+      return reinterpret_cast<float*>(kIsScaled ? ring + kStages * kStageBytes : query[0] + kQueryBytes / 2);
+    }
   };
   static constexpr uint32_t kWideOffset = kStages * kStageBytes;          // of wide K in it, V's behind
   static constexpr uint32_t kQueryOffset = kWideOffset + 2 * kWideBytes;  // of `query`
-  static_assert(kTileKeys / 16 * 8 * kRowWidth * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
+  static constexpr int kDecodeOutputBytes = kTileKeys / 16 * 8 * kRowWidth * 4;
+  static_assert(kDecodeOutputBytes <= (kQueryBuffers == 2 ? kQueryBytes
+                                       : kIsScaled        ? 2 * kWideBytes
+                                                          : kQueryBytes / 2),
+                "decode's O fits where only prefill's queries or its wide tiles are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };
 

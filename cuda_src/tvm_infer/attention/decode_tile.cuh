@@ -64,11 +64,11 @@ class DecodeTile {
                                           float (&o)[kOwnColumns / 8][4], SoftmaxState<Variant>& softmax) {
     typename Products::Query q;
     if constexpr (Config::kIsScaled) {
-      Products::PrepareQuery(c_.QueryAddress(query), c_.shared.query_unscale, c_.Warp());
+      Products::PrepareQuery(c_.DecodeQuery(query), c_.shared.query_unscale, c_.Warp());
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      Products::LoadQuery(q, c_.QueryAddress(query), c_.shared.query_unscale, c_.KeyScale(kv_head));
+      Products::LoadQuery(q, c_.DecodeQuery(query), c_.shared.query_unscale, c_.KeyScale(kv_head));
     } else {
-      Products::LoadQuery(q, c_.QueryAddress(query));
+      Products::LoadQuery(q, c_.DecodeQuery(query));
     }
 #pragma unroll
     for (int j = 0; j < kOwnColumns / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
@@ -124,13 +124,12 @@ class DecodeTile {
     __syncwarp();
   }
 
-  // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
-  // buffer goes back.
+  // The states of the eight warps into one, eight rows at a time through shared memory; warp w merges and stores row w. Then the
+  // turn ends.
   __device__ __forceinline__ void Merge(const Work& work, int32_t h, uint32_t query, const float (&o)[kOwnColumns / 8][4],
                                         const SoftmaxState<Variant>& softmax) {
     auto& shared = c_.shared;
-    auto* scratch =
-        reinterpret_cast<float*>(shared.query[query]);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
+    float* scratch = shared.DecodeOutput(query);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     const int32_t slice = warp % kSlices, first_block = warp / kSlices * (kOwnColumns / 8);
     if (t == 0 && warp < kSlices) {

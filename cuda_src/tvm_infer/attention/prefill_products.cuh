@@ -30,7 +30,7 @@ class PrefillProducts {
   // s = Q @ K^T, asynchronous.
   __device__ __forceinline__ void IssueLogits(float (&s)[kLogits], uint32_t query, uint32_t k_stage) {
     const ptx::Descriptor q = tile::Uniform(
-        tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
+        tile::MatrixDescriptor(c_.PrefillQuery(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     // NOTE: the first product overwrites s. Said so where registers are short, for the weights before would live until here; elsewhere the
     // compiler's order of things is better without.

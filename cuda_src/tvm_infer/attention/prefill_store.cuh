@@ -44,7 +44,7 @@ __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, c
       }
     }
     const uint32_t staging =
-        c.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
+        c.PrefillQuery(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
     StageRows<Element, kHeadDimVo, kRows>(lane, staging, o, factor);
     int32_t at[2];
 #pragma unroll

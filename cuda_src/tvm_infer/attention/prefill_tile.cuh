@@ -99,6 +99,7 @@ class PrefillTile : private PrefillProducts<Config> {
     Softmax(s, visible, rows, work, head, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
+    ptx::ZeroRegisters(o);
     bool accumulate = false;  // o holds earlier values of this head
     int32_t values_begin, values_end, done_index;
     for (;;) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "tvm_infer/schedule/plan.h"
+#include "tvm_infer/schedule/tile_costs.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::cpu {
@@ -94,8 +95,8 @@ void Merge(const MergeArgs& args, int num_threads);
 
 // TVM_INFER_NUM_THREADS, else the processors this process may run on.
 int DefaultNumThreads();
-// Tile classes measured for this executor (a static table of `*count` entries), by the type of queries and of keys in memory.
-const TileClass* TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t head_dim_vo, int32_t* count);
+// Costs measured for this executor, by the type of queries and of keys in memory, the width of keys and that of values.
+TileCosts TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t head_dim_vo);
 // The hooks of a standard variant, or of one that an exported model embeds (embedded.h), in the chosen instruction set, for as long as the
 // library is loaded; nullptr: `digest`, 16 hexadecimal digits, is none of theirs.
 const variant::CpuFunctions* VariantFunctions(const char* digest);

@@ -18,7 +18,14 @@ struct KernelInfo {
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
   int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
-inline constexpr int32_t kKernelAbi = 8;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 9;  // bumped when a struct of this file or the Plan changes
+
+// What a plan may have that not every launch can execute.
+enum PlanFeature : int32_t {
+  kHeadLists = 1,    // a list of keys for each KV head: positions are those in the list, which tell appends and variants nothing
+  kSharedWorks = 2,  // works with rows of several requests: a variant takes all rows of a work for one request's
+  kRowMasks = 4,     // sinks or chunks, which a variant's mask tests of each row
+};
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -28,6 +35,7 @@ struct ExpectedPlan {
   int32_t max_partial_rows;  // of the workspace
   int32_t max_kv_lists;      // of the page table
   uint32_t capture_key[2];   // 0, 0: any
+  int32_t features;          // PlanFeature bits: what it may have
 };
 
 struct AttentionParams {

@@ -67,6 +67,12 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   return launch;
 }
 
+// What plans of the launch may have; behind an append of the same plan, both may have the same.
+int32_t PlanFeatures(const cuda::AttentionLaunch& launch, bool appends) {
+  if (launch.variant != nullptr) return cuda::kRowMasks;
+  return cuda::kSharedWorks | (appends ? 0 : cuda::kHeadLists);
+}
+
 void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
   params->kv_indptr = source.page_indptr;
   params->kv_page_indices = source.page_indices;
@@ -87,7 +93,7 @@ void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
 // A paged call's launch, and the shape of its cache.
 CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, const Place& place, const TensorView& q, const TensorView& o,
                        const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
-                       const TensorView& kv_page_indices, const KVScales& scales) {
+                       const TensorView& kv_page_indices, const KVScales& scales, bool appends) {
   const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, source, scales);
   CheckCacheFitsQuery(shape, q);
   CheckValuesFitOutput(shape.head_dim_vo, o);
@@ -95,6 +101,7 @@ CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, con
   CheckPageTable(kv_page_indptr, kv_page_indices, place, source);
   SetHeads(&launch->params.expected, q, shape.num_kv_heads, "k_cache");
   launch->params.expected.max_kv_lists = static_cast<int32_t>(kv_page_indptr.size(0)) - 1;
+  launch->params.expected.features = PlanFeatures(*launch, appends);
   SetKeys(&launch->params, *source);
   cuda::CheckPageSize(launch->kv_dtype, shape.page_size, "k_cache");
   if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, launch->head_dim, launch->head_dim_vo, "k_cache");
@@ -148,7 +155,8 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, v_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
-  const CacheShape shape = PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales);
+  const CacheShape shape =
+      PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/false);
   const CudaScope scope(place.device);
   if (MayCheckValues(scope)) {
     CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
@@ -169,6 +177,7 @@ void RaggedAttention(const Place& place, const TensorView& plan, const TensorVie
   CheckAlignedRows(v, "v");
   SetHeads(&launch.params.expected, q, k.size(1), "k");
   launch.params.expected.max_kv_lists = static_cast<int32_t>(NumLists(table, rows));
+  launch.params.expected.features = PlanFeatures(launch, /*appends=*/false);
   SetKeys(&launch.params, source);
   launch.page_size = cuda::kRagged;
   launch.num_pages = k.size(0);
@@ -219,7 +228,8 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, v_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
-  const CacheShape shape = PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales);
+  const CacheShape shape =
+      PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/true);
   cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, source, shape);
   CheckDim(k, "k", 0, q.size(0), "tokens of q");
   params.plan = launch.params.plan;
@@ -246,7 +256,8 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
   launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape =
-      PagedLaunch(&launch, &source, place, q, o, kv_cache, v_cache, /*kv_layout=*/0, kv_page_indptr, kv_page_indices, scales);
+      PagedLaunch(&launch, &source, place, q, o, kv_cache, v_cache, /*kv_layout=*/0, kv_page_indptr, kv_page_indices, scales,
+                  /*appends=*/true);
   launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
   launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
   cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, v_cache, source, shape);

@@ -74,7 +74,7 @@ int32_t tvm_infer_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t 
     params.band.right = causal ? 0 : tvm_infer::kUnbounded;
     params.fixed_split_size = tvm_infer::kSplitAuto;
     const cpu::DType type = tvm_infer::ToDType(dtype);
-    params.tile_classes = cpu::TileTable(type, type, head_dim, head_dim, &params.num_tile_classes);
+    params.SetCosts(cpu::TileTable(type, type, head_dim, head_dim));
     thread_local tvm_infer::Planner planner;
     planner.Plan(params, qo_indptr, kv_len, num_requests, plan, int64_t{4} * plan_words, max_partial_rows);
   });

@@ -18,7 +18,7 @@
 
 namespace tvm_infer::ffi_api {
 
-// The CUDA attention kernels' tile table for a dtype ("float16", "bfloat16"), 5 integers a class. Needs no device.
+// The CUDA attention kernels' tile table for a dtype ("float16", "bfloat16"), a `tile_table` of plan.h. Needs no device.
 tvm::ffi::Shape CudaTileTable(tvm::ffi::String dtype, int64_t head_dim);
 // The same where keys and values are kept in another type than queries have.
 tvm::ffi::Shape CudaKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype);

@@ -105,7 +105,7 @@ PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
 
 KVMemory PagedKVCacheObj::AllocateMemory() {
   executor_->Complete(&config_);
-  tile_classes_ = executor_->TileTable(&num_tile_classes_);
+  costs_ = executor_->TileTable();
   KVMemory memory;
   const KVCacheConfig& c = config_;
   AllocatePages(&memory);
@@ -156,8 +156,7 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   params.band = band;
   if (causal) params.band.right = 0;
   params.fixed_split_size = kSplitAuto;
-  params.tile_classes = tile_classes_;
-  params.num_tile_classes = num_tile_classes_;
+  params.SetCosts(costs_);
   return params;
 }
 

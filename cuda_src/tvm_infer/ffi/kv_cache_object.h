@@ -134,7 +134,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const;
   LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                    double sm_scale) const;
-  KVMemory AllocateMemory();  // sets the executor's tile classes too
+  KVMemory AllocateMemory();  // sets the executor's costs too
   void AllocatePages(KVMemory* memory) const;
   int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
   void CheckBetweenSteps(const char* operation) const;
@@ -146,8 +146,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   KVCacheConfig config_;
   std::unique_ptr<KVExecutor> executor_;
-  const TileClass* tile_classes_;
-  int32_t num_tile_classes_;
+  TileCosts costs_;
   std::vector<MaskBand> bands_ = {MaskBand()};  // of each plan of a step that is not causal; in a causal one their right is 0
   std::vector<Layer> layers_;
   bool has_stepped_ = false;

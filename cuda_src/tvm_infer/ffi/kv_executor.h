@@ -111,7 +111,7 @@ class KVExecutor {
   // Fills in what config leaves to the executor; throws ExecutorError or DTypeError for what it has no kernels for.
   virtual void Complete(KVCacheConfig* config) const = 0;
   // Costs that plans are made with: a static table.
-  virtual const TileClass* TileTable(int32_t* count) const = 0;
+  virtual TileCosts TileTable() const = 0;
   // Uninitialised memory of the device that lives as long as the tensor. `what` it is for, in errors.
   virtual tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const = 0;
   // Copies shared pages that the step writes to, and brings `range` of the step's block to the device.

@@ -55,9 +55,9 @@ class CudaKVExecutor final : public KVExecutor {
     if (config->num_ctas == 0) config->num_ctas = cuda::GetDevice(config->device.device_id).num_sms;
     config->num_threads = 0;
   }
-  const TileClass* TileTable(int32_t* count) const override {
+  TileCosts TileTable() const override {
     return cuda::TileTable(TagOf(config_.dtype), TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim),
-                           static_cast<int32_t>(config_.head_dim_vo), count);
+                           static_cast<int32_t>(config_.head_dim_vo));
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const override {
     return tvm::ffi::Tensor::FromNDAlloc(DeviceAllocator{what}, tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, config_.device);

@@ -49,8 +49,8 @@ class HostKVExecutor final : public KVExecutor {
     if (config->num_ctas == 0) config->num_ctas = cpu::DefaultNumThreads();
     if (config->num_threads == 0) config->num_threads = cpu::DefaultNumThreads();
   }
-  const TileClass* TileTable(int32_t* count) const override {
-    return cpu::TileTable(dtype_, kv_dtype_, static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo), count);
+  TileCosts TileTable() const override {
+    return cpu::TileTable(dtype_, kv_dtype_, static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo));
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char*) const override {
     return AllocateHost(shape, dtype);

@@ -20,6 +20,7 @@ void SetLengths(cuda::AppendParams* params, const Place& place, const RopeCall& 
     params->expected.max_tokens = params->max_tokens;
     params->expected.max_partial_rows = INT32_MAX;  // no partial rows are written here
     params->expected.max_kv_lists = static_cast<int32_t>(call.kv_page_indptr.size(0)) - 1;
+    params->expected.features = cuda::kSharedWorks | cuda::kRowMasks;  // of them an append sees nothing
     return;
   }
   CheckAppendTensors(call.qo_indptr.value(), call.kv_len.value(), place);

@@ -29,9 +29,8 @@ struct AppendLengths {
 __device__ __forceinline__ AppendLengths LoadLengths(const cuda::AppendParams& p) {
   if (p.plan == nullptr) return {p.qo_indptr, p.kv_len, p.num_requests, false};
   const PlanView plan(p.plan);
-  // The attention kernel of the same call checks too, and says why it refused. How many CTAs that one has is its own business, and so is
-  // whether it has a variant.
-  const attention::PlanCheck check(plan, p.expected, INT32_MAX, /*has_variant=*/false);
+  // The attention kernel of the same call checks too, and says why it refused. How many CTAs that one has is its own business.
+  const attention::PlanCheck check(plan, p.expected, INT32_MAX);
   const auto* base = static_cast<const char*>(p.plan);
   const AppendLengths lengths = {reinterpret_cast<const int32_t*>(base + plan.header->qo_indptr_offset),
                                  reinterpret_cast<const int32_t*>(base + plan.header->kv_len_offset), plan.header->num_requests, false};

@@ -93,7 +93,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       ptx::MbarrierInit(ring.full + 8 * i, Config::kFullArrivals);
       ptx::MbarrierInit(ring.empty + 8 * i, Config::kEmptyArrivals);
     }
-    for (int i = 0; i < Config::kQueryBuffers; ++i) {
+    for (int i = 0; i < Config::kQueryTurns; ++i) {
       ptx::MbarrierInit(query_full + 8 * i, 32 * kQueryLoaders);
       ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerThreads);
     }
@@ -111,11 +111,11 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   constexpr int kCheckingWarp = 3;
   constexpr bool kHasVariant = !std::is_same_v<typename Config::Variant, NoVariant>;
   bool stops = first.num_rows == 0;
-  if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x, kHasVariant).Stops(blockIdx.x);
+  if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x).Stops(blockIdx.x);
   // NOTE: the vote tells the compiler that all of a warp leave or stay; it gives up its uniform registers otherwise.
   if (__any_sync(0xffffffff, __syncthreads_or(stops))) {
     ptx::WaitForPriorGrid();  // NOTE: who waits for this grid waits for those ahead of it
-    if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x, kHasVariant).Report(plan);
+    if (warp == kCheckingWarp && blockIdx.x == 0) PlanCheck(plan, params.expected, gridDim.x).Report(plan);
     return;
   }
 

@@ -242,7 +242,7 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     }
     return;
   }
-  if constexpr (!Config::kHasVariant && Config::kHeadDimVo <= 128) {  // NOTE: the others have no registers to spare
+  if constexpr (!Config::kHasVariant) {  // NOTE: beside variants it spills
     if (job.num_slots <= 8) {
 #pragma unroll 1
       for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);

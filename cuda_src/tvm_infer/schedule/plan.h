@@ -152,14 +152,16 @@ enum PlanTicket : int32_t {
 // no host code has seen.)
 enum PlanRefusal : int32_t {
   kPlanAccepted = 0,
-  kNotAPlan = 1,           // magic or version
-  kOtherHeads = 2,         // num_kv_heads or group_size are not the tensors'
-  kTooManyCtas = 3,        // more CTAs than were launched
-  kTooManyTokens = 4,      // more query tokens than q has rows
-  kTooManyPartials = 5,    // more partial rows than the workspace holds
-  kTooManyLists = 6,       // more KV lists than the page table has
-  kOtherCaptureKey = 7,    // not the capture key that the launch was captured with
-  kSharedWithVariant = 8,  // shared works in a launch with a variant
+  kNotAPlan = 1,             // magic or version
+  kOtherHeads = 2,           // num_kv_heads or group_size are not the tensors'
+  kTooManyCtas = 3,          // more CTAs than were launched
+  kTooManyTokens = 4,        // more query tokens than q has rows
+  kTooManyPartials = 5,      // more partial rows than the workspace holds
+  kTooManyLists = 6,         // more KV lists than the page table has
+  kOtherCaptureKey = 7,      // not the capture key that the launch was captured with
+  kSharedWithVariant = 8,    // shared works in a launch with a variant
+  kHeadListsRefused = 9,     // a list of keys for each KV head, in a launch with a variant or behind an append
+  kMaskWithoutVariant = 10,  // sinks or chunks in a launch without a variant
 };
 
 // Read access to a plan in memory; works on the host and in device code.
