@@ -85,13 +85,13 @@ def _elements(spec: AttentionSpec, kv_dtype: str | None) -> str:
     return own if kv_dtype is None else f"{own}_{_KV_ELEMENTS[kv_dtype]}"
 
 
-def _append_kernel(spec: AttentionSpec, kv_dtype: str | None) -> str:
-    return f"append_b16{_widths(spec)}" if kv_dtype is None else f"append_{_elements(spec, kv_dtype)}"
-
-
 def _widths(spec: AttentionSpec) -> str:
     """Of a kernel for keys wider than values, "_h192_v128"; "" where they are as wide."""
     return f"_h{spec.head_dim}_v{spec.head_dim_vo}" if spec.head_dim_vo else ""
+
+
+def _append_kernel(spec: AttentionSpec, kv_dtype: str | None) -> str:
+    return f"append_b16{_widths(spec)}" if kv_dtype is None else f"append_{_elements(spec, kv_dtype)}"
 
 
 def attention_kernel(spec: AttentionSpec, page_size: int, digest: str = "", kv_dtype: str | None = None) -> str:

@@ -8,8 +8,8 @@
 
 namespace tvm_infer::cuda {
 
-// By the types of queries and of keys and values, the width of keys and that of values. Throws Error("ExecutorError") for a dtype or a
-// pair of widths that has no kernel.
+// By the types of queries and of keys and values, the width of keys and that of values. Throws Error("ExecutorError") for a dtype or a pair
+// of widths that has no kernel.
 TileCosts TileTable(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo);
 
 // The same check alone. `name`: the argument it is said of.

@@ -77,7 +77,7 @@ struct Planner::Scratch {
   ScratchArray<int32_t> cursor;  // next free work of each CTA
 
   void LayFlat(const PlanParams& p, const Batch& batch, int64_t max_items);
-  bool IsWorthSharing(const PlanParams& p, int64_t shared_makespan, int64_t flat_makespan) const;
+  int64_t SharedLimit(const PlanParams& p, int64_t flat_makespan) const;
   bool TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items);
 };
 
@@ -86,14 +86,35 @@ void Planner::Scratch::LayFlat(const PlanParams& p, const Batch& batch, int64_t 
   flat.Lay(p);
 }
 
-// Whether a plan with shared works is shorter than one without. Never true for a shorter flat plan, or a longer shared one, where it is not
-// for these: bounds of either decide, too.
-bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t shared_makespan, int64_t flat_makespan) const {
+// What a plan with shared works must be shorter than, beside a flat one of this makespan. It never falls as that grows: a bound of the
+// makespan gives a bound of it.
+int64_t Planner::Scratch::SharedLimit(const PlanParams& p, int64_t flat_makespan) const {
   const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + p.shared_merge->once;
-  return shared_makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
+  return flat_makespan - flat_makespan / kMinSharedGainFraction - merges;
 }
 
-// True: `shared` is laid, and better. Otherwise `flat` may be laid, or not yet.
+namespace {
+
+// False: no layout of the items is shorter than `limit`. All CTAs together have to do the items' work; of a head that takes longer the
+// pieces take less each, and have an overhead each.
+bool MayBeShorter(const PlanParams& p, const Items& items, int64_t limit) {
+  double load = static_cast<double>(items.total_cost);
+  for (int32_t i = 0; items.max_cost >= limit && i < items.count; ++i) {
+    if (items.cost[i] < limit) continue;
+    const TileClass& t = p.tile_classes[items.work[i].tile_class];
+    const int64_t overhead = t.fixed + t.row * items.work[i].num_rows;
+    if (overhead >= limit) return false;
+    const int64_t pieces = CeilDiv(items.cost[i] - overhead, limit - overhead);
+    load += static_cast<double>(pieces - 1) * static_cast<double>(overhead);
+  }
+  constexpr double kRounding = 1.0 + 1e-9;
+  return load * p.num_kv_heads < static_cast<double>(limit) * p.num_ctas * kRounding;
+}
+
+}  // namespace
+
+// True: `shared` is laid, and better. Otherwise `flat` may be laid, or not yet. One layout decides where bounds do: they rule the other
+// out, or need none beside it.
 bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items) {
   flat.layout = nullptr;
   if (runs.num_runs == 0) return false;
@@ -101,18 +122,18 @@ bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const 
       << "; keys of a window, or cut at a fixed size, or without costs of their merges, are not shared";
   if (!forest.Build(p, batch.qo_indptr, batch.kv_len, batch.num_requests, runs)) return false;
   forest.MakeItems(p, &shared.items);
-  // The mean load is as short as a plan can be, and needs none to be laid: what it cannot win, or cannot lose, one layout decides.
-  const int64_t least_flat = CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas);
-  const int64_t least_shared = CeilDiv(shared.items.total_cost * p.num_kv_heads, p.num_ctas);
-  if (!IsWorthSharing(p, least_shared, least_flat)) {
+  int64_t limit = SharedLimit(p, CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas));  // by the least that a flat plan takes
+  if (!MayBeShorter(p, shared.items, limit)) {
     LayFlat(p, batch, max_items);
-    if (!IsWorthSharing(p, least_shared, flat.layout->makespan)) return false;
+    limit = SharedLimit(p, flat.layout->makespan);
+    if (!MayBeShorter(p, shared.items, limit)) return false;
   }
   shared.items.Sort();
   shared.Lay(p);
-  if (IsWorthSharing(p, shared.layout->makespan, least_flat)) return true;
-  if (flat.layout == nullptr) LayFlat(p, batch, max_items);
-  return IsWorthSharing(p, shared.layout->makespan, flat.layout->makespan);
+  if (shared.layout->makespan < limit) return true;
+  if (flat.layout != nullptr) return false;
+  LayFlat(p, batch, max_items);
+  return shared.layout->makespan < SharedLimit(p, flat.layout->makespan);
 }
 
 Planner::Planner() : scratch_(std::make_unique<Scratch>()) {}
