@@ -232,7 +232,11 @@ def test_scores_of_long_requests_fill_the_device(driver):
 def test_select_launch(driver):
     a = select()
     (launch,) = driver.launches()
-    assert (launch["name"], launch["grid"], launch["attributes"]) == ("select_pages", "6,1,1", "1,6,1")
+    assert (launch["name"], launch["grid"], launch["attributes"]) == (
+        "select_pages",
+        "8,1,1",
+        "1,6,1",
+    )  # a CTA a list, and two for the plan
     p = driver.page_params("select_pages", SelectParams)
     check_addresses(p, a, "scores", "kv_len", "kv_page_indptr", "kv_page_indices", "page_lists", "planned", "plan")
     assert list(p.scores_strides) == [HKV * MAX_PAGES, MAX_PAGES] and list(p.budget) == [PAGE, BUDGET, 1, 2]
