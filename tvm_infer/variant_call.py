@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any
+
+import numpy as np
 
 from . import _array, _ffi, jit
 from .errors import ArgumentError, PlanMismatchError
@@ -24,16 +27,19 @@ class Prepared:
     kernels without a variant do.
     """
 
-    __slots__ = ("_sizes", "band", "bound", "calls", "is_plain", "rotates")
+    __slots__ = ("_checked_plan", "_sizes", "band", "bound", "calls", "has_matrices", "is_plain", "rotates")
 
     def __init__(self, bound: Any) -> None:
         self.bound = bound
         self.band: Band = bound.band
         self.is_plain = bool(bound.variant.is_plain)
         self.rotates = bool(getattr(bound.variant, "rotates", False))
+        # read by positions, so that lengths decide how large they must be
+        self.has_matrices = any(p.sort == "tensor" for p in getattr(bound.variant, "parameters", {}).values())
         self.calls: dict[bool, Any] = {}
         # (num_qo_heads, num_requests, head_dim) that the tables were last found to fit
         self._sizes: tuple[int, int, int] | None = None
+        self._checked_plan: Any = None  # a weak reference to the last plan whose lengths tables were found to hold
 
     def __reduce__(self) -> Any:
         return _nothing, ()  # a variant that is pickled or copied deeply is prepared again
@@ -59,6 +65,13 @@ class Prepared:
             call = _ffi.func("variant_call")(digest, functions, list(bound.scalars), tables)
             self.calls[is_cuda] = call
         return call
+
+    def check_tables(self, plan: Plan, num_qo_heads: int) -> None:
+        """Raise VariantError where tables are too short for the plan's requests; once a plan, so that layers do not pay for it."""
+        if not self.has_matrices or (self._checked_plan is not None and self._checked_plan() is plan):
+            return
+        self.bound.check_tables(np.diff(plan.qo_indptr), plan.kv_len, num_qo_heads, plan.num_kv_heads)
+        self._checked_plan = weakref.ref(plan)
 
 
 def _nothing() -> None:

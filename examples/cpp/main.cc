@@ -1,7 +1,8 @@
 // Generates tokens with a model that tvm_infer compiled and exported. No Python, no compiler, no tvm_infer beside model.so: this program
 // links TVM's runtime (libtvm_ffi.so, libtvm_runtime.so; on a GPU also libtvm_runtime_cuda.so) and nothing else.
 //
-//   generate MODEL.so WEIGHTS.safetensors PROMPTS.txt [--max-new-tokens N] [--page-size N] [--stop TOKEN] [--blas PATH [--blas-prefix P]]
+//   generate MODEL.so WEIGHTS.safetensors PROMPTS.txt [--max-new-tokens N] [--page-size N] [--kv-dtype NAME] [--stop TOKEN]
+//     [--blas PATH [--blas-prefix P]]
 //
 // A line of PROMPTS.txt is one prompt, as token ids with spaces between; a line of the output is its continuation. All prompts run
 // together: every step takes one token of each sequence that decodes, and of the others as much prompt as fits.
@@ -25,7 +26,7 @@
 namespace example {
 
 struct Options {
-  std::string model, weights, prompts, blas, blas_prefix;
+  std::string model, weights, prompts, kv_dtype, blas, blas_prefix;
   int64_t max_new_tokens = 32, page_size = 16, stop = -1;
 };
 
@@ -61,7 +62,7 @@ void Generate(const Options& options, std::vector<Sequence> sequences) {
   const DeviceMemory memory(model.device());
   std::vector<int64_t> lengths;
   for (const Sequence& sequence : sequences) lengths.push_back(static_cast<int64_t>(sequence.pending.size()) + options.max_new_tokens);
-  Session session(model, memory, options.weights, lengths, options.page_size);
+  Session session(model, memory, options.weights, lengths, options.page_size, options.kv_dtype);
   for (const Sequence& sequence : sequences) {
     for (int64_t token : sequence.pending) {
       if (token >= 0 && token < session.Vocabulary()) continue;
@@ -110,13 +111,14 @@ std::vector<Sequence> ReadPrompts(const std::string& path) {
 
 Options ParseOptions(int argc, char** argv) {
   const char* usage =
-      "usage: generate MODEL.so WEIGHTS.safetensors PROMPTS.txt [--max-new-tokens N] [--page-size N] [--stop TOKEN] [--blas PATH "
-      "[--blas-prefix P]]";
+      "usage: generate MODEL.so WEIGHTS.safetensors PROMPTS.txt [--max-new-tokens N] [--page-size N] [--kv-dtype NAME] [--stop "
+      "TOKEN] [--blas PATH [--blas-prefix P]]";
   Options options;
   std::vector<std::string> files;
   const std::map<std::string, int64_t*> numbers{
       {"--max-new-tokens", &options.max_new_tokens}, {"--page-size", &options.page_size}, {"--stop", &options.stop}};
-  const std::map<std::string, std::string*> texts{{"--blas", &options.blas}, {"--blas-prefix", &options.blas_prefix}};
+  const std::map<std::string, std::string*> texts{
+      {"--kv-dtype", &options.kv_dtype}, {"--blas", &options.blas}, {"--blas-prefix", &options.blas_prefix}};
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const bool has_value = i + 1 < argc;

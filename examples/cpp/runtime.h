@@ -27,7 +27,7 @@ using ffi::Shape;
 using ffi::String;
 using ffi::Tensor;
 
-constexpr int64_t kManifestFormat = 1;   // of the JSON that model.so holds (docs/deploy.md)
+constexpr int64_t kManifestFormat = 2;   // of the JSON that model.so holds (docs/deploy.md)
 constexpr int64_t kPooledAllocator = 2;  // AllocatorType of TVM's runtime
 constexpr size_t kAlignment = 64;        // bytes: what TVM's kernels assume of a tensor
 constexpr DLDevice kHost{kDLCPU, 0};

@@ -37,14 +37,16 @@ std::vector<Tensor> LoadWeights(const Model& model, const DeviceMemory& memory, 
 }
 
 // A cache of the model's layers, with pages for that many tokens of every sequence. It rotates queries and keys, caps logits, … where the
-// model leaves that to its attention, by numbers and weights that the library knows of.
+// model leaves that to its attention, by numbers and weights that the library knows of. kv_dtype: of its pages, "float8_e4m3fn", say; "":
+// what the model was exported with, as are their scales.
 Any MakeCache(const Model& model, const std::vector<Tensor>& weights, const std::vector<int64_t>& lengths, int64_t page_size,
-              int64_t max_tokens) {
+              int64_t max_tokens, const std::string& kv_dtype) {
   int64_t num_pages = 0;
   for (int64_t length : lengths) num_pages += (length + page_size - 1) / page_size;
   const int64_t max_batch = static_cast<int64_t>(lengths.size());
   const ffi::Array<Tensor> given(weights.begin(), weights.end());
-  return model.Call("model_create_cache", given, page_size, num_pages, max_batch, max_tokens, model.device());
+  return model.Call("model_create_scaled_cache", given, kv_dtype, nullptr, nullptr, page_size, num_pages, max_batch, max_tokens,
+                    model.device());
 }
 
 // The tokens of one step: those of sequence ids[0], lengths[0] of them, then those of ids[1], … rows: tokens whose successor is asked for.
@@ -57,10 +59,10 @@ struct Batch {
 class Session {
  public:
   Session(const Model& model, const DeviceMemory& memory, const std::string& weights, const std::vector<int64_t>& lengths,
-          int64_t page_size)
+          int64_t page_size, const std::string& kv_dtype)
       : model_(model), memory_(memory), weights_(LoadWeights(model, memory, weights)) {
     const int64_t max_batch = static_cast<int64_t>(lengths.size());
-    cache_ = MakeCache(model, weights_, lengths, page_size, max_tokens());
+    cache_ = MakeCache(model, weights_, lengths, page_size, max_tokens(), kv_dtype);
     for (int64_t id = 0; id < max_batch; ++id) model.Call("kv_cache_add", cache_, id);
     if (model.device().device_type == kDLCPU) return;
     const int64_t limit = std::min(Field(model.about(), "decode_rows").cast<int64_t>(), std::min(max_batch, max_tokens()));

@@ -94,7 +94,7 @@ def test_bad_files(generate, saved, executable, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     linker.link([], linker.Contents(manifest='{"format": 7}'), other / "model.so")
-    assert "has a manifest of format 7; this program reads 1" in generate(other, "1\n").stderr
+    assert "has a manifest of format 7; this program reads 2" in generate(other, "1\n").stderr
 
 
 @pytest.mark.slow

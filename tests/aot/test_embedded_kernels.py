@@ -62,7 +62,7 @@ def library_of(tmp_path):
     def link(**cubins: str) -> pathlib.Path:
         """append_b16="sm_90a": a library with a fake kernel of that name, for that architecture."""
         contents = linker.Contents(
-            manifest='{"format": 1}', cubins={(name, arch): fake_cubin(name) for name, arch in cubins.items()}
+            manifest='{"format": 2}', cubins={(name, arch): fake_cubin(name) for name, arch in cubins.items()}
         )
         linker.link([], contents, tmp_path / "kernels.so")
         return tmp_path / "kernels.so"

@@ -14,7 +14,7 @@ from aot_cases import NEW_TOKENS, PROMPTS
 
 import tvm_infer
 from tvm_infer import AttentionSpec, errors
-from tvm_infer.runtime import library, linker
+from tvm_infer.runtime import library, linker, model_kernels
 
 LOAD = f"""
 import sys
@@ -200,7 +200,7 @@ def test_a_loaded_model_is_exported_by_copying(saved, tmp_path):
 
 def test_the_manifest(saved, executable):
     about = library.read(saved / "model.so").about
-    assert about["format"] == 1 and about["tvm_infer"] == tvm_infer.__version__ and about["device"] == "cpu"
+    assert about["format"] == 2 and about["tvm_infer"] == tvm_infer.__version__ and about["device"] == "cpu"
     assert about["functions"] == ["attention_with_kv_cache_rope", "matmul", "matmul_add"]
     assert about["kernels"] == about["archs"] == []
     assert [w["name"] for w in about["weights"]] == list(executable.manifest.weights)
@@ -249,7 +249,7 @@ def test_a_manifest_of_another_format(executable, saved, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(library, "FORMAT", 7)
         path = relinked(executable, tmp_path / "model.so")
-    with pytest.raises(errors.AbiError, match=r"manifest of format 7; this is tvm_infer [\d.]+, which reads format 1"):
+    with pytest.raises(errors.AbiError, match=r"manifest of format 7; this is tvm_infer [\d.]+, which reads format 2"):
         tvm_infer.load(path, saved / "model.safetensors")
 
 
@@ -350,19 +350,19 @@ def test_a_fused_projection_needs_the_kernel_that_rotates():
     layers = [AttentionSpec(8, 2, 64, "bfloat16")] * 2
     always = ("copy_pages", "attention_bf16_h64_p16")
     fused, plain = "attention_with_kv_cache_fused_qkv", "attention_with_kv_cache"
-    assert library.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
-    assert library.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
-    assert library.kernel_names(layers, ["attention_with_kv_cache_rope"], (16,)) == ("rope_append_bf16", *always)
+    assert model_kernels.kernel_names(layers, [fused], (16,)) == ("rope_append_bf16", *always)
+    assert model_kernels.kernel_names(layers, [plain, fused], (16,)) == ("append_b16", "rope_append_bf16", *always)
+    assert model_kernels.kernel_names(layers, ["attention_with_kv_cache_rope"], (16,)) == ("rope_append_bf16", *always)
 
 
 def test_products_of_any_kind_need_the_kernels_of_few_rows():
     gemv = ("gemv_bf16", "gemv_fp16")
     for functions in (["matmul"], ["matmul_add"], ["linear"], ["linear_add"], ["matmul_add", "linear"]):
-        assert library.kernel_names([], functions, (16,)) == gemv
-    assert library.kernel_names([], ["embedding", "matmul_of_another"], (16,)) == ()
+        assert model_kernels.kernel_names([], functions, (16,)) == gemv
+    assert model_kernels.kernel_names([], ["embedding", "matmul_of_another"], (16,)) == ()
     layers = [AttentionSpec(8, 2, 64, "bfloat16")]
     attention = ("append_b16", "copy_pages", "attention_bf16_h64_p16")
-    assert library.kernel_names(layers, ["attention_with_kv_cache", "linear"], (16,)) == (*attention, *gemv)
+    assert model_kernels.kernel_names(layers, ["attention_with_kv_cache", "linear"], (16,)) == (*attention, *gemv)
 
 
 def test_kernels_of_the_model_are_embedded(executable, tmp_path, monkeypatch):
@@ -435,6 +435,7 @@ def test_every_function_that_a_model_calls_is_exported(saved):
     registered = {n for n in names if n.startswith("tvm_infer.")} - asked_of_python
     dotted = {n.removeprefix("__tvm_ffi_") for n in symbols(saved / "model.so") if n.startswith("__tvm_ffi_tvm_infer.")}
     assert dotted - registered == {
-        f"tvm_infer.model_{name}" for name in ("manifest", "check_cuda", "cubin", "create_cache", "set_variants")
+        f"tvm_infer.model_{name}"
+        for name in ("manifest", "check_cuda", "cubin", "create_cache", "create_scaled_cache", "set_variants")
     }
     assert registered - dotted == set()

@@ -18,6 +18,7 @@ from tvm_infer.jit import headers
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CPU, CUDA, PINNED, ROCM, Driver, addresses, index, tensor
 
+HEAD_LISTS, SHARED_WORKS, ROW_MASKS = 1, 2, 4  # cuda/params.h, PlanFeature
 ABI, THREADS, SHARED = headers.kernel_abi(), 384, 230000
 QO, KV_LEN = [0, 1, 4], [20, 3]
 HQ, HKV, DIM, PAGE, PAGES, ROWS = 8, 2, 128, 16, 5, 4
@@ -40,6 +41,7 @@ class Params(ctypes.Structure):
             for n in ("num_kv_heads", "group_size", "max_tokens", "max_partial_rows", "max_kv_lists")
         ],
         ("capture_key", ctypes.c_uint32 * 2),
+        ("features", ctypes.c_int32),
         ("sm_scale_log2", ctypes.c_float),
         ("sm_scale", ctypes.c_float),
         ("plan_is_ready", ctypes.c_int32),
@@ -187,6 +189,22 @@ def test_a_variant_is_part_of_the_name_and_a_third_parameter(driver):
     attend()
     assert driver.launches()[1]["name"] == "attention_bf16_h128_p16"
     assert driver.params(Params).plan_is_ready == 0  # whoever wrote the plan may still be at it
+
+
+def test_what_a_plan_may_have_depends_on_the_call(driver):
+    """Kernels refuse other plans: what they would make of them is not what was meant (attention/plan_check.cuh)."""
+    made, new = paged(), [tensor((ROWS, HKV, DIM)) for _ in "kv"]
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    features = lambda: driver.params(Params).features  # noqa: E731
+    attend()
+    assert features() == HEAD_LISTS | SHARED_WORKS
+    ragged()
+    assert features() == HEAD_LISTS | SHARED_WORKS
+    _ffi.func("variant_paged_attention")(*made.values(), call)
+    assert features() == ROW_MASKS
+    arguments = list(made.values())
+    _ffi.func("append_paged_attention")(*arguments[:2], *new, *arguments[2:])
+    assert features() == SHARED_WORKS  # of both launches: neither runs where the other is refused
 
 
 def test_a_variant_with_tables_elsewhere_is_refused_before_any_launch(driver):
@@ -513,6 +531,92 @@ def test_maps_of_other_widths(driver, dim, sizes, box):
     assert k_map["strides"].split(",")[0] == str(HKV * dim * 2)
 
 
+def unequal(name="paged_attention", new=(), **changes):
+    """Keys of 192, values and outputs of 128."""
+    made = paged(
+        q=tensor((ROWS, HQ, 192)),
+        k_cache=tensor((PAGES, HKV, PAGE, 192)),
+        v_cache=tensor((PAGES, HKV, PAGE, 128)),
+        **changes,
+    )
+    values = list(made.values())
+    _ffi.func(name)(*values[:2], *new, *values[2:])
+    return made
+
+
+def test_keys_wider_than_values(driver):
+    a = unequal()
+    assert driver.launches()[0]["name"] == "attention_bf16_h192_v128_p16"
+    k_pages, v_pages, k_panels = driver.maps()
+    assert (k_pages["sizes"], k_pages["box"]) == (f"64,{PAGE},3,{HKV},{PAGES}", f"64,{PAGE},3,1,1")
+    assert (v_pages["sizes"], v_pages["box"]) == (f"64,{PAGE},2,{HKV},{PAGES}", f"64,{PAGE},2,1,1")
+    assert k_pages["strides"] == f"{192 * 2},128,{PAGE * 192 * 2},{HKV * PAGE * 192 * 2}"
+    assert v_pages["strides"] == f"{128 * 2},128,{PAGE * 128 * 2},{HKV * PAGE * 128 * 2}"
+    assert k_panels == {**k_pages, "box": f"64,{PAGE},1,1,1"}
+    p = driver.params(Params)
+    workspace = addresses[id(a["workspace"])]
+    assert (p.q_stride_head, p.o_stride_head) == (192, 128) and p.max_partial_rows == 7
+    assert (p.partial_o, p.partial_lse) == (workspace, workspace + 7 * 128 * 4)
+    driver.clear()
+    unequal("append_paged_attention", [tensor((ROWS, HKV, 192)), tensor((ROWS, HKV, 128))])
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16_h192_v128", "attention_bf16_h192_v128_p16"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "call"),
+    [
+        (
+            errors.ExecutorError,
+            ["`q`", "head_dim 192 beside a head_dim_vo of 64", "for 192 with a head_dim_vo of 128"],
+            lambda: attend(
+                q=tensor((ROWS, HQ, 192)),
+                k_cache=tensor((PAGES, HKV, PAGE, 192)),
+                v_cache=tensor((PAGES, HKV, PAGE, 64)),
+                o=tensor((ROWS, HQ, 64)),
+            ),
+        ),
+        (
+            errors.ArgumentError,
+            ["`o`", "dimension 2 must be 128", "of values"],
+            lambda: unequal(o=tensor((ROWS, HQ, 192))),
+        ),
+        (
+            errors.ArgumentError,
+            ["`v`", "dimension 2 must be 128", "cache's values"],
+            lambda: unequal("append_paged_attention", [tensor((ROWS, HKV, 192)) for _ in "kv"]),
+        ),
+        (
+            errors.ExecutorError,
+            ["`k`", "head_dim 192 and `v` 64", "192 with 128"],
+            lambda: _ffi.func("append")(
+                tensor((ROWS, HKV, 192)), tensor((ROWS, HKV, 64)), index(QO), index(KV_LEN),
+                tensor((PAGES, HKV, PAGE, 192)), tensor((PAGES, HKV, PAGE, 64)), 0, index([0, 2, 3]), index([4, 0, 2]),
+            ),
+        ),
+        (
+            errors.ExecutorError,
+            ["`k_cache`", "head_dim 192 beside head_dim_vo 128", "no variant"],
+            lambda: unequal_variant(),
+        ),
+    ],
+)  # fmt: skip
+def test_keys_wider_than_values_refuse_before_any_launch(driver, kind, words, call):
+    with pytest.raises(kind) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert driver.launches() == []
+
+
+def unequal_variant():
+    made = paged(
+        q=tensor((ROWS, HQ, 192)),
+        k_cache=tensor((PAGES, HKV, PAGE, 192)),
+        v_cache=tensor((PAGES, HKV, PAGE, 128)),
+    )
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    _ffi.func("variant_paged_attention")(*made.values(), call)
+
+
 def test_no_tokens_no_pages(driver):
     empty = tensor((0, HQ, DIM))
     attend(q=empty, o=tensor((0, HQ, DIM)), lse=None)
@@ -561,8 +665,8 @@ class RopeParams(ctypes.Structure):
         ("o", ctypes.c_void_p),
         ("o_strides", ctypes.c_int64 * 2),
         ("num_qo_heads", ctypes.c_int32),
-        ("expected", ctypes.c_int32 * 7),
-        *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size")],
+        ("expected", ctypes.c_int32 * 8),
+        *[(n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "page_size", "plan_is_ready")],
         *[(n, ctypes.c_void_p) for n in ("q", "q_out")],
         ("q_strides", ctypes.c_int64 * 4),
         ("inv_freq", ctypes.c_void_p),
@@ -640,7 +744,7 @@ def test_rope_append_by_a_plan_of_another_dtype_and_device(driver):
     p = driver.rope_append_params(RopeParams)
     assert (p.plan, p.qo_indptr, p.kv_len) == (addresses[id(a["plan"])], None, None)
     # KV heads, group, tokens, partial rows, lists, any capture key
-    assert list(p.expected) == [HKV, HQ // HKV, ROWS, 2**31 - 1, 2, 0, 0]
+    assert list(p.expected) == [HKV, HQ // HKV, ROWS, 2**31 - 1, 2, 0, 0, SHARED_WORKS | ROW_MASKS]
     assert (p.rotary_dim, p.is_interleaved) == (0, 1)
 
 
@@ -1140,6 +1244,36 @@ def test_cache_keeps_the_places_of_pages_that_left_a_window(driver):
     table = words(params.kv_page_indices + 4 * int(indptr[0]), 8).tolist()
     assert table == [*cache.page_table(5), *cache.page_table(6)]
     assert table[:3] == [-1, -1, -1] and min(table[3:]) >= 0
+
+
+def test_cache_of_keys_wider_than_values(driver):
+    sizes = {**CACHE, **CACHE_SIZE, "head_dim": 192, "head_dim_vo": 128}
+    cache = tvm_infer.PagedKVCache(**sizes)
+    assert cache.bytes_per_page == 2 * HKV * PAGE * (192 + 128) * 2
+    cache.add_sequence(5)
+    driver.clear()
+    rows = lambda heads, width: tensor((20, heads, width), device=(CUDA, 1))  # noqa: E731
+    with cache.forward([5], [20]):
+        driver.clear()
+        cache.attention(1, rows(HQ, 192), rows(HKV, 192), rows(HKV, 128), out=rows(HQ, 128))
+        assert [x["name"] for x in driver.launches()] == ["append_b16_h192_v128", "attention_bf16_h192_v128_p16"]
+        p = driver.params(Params)
+        assert p.v - p.k == HKV * PAGE * 192 * 2
+        page = HKV * PAGE * (192 + 128)
+        assert list(p.kv_strides) == [page, PAGE * 192, 192, page, PAGE * 128, 128]
+        for q, v, out, name in ((192, 192, 128, "v"), (192, 128, 192, "out"), (128, 128, 128, "q")):
+            with pytest.raises(errors.ArgumentError, match=f"`{name}`.*dimension 2 must be"):
+                cache.attention(1, rows(HQ, q), rows(HKV, 192), rows(HKV, v), out=rows(HQ, out))
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [5], [17], [4])
+    assert [launch["name"] for launch in driver.launches()] == ["move_tokens"] * 2  # keys, then values
+    cache.remove_sequence(5)
+    with pytest.raises(errors.ExecutorError, match=r"head_dim 192 beside head_dim_vo 128.*where they are equal"):
+        cache.set_rope(tvm_infer.RopeConfig(64))
+    with pytest.raises(errors.ExecutorError, match="head_dim 192 beside a head_dim_vo of 64"):
+        tvm_infer.PagedKVCache(**{**sizes, "head_dim_vo": 64})
+    with pytest.raises(errors.ExecutorError, match="head_dim_vo of 128 in 8 bits"):
+        tvm_infer.PagedKVCache(**sizes, kv_dtype="float8_e4m3fn")
 
 
 def test_cache_moves_tokens_in_one_launch(driver):

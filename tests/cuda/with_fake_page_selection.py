@@ -193,8 +193,8 @@ def test_update_by_plan(driver):
     by_plan(bounds(), plan, HQ, cache, None, 0, *table().values())
     p = driver.page_params("page_bounds", BoundsParams)
     append = RopeParams.from_buffer_copy(bytes(p.append) + bytes(ctypes.sizeof(RopeParams) - len(p.append)))
-    # KV heads, group, any tokens, any partial rows, lists, any capture key
-    assert list(append.expected) == [HKV, HQ // HKV, 2**31 - 1, 2**31 - 1, REQUESTS, 0, 0]
+    # KV heads, group, any tokens, any partial rows, lists, any capture key; shared keys and masks of rows, no lists of heads
+    assert list(append.expected) == [HKV, HQ // HKV, 2**31 - 1, 2**31 - 1, REQUESTS, 0, 0, 6]
     assert append.plan == addresses[id(plan)]
     driver.clear()
     with pytest.raises(errors.ArgumentError, match="`num_qo_heads` is 7"):

@@ -45,7 +45,7 @@ class AttentionParams(ctypes.Structure):
         ("v_scales", ctypes.c_void_p),
         ("k_scale", ctypes.c_float),
         ("v_scale", ctypes.c_float),
-        ("expected_plan", ctypes.c_int32 * 7),
+        ("expected_plan", ctypes.c_int32 * 8),
         ("sm_scale_log2", ctypes.c_float),
         ("sm_scale", ctypes.c_float),
         ("plan_is_ready", ctypes.c_int32),

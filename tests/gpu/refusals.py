@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-MAGIC, VERSION, CAPTURE_KEY, NUM_CTAS, NUM_TOKENS, TICKETS = 0, 1, 2, 5, 7, 34  # words of the header
+# words of the header
+MAGIC, VERSION, CAPTURE_KEY, NUM_CTAS, NUM_REQUESTS, NUM_TOKENS, NUM_SHARED_WORKS = 0, 1, 2, 5, 6, 7, 15
+TICKETS, NUM_SINK, CHUNK = 34, 37, 38
+FEATURES, HEAD_LISTS, SHARED_WORKS = (
+    7,
+    1,
+    2,
+)  # a field of ExpectedPlan, and bits of it that a launch without a variant has
 
 # (name, status, words of the plan, fields of the launch's ExpectedPlan, CTAs more or fewer than the plan's)
 #   words, fields: index -> what is added to it
@@ -22,6 +29,10 @@ REFUSALS: tuple[tuple[str, int, dict[int, int], dict[int, int], int], ...] = (
     ("fewer tokens", 4, {}, {2: -1}, 0),
     ("fewer partial rows", 5, {}, {3: -1}, 0),
     ("fewer lists", 6, {}, {4: -1}, 0),
+    ("shared works in a launch with a variant", 8, {NUM_SHARED_WORKS: 1}, {FEATURES: -SHARED_WORKS}, 0),
+    ("lists of KV heads behind an append", 9, {NUM_REQUESTS: -1}, {FEATURES: -HEAD_LISTS}, 0),
+    ("sinks without a variant", 10, {NUM_SINK: 4}, {}, 0),
+    ("chunks without a variant", 10, {CHUNK: 64}, {}, 0),
     ("negative count", 4, {NUM_TOKENS: -1_000_000}, {}, 0),
 )
 

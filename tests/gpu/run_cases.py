@@ -130,7 +130,16 @@ class Batch:
             self.partial_o.data_ptr(),
             self.partial_lse.data_ptr(),
             sm_scale_log2=self.case.dim**-0.5 * math.log2(math.e),
-            expected_plan=(self.case.hkv, self.case.hq // self.case.hkv, len(q), partial_rows, len(self.case.qo), 0, 0),
+            expected_plan=(
+                self.case.hkv,
+                self.case.hq // self.case.hkv,
+                len(q),
+                partial_rows,
+                len(self.case.qo),
+                0,
+                0,
+                3,
+            ),
         )
         self._set_keys()
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import tvm_infer
+from tvm_infer import variant
+from tvm_infer.errors import PlanMismatchError
 from tvm_infer.testing.plan_checks import check_plan
 
 pytestmark = pytest.mark.family("attention_sm90")
@@ -208,6 +210,29 @@ def test_a_graph_is_replayed_with_other_lists(cuda):
         assert tvm_infer.plan_status(next_plan) == "accepted"
         expected, _ = lists.reference(True)
         assert (out.cpu().double() - expected).norm() <= TOLERANCE["bfloat16"] * expected.norm()
+
+
+def test_plans_of_other_launches_are_refused(cuda):
+    """Bare buffers, which no host code looks at: of lists of KV heads appends and variants know no positions; sinks take a variant."""
+    lists = HeadLists(cuda, [1, 3], np.full((2, 2), 40), page=16)
+    cache = lists.cache.clone()
+    new = [torch.zeros((4, 2, 128), dtype=torch.bfloat16, device=cuda) for _ in "kv"]
+    out, workspace = torch.full_like(lists.q, -7.0), torch.zeros(10**6, device=cuda)
+    into = dict(out=out, workspace=workspace, **lists.tables)
+    heads = dict(num_qo_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16", device=cuda)
+    with_sinks = tvm_infer.plan(lists.indptr, [40, 40], window_left=8, num_sink=4, **heads)
+    cap = variant.soft_cap.bind(cap=30.0)
+    launches = [
+        (9, lists.plan(), lambda plan: tvm_infer.append_attention(lists.q, *new, lists.cache, plan, **into)),
+        (9, lists.plan(), lambda plan: tvm_infer.attention(lists.q, lists.cache, plan, variant=cap, **into)),
+        (10, with_sinks, lambda plan: tvm_infer.attention(lists.q, lists.cache, plan, **into)),
+    ]
+    for status, plan, launch in launches:
+        launch(plan.device_buffer)
+        with pytest.raises(PlanMismatchError, match=rf"refused the plan \(status {status}\) and wrote nothing"):
+            tvm_infer.plan_status(plan)
+        assert (out == -7.0).all()
+    assert torch.equal(lists.cache.view(torch.int16), cache.view(torch.int16))
 
 
 RUNS = [

@@ -73,6 +73,7 @@ class CudaDevice:
             num_qo_heads=workload.num_qo_heads,
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
+            head_dim_vo=workload.head_dim_vo or None,
             dtype=workload.dtype,
             kv_dtype=workload.kv_dtype or None,
             window_left=workload.window,
@@ -81,6 +82,11 @@ class CudaDevice:
             device=self.torch_device,
             levels=workload.levels,
         )
+
+    def tile_table(self, workload: Workload) -> tuple[int, ...]:
+        """What such plans are made with."""
+        table = ops.cuda_tile_table if self.torch_device == "cuda" else ops.cpu_tile_table
+        return table(workload.dtype, workload.head_dim, workload.kv_dtype or None)
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
         """A call of tvm_infer.attention (or ragged_attention) on the batch, everything allocated before."""
@@ -92,13 +98,13 @@ class CudaDevice:
             "variant": batch.variant,
         }
         if batch.workload.ragged:
-            k, v = batch.kv[0], batch.kv[1]
+            k, v = batch.cache  # [2, …] or a pair
             return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
         settings |= batch.kv_scales
         if batch.workload.selected[0]:
             return self._selecting(batch, settings)
         settings |= batch.tables
-        return lambda: ops.attention(batch.q, batch.kv, plan, kv_layout=batch.workload.kv_layout, **settings)
+        return lambda: ops.attention(batch.q, batch.cache, plan, kv_layout=batch.workload.kv_layout, **settings)
 
     def _selecting(self, batch: DeviceBatch, settings: dict[str, Any]) -> Callable[[], object]:
         """Scores, selection and attention, by a plan of the selection's own."""
@@ -116,6 +122,7 @@ class CudaDevice:
             head_dim=w.head_dim,
             dtype=w.dtype,
             kv_dtype=w.kv_dtype or None,
+            head_dim_vo=w.head_dim_vo or None,
             device=self.torch_device,
         )
         where = {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices, "kv_len": batch.kv_len}
@@ -124,7 +131,7 @@ class CudaDevice:
 
         def launch() -> object:
             pages = selection.select(batch.q, bounds, **where)
-            return ops.attention(batch.q, batch.kv, pages.plan, **pages.tables, **settings)
+            return ops.attention(batch.q, batch.cache, pages.plan, **pages.tables, **settings)
 
         return launch
 

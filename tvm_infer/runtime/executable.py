@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import _ffi
 from ..errors import ArgumentError, CacheStateError, ModelError
-from . import library, ranges, variants, weights_file
+from . import library, model_kernels, ranges, variants, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .manifest import Manifest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..models import Tokenizer
 
 DEFAULT_MAX_BATCH = 16
-_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
+_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs; behind the classes are two costs more
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 _steps = itertools.count(1)  # of all caches
@@ -150,15 +150,20 @@ class Executable:
         """What runs the attention, and in which pieces."""
         m = self.manifest
         spec = m.layers[0]
-        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
-        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
+        widths = (spec.head_dim, spec.width_vo)
+        table = _ffi.func("cuda_vo_tile_table" if m.device_kind == "cuda" else "cpu_vo_tile_table")(
+            spec.dtype, *widths, spec.dtype
+        )
+        tiles = ", ".join(
+            f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS)
+        )
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
-            kernels = library.kernel_names(m.layers, library.called_functions(self._compiled), ())
+            kernels = model_kernels.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
             lines += [
-                f"two launches a layer: {appends}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, {model_kernels.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
@@ -196,6 +201,10 @@ class Executable:
         archs: Sequence[str] = library.DEFAULT_ARCHS,
         page_sizes: Sequence[int] = library.DEFAULT_PAGE_SIZES,
         include_blas: bool = True,
+        kv_dtype: str | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        shared_prefix: bool | None = None,
     ) -> None:
         """Write one shared library that runs this model with TVM's runtime alone: no Python, no compiler, no tvm_infer beside it.
 
@@ -208,10 +217,14 @@ class Executable:
         archs, page_sizes : of the caches and GPUs that it will run with, for CUDA targets: a kernel for each is built and embedded.
         include_blas : put the packaged BLAS (25 MB) into the library of a model for CPUs; without it the program that loads the
             library names one with `tvm_infer_set_blas`.
+        kv_dtype, k_scale, v_scale, shared_prefix : of the caches that its program makes, as :meth:`new_cache` has them, unless it asks
+            for others. kv_dtype of 8 bits: kernels for such pages are stored beside those for pages of the model's own type.
 
         Raises
         ------
-        ArgumentError : a path in no folder, an unknown architecture or page size. MissingDependencyError : no C++ compiler to link
+        ArgumentError : a path in no folder, an unknown architecture or page size, a scale that is none; of a loaded model, what its
+        library does not hold. DTypeError : another kv_dtype. ExecutorError : kv_dtype of 8 bits for CUDA with a head_dim, page size or
+        attention variant that it has no such kernels for. MissingDependencyError : no C++ compiler to link
         with, no nvcc, no BLAS to include. CompileError : what they printed. ModelError, VariantError, DTypeError : an attention variant
         reads a weight that is not there, or is of another shape or type.
         """
@@ -227,6 +240,10 @@ class Executable:
             archs=archs,
             page_sizes=page_sizes,
             include_blas=include_blas,
+            kv_dtype=kv_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            shared_prefix=shared_prefix,
         )
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
@@ -253,15 +270,18 @@ class Executable:
         prefix_reuse: bool = False,
         device: Any = None,
         kv_dtype: str | None = None,
-        k_scale: Any = 1.0,
-        v_scale: Any = 1.0,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        shared_prefix: bool | None = None,
     ) -> PagedKVCache:
         """A cache of this model's layers and heads.
 
         max_batch : sequences of a step, at most (default 16; on CUDA what decode steps were compiled for). max_tokens : new tokens of a
         step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). prefix_reuse : as
         of PagedKVCache; an engine turns it on by itself. kv_dtype, k_scale, v_scale : of its pages, as PagedKVCache has them; the
-        compiled code serves each.
+        compiled code serves each. shared_prefix : whether steps read pages that their sequences share once for all (docs/plan.md);
+        layers with a variant, a window or a chunk never do. None: what the model was exported with, else pages of the model's dtype,
+        scales of 1, and shared prefixes on.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,
@@ -276,9 +296,9 @@ class Executable:
             max_batch=(m.decode_rows or DEFAULT_MAX_BATCH) if max_batch is None else max_batch,
             max_tokens=m.max_tokens if max_tokens is None else max_tokens,
             device=m.device_kind if device is None else device,
-            kv_dtype=kv_dtype,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            **library.cache_defaults(self._compiled).settings(
+                kv_dtype=kv_dtype, k_scale=k_scale, v_scale=v_scale, shared_prefix=shared_prefix
+            ),
         )
         if m.rope is not None:
             cache._call(
@@ -308,12 +328,19 @@ class Executable:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
         or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
-        have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
-        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        have = (
+            cache.num_layers,
+            cache.num_qo_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.head_dim_vo,
+            cache.dtype,
+        )
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.width_vo, spec.dtype)
         if have != need:
             raise ArgumentError(
-                f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
-                "Executable.new_cache"
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: "
+                "make it with Executable.new_cache"
             )
         kind = cache.device.partition(":")[0]
         if kind != m.device_kind:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,9 @@ from ..errors import ArgumentError, CacheStateError, DTypeError
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
-from . import sequence_state
+from . import page_type, sequence_state
 from .sequence_state import SequenceState
 
-_DTYPES = ("float32", "float16", "bfloat16")
-_SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -44,33 +43,6 @@ def _integers(values: Iterable[int], name: str) -> tuple[int, ...]:
     if numbers and not (min(numbers) in _INT64 and max(numbers) in _INT64):
         raise ArgumentError(f"argument `{name}` is {values!r}; its numbers must fit in 64 bits")
     return numbers
-
-
-def _dtype(value: Any, name: str, allowed: tuple[str, ...]) -> str:
-    found = str(value).removeprefix("torch.")
-    if found in allowed:
-        return found
-    hint = "; 8-bit floats are for keys and values alone: name them by `kv_dtype`" if found in _SCALED_DTYPES else ""
-    raise DTypeError(f"argument `{name}` is {value!r}; it must be one of {', '.join(allowed)}{hint}")
-
-
-def _scales(value: Any, name: str, num_layers: int, num_kv_heads: int) -> np.ndarray:
-    """float32 [num_layers, num_kv_heads] of a number, of one a layer, or of one a layer and KV head."""
-    try:
-        scales = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise DTypeError(f"argument `{name}` is {value!r}; it must be a number or an array of numbers") from None
-    shape = (num_layers, num_kv_heads)
-    if scales.shape not in ((), shape[:1], shape):
-        raise ArgumentError(
-            f"argument `{name}` has shape {scales.shape}; it must be a number, [num_layers] = [{num_layers}], or [num_layers, "
-            f"num_kv_heads] = [{num_layers}, {num_kv_heads}]"
-        )
-    wrong = scales[~(np.isfinite(scales) & (scales > 0))]
-    if wrong.size:
-        raise ArgumentError(f"argument `{name}` has {wrong.flat[0]}; a scale is finite and above 0")
-    columns = scales[:, None] if scales.ndim == 1 else scales
-    return np.array(np.broadcast_to(columns, shape))
 
 
 def _tokens(values: Any) -> np.ndarray:
@@ -182,7 +154,9 @@ class PagedKVCache:
     ----------
     num_layers : layers, each with its own keys and values.
     num_qo_heads, num_kv_heads : the first is a multiple of the second (grouped-query attention).
-    head_dim : multiple of 8, from 8 to 256.
+    head_dim : of queries and keys, a multiple of 8, from 8 to 256.
+    head_dim_vo : of values and the output, a multiple of 8, at most head_dim; None: head_dim. On CUDA 128 beside a head_dim of 192,
+        else head_dim, and then without variants and rotation in the cache (docs/kv-formats.md).
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
         On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
@@ -213,6 +187,7 @@ class PagedKVCache:
         num_qo_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        head_dim_vo: int | None = None,
         dtype: str = "float32",
         kv_dtype: str | None = None,
         k_scale: Any = 1.0,
@@ -227,21 +202,20 @@ class PagedKVCache:
         device: Any = "cpu",
         shared_prefix: bool = True,
     ) -> None:
-        name = _dtype(dtype, "dtype", _DTYPES)
-        kv_name = name if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", (*_DTYPES, *_SCALED_DTYPES))
+        name = page_type.checked_dtype(dtype, "dtype", page_type.DTYPES)
+        kv_name = page_type.checked_kv_dtype(kv_dtype, name)
         layers, heads = _integer(num_layers, "num_layers"), _integer(num_kv_heads, "num_kv_heads")
-        has_scales = any(not isinstance(scale, (int, float)) or scale != 1 for scale in (k_scale, v_scale))
-        if has_scales and kv_name not in _SCALED_DTYPES:
-            raise ArgumentError(
-                f"arguments `k_scale`, `v_scale` are for pages of 8 bits; pages of {kv_name} have no scale: leave them 1, or take "
-                f"kv_dtype={_SCALED_DTYPES[0]!r}"
-            )
+        has_scales = page_type.are_given(k_scale, v_scale)
+        if has_scales:
+            page_type.check_has_scales(kv_name)
         dl_device = tvm_ffi.device(str(_device.parse(device)))
-        handle = _ffi.func("kv_cache_create_scaled")(
+        width = _integer(head_dim, "head_dim")
+        handle = _ffi.func("kv_cache_create_unequal")(
             layers,
             _integer(num_qo_heads, "num_qo_heads"),
             heads,
-            _integer(head_dim, "head_dim"),
+            width,
+            width if head_dim_vo is None else _integer(head_dim_vo, "head_dim_vo"),
             name,
             kv_name,
             _integer(page_size, "page_size"),
@@ -268,6 +242,7 @@ class PagedKVCache:
             num_qo_heads=spec.num_qo_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
+            head_dim_vo=spec.width_vo,
             dtype=spec.dtype,
             **settings,
         )
@@ -275,6 +250,8 @@ class PagedKVCache:
     # layers whose variant this object set, and which rotates, or has tables by request
     _rotating: frozenset[int] = frozenset()
     _by_request: frozenset[int] = frozenset()
+    # layers whose variant reads tables by positions -> it
+    _with_matrices: Mapping[int, variant_call.Prepared] = MappingProxyType({})
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -301,6 +278,7 @@ class PagedKVCache:
             self.bytes_per_page,
             device_type,
             device_index,
+            self.head_dim_vo,
         ) = (int(x) for x in self._call("config"))
         self.device = str(_device.from_dlpack(device_type, device_index))
 
@@ -587,18 +565,20 @@ class PagedKVCache:
         Parameters
         ----------
         q : [num_tokens, num_qo_heads, head_dim], torch, numpy or TVM; the cache's dtype. Strides are honoured, head_dim contiguous.
-        k, v : [num_tokens, num_kv_heads, head_dim].
+        k, v : [num_tokens, num_kv_heads, head_dim]; v, and the output, head_dim_vo wide.
         sm_scale : factor on q·k; default 1 / sqrt(head_dim).
         causal : as the step was begun with.
-        out : as q; allocated, of q's kind, if None. It must not overlap q, k or v.
+        out : as q, head_dim_vo wide; allocated, of q's kind, if None. It must not overlap q, k or v.
 
         Raises
         ------
         CacheStateError : no step is under way. PlanMismatchError : another number of tokens than announced, or another mask.
-        ArgumentError, DTypeError : shape, layer or dtype are not the cache's.
+        ArgumentError, DTypeError : shape, layer or dtype are not the cache's. VariantError : a table of the layer's variant that is
+        read by positions is too short for the step.
         """
+        self._check_tables(_integer(layer, "layer"))
         if out is None:
-            out = _array.empty_like(q, tuple(q.shape))
+            out = _array.empty_like(q, (*q.shape[:-1], self.head_dim_vo))
         _ffi.func("attention_with_kv_cache")(
             self._handle,
             _integer(layer, "layer"),
@@ -610,6 +590,11 @@ class PagedKVCache:
             _array.as_tensor(out, "out", output=True),
         )
         return out
+
+    def _check_tables(self, layer: int) -> None:
+        prepared = self._with_matrices.get(layer)
+        if prepared is not None and self.in_forward:
+            prepared.check_tables(self.plan, self.num_qo_heads)
 
     def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
         """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
@@ -641,7 +626,10 @@ class PagedKVCache:
         step, or on a cache that holds sequences.
         """
         size = (self.num_layers, self.num_kv_heads)
-        self._call("set_scales", _scales(k_scale, "k_scale", *size), _scales(v_scale, "v_scale", *size))
+        scales = (
+            page_type.checked_scales(value, name, *size) for value, name in ((k_scale, "k_scale"), (v_scale, "v_scale"))
+        )
+        self._call("set_scales", *scales)
 
     def set_variant(self, variant: Any, *, layers: Iterable[int] | None = None) -> None:
         """Let layers compute this attention from the next step on: a model of soft caps, windows, sinks … (docs/variants.md).
@@ -679,6 +667,9 @@ class PagedKVCache:
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
         self._by_request = self._by_request | set(chosen) if by_request else self._by_request - set(chosen)
+        others = {number: kept for number, kept in self._with_matrices.items() if number not in chosen}
+        has_matrices = variant is not None and prepared.has_matrices
+        self._with_matrices = others | (dict.fromkeys(chosen, prepared) if has_matrices else {})
 
     def attention_fused_qkv(
         self, layer: int, qkv: Any, *, sm_scale: float | None = None, causal: bool = True, out: Any = None
@@ -697,6 +688,7 @@ class PagedKVCache:
                 f"argument `layer` is {layer}, whose variant turns queries and keys as attention reads them; attention_fused_qkv would "
                 "turn them before: call attention, or set a variant without a rotation"
             )
+        self._check_tables(layer)
         if out is None:
             out = _array.empty_like(qkv, (int(qkv.shape[0]), self.num_qo_heads, self.head_dim))
         _ffi.func("attention_with_kv_cache_fused_qkv")(
@@ -790,10 +782,18 @@ class PagedKVCache:
     def pages(self, layer: int) -> Any:
         """The memory of a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], not copied: keys [:, 0], values [:, 1].
 
+        Where head_dim_vo is not head_dim, two arrays [num_pages, num_kv_heads, page_size, …], keys and values.
+
         For debugging. Slots without a token hold anything; elements of 8 bits are not scaled. On the host a numpy array (bfloat16 and
         8-bit floats come as ml_dtypes'), on CUDA a torch tensor: MissingDependencyError without torch.
         """
-        tensor = self._call("pages", _integer(layer, "layer"))
+        index = _integer(layer, "layer")
+        tensor = self._call("pages", index)
+        if self.head_dim_vo != self.head_dim:
+            return self._view(tensor), self._view(self._call("value_pages", index))
+        return self._view(tensor)
+
+    def _view(self, tensor: Any) -> Any:
         if self.device != "cpu":
             return _array.to_torch(tensor, "PagedKVCache.pages")
         return _array.on_host(tensor, self.kv_dtype)
@@ -801,7 +801,7 @@ class PagedKVCache:
     def gather(self, seq_id: int, layer: int, start: int = 0) -> tuple[Any, Any]:
         """Keys and values of a sequence at a layer, from position `start` on, copied.
 
-        Two arrays [seq_len - start, num_kv_heads, head_dim], of the kind that :meth:`pages` gives.
+        Two arrays [seq_len - start, num_kv_heads, head_dim], values head_dim_vo wide, of the kind that :meth:`pages` gives.
 
         ArgumentError : there is no such position, or some from there on left the window.
         """
@@ -815,12 +815,16 @@ class PagedKVCache:
             raise ArgumentError(
                 f"argument `start` is {begin}, but sequence {seq_id} gave back positions that left the window: take {kept} or more"
             )
-        pages = self.pages(layer)[list(table)]  # [pages, 2, heads, page_size, head_dim], a copy
-        order = (1, 0, 3, 2, 4)
-        keys_first = pages.transpose(order) if self.device == "cpu" else pages.permute(order)
+        pages = self.pages(layer)
         skip = first * self.page_size
-        rows = keys_first.reshape(2, -1, self.num_kv_heads, self.head_dim)[:, begin - skip : length - skip]
-        return rows[0], rows[1]
+
+        def rows(of: Any) -> Any:
+            taken = of[list(table)]  # [pages, heads, page_size, width], a copy
+            by_token = taken.transpose((0, 2, 1, 3)) if self.device == "cpu" else taken.permute((0, 2, 1, 3))
+            return by_token.reshape(-1, self.num_kv_heads, of.shape[-1])[begin - skip : length - skip]
+
+        keys, values = pages if isinstance(pages, tuple) else (pages[:, 0], pages[:, 1])
+        return rows(keys), rows(values)
 
     # Ownership
 
@@ -847,8 +851,9 @@ class PagedKVCache:
     def __repr__(self) -> str:
         state = ", in a step" if self.in_forward else ""
         dtype = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype}, pages of {self.kv_dtype}"
+        width = f"{self.head_dim}" + ("" if self.head_dim_vo == self.head_dim else f" / {self.head_dim_vo}")
         return (
-            f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim}, "
+            f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {width}, "
             f"{dtype}; {len(self)} sequences in {self.num_used_pages} of {self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_free_pages} free, {self.bytes / 2**20:.1f} of {self.num_pages * self.bytes_per_page / 2**20:.1f} MiB{state})"
         )

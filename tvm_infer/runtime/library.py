@@ -9,19 +9,18 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__, _ffi, blas, cublas, errors
 from ..spec import AttentionSpec
-from . import linker, variant_code
+from . import linker, model_kernels, variant_code
+from .cache_defaults import CacheDefaults
 
-FORMAT = 1  # of the embedded manifest
+FORMAT = 2  # of the embedded manifest
 LIBRARY, OBJECTS, MANIFEST, REPORT, WEIGHTS = "model.so", "objects", "manifest.json", "report.txt", "model.safetensors"
 FUNCTIONS = "functions.json"
-# functions that need a BLAS, or cuBLASLt
-_PRODUCTS = frozenset({"matmul", "matmul_add", "linear", "linear_add"})
 _CUDA_LOADER = "ffi.Module.load_from_bytes.cuda"
 DEFAULT_ARCHS, DEFAULT_PAGE_SIZES = ("sm_90a",), (16,)
 
@@ -107,16 +106,12 @@ def ensure_blas(model: CompiledModel, module: Any) -> None:
         ensure_cuda_runtime()
         if about is None:
             cublas.ensure_cublas()
-        elif _multiplies(about["functions"]) and not module.get_function("tvm_infer_cublas_path", True)():
+        elif model_kernels.multiplies(about["functions"]) and not module.get_function("tvm_infer_cublas_path", True)():
             module.get_function("tvm_infer_set_cublas", True)(cublas.need().path)
     elif about is None:
         blas.ensure_blas()
-    elif _multiplies(about["functions"]) and not module.get_function("tvm_infer_blas_path", True)():
+    elif model_kernels.multiplies(about["functions"]) and not module.get_function("tvm_infer_blas_path", True)():
         module.get_function("tvm_infer_set_blas", True)(str(blas.packaged_blas()), blas.PACKAGED_PREFIX)
-
-
-def _multiplies(functions: Iterable[str]) -> bool:
-    return not _PRODUCTS.isdisjoint(functions)
 
 
 def _manifest_function(path: pathlib.Path) -> Any:
@@ -137,15 +132,17 @@ def export(
     archs: Sequence[str],
     page_sizes: Sequence[int],
     include_blas: bool,
+    **cache_settings: Any,
 ) -> None:
-    """Write the library of a compiled model; weights : (name, shape, dtype). Arguments and errors: Executable.export_library."""
+    """Write the library of a compiled model; weights : (name, shape, dtype). cache_settings : CacheDefaults.make's. Arguments and
+    errors: Executable.export_library."""
     path = pathlib.Path(path)
     if not path.parent.is_dir():
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}; there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise errors.ArgumentError(f"argument `path` is {os.fspath(path)!r}, which is a folder; name a file: model.so")
     if model.about is not None:
-        _copy(model, path, archs, page_sizes)
+        _copy(model, path, archs, page_sizes, cache_settings)
         return
     objects = sorted((model.library.parent / OBJECTS).glob("*.o"))
     if not objects:
@@ -153,6 +150,7 @@ def export(
     _refuse_source(objects)
     functions = called_functions(model)
     device = _device(str(model.manifest["target"]))
+    defaults = _cache_defaults(model, cache_settings)
     codes = _variants(model.manifest, {name: (shape, dtype) for name, shape, dtype in weights}, device)
     layers = [AttentionSpec(**{**spec, "variant": None}) for spec in model.manifest["layers"]]
     kernels: tuple[str, ...] = ()
@@ -160,7 +158,7 @@ def export(
     if device == "cuda":
         variant_code.register(codes)
         digests = {number: code.digest for code in codes for number in code.layers}
-        kernels = kernel_names(layers, functions, page_sizes, digests)
+        kernels = model_kernels.kernel_names(layers, functions, page_sizes, digests, defaults.kv_dtype)
     else:
         archs = page_sizes = ()
         variant_objects, variant_symbols = variant_code.host_objects(codes)
@@ -173,13 +171,14 @@ def export(
         "kernels": kernels,
         "archs": tuple(archs),
         "page_sizes": tuple(page_sizes),
+        "cache": defaults.to_row(),
         "weights": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in weights],
         "variants": [code.to_row() for code in codes],
         "max_position": max_position,
         "model": model.manifest,
         "report": model.report,
     }
-    wants_blas = include_blas and device == "cpu" and _multiplies(functions)
+    wants_blas = include_blas and device == "cpu" and model_kernels.multiplies(functions)
     contents = linker.Contents(
         manifest=json.dumps(about),
         cubins=_cubins(kernels, archs),
@@ -188,6 +187,16 @@ def export(
         variants=variant_symbols,
     )
     linker.link([*objects, *variant_objects], contents, path)
+
+
+def _cache_defaults(model: CompiledModel, settings: Mapping[str, Any]) -> CacheDefaults:
+    layers = model.manifest["layers"]
+    return CacheDefaults.make(layers[0]["dtype"], len(layers), layers[0]["num_kv_heads"], **settings)
+
+
+def cache_defaults(model: CompiledModel) -> CacheDefaults:
+    """What caches of the model are unless they are asked to be others: of an exported library as it says, else of the model's dtype."""
+    return _cache_defaults(model, {}) if model.about is None else CacheDefaults.from_row(model.about["cache"])
 
 
 def _variants(manifest: Mapping[str, Any], weights: variant_code.Types, device: str) -> list[variant_code.VariantCode]:
@@ -213,43 +222,6 @@ def _refuse_source(objects: Sequence[pathlib.Path]) -> None:
         )
 
 
-def kernel_names(
-    layers: Sequence[AttentionSpec],
-    functions: Sequence[str],
-    page_sizes: Sequence[int],
-    digests: Mapping[int, str] | None = None,
-) -> tuple[str, ...]:
-    """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of.
-
-    digests : of the layers that have a variant ("" for one that is a band alone), by the layer's number.
-    """
-    from ..jit import parse
-
-    names: dict[str, None] = {}
-    if "attention_with_kv_cache" in functions:
-        names["append_b16"] = None
-    if {"attention_with_kv_cache_fused_qkv", "attention_with_kv_cache_rope"} & set(functions):
-        names |= {f"rope_append_{_ELEMENTS[spec.dtype]}": None for spec in layers}
-    if names:
-        names["copy_pages"] = None  # forks that stop sharing a page
-        for number, spec in enumerate(layers):
-            digest = (digests or {}).get(number, "")
-            for page_size in page_sizes:
-                names[attention_kernel(spec, page_size, digest)] = None
-    if _multiplies(functions):
-        names |= {"gemv_bf16": None, "gemv_fp16": None}  # which types the products have, the calls do not say
-    return tuple(parse(name).name for name in names)
-
-
-_ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in kernels' names
-
-
-def attention_kernel(spec: AttentionSpec, page_size: int, digest: str = "") -> str:
-    """The name of the CUDA kernel of a layer's attention; digest : of its variant's code, "" without."""
-    plain = f"attention_{_ELEMENTS[spec.dtype]}_h{spec.head_dim}_p{page_size}"
-    return f"{plain}_v{digest}" if digest else plain
-
-
 def build_kernels(kernels: Sequence[str], archs: Sequence[str]) -> None:
     """Compile CUDA kernels into the cache, several at a time, unless a folder of prebuilt ones is set. Raises as jit.build."""
     from .. import jit
@@ -267,7 +239,13 @@ def _cubins(kernels: Sequence[str], archs: Sequence[str]) -> dict[tuple[str, str
     return {(name, arch): jit.cubin(name, arch) for arch in archs for name in kernels}
 
 
-def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_sizes: Sequence[int]) -> None:
+def _copy(
+    model: CompiledModel,
+    path: pathlib.Path,
+    archs: Sequence[str],
+    page_sizes: Sequence[int],
+    cache_settings: Mapping[str, Any],
+) -> None:
     """An exported library is exported by copying it, if it holds what is asked for."""
     assert model.about is not None
     for name, asked in (("archs", archs), ("page_sizes", page_sizes)):
@@ -277,6 +255,13 @@ def _copy(model: CompiledModel, path: pathlib.Path, archs: Sequence[str], page_s
                 f"argument `{name}` is {list(asked)}; this model was loaded from {model.library}, which holds kernels for {have}: "
                 "compile it again to export others"
             )
+    own = cache_defaults(model)
+    given = {name: value for name, value in cache_settings.items() if value is not None}
+    if given and _cache_defaults(model, own.settings(**given)) != own:
+        raise errors.ArgumentError(
+            f"arguments {', '.join(f'`{name}`' for name in given)} ask for other caches than those of {model.library}, which this "
+            f"model was loaded from ({own.kv_dtype} pages, shared_prefix={own.shared_prefix}): compile it again to export it so"
+        )
     linker.publish(model.library, path)
 
 

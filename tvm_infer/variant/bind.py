@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import _array, _device
 from ..errors import ArgumentError, DTypeError, VariantError
+from . import table_bounds
 from .band import Band, evaluate_band
 from .interval import are_small
 from .lower import Struct
@@ -64,6 +65,10 @@ class BoundVariant:
                     f"variant {self.variant.name}: parameter `{name}` has {int(table.shape[0])} elements; it is {p} and the call has "
                     f"{what} {count}"
                 )
+
+    def check_tables(self, q_len: np.ndarray, kv_len: np.ndarray, num_qo_heads: int, num_kv_heads: int) -> None:
+        """Raise VariantError where tables that are read by positions are too short for these lengths (table_bounds.py)."""
+        table_bounds.check(self, q_len, kv_len, num_qo_heads, num_kv_heads)
 
 
 def as_bound(x: Any) -> BoundVariant:

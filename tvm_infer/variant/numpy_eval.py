@@ -21,15 +21,16 @@ def evaluate(code: Code, values: Mapping[str, Any]) -> Any:
         for node in code.nodes:
             args = [results[i] for i in node.args]
             if node.op == "const":
-                results.append(_as_kind(node.value, node.kind))
+                results.append(as_kind(node.value, node.kind))
             elif node.op == "name":
-                results.append(_as_kind(values[str(node.value)], node.kind))
+                results.append(as_kind(values[str(node.value)], node.kind))
             elif node.op == "load":
-                results.append(_as_kind(np.asarray(values[str(node.value)])[tuple(args)], node.kind))
+                results.append(as_kind(np.asarray(values[str(node.value)])[tuple(args)], node.kind))
             else:
                 results.append(OPERATIONS[node.op].numpy(*args))
     return results[-1]
 
 
-def _as_kind(x: Any, kind: str) -> np.ndarray:
+def as_kind(x: Any, kind: str) -> np.ndarray:
+    """In numpy's type of values of this kind."""
     return np.asarray(x).astype({FLOAT: np.float64, BOOL: np.bool_}.get(kind, np.int64))

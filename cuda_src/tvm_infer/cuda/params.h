@@ -20,7 +20,14 @@ struct KernelInfo {
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
   int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
-inline constexpr int32_t kKernelAbi = 8;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 9;  // bumped when a struct of this file or the Plan changes
+
+// What a plan may have that not every launch can execute.
+enum PlanFeature : int32_t {
+  kHeadLists = 1,    // a list of keys for each KV head: positions are those in the list, which tell appends and variants nothing
+  kSharedWorks = 2,  // works with rows of several requests: a variant takes all rows of a work for one request's
+  kRowMasks = 4,     // sinks or chunks, which a variant's mask tests of each row
+};
 
 // What the host knows of a plan that lies on the device; a kernel refuses one that is anything else (PlanRefusal in schedule/plan.h).
 struct ExpectedPlan {
@@ -30,6 +37,7 @@ struct ExpectedPlan {
   int32_t max_partial_rows;  // of the workspace
   int32_t max_kv_lists;      // of the page table
   uint32_t capture_key[2];   // 0, 0: any
+  int32_t features;          // PlanFeature bits: what it may have
 };
 
 struct AttentionParams {
@@ -39,11 +47,11 @@ struct AttentionParams {
   const void* q;                   // [num_tokens, num_qo_heads, head_dim], head_dim contiguous
   int64_t q_stride_token;          // elements, as all strides here
   int64_t q_stride_head;
-  void* o;  // as q
+  void* o;  // [num_tokens, num_qo_heads, head_dim_vo], the same
   int64_t o_stride_token;
   int64_t o_stride_head;
   float* lse;          // [num_tokens, num_qo_heads] contiguous, natural logarithm; may be null
-  float* partial_o;    // [max_partial_rows, head_dim]
+  float* partial_o;    // [max_partial_rows, head_dim_vo]
   float* partial_lse;  // [max_partial_rows], natural logarithm
   // For kernels that gather by token (pages of fewer than 8 tokens); the others use the tensor maps. Each spans less than 64 GiB, as do q
   // and o.
@@ -87,7 +95,7 @@ struct AppendParams {
   const int32_t* kv_page_indptr;
   const int32_t* kv_page_indices;
   const void* k;  // [max_tokens, num_kv_heads, head_dim], head_dim contiguous
-  const void* v;
+  const void* v;  // the same, head_dim_vo wide: head_dim, but for kernels of two widths (append_b16_h192_v128)
   int64_t k_stride_token;
   int64_t k_stride_head;
   int64_t v_stride_token;
@@ -105,7 +113,7 @@ struct AppendParams {
   const float* v_scales;
   float k_scale, v_scale;
   // Rows of tokens that are padding are set to 0, since attention leaves them alone. Null: no output is known.
-  void* o;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  void* o;  // [max_tokens, num_qo_heads, head_dim_vo], head_dim_vo contiguous
   int64_t o_stride_token;
   int64_t o_stride_head;
   int32_t num_qo_heads;

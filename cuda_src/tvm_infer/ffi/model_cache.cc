@@ -12,6 +12,7 @@
 
 #include "tvm_infer/embedded.h"
 #include "tvm_infer/ffi/kv_cache.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/model.h"
 #include "tvm_infer/ffi/plan.h"
 
@@ -53,6 +54,49 @@ void CheckModelDevice(const JsonObject& manifest, DLDevice device) {
   TVM_INFER_THROW(ArgumentError) << "argument `device` is " << DeviceString(device) << "; the model was compiled for " << kind
                                  << ": pass such a device, or compile the model for this one";
 }
+
+DLDataType KVDTypeOf(const String& name) {
+  CheckKVDTypeName(name, "kv_dtype");
+  return tvm::ffi::StringToDLDataType(name);
+}
+
+// What the manifest says that caches are (tvm_infer/runtime/cache_defaults.py).
+class CacheDefaults {
+ public:
+  explicit CacheDefaults(const JsonObject& manifest) : row_(Field<JsonObject>(manifest, "cache")) {}
+
+  DLDataType kv_dtype() const { return KVDTypeOf(Field<String>(row_, "kv_dtype")); }
+  bool shares_prefixes() const { return Field<bool>(row_, "shared_prefix"); }
+
+  // Those given; where they are not, the manifest's, if they are of pages of this type; else 1, which they are.
+  void SetScales(const PagedKVCache& kv, const OptionalTensor& k_scales, const OptionalTensor& v_scales) const {
+    const std::vector<float> own_k = Scales(kv, "k_scales"), own_v = Scales(kv, "v_scales");
+    if (!k_scales.has_value() && !v_scales.has_value() && own_k.empty()) return;
+    int64_t shape[] = {kv->config().num_layers, kv->config().num_kv_heads}, strides[] = {shape[1], 1};
+    const auto choose = [&](const OptionalTensor& given, const std::vector<float>& own, DLTensor* tensor) {
+      *tensor = {const_cast<float*>(own.data()), DLDevice{kDLCPU, 0}, 2, DLDataType{kDLFloat, 32, 1}, shape, strides, 0};
+      return given.has_value() ? given.value() : TensorView(tensor);
+    };
+    const std::vector<float> ones(static_cast<size_t>(shape[0] * shape[1]), 1.f);
+    DLTensor k{}, v{};
+    kv->SetScales(choose(k_scales, own_k.empty() ? ones : own_k, &k), choose(v_scales, own_v.empty() ? ones : own_v, &v));
+  }
+
+ private:
+  // [num_layers, num_kv_heads]; empty where the manifest's are of pages of another type, or of one that has none.
+  std::vector<float> Scales(const PagedKVCache& kv, const char* name) const {
+    std::vector<float> scales;
+    const Any rows = row_.at(String(name));
+    const DLDataType own = kv_dtype(), type = kv->config().kv_dtype;
+    if (rows == nullptr || own.code != type.code || own.bits != type.bits) return scales;
+    for (const Any& row : rows.cast<JsonArray>()) {
+      for (const Any& scale : row.cast<JsonArray>()) scales.push_back(static_cast<float>(scale.cast<double>()));
+    }
+    return scales;
+  }
+
+  JsonObject row_;
+};
 
 // The weights that a program hands over, checked as they are asked for.
 class Weights {
@@ -154,19 +198,30 @@ void SetAll(const PagedKVCache& kv, const std::vector<BoundLayers>& variants) {
   }
 }
 
+// Of values: 0 in the manifest where it is head_dim.
+int64_t HeadDimVo(const JsonObject& layer) {
+  const int64_t width = layer.count(String("head_dim_vo")) == 0 ? 0 : Field<int64_t>(layer, "head_dim_vo");
+  return width == 0 ? Field<int64_t>(layer, "head_dim") : width;
+}
+
+std::string WidthsOf(int64_t head_dim, int64_t head_dim_vo) {
+  return std::to_string(head_dim) + (head_dim_vo == head_dim ? "" : " (values " + std::to_string(head_dim_vo) + ")");
+}
+
 void CheckLayers(const PagedKVCache& kv, const JsonObject& model) {
   const auto layers = Field<JsonArray>(model, "layers");
   const auto layer = layers[0].cast<JsonObject>();
   const KVCacheConfig& have = kv->config();
   const auto heads = Field<int64_t>(layer, "num_qo_heads"), kv_heads = Field<int64_t>(layer, "num_kv_heads");
-  const auto head_dim = Field<int64_t>(layer, "head_dim");
+  const auto head_dim = Field<int64_t>(layer, "head_dim"), head_dim_vo = HeadDimVo(layer);
   if (have.num_layers == static_cast<int64_t>(layers.size()) && have.num_qo_heads == heads && have.num_kv_heads == kv_heads &&
-      have.head_dim == head_dim) {
+      have.head_dim == head_dim && have.head_dim_vo == head_dim_vo) {
     return;
   }
   TVM_INFER_THROW(ArgumentError) << "argument `kv` has " << have.num_layers << " layers of " << have.num_qo_heads << " / "
-                                 << have.num_kv_heads << " heads of " << have.head_dim << " elements; the model has " << layers.size()
-                                 << " of " << heads << " / " << kv_heads << " of " << head_dim << ": make it with model_create_cache";
+                                 << have.num_kv_heads << " heads of " << WidthsOf(have.head_dim, have.head_dim_vo)
+                                 << " elements; the model has " << layers.size() << " of " << heads << " / " << kv_heads << " of "
+                                 << WidthsOf(head_dim, head_dim_vo) << ": make it with model_create_cache";
 }
 
 void SetVariants(const PagedKVCache& kv, const JsonObject& manifest, const Array<Tensor>& weights) {
@@ -191,24 +246,34 @@ void SetRope(const PagedKVCache& kv, const JsonObject& rope) {
 
 PagedKVCache ModelCreateCache(Array<Tensor> weights, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
                               DLDevice device) {
+  return ModelCreateScaledCache(std::move(weights), "", {}, {}, page_size, num_pages, max_batch, max_tokens, device);
+}
+
+PagedKVCache ModelCreateScaledCache(Array<Tensor> weights, String kv_dtype, OptionalTensor k_scales, OptionalTensor v_scales,
+                                    int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, DLDevice device) {
   return Guarded([&] {
     const JsonObject manifest = ParseManifest();
     CheckModelDevice(manifest, device);
     const auto model = Field<JsonObject>(manifest, "model");
     const auto layers = Field<JsonArray>(model, "layers");
     const auto layer = layers[0].cast<JsonObject>();
+    const CacheDefaults defaults(manifest);
     KVCacheConfig config{};
     config.num_layers = static_cast<int64_t>(layers.size());
     config.num_qo_heads = Field<int64_t>(layer, "num_qo_heads");
     config.num_kv_heads = Field<int64_t>(layer, "num_kv_heads");
     config.head_dim = Field<int64_t>(layer, "head_dim");
-    config.dtype = config.kv_dtype = ToDType(layer);
+    config.head_dim_vo = HeadDimVo(layer);
+    config.dtype = ToDType(layer);
+    config.kv_dtype = kv_dtype.empty() ? defaults.kv_dtype() : KVDTypeOf(kv_dtype);
     config.page_size = page_size;
     config.num_pages = num_pages;
     config.max_batch = max_batch;
     config.max_tokens = max_tokens == 0 ? Field<int64_t>(model, "max_tokens") : max_tokens;
     config.device = device;
     PagedKVCache kv = MakeKVCache(config);
+    defaults.SetScales(kv, k_scales, v_scales);
+    if (!defaults.shares_prefixes()) kv->SetSharedPrefix(false);
     if (const Any rope = model.at(String("rope")); rope != nullptr) SetRope(kv, rope.cast<JsonObject>());
     SetVariants(kv, manifest, weights);
     return kv;

@@ -20,6 +20,7 @@ void SetLengths(cuda::AppendParams* params, const Place& place, const RopeCall& 
     params->expected.max_tokens = params->max_tokens;
     params->expected.max_partial_rows = INT32_MAX;  // no partial rows are written here
     params->expected.max_kv_lists = static_cast<int32_t>(call.kv_page_indptr.size(0)) - 1;
+    params->expected.features = cuda::kSharedWorks | cuda::kRowMasks;  // of them an append sees nothing
     return;
   }
   CheckAppendTensors(call.qo_indptr.value(), call.kv_len.value(), place);
@@ -59,7 +60,7 @@ void RopeAppendPaged(const Place& place, const RopeCall& call, const CacheShape&
   const int32_t rotary_dim = static_cast<int32_t>(2 * call.inv_freq.size(0));
   cuda::RopeAppendParams params{};
   params.append = AppendLaunch(place, call.k, call.v, call.k_cache, call.v_cache, cache, shape);
-  cuda::CheckRopeShape(shape.head_dim, rotary_dim, "q");
+  cuda::CheckRopeShape(shape.head_dim, shape.head_dim_vo, rotary_dim, "q");
   CheckAlignedRows(call.q, "q");
   CheckAlignedRows(call.q_out, "q_out");
   CheckAligned(call.inv_freq, "inv_freq");

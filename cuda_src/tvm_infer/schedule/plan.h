@@ -152,16 +152,18 @@ enum PlanTicket : int32_t {
 // no host code has seen.)
 enum PlanRefusal : int32_t {
   kPlanAccepted = 0,
-  kNotAPlan = 1,           // magic or version
-  kOtherHeads = 2,         // num_kv_heads or group_size are not the tensors'
-  kTooManyCtas = 3,        // more CTAs than were launched
-  kTooManyTokens = 4,      // more query tokens than q has rows
-  kTooManyPartials = 5,    // more partial rows than the workspace holds
-  kTooManyLists = 6,       // more KV lists than the page table has
-  kOtherCaptureKey = 7,    // not the capture key that the launch was captured with
-  kSharedWithVariant = 8,  // shared works in a launch with a variant
-  kTooManyPages = 9,       // of select_pages: a request has more pages than its table, or than scores have room for; its lists are empty
-  kOtherLists = 10,        // of select_pages: the plan is not for as many lists, or not that of full ones
+  kNotAPlan = 1,             // magic or version
+  kOtherHeads = 2,           // num_kv_heads or group_size are not the tensors'
+  kTooManyCtas = 3,          // more CTAs than were launched
+  kTooManyTokens = 4,        // more query tokens than q has rows
+  kTooManyPartials = 5,      // more partial rows than the workspace holds
+  kTooManyLists = 6,         // more KV lists than the page table has
+  kOtherCaptureKey = 7,      // not the capture key that the launch was captured with
+  kSharedWithVariant = 8,    // shared works in a launch with a variant
+  kHeadListsRefused = 9,     // a list of keys for each KV head, in a launch with a variant or behind an append
+  kMaskWithoutVariant = 10,  // sinks or chunks in a launch without a variant
+  kTooManyPages = 11,        // of select_pages: a request has more pages than its table, or than scores have room for; its lists are empty
+  kOtherLists = 12,          // of select_pages: the plan is not for as many lists, or not that of full ones
 };
 
 // Read access to a plan in memory; works on the host and in device code.

@@ -59,10 +59,10 @@ inline std::vector<uint4> MakePlan(const Batch& batch, const AppendParams& p) {
   return plan;
 }
 
-// 0: a plan that fits; others: one wrong number each.
+// 0: a plan that fits, with whatever it may have beside; others: one wrong number each.
 inline void Spoil(int32_t what, AppendParams* p, std::vector<uint4>* plan) {
   auto* header = reinterpret_cast<PlanHeader*>(plan->data());
-  p->expected = {p->num_kv_heads, 4, p->max_tokens, 9, header->num_kv_lists, {0, 0}};
+  p->expected = {p->num_kv_heads, 4, p->max_tokens, 9, header->num_kv_lists, {0, 0}, Random(0, 1) ? 7 : 6};
   if (Random(0, 1)) p->expected.capture_key[0] = 5, p->expected.capture_key[1] = 6;
   if (what == 1) header->magic = 0;
   if (what == 2) header->version += 1;
@@ -72,6 +72,11 @@ inline void Spoil(int32_t what, AppendParams* p, std::vector<uint4>* plan) {
   if (what == 6) p->expected.max_partial_rows = 8;
   if (what == 7) p->expected.max_kv_lists -= 1;
   if (what == 8) p->expected.capture_key[0] = 4, p->expected.capture_key[1] = 6;
+  const auto without = [p](tvm_infer::cuda::PlanFeature feature) { p->expected.features &= ~feature; };
+  if (what == 9) header->num_shared_works = 1, without(tvm_infer::cuda::kSharedWorks);
+  if (what == 10) header->num_sink = 4, without(tvm_infer::cuda::kRowMasks);
+  if (what == 11) header->chunk = 64, without(tvm_infer::cuda::kRowMasks);
+  if (what == 12) p->expected.max_kv_lists = header->num_kv_lists += 1, without(tvm_infer::cuda::kHeadLists);
 }
 
 // Gives p the batch's lengths: bare for every third number, else as a plan, which `plan` keeps. Returns what is wrong with the plan, 0 for
@@ -85,7 +90,7 @@ inline int32_t SetLengths(const Batch& batch, int32_t number, AppendParams* p, s
     return 0;
   }
   *plan = MakePlan(batch, *p);
-  const int32_t spoiled = number % 3 == 1 ? 0 : Random(0, 8);
+  const int32_t spoiled = number % 3 == 1 ? 0 : Random(0, 12);
   Spoil(spoiled, p, plan);
   p->plan = plan->data();
   return spoiled;

@@ -1,0 +1,86 @@
+"""What the caches of a model are, unless whoever makes one says otherwise: kept in the manifest of an exported library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import page_type
+
+Scales = tuple[tuple[float, ...], ...]  # [num_layers, num_kv_heads], each a float32
+
+
+@dataclass(frozen=True)
+class CacheDefaults:
+    """Settings of caches that a model brings along.
+
+    kv_dtype : of the pages. k_scales, v_scales : of pages of 8 bits, None of others. shared_prefix : whether steps look for pages
+    that their sequences share.
+    """
+
+    kv_dtype: str
+    k_scales: Scales | None = None
+    v_scales: Scales | None = None
+    shared_prefix: bool = True
+
+    @classmethod
+    def make(
+        cls,
+        dtype: str,
+        num_layers: int,
+        num_kv_heads: int,
+        *,
+        kv_dtype: str | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        shared_prefix: bool | None = None,
+    ) -> CacheDefaults:
+        """From arguments as PagedKVCache has them, for a model of this dtype; None: not given. Raises as PagedKVCache."""
+        kv_name = page_type.checked_kv_dtype(kv_dtype, dtype)
+        k_scale, v_scale = 1.0 if k_scale is None else k_scale, 1.0 if v_scale is None else v_scale
+        shares = True if shared_prefix is None else bool(shared_prefix)
+        if kv_name not in page_type.SCALED_DTYPES:
+            page_type.check_pair(dtype, kv_name)
+            if page_type.are_given(k_scale, v_scale):
+                page_type.check_has_scales(kv_name)
+            return cls(kv_name, shared_prefix=shares)
+        size = (num_layers, num_kv_heads)
+        k_scales, v_scales = (
+            _frozen(page_type.checked_scales(value, name, *size))
+            for value, name in ((k_scale, "k_scale"), (v_scale, "v_scale"))
+        )
+        return cls(kv_name, k_scales, v_scales, shares)
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Arguments of PagedKVCache: those given, None where they are not, with these where they are None. Pages of another type than
+        this one's have scales of 1 then: these are not theirs."""
+        own: dict[str, Any] = {
+            "kv_dtype": self.kv_dtype,
+            "shared_prefix": self.shared_prefix,
+            "k_scale": 1.0,
+            "v_scale": 1.0,
+        }
+        asked = given.get("kv_dtype")
+        if self.k_scales is not None and (asked is None or str(asked).removeprefix("torch.") == self.kv_dtype):
+            own |= {"k_scale": self.k_scales, "v_scale": self.v_scales}
+        return own | {name: value for name, value in given.items() if value is not None}
+
+    def to_row(self) -> dict[str, Any]:
+        """For the manifest, JSON (cuda_src/tvm_infer/ffi/model_cache.cc reads it, too)."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> CacheDefaults:
+        """Of the manifest."""
+        scales = {
+            name: None if row[name] is None else _frozen(np.asarray(row[name], np.float32))
+            for name in ("k_scales", "v_scales")
+        }
+        return cls(kv_dtype=row["kv_dtype"], shared_prefix=row["shared_prefix"], **scales)
+
+
+def _frozen(scales: np.ndarray) -> Scales:
+    return tuple(tuple(row) for row in scales.tolist())
