@@ -21,9 +21,9 @@ class Workload:
     prefix : first keys that all requests share, in whole pages; 0 for none. flat : not said to the plan: each request reads its own.
     streaming : of decodes whose keys fill their pages, (first keys, last keys), whole pages and at most all, that every other
     KV head reads, from the first one on; the others read all. (0, 0) for none such.
+    head_dim_vo : of values and outputs, where they are narrower than queries and keys; 0 for head_dim.
     selected : of decodes, (pages of a list, first pages, last pages) of a page selection, which is part of what is measured; its scores
     read bounds of every page. (0, 0, 0) for none.
-    head_dim_vo : of values and outputs, where they are narrower than queries and keys; 0 for head_dim.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Workload:
     flat: bool = False
     kv_dtype: str = ""
     streaming: tuple[int, int] = (0, 0)
-    selected: tuple[int, int, int] = (0, 0, 0)
     head_dim_vo: int = 0
+    selected: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def width_vo(self) -> int:

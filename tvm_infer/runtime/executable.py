@@ -163,7 +163,8 @@ class Executable:
             kernels = model_kernels.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
             lines += [
-                f"two launches a layer: {appends}, {model_kernels.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, {model_kernels.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which "
+                "tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
