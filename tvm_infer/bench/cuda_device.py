@@ -122,6 +122,7 @@ class CudaDevice:
             head_dim=w.head_dim,
             dtype=w.dtype,
             kv_dtype=w.kv_dtype or None,
+            head_dim_vo=w.head_dim_vo or None,
             device=self.torch_device,
         )
         where = {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices, "kv_len": batch.kv_len}
