@@ -192,7 +192,8 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
   constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDimVo <= 128 ? 4 : 2;  // partials of each quarter in flight
   const attention::AttentionParams& params = c.params;
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads, n = job.num_slots;
-  const bool halves = kFewPartials<Config> > kSlots && n > kSlots;
+  constexpr bool kMayHalve = kFewPartials<Config> > kSlots;
+  const bool halves = kMayHalve && n > kSlots;
   const auto row_of = [&](int32_t quarter) { return first + (halves ? quarter / 2 : quarter) * step; };
   const int32_t lane = c.ThreadAnew() % 32, own = lane % (halves ? 2 * kSlots : kSlots);
   const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, own);
@@ -201,9 +202,10 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
   const auto load = [&](int32_t begin) {
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
+      int32_t from = __shfl_sync(0xffffffff, slot, begin + u);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int32_t from = __shfl_sync(0xffffffff, slot, kSlots * r + begin + u);
+        if (kMayHalve && r > 0) from = __shfl_sync(0xffffffff, slot, kSlots * r + begin + u);
         v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(row_of(r), total - 1)) * Config::kHeadDimVo, lane);
       }
     }
