@@ -20,6 +20,14 @@ constexpr TileClass kSm90HeadDim256[kNumSm90Classes] = {{16, 64, 900'000, 20'000
 constexpr TileClass kSm90EightBits128[kNumSm90Classes] = {{16, 128, 600'000, 10'000, 7'425}, {128, 128, 5'000'000, 0, 24'000}};
 constexpr TileClass kSm90EightBits256[kNumSm90Classes] = {{16, 64, 900'000, 20'000, 18'000}, {128, 64, 8'000'000, 0, 47'000}};
 
+// Of 4 bits, for which there are no kernels yet: decode by the bytes of a key, half of those of 8 bits; prefill widens as many elements.
+constexpr TileClass HalfTheBytes(TileClass decode) {
+  decode.kv /= 2;
+  return decode;
+}
+constexpr TileClass kSm90FourBits128[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits128[0]), kSm90EightBits128[1]};
+constexpr TileClass kSm90FourBits256[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits256[0]), kSm90EightBits256[1]};
+
 struct Row {
   int32_t head_dim;
   const TileClass* classes;
@@ -29,7 +37,8 @@ constexpr Row kRows[] = {{64, kSm90HeadDim64, kNumSm90Classes},   {80, kSm90Head
                          {96, kSm90HeadDim128, kNumSm90Classes},  {128, kSm90HeadDim128, kNumSm90Classes},
                          {192, kSm90HeadDim192, kNumSm90Classes}, {256, kSm90HeadDim256, kNumSm90Classes}};
 
-constexpr Row kScaledRows[] = {{128, kSm90EightBits128, kNumSm90Classes}, {256, kSm90EightBits256, kNumSm90Classes}};
+constexpr Row kEightBitRows[] = {{128, kSm90EightBits128, kNumSm90Classes}, {256, kSm90EightBits256, kNumSm90Classes}};
+constexpr Row kFourBitRows[] = {{128, kSm90FourBits128, kNumSm90Classes}, {256, kSm90FourBits256, kNumSm90Classes}};
 
 template <int kCount>
 const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim) {
@@ -39,7 +48,14 @@ const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim) {
   return nullptr;
 }
 const Row* FindRow(DTypeTag kv_dtype, int32_t head_dim) {
-  return IsScaled(kv_dtype) ? FindRow(kScaledRows, head_dim) : FindRow(kRows, head_dim);
+  switch (ElementBits(kv_dtype)) {
+    case 4:
+      return FindRow(kFourBitRows, head_dim);
+    case 8:
+      return FindRow(kEightBitRows, head_dim);
+    default:
+      return FindRow(kRows, head_dim);
+  }
 }
 
 }  // namespace
@@ -52,8 +68,9 @@ void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, const
   }
   if (FindRow(kv_dtype, head_dim) != nullptr) return;
   if (IsScaled(kv_dtype)) {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside 8-bit keys and values ("
-                                   << Suffix(kv_dtype) << "), for which the cuda executor has kernels for 128 and 256. Pad the heads "
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside " << ElementBits(kv_dtype)
+                                   << "-bit keys and values (" << Suffix(kv_dtype)
+                                   << "), for which the cuda executor has kernels for 128 and 256. Pad the heads "
                                    << "with zeros (and keep sm_scale that of the unpadded width), or pass host tensors (the cpu executor "
                                    << "takes every multiple of 8 up to 256)";
   } else {

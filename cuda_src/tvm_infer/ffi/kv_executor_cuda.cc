@@ -136,7 +136,7 @@ void CudaKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::To
   params.pages = DataPtr<void>(TensorView(memory.all_pages));
   params.layer_bytes = memory.page_bytes * config_.num_pages;
   params.page_bytes = memory.page_bytes;
-  params.row_bytes = static_cast<int32_t>(config_.head_dim * (config_.kv_dtype.bits / 8));
+  params.row_bytes = static_cast<int32_t>(BytesOf(config_.head_dim, config_.kv_dtype.bits));
   params.plane_bytes = config_.page_size * params.row_bytes;
   params.num_layers = static_cast<int32_t>(config_.num_layers);
   params.num_planes = static_cast<int32_t>(2 * config_.num_kv_heads);

@@ -86,7 +86,7 @@ class HostKVExecutor final : public KVExecutor {
 
 // Only the slots that hold tokens: the rest of a page is never read.
 void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange&) {
-  const int64_t row_bytes = config_.head_dim * (config_.kv_dtype.bits / 8);
+  const int64_t row_bytes = BytesOf(config_.head_dim, config_.kv_dtype.bits);
   const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
   const int64_t num_planes = 2 * config_.num_kv_heads;
   for (const tvm::ffi::Tensor& layer : memory.pages) {
@@ -102,7 +102,7 @@ void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
 }
 
 void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
-  const int64_t row_bytes = config_.head_dim * (config_.kv_dtype.bits / 8);
+  const int64_t row_bytes = BytesOf(config_.head_dim, config_.kv_dtype.bits);
   const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
   for (const tvm::ffi::Tensor& layer : memory.pages) {
     char* base = DataPtr<char>(TensorView(layer));
@@ -127,7 +127,7 @@ cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int6
     source.v_scale.heads = DataPtr<const float>(TensorView(memory.v_scales)) + layer * config_.num_kv_heads;
   }
   source.k = base;
-  source.v = base + plane * (config_.kv_dtype.bits / 8);
+  source.v = base + BytesOf(plane, config_.kv_dtype.bits);
   source.k_page_stride = source.v_page_stride = 2 * plane;
   source.k_head_stride = source.v_head_stride = head;
   source.k_token_stride = source.v_token_stride = config_.head_dim;

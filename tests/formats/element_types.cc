@@ -1,0 +1,43 @@
+// Prints what the executors' tables say of every type that keys may have, those without kernels too: "<executor> <type> <head_dim> <class>
+// …", a class as rows,kv_granule,fixed,row,kv. Then sizes: "bytes <type> <elements> <bytes>".
+#include "tvm_infer/element_type.h"
+
+#include <cstdio>
+#include <initializer_list>
+
+#include "tvm_infer/cpu/attention.h"
+#include "tvm_infer/cuda/tile_table.h"
+
+using tvm_infer::ElementRow;
+using tvm_infer::ElementType;
+using tvm_infer::TileClass;
+
+namespace {
+
+void Print(const char* executor, const ElementRow& row, int head_dim, const TileClass* classes, int count) {
+  std::printf("%s %s %d", executor, row.name, head_dim);
+  for (int i = 0; i < count; ++i) {
+    const TileClass& c = classes[i];
+    std::printf(" %d,%d,%lld,%lld,%lld", c.rows, c.kv_granule, static_cast<long long>(c.fixed), static_cast<long long>(c.row),
+                static_cast<long long>(c.kv));
+  }
+  std::printf("\n");
+}
+
+}  // namespace
+
+int main() {
+  for (const ElementRow& row : tvm_infer::kElementRows) {
+    for (int head_dim : {128, 256}) {
+      int count = 0;
+      const TileClass* classes = tvm_infer::cpu::TileTable(ElementType::kBFloat16, row.type, head_dim, &count);
+      Print("cpu", row, head_dim, classes, count);
+      if (row.type == ElementType::kFloat32) continue;
+      classes = tvm_infer::cuda::TileTable(ElementType::kBFloat16, row.type, head_dim, &count);
+      Print("cuda", row, head_dim, classes, count);
+    }
+    for (int elements : {0, 1, 7, 8, 128}) {
+      std::printf("bytes %s %d %lld\n", row.name, elements, static_cast<long long>(tvm_infer::BytesOf(elements, row.bits)));
+    }
+  }
+}
