@@ -1,12 +1,11 @@
 // Prints what the executors' tables say of every type that keys may have, those without kernels too: "<executor> <type> <head_dim> <class>
 // …", a class as rows,kv_granule,fixed,row,kv. Then sizes: "bytes <type> <elements> <bytes>".
-#include "tvm_infer/element_type.h"
-
 #include <cstdio>
 #include <initializer_list>
 
 #include "tvm_infer/cpu/attention.h"
 #include "tvm_infer/cuda/tile_table.h"
+#include "tvm_infer/element_type.h"
 
 using tvm_infer::ElementRow;
 using tvm_infer::ElementType;

@@ -483,6 +483,7 @@ class Executable:
         max_batch: int | None = None,
         page_size: int = 16,
         prefix_reuse: bool = True,
+        shared_prefix: bool | None = None,
     ) -> list[Generation]:
         """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
@@ -490,7 +491,8 @@ class Executable:
         ----------
         prompts : token lists, or texts if the model file had a tokenizer.
         sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
-        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`).
+        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`). shared_prefix : as of :meth:`new_cache`; False
+            for logits that do not depend, in their last bits, on which requests share pages.
         stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
 
         Returns
@@ -504,7 +506,10 @@ class Executable:
             max_batch = self.manifest.decode_rows or DEFAULT_MAX_BATCH
         together = max(1, max_batch // max(n, 1))
         cache = self.new_cache(
-            num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)
+            num_pages=max(1, sum(sorted(needs)[-together:])),
+            page_size=page_size,
+            max_batch=max(max_batch, n),
+            shared_prefix=shared_prefix,
         )
         engine = self.engine(cache, prefix_reuse=prefix_reuse)
         generations: list[Generation] = []
