@@ -212,6 +212,7 @@ def plan_block_sparse(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_vo: int | None = None,
     num_kv_tokens: int | None = None,
     num_qo_tokens: int | None = None,
     dtype: str = "float32",
@@ -278,6 +279,7 @@ def plan_block_sparse(
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        head_dim_vo=head_dim_vo,
         dtype=dtype,
         kv_dtype=kv_dtype,
         causal=False,
@@ -342,9 +344,9 @@ def block_sparse_attention(
 
     Parameters
     ----------
-    q : [num_qo_tokens, num_qo_heads, head_dim]. k, v : [num_kv_tokens, num_kv_heads, head_dim]; or pages of ``plan.page_size`` keys,
-        [num_pages, page_size, num_kv_heads, head_dim] or with kv_layout "HND" [num_pages, num_kv_heads, page_size, head_dim]: key j is
-        then slot ``j % page_size`` of page ``j // page_size``.
+    q : [num_qo_tokens, num_qo_heads, head_dim]. k, v : [num_kv_tokens, num_kv_heads, head_dim], `v` and the output perhaps narrower
+        (head_dim_vo); or pages of ``plan.page_size`` keys, [num_pages, page_size, num_kv_heads, head_dim] or with kv_layout "HND"
+        [num_pages, num_kv_heads, page_size, head_dim]: key j is then slot ``j % page_size`` of page ``j // page_size``.
     plan : from :func:`plan_block_sparse`.
     Others as in :func:`tvm_infer.attention`. A query whose block row has no block has O = 0, LSE = -inf. There are no variants: they
     are told positions, which the keys of a block row do not have.

@@ -147,6 +147,33 @@ def bench_streaming(batch: int, sink: int, window: int, kv: int, layers: int, js
     streaming.run(streaming.Workload(batch, sink, window, kv, layers), json_path)
 
 
+@bench.command("parallel")
+@click.option(
+    "--answers", multiple=True, type=int, default=(4, 8, 16, 32), show_default=True, help="of one prompt (repeatable)"
+)
+@click.option("--prompt", default=2048, show_default=True, help="tokens that the answers share")
+@click.option("--tokens", default=256, show_default=True, help="of each answer")
+@click.option("--model", default="llama-3-8b", show_default=True, help="sizes of the model: llama-3-8b, tiny")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option("--layers", type=int, help="of the model [default: all]")
+@click.option("--page-size", default=16, show_default=True, help="tokens a page")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the results to this file")
+def bench_parallel(
+    answers: tuple[int, ...],
+    prompt: int,
+    tokens: int,
+    model: str,
+    device: str,
+    layers: int | None,
+    page_size: int,
+    json_path: str | None,
+) -> None:
+    """Answers of one prompt: inter-token latency with the prompt's keys read once, and with each answer reading its own."""
+    from .bench import parallel
+
+    parallel.run(parallel.Workload(answers, prompt, tokens, model, device, layers, page_size), json_path)
+
+
 @bench.command("attention")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="default: the suite's, else cpu")
 @click.option(

@@ -425,10 +425,10 @@ def _check_cuda_inputs(function: str, inputs: Sequence[tuple[str, str]]) -> None
 
 def _check_cuda_layers(specs: Sequence[Any]) -> None:
     """Before anything is compiled, in terms of the model."""
-    tile_table = _ffi.func("cuda_tile_table")
+    tile_table = _ffi.func("cuda_vo_tile_table")
     for spec in specs:
         try:
-            tile_table(spec.dtype, spec.head_dim)
+            tile_table(spec.dtype, spec.head_dim, spec.width_vo, spec.dtype)
         except (errors.ExecutorError, errors.DTypeError) as error:
             raise errors.ExecutorError(
                 f"the model has {spec}, for which there is no CUDA kernel ({error}). Convert the model, model.to(torch.bfloat16), or "
@@ -471,7 +471,7 @@ def _check_entry(function: str, inputs: Sequence[tuple[str, str]], specs: Sequen
         raise errors.ModelError(
             f"function {function!r} has no attention that reads a KV cache: there is nothing to decode with"
         )
-    if len({(s.num_qo_heads, s.num_kv_heads, s.head_dim, s.dtype) for s in specs}) > 1:
+    if len({(s.num_qo_heads, s.num_kv_heads, s.head_dim, s.width_vo, s.dtype) for s in specs}) > 1:
         raise errors.ModelError(
             f"the attention layers of {function!r} differ in heads, head_dim or dtype: {sorted({str(s) for s in specs})}; one cache "
             "serves equal layers only"

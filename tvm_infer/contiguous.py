@@ -89,7 +89,7 @@ def contiguous_attention(
     (start,) = ops._tables(q, kv_start=kv_start)
     num_lists = start.shape[0]
     num_kv_heads = ops._num_kv_heads(k, -2, (3, 4))
-    words, workspace, out, lse = ops._prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
+    words, workspace, out, lse = ops._prepare(q, v, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     arguments = (
         words,
         _array.as_tensor(q, "q"),

@@ -124,30 +124,43 @@ def _host_words(plan: Any) -> np.ndarray:
 
 
 def _prepare(
-    q: Any, plan: Any, workspace: Any, out: Any, lse: Any, return_lse: bool, num_kv_heads: int | None, num_lists: int
+    q: Any,
+    v: Any,
+    plan: Any,
+    workspace: Any,
+    out: Any,
+    lse: Any,
+    return_lse: bool,
+    num_kv_heads: int | None,
+    num_lists: int,
 ) -> tuple[Any, Any, Any, Any]:
-    """The plan as packed functions take it, and workspace, out and lse, allocated where they are not given."""
+    """The plan as packed functions take it, and workspace, out and lse, allocated where they are not given.
+
+    `v`: values that have a tensor of their own, whose width is that of the output; None: they are as wide as `q`.
+    """
     _check_rank3(q, "q", "num_tokens, num_qo_heads, head_dim")
     device = _device.cuda_index(q)
+    v_shape: Any = getattr(v, "shape", ())
+    head_dim_vo = int(v_shape[-1] if len(v_shape) else q.shape[-1])
     if device is not None:
-        words, workspace = _prepare_cuda(q, plan, workspace, num_kv_heads, num_lists, device)
+        words, workspace = _prepare_cuda(q, head_dim_vo, plan, workspace, num_kv_heads, num_lists, device)
     else:
         words = plan.buffer if isinstance(plan, Plan) else _array.as_tensor(plan, "plan")
         if workspace is None:
             parsed = plan if isinstance(plan, Plan) else Plan(_host_words(plan))
-            workspace = np.empty(parsed.num_partial_rows * (q.shape[-1] + 1), np.float32)
+            workspace = np.empty(parsed.num_partial_rows * (head_dim_vo + 1), np.float32)
     if out is None:
-        out = _array.empty_like(q, q.shape)
+        out = _array.empty_like(q, (*q.shape[:2], head_dim_vo))
     if lse is None and return_lse:
         lse = _array.empty_like(q, q.shape[:2], "float32")
     return words, workspace, out, lse
 
 
 def _prepare_cuda(
-    q: Any, plan: Any, workspace: Any, num_kv_heads: int | None, num_lists: int, device: int
+    q: Any, head_dim_vo: int, plan: Any, workspace: Any, num_kv_heads: int | None, num_lists: int, device: int
 ) -> tuple[Any, Any]:
     """The plan on the device, checked by its copy on the host before anything is launched, and a workspace."""
-    num_tokens, num_qo_heads, head_dim = q.shape
+    num_tokens, num_qo_heads, _ = q.shape
     if not isinstance(plan, Plan):
         _device.require(plan, "plan", device)
         if workspace is None:
@@ -159,9 +172,9 @@ def _prepare_cuda(
     words = _device_words(plan, device)
     if workspace is None:
         partial_rows = plan.num_partial_rows
-        workspace = _array.empty_like(q, (partial_rows * (head_dim + 1),), "float32")
+        workspace = _array.empty_like(q, (partial_rows * (head_dim_vo + 1),), "float32")
     else:
-        partial_rows = math.prod(getattr(workspace, "shape", (0,))) // (head_dim + 1)
+        partial_rows = math.prod(getattr(workspace, "shape", (0,))) // (head_dim_vo + 1)
     if num_kv_heads is not None:
         num_sms = _device.cuda_info(device).num_sms
         _ffi.func("check_plan")(
@@ -264,21 +277,23 @@ def attention(
     q : [num_tokens, num_qo_heads, head_dim]; float32, float16 or bfloat16, on cuda one of the latter. The cache has the same dtype, or
         is of 8 bits.
     kv_cache : [num_pages, 2, num_kv_heads, page_size, head_dim], or (k_cache, v_cache) of [num_pages, num_kv_heads, page_size,
-        head_dim] each; with kv_layout "NHD" the last three are page_size, num_kv_heads, head_dim.
+        head_dim] each; with kv_layout "NHD" the last three are page_size, num_kv_heads, head_dim. Values in a tensor of their own may
+        be narrower than keys: head_dim_vo, then the width of `out`. On cuda 128 beside a head_dim of 192, else head_dim.
     plan : from :func:`plan`, for these lengths and for the device of `q`. On cuda a bare int32 device buffer will do, with a
         `workspace`; the kernel then checks it alone (:func:`plan_status`).
     kv_page_indptr, kv_page_indices : int32; request r's pages are kv_page_indices[kv_page_indptr[r] : kv_page_indptr[r + 1]]. Of a
         plan with a `kv_len` of each KV head, so are those of list ``r * num_kv_heads + h``, whose head h is read.
         On cuda device tensors, whose values nobody checks.
     sm_scale : factor on q·k; default 1 / sqrt(head_dim). On cuda > 0.
-    out : as `q`; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`. On cuda contiguous.
-    workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim + 1)``; allocated if None.
+    out : as `q`, head_dim_vo wide; allocated if None. lse : float32 [num_tokens, num_qo_heads]; allocated if None and `return_lse`.
+        On cuda contiguous.
+    workspace : float32 scratch for partial results, at least ``plan.num_partial_rows * (head_dim_vo + 1)``; allocated if None.
         Calls on one stream may share it.
     variant : a tvm_infer.variant.BoundVariant, or a Variant without parameters: its logits, mask and output take the place of the
         plain softmax's. Its tables lie on the device of `q`; `plan` has the band of its mask (``plan(…, variant=variant)``),
         and keys outside that band never reach its functions. Compiled at its first call on a device, kept on the object: bind a
         variant once, not before every call. Values of keys that its mask hides must still be
-        finite: they are multiplied by 0. On cuda not with a cache of 8 bits.
+        finite: they are multiplied by 0. On cuda not with a cache of 8 bits, nor with a head_dim_vo.
     k_scale, v_scale : factors of the elements of an 8-bit cache: numbers, or float32 [num_kv_heads] on the device of `q`; finite and
         above 0 (on cuda tensors are not looked at, but with TVM_INFER_DEBUG_CHECKS=1).
 
@@ -305,7 +320,7 @@ def attention(
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
     num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
     num_lists = page_indptr.shape[0] - 1
-    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
+    words, workspace, out, lse = _prepare(q, v_cache, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     arguments = (
         words,
         _array.as_tensor(q, "q"),
@@ -341,13 +356,13 @@ def ragged_attention(
 ) -> Any:
     """Attention of ragged queries over ragged keys without pages.
 
-    k, v : [num_kv_tokens, num_kv_heads, head_dim]; on the host also of 8 bits. kv_indptr : int32 [num_requests + 1], on the device of
-    `q`; request r's keys are rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
+    k, v : [num_kv_tokens, num_kv_heads, head_dim], `v` perhaps narrower (head_dim_vo); on the host also of 8 bits. kv_indptr : int32
+    [num_requests + 1], on the device of `q`; request r's keys are rows kv_indptr[r] : kv_indptr[r + 1]. Others as in :func:`attention`.
     """
     (indptr,) = _tables(q, kv_indptr=kv_indptr)
     num_kv_heads = _num_kv_heads(k, 1, (3,))
     num_lists = indptr.shape[0] - 1
-    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
+    words, workspace, out, lse = _prepare(q, v, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     arguments = (
         words,
         _array.as_tensor(q, "q"),
@@ -378,9 +393,9 @@ def append(
 ) -> None:
     """Write new keys and values at the end of each request, in place.
 
-    k, v : [num_tokens, num_kv_heads, head_dim]. Token t of request r goes to position ``kv_len[r] - (qo_indptr[r + 1] - t)``:
-    `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the device of `k`, and tokens behind
-    qo_indptr[num_requests] are padding.
+    k, v : [num_tokens, num_kv_heads, head_dim], `v` as wide as the cache's values. Token t of request r goes to position
+    ``kv_len[r] - (qo_indptr[r + 1] - t)``: `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the
+    device of `k`, and tokens behind qo_indptr[num_requests] are padding.
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     indptr, lengths, page_indptr, page_indices = _tables(
@@ -426,7 +441,7 @@ def append_attention(
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
     num_kv_heads = _num_kv_heads(k_cache, _KV_HEAD_AXIS[layout], (4, 5))
     num_lists = page_indptr.shape[0] - 1
-    words, workspace, out, lse = _prepare(q, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
+    words, workspace, out, lse = _prepare(q, v_cache, plan, workspace, out, lse, return_lse, num_kv_heads, num_lists)
     arguments = (
         words,
         _array.as_tensor(q, "q"),
@@ -480,7 +495,7 @@ def rope_append(
     Returns
     -------
     out : the rotated queries, 0 for padding tokens. Results are computed in float32 and rounded once; angles are exact to 3e-7
-        radians at positions up to 2**22. On cuda head_dim and rotary_dim are multiples of 16.
+        radians at positions up to 2**22. On cuda head_dim and rotary_dim are multiples of 16, and values are as wide as keys.
 
     Raises
     ------

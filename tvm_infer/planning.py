@@ -36,53 +36,69 @@ class WorkspaceSize(NamedTuple):
     """What a batch within given limits needs at most.
 
     plan_bytes : bytes of the plan buffer. partial_rows : rows of fp32 partial results; a workspace holds
-    ``partial_rows * (head_dim + 1)`` floats.
+    ``partial_rows * (head_dim_vo + 1)`` floats, by the width of values and outputs.
     """
 
     plan_bytes: int
     partial_rows: int
 
-    def workspace_floats(self, head_dim: int) -> int:
-        """float32 elements of the `workspace` argument for this head_dim."""
-        return self.partial_rows * (head_dim + 1)
+    def workspace_floats(self, head_dim_vo: int) -> int:
+        """float32 elements of the `workspace` argument for values of this width (head_dim, where they have no other)."""
+        return self.partial_rows * (head_dim_vo + 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _tile_table(kind: str, dtype: str, head_dim: int, kv_dtype: str | None = None) -> Any:
+def _tile_table(
+    kind: str, dtype: str, head_dim: int, kv_dtype: str | None = None, head_dim_vo: int | None = None
+) -> Any:
     if not isinstance(dtype, str):
         raise DTypeError(f'argument `dtype` is {dtype!r}; name it by a string: "float32", "float16" or "bfloat16"')
     if _as_int(head_dim, "head_dim") < 1:
         raise ArgumentError(f"argument `head_dim` is {head_dim}; it must be at least 1")
-    if kv_dtype is None:
+    if head_dim_vo is not None and not 1 <= _as_int(head_dim_vo, "head_dim_vo") <= head_dim:
+        raise ArgumentError(
+            f"argument `head_dim_vo` is {head_dim_vo}; it must be from 1 to head_dim = {head_dim} (on cuda head_dim, or 128 beside a "
+            "head_dim of 192)"
+        )
+    if kv_dtype is None and head_dim_vo is None:
         return _ffi.func(f"{kind}_tile_table")(dtype, head_dim)
-    if not isinstance(kv_dtype, str):
+    if not isinstance(kv_dtype, str | None):
         raise DTypeError(f'argument `kv_dtype` is {kv_dtype!r}; name it by a string, such as "float8_e4m3fn"')
-    return _ffi.func(f"{kind}_kv_tile_table")(dtype, head_dim, kv_dtype)
+    width = head_dim if head_dim_vo is None else head_dim_vo
+    return _ffi.func(f"{kind}_vo_tile_table")(dtype, head_dim, width, dtype if kv_dtype is None else kv_dtype)
 
 
-def cpu_tile_table(dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
-    """The CPU executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+def cpu_tile_table(
+    dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
+) -> tuple[int, ...]:
+    """The CPU executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
 
-    dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
+
+    dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 
     Raises
     ------
     DTypeError : a dtype that the executor does not take. ArgumentError : head_dim below 1.
     """
-    return tuple(_tile_table("cpu", dtype, head_dim, kv_dtype))
+    return tuple(_tile_table("cpu", dtype, head_dim, kv_dtype, head_dim_vo))
 
 
-def cuda_tile_table(dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None) -> tuple[int, ...]:
-    """The CUDA executor's tile classes with their measured costs, five integers each (see plan.h, TileClass).
+def cuda_tile_table(
+    dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
+) -> tuple[int, ...]:
+    """The CUDA executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
 
-    dtype : of queries. kv_dtype : of keys and values in memory; None: the same.
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
+
+    dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 
     Raises
     ------
     ExecutorError : no kernels for float32 or this head_dim; names those that there are. DTypeError : another dtype.
     """
     _check_cuda_dtype(dtype)
-    return tuple(_tile_table("cuda", dtype, head_dim, kv_dtype))
+    return tuple(_tile_table("cuda", dtype, head_dim, kv_dtype, head_dim_vo))
 
 
 def _check_cuda_dtype(dtype: str) -> None:
@@ -126,7 +142,13 @@ def num_threads() -> int:
 
 
 def _settings(
-    device: _device.Device, num_ctas: int | None, tile_table: Any, dtype: str, head_dim: int, kv_dtype: str | None
+    device: _device.Device,
+    num_ctas: int | None,
+    tile_table: Any,
+    dtype: str,
+    head_dim: int,
+    kv_dtype: str | None,
+    head_dim_vo: int | None,
 ) -> tuple[int, Any]:
     """CTAs to fill and the tile table; defaults are the device's."""
     if device.kind == "cuda":
@@ -136,12 +158,13 @@ def _settings(
     elif num_ctas is None:
         num_ctas = num_threads()
     if tile_table is None:
-        return num_ctas, _tile_table(device.kind, dtype, head_dim, kv_dtype)
+        return num_ctas, _tile_table(device.kind, dtype, head_dim, kv_dtype, head_dim_vo)
     try:
         return num_ctas, tuple(tile_table)
     except TypeError:
         raise ArgumentError(
-            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class"
+            f"argument `tile_table` is {tile_table!r}; it must be five integers for each class, and may end with two for merges of "
+            "shared keys"
         ) from None
 
 
@@ -156,6 +179,7 @@ def workspace_size(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_vo: int | None = None,
     max_requests: int,
     max_tokens: int,
     max_kv_tokens: int | None = None,
@@ -200,7 +224,9 @@ def workspace_size(
             "with the number of keys: say how many there are at most"
         )
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
-    num_ctas, tile_table = _settings(_device.parse(device), num_ctas, tile_table, dtype, head_dim, kv_dtype)
+    num_ctas, tile_table = _settings(
+        _device.parse(device), num_ctas, tile_table, dtype, head_dim, kv_dtype, head_dim_vo
+    )
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     limits = {"max_requests": max_requests, "max_tokens": max_tokens, "max_kv_tokens": max_kv_tokens or 0}
     if head_lists:
@@ -297,6 +323,7 @@ def plan(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_vo: int | None = None,
     dtype: str = "float32",
     kv_dtype: str | None = None,
     causal: bool | None = None,
@@ -330,6 +357,7 @@ def plan(
     num_qo_heads, num_kv_heads : the first is a multiple of the second.
     head_dim, dtype : choose the executor's tile table; the plan itself does not depend on them otherwise. On cuda dtype is
         "bfloat16" or "float16".
+    head_dim_vo : of values and outputs, where it is not `head_dim`, that of queries and keys: narrower, on cuda 128 beside 192.
     kv_dtype : of keys and values in memory, where it is not `dtype`: "float8_e4m3fn" or "float8_e5m2". Chooses the tile table, too.
     causal : a query sees no key after its own position; query token t of request r stands at
         ``kv_len[r] - (qo_indptr[r + 1] - t)``. Default: the variant's, else True.
@@ -341,7 +369,8 @@ def plan(
     num_ctas : work queues to fill; default: the CPU executor's threads, or the SMs of the device.
     fixed_split_size : 0 splits KV where that shortens the makespan; > 0 cuts KV at its multiples, so that a row's result does
         not depend on the rest of the batch; -1 never splits.
-    tile_table : five integers per tile class; default: the executor's.
+    tile_table : costs, picoseconds: five integers per tile class and, where there are `levels`, two of merging shared keys, as
+        :func:`cpu_tile_table` has them; default: the executor's.
     device : where the plan runs: "cpu", "cuda", "cuda:1", a torch.device or a TVM device; default: that of `device_out`, else
         "cpu".
     out : int32 host buffer to write the plan to (see :func:`workspace_size`); default: one is allocated.
@@ -380,7 +409,7 @@ def plan(
                 "for the device at every step)"
             )
     band = variant_call.band(variant, causal, window_left, window_right, num_sink, chunk)
-    num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype)
+    num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype, head_dim_vo)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     words = level_words(levels)
     if len(words) and variant is not None:

@@ -52,9 +52,9 @@ constexpr bool HasKernels(ElementType type) { return RowOf(type).on_cpu || RowOf
 // Bytes of so many elements, one behind the other; of 4 bits two share a byte, and rows of an even number of them end with one.
 constexpr int64_t BytesOf(int64_t elements, int32_t bits) { return (elements * bits + 7) / 8; }
 
-// Bytes of a page's keys and values in one layer, [2, num_kv_heads, page_size, head_dim]; scales, which are not in the page, apart.
-constexpr int64_t PageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, int32_t bits) {
-  return 2 * num_kv_heads * page_size * BytesOf(head_dim, bits);
+// Bytes of a page's keys and values in one layer, rows of num_kv_heads * page_size tokens each; scales, which are not in the page, apart.
+constexpr int64_t PageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, int64_t head_dim_vo, int32_t bits) {
+  return num_kv_heads * page_size * (BytesOf(head_dim, bits) + BytesOf(head_dim_vo, bits));
 }
 
 }  // namespace tvm_infer

@@ -161,12 +161,29 @@ def test_streaming_heads(monkeypatch, kv_len):
 def test_formats_come_in_pairs():
     rows = suites.suite("formats").workloads
     assert {row.head_dim for row in rows if not row.prefix} == {64, 80, 96, 128, 192, 256}
+    decode, prefill = (row for row in rows if row.head_dim_vo)
+    assert (decode.head_dim, decode.head_dim_vo) == (prefill.head_dim, prefill.head_dim_vo) == (192, 128)
+    assert decode.kv_bytes == 64 * 2048 * 8 * (192 + 128) * 2
+    assert prefill.flops == 2 * (8192 * 8193 // 2) * 32 * (192 + 128)
     dense, streaming = (row for row in rows if row.kv_lens == (32768,) * 16)
     assert dataclasses.replace(streaming, name=dense.name, streaming=(0, 0)) == dense
     assert streaming.kv_bytes == 2 * 16 * 4 * (32768 + 68 * 16) * 128 * 2 and streaming.flops < 0.52 * dense.flops
     for row in (row for row in rows if row.prefix and not row.flat):
         assert dataclasses.replace(row, name=f"{row.name} flat", flat=True) in rows
         assert row.levels and row.prefix % row.page_size == 0
+
+
+@pytest.mark.parametrize("kv_layout", ["HND", "NHD", "ragged"])
+def test_keys_wider_than_values(monkeypatch, kv_layout):
+    shape = {"num_qo_heads": 4, "num_kv_heads": 2, "dtype": "bfloat16", "head_dim": 24, "head_dim_vo": 16}
+    layout = {"ragged": True} if kv_layout == "ragged" else {"kv_layout": kv_layout}
+    row = Workload("unequal", (1, 9), (70, 40), **shape, **layout)
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite("cuda", (row,)))
+    results = attention.run(suite="tiny", peers=["torch", "tvm-tir"], cuda_device=HostDevice)
+    assert attention.num_failed(results) == 0
+    (made,) = results["rows"]
+    assert (made["head_dim"], made["head_dim_vo"]) == (24, 16)
+    assert made["peers"]["tvm-tir"]["skipped"] == "keys as wide as values: others not measured"
 
 
 def test_keys_of_8_bits_stand_for_what_the_reference_sees():
@@ -391,9 +408,12 @@ def test_the_read_ceiling_compiles_without_spills(tmp_path):
 
 
 def test_planning_is_timed_on_the_executors_table():
-    plan = HostDevice().plan(TINY[1])
-    timing = planning.time_plan(TINY[1], plan, calls=40)
-    assert timing.runs == 40 and 0 < timing.median < 10_000
+    device = HostDevice()
+    for workload in (TINY[1], dataclasses.replace(TINY[0], prefix=4)):
+        plan, table = device.plan(workload), device.tile_table(workload)
+        assert table[:-2] == tuple(n for tile in plan.tile_classes.tolist() for n in tile)
+        timing = planning.time_plan(workload, plan, table, calls=40)
+        assert timing.runs == 40 and 0 < timing.median < 10_000
 
 
 def test_groups_of_equal_lengths_cover_the_batch():

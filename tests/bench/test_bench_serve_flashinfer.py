@@ -16,7 +16,7 @@ from tvm_infer.bench.peers import Skipped
 from tvm_infer.bench.serve_loop import CacheSizes
 from tvm_infer.errors import CompileError, MissingDependencyError
 from tvm_infer.jit import nvcc
-from tvm_infer.models.mlc_llama import LLAMA_3_8B
+from tvm_infer.models.llama import LLAMA_3_8B
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from llamas import tiny_llama
 
 import tvm_infer
 from tvm_infer import errors
-from tvm_infer.models.mlc_llama import LLAMA_3_8B, export_llama
+from tvm_infer.models.llama import LLAMA_3_8B
+from tvm_infer.models.mlc_llama import export_llama
 from tvm_infer.relax import export_hf, pipeline
 
 CUDA = {"kind": "cuda", "arch": "sm_90"}

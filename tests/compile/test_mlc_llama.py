@@ -11,7 +11,8 @@ from llamas import hf_greedy, prompts_of, tiny_llama
 import tvm_infer
 from tvm_infer import blas, errors
 from tvm_infer.models import LlamaConfig
-from tvm_infer.models.mlc_llama import LLAMA_3_8B, SMOLLM2_135M, LlamaForCausalLM, export_llama, fuse_weights
+from tvm_infer.models.llama import LLAMA_3_8B
+from tvm_infer.models.mlc_llama import SMOLLM2_135M, LlamaForCausalLM, export_llama, fuse_weights
 from tvm_infer.relax import pipeline
 
 NEW_TOKENS = 8

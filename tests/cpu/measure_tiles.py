@@ -1,4 +1,5 @@
-"""Measures the tile classes of cpu/tile_table.cc: what a work costs one thread, as fixed + row * rows + kv * keys picoseconds.
+"""Measures the costs of cpu/tile_table.cc: what a work costs one thread, as fixed + row * rows + kv * keys picoseconds,
+and what a merge of shared keys costs.
 
 usage: PYTHONPATH=. python tests/cpu/measure_tiles.py [head_dim ...]
 Keys come from memory that no cache holds. CPU time of the process is measured, so other processes disturb it little.
@@ -67,6 +68,51 @@ def measure(dtype: str, kv_dtype: str, head_dim: int) -> None:
         )
 
 
+def merge_time(rows: int, dtype: str, head_dim: int) -> float:
+    """Picoseconds of one merge of a row tile of `rows` rows, a shared partial and one of its own: 32 such requests of 8 KV heads with
+    shared keys, less the same works apart, none of which merges. Keys are few and in the caches, where works differ least."""
+    rng = np.random.default_rng(0)
+    kind, count, heads, shared, own = _array.numpy_dtype(dtype), 32, 8, 64, 64
+    prefix = np.arange(shared // PAGE_SIZE)
+    rest = len(prefix) + np.arange(count * own // PAGE_SIZE).reshape(count, -1)
+    cache = rng.standard_normal((rest[-1, -1] + 1, 2, heads, PAGE_SIZE, head_dim), dtype=np.float32).astype(kind)
+    q = rng.standard_normal((count, heads * rows, head_dim), dtype=np.float32).astype(kind)
+    table = (rows, 64, 0, 0, 10**6, count * rows, 64, 0, 0, 10**6 + 1, 0, 0)  # whatever can be shared is
+
+    def time_of(qo_indptr, tables, levels=()):
+        plan = tvm_infer.plan(
+            np.array(qo_indptr, np.int32),
+            np.array([PAGE_SIZE * len(pages) for pages in tables], np.int32),
+            num_qo_heads=heads * rows,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            causal=False,
+            num_ctas=1,
+            tile_table=table,
+            levels=levels,
+        )
+        assert (plan.num_merges, plan.num_shared_works) == ((count * heads, 1) if levels else (0, 0))
+        tables_of = {
+            "kv_page_indptr": np.concatenate([[0], np.cumsum([len(pages) for pages in tables])]).astype(np.int32),
+            "kv_page_indices": np.concatenate(tables).astype(np.int32),
+        }
+        workspace, out = np.zeros(plan.num_partial_rows * (head_dim + 1) + 1, np.float32), np.empty_like(q)
+        times = []
+        for _ in range(400):
+            start = time.process_time_ns()
+            tvm_infer.attention(
+                q[: plan.num_tokens], cache, plan, **tables_of, out=out[: plan.num_tokens], workspace=workspace
+            )
+            times.append(time.process_time_ns() - start)
+        return min(times)
+
+    alone = list(range(count + 1))
+    together = time_of(alone, [np.concatenate([prefix, pages]) for pages in rest], [[(range(count), shared)]])
+    apart = time_of([0, count], [prefix]) + time_of(alone, list(rest)) - time_of([0, 0], [prefix[:0]])
+    return (together - apart) * 1e3 / (count * heads)
+
+
 if __name__ == "__main__":
     print(_ffi.func("cpu_info")().split()[0])
     for head_dim in [int(x) for x in sys.argv[1:]] or [64, 128]:
@@ -74,3 +120,6 @@ if __name__ == "__main__":
             measure(dtype, dtype, head_dim)
         for kv_dtype in ("float8_e4m3fn", "float8_e5m2"):
             measure("bfloat16", kv_dtype, head_dim)
+        for dtype in ("float32", "bfloat16"):
+            each = [f"{merge_time(rows, dtype, head_dim):9,.0f}" for rows in (4, 8, 16)]
+            print(f"{dtype:8} head_dim {head_dim:3}: a merge of 4, 8, 16 rows {' '.join(each)} ps")

@@ -355,7 +355,7 @@ def test_good_input_is_what_the_bad_is_made_of():
 @pytest.mark.parametrize("table", [tvm_infer.cpu_tile_table, tvm_infer.cuda_tile_table])
 def test_tile_tables_by_the_type_of_keys(table):
     assert table("bfloat16", 128, "bfloat16") == table("bfloat16", 128)
-    assert len(table("bfloat16", 128, "float8_e4m3fn")) % 5 == 0
+    assert len(table("bfloat16", 128, "float8_e4m3fn")) % 5 == 2  # five for each class, two of merging shared keys
     with pytest.raises(errors.DTypeError, match=r'`kv_dtype` is "int4".*float8_e5m2'):
         table("bfloat16", 128, "int4")
     with pytest.raises(errors.DTypeError, match="they must be the same"):

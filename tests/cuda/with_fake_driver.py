@@ -531,6 +531,92 @@ def test_maps_of_other_widths(driver, dim, sizes, box):
     assert k_map["strides"].split(",")[0] == str(HKV * dim * 2)
 
 
+def unequal(name="paged_attention", new=(), **changes):
+    """Keys of 192, values and outputs of 128."""
+    made = paged(
+        q=tensor((ROWS, HQ, 192)),
+        k_cache=tensor((PAGES, HKV, PAGE, 192)),
+        v_cache=tensor((PAGES, HKV, PAGE, 128)),
+        **changes,
+    )
+    values = list(made.values())
+    _ffi.func(name)(*values[:2], *new, *values[2:])
+    return made
+
+
+def test_keys_wider_than_values(driver):
+    a = unequal()
+    assert driver.launches()[0]["name"] == "attention_bf16_h192_v128_p16"
+    k_pages, v_pages, k_panels = driver.maps()
+    assert (k_pages["sizes"], k_pages["box"]) == (f"64,{PAGE},3,{HKV},{PAGES}", f"64,{PAGE},3,1,1")
+    assert (v_pages["sizes"], v_pages["box"]) == (f"64,{PAGE},2,{HKV},{PAGES}", f"64,{PAGE},2,1,1")
+    assert k_pages["strides"] == f"{192 * 2},128,{PAGE * 192 * 2},{HKV * PAGE * 192 * 2}"
+    assert v_pages["strides"] == f"{128 * 2},128,{PAGE * 128 * 2},{HKV * PAGE * 128 * 2}"
+    assert k_panels == {**k_pages, "box": f"64,{PAGE},1,1,1"}
+    p = driver.params(Params)
+    workspace = addresses[id(a["workspace"])]
+    assert (p.q_stride_head, p.o_stride_head) == (192, 128) and p.max_partial_rows == 7
+    assert (p.partial_o, p.partial_lse) == (workspace, workspace + 7 * 128 * 4)
+    driver.clear()
+    unequal("append_paged_attention", [tensor((ROWS, HKV, 192)), tensor((ROWS, HKV, 128))])
+    assert [launch["name"] for launch in driver.launches()] == ["append_b16_h192_v128", "attention_bf16_h192_v128_p16"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "call"),
+    [
+        (
+            errors.ExecutorError,
+            ["`q`", "head_dim 192 beside a head_dim_vo of 64", "for 192 with a head_dim_vo of 128"],
+            lambda: attend(
+                q=tensor((ROWS, HQ, 192)),
+                k_cache=tensor((PAGES, HKV, PAGE, 192)),
+                v_cache=tensor((PAGES, HKV, PAGE, 64)),
+                o=tensor((ROWS, HQ, 64)),
+            ),
+        ),
+        (
+            errors.ArgumentError,
+            ["`o`", "dimension 2 must be 128", "of values"],
+            lambda: unequal(o=tensor((ROWS, HQ, 192))),
+        ),
+        (
+            errors.ArgumentError,
+            ["`v`", "dimension 2 must be 128", "cache's values"],
+            lambda: unequal("append_paged_attention", [tensor((ROWS, HKV, 192)) for _ in "kv"]),
+        ),
+        (
+            errors.ExecutorError,
+            ["`k`", "head_dim 192 and `v` 64", "192 with 128"],
+            lambda: _ffi.func("append")(
+                tensor((ROWS, HKV, 192)), tensor((ROWS, HKV, 64)), index(QO), index(KV_LEN),
+                tensor((PAGES, HKV, PAGE, 192)), tensor((PAGES, HKV, PAGE, 64)), 0, index([0, 2, 3]), index([4, 0, 2]),
+            ),
+        ),
+        (
+            errors.ExecutorError,
+            ["`k_cache`", "head_dim 192 beside head_dim_vo 128", "no variant"],
+            lambda: unequal_variant(),
+        ),
+    ],
+)  # fmt: skip
+def test_keys_wider_than_values_refuse_before_any_launch(driver, kind, words, call):
+    with pytest.raises(kind) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert driver.launches() == []
+
+
+def unequal_variant():
+    made = paged(
+        q=tensor((ROWS, HQ, 192)),
+        k_cache=tensor((PAGES, HKV, PAGE, 192)),
+        v_cache=tensor((PAGES, HKV, PAGE, 128)),
+    )
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    _ffi.func("variant_paged_attention")(*made.values(), call)
+
+
 def test_no_tokens_no_pages(driver):
     empty = tensor((0, HQ, DIM))
     attend(q=empty, o=tensor((0, HQ, DIM)), lse=None)
@@ -1158,6 +1244,36 @@ def test_cache_keeps_the_places_of_pages_that_left_a_window(driver):
     table = words(params.kv_page_indices + 4 * int(indptr[0]), 8).tolist()
     assert table == [*cache.page_table(5), *cache.page_table(6)]
     assert table[:3] == [-1, -1, -1] and min(table[3:]) >= 0
+
+
+def test_cache_of_keys_wider_than_values(driver):
+    sizes = {**CACHE, **CACHE_SIZE, "head_dim": 192, "head_dim_vo": 128}
+    cache = tvm_infer.PagedKVCache(**sizes)
+    assert cache.bytes_per_page == 2 * HKV * PAGE * (192 + 128) * 2
+    cache.add_sequence(5)
+    driver.clear()
+    rows = lambda heads, width: tensor((20, heads, width), device=(CUDA, 1))  # noqa: E731
+    with cache.forward([5], [20]):
+        driver.clear()
+        cache.attention(1, rows(HQ, 192), rows(HKV, 192), rows(HKV, 128), out=rows(HQ, 128))
+        assert [x["name"] for x in driver.launches()] == ["append_b16_h192_v128", "attention_bf16_h192_v128_p16"]
+        p = driver.params(Params)
+        assert p.v - p.k == HKV * PAGE * 192 * 2
+        page = HKV * PAGE * (192 + 128)
+        assert list(p.kv_strides) == [page, PAGE * 192, 192, page, PAGE * 128, 128]
+        for q, v, out, name in ((192, 192, 128, "v"), (192, 128, 192, "out"), (128, 128, 128, "q")):
+            with pytest.raises(errors.ArgumentError, match=f"`{name}`.*dimension 2 must be"):
+                cache.attention(1, rows(HQ, q), rows(HKV, 192), rows(HKV, v), out=rows(HQ, out))
+    driver.clear()
+    _ffi.func("kv_cache_move_tokens")(cache, [5], [17], [4])
+    assert [launch["name"] for launch in driver.launches()] == ["move_tokens"] * 2  # keys, then values
+    cache.remove_sequence(5)
+    with pytest.raises(errors.ExecutorError, match=r"head_dim 192 beside head_dim_vo 128.*where they are equal"):
+        cache.set_rope(tvm_infer.RopeConfig(64))
+    with pytest.raises(errors.ExecutorError, match="head_dim 192 beside a head_dim_vo of 64"):
+        tvm_infer.PagedKVCache(**{**sizes, "head_dim_vo": 64})
+    with pytest.raises(errors.ExecutorError, match="head_dim_vo of 128 in 8 bits"):
+        tvm_infer.PagedKVCache(**sizes, kv_dtype="float8_e4m3fn")
 
 
 def test_cache_moves_tokens_in_one_launch(driver):

@@ -10,13 +10,14 @@
 using tvm_infer::ElementRow;
 using tvm_infer::ElementType;
 using tvm_infer::TileClass;
+using tvm_infer::TileCosts;
 
 namespace {
 
-void Print(const char* executor, const ElementRow& row, int head_dim, const TileClass* classes, int count) {
+void Print(const char* executor, const ElementRow& row, int head_dim, const TileCosts& costs) {
   std::printf("%s %s %d", executor, row.name, head_dim);
-  for (int i = 0; i < count; ++i) {
-    const TileClass& c = classes[i];
+  for (int i = 0; i < costs.num_classes; ++i) {
+    const TileClass& c = costs.classes[i];
     std::printf(" %d,%d,%lld,%lld,%lld", c.rows, c.kv_granule, static_cast<long long>(c.fixed), static_cast<long long>(c.row),
                 static_cast<long long>(c.kv));
   }
@@ -28,12 +29,9 @@ void Print(const char* executor, const ElementRow& row, int head_dim, const Tile
 int main() {
   for (const ElementRow& row : tvm_infer::kElementRows) {
     for (int head_dim : {128, 256}) {
-      int count = 0;
-      const TileClass* classes = tvm_infer::cpu::TileTable(ElementType::kBFloat16, row.type, head_dim, &count);
-      Print("cpu", row, head_dim, classes, count);
+      Print("cpu", row, head_dim, tvm_infer::cpu::TileTable(ElementType::kBFloat16, row.type, head_dim, head_dim));
       if (row.type == ElementType::kFloat32) continue;
-      classes = tvm_infer::cuda::TileTable(ElementType::kBFloat16, row.type, head_dim, &count);
-      Print("cuda", row, head_dim, classes, count);
+      Print("cuda", row, head_dim, tvm_infer::cuda::TileTable(ElementType::kBFloat16, row.type, head_dim, head_dim));
     }
     for (int elements : {0, 1, 7, 8, 128}) {
       std::printf("bytes %s %d %lld\n", row.name, elements, static_cast<long long>(tvm_infer::BytesOf(elements, row.bits)));

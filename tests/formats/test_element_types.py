@@ -40,8 +40,11 @@ def test_kernels_are_named_by_the_table():
 def test_bytes_of_a_page(row):
     """What a cache takes of the system, and would take of types that have no kernels."""
     for head_dim, page_size in ((128, 16), (80, 5), (8, 1)):
-        page_bytes = _ffi.func("kv_page_bytes")(2, page_size, head_dim, row.name)
+        page_bytes = _ffi.func("kv_page_bytes")(2, page_size, head_dim, head_dim, row.name)
         assert 8 * page_bytes == 2 * 2 * page_size * head_dim * row.bits
+        assert (
+            8 * _ffi.func("kv_page_bytes")(2, page_size, 192, 128, row.name) == 2 * page_size * (192 + 128) * row.bits
+        )
         if not row.executors:
             continue
         dtype = "float16" if row.is_scaled else row.name
@@ -85,7 +88,7 @@ def test_costs_follow_bits(printed, head_dim):
     assert tables["int8"] == eight == tables["float8_e5m2"]
     assert four[4] == eight[4] // 2 and [*four[:4], *four[5:]] == [*eight[:4], *eight[5:]]
     assert eight[4] < tables["bfloat16"][4]
-    assert list(tvm_infer.cuda_tile_table("bfloat16", head_dim, "float8_e4m3fn")) == eight
+    assert list(tvm_infer.cuda_tile_table("bfloat16", head_dim, "float8_e4m3fn"))[: len(eight)] == eight
     for row in kv_dtypes.TABLE:
         assert table_of(printed, "cpu", row.name, head_dim) == table_of(printed, "cpu", "bfloat16", head_dim)
 
@@ -141,6 +144,6 @@ def test_types_that_are_none():
     with pytest.raises(
         errors.DTypeError, match=r'`kv_dtype` is "int3"; it must be one of .*float8_e5m2\. Cast it first'
     ):
-        _ffi.func("kv_page_bytes")(1, 1, 8, "int3")
+        _ffi.func("kv_page_bytes")(1, 1, 8, 8, "int3")
     with pytest.raises(errors.DTypeError, match=r"`kv_dtype` is 'int3'; it must be one of .*float8_e5m2$"):
         PagedKVCache(**HEADS, **SIZES, kv_dtype="int3")

@@ -41,7 +41,7 @@ def pytest_configure(config):
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     path = config.getoption("--record-json", None)
-    if path:
+    if path and not hasattr(config, "workerinput"):  # of pytest-xdist the one that hears of all
         config.pluginmanager.register(Recorder(pathlib.Path(path).absolute()), "tvm_infer_recorder")
 
 
@@ -56,6 +56,8 @@ def device_of(config) -> str:
 def pytest_collection_modifyitems(config, items):
     """Implicit cpu: only the subset of the parametrised cases, and what needs no device at all."""
     mine = [i for i in items if HERE in i.path.parents and i.get_closest_marker("family")]
+    for item in mine:
+        item.user_properties += [("family", name) for name in item.get_closest_marker("family").args]
     if device_of(config) == "cuda" or asked_for(config):
         return
     drop = {id(i) for i in mine if not i.get_closest_marker("subset")}
@@ -91,7 +93,7 @@ def compile_kernels(items) -> None:
     cases = (getattr(getattr(item, "callspec", None), "params", {}).get("case") for item in items)
     names = {case.kernel for case in cases if case is not None}
     if "append" in families:
-        names.add("append_b16")
+        names |= {"append_b16", "append_b16_h192_v128"}
     if "rope_append" in families:
         names |= {f"rope_append_{dtype}" for dtype in ("bf16", "fp16")}
     if "merge_states" in families:
@@ -129,17 +131,11 @@ class Recorder:
         self.families: dict[str, dict] = collections.defaultdict(
             lambda: {"passed": 0, "failed": 0, "skipped": 0, "largest_error": 0.0, "largest_lse_error": 0.0}
         )
-        self.of: dict[str, tuple[str, ...]] = {}
-
-    def pytest_collection_finish(self, session):
-        for item in session.items:
-            marker = item.get_closest_marker("family")
-            self.of[item.nodeid] = marker.args if marker else ()
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.outcome == "passed":
             return
-        for name in self.of.get(report.nodeid, ()):
+        for name in (value for key, value in report.user_properties if key == "family"):
             family = self.families[name]
             family[report.outcome] += 1
             for _, (error, _, lse) in (p for p in report.user_properties if p[0] == "errors"):

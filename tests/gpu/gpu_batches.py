@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,13 +73,18 @@ class Case:
     views: str = "plain"
     scale: str = ""
     lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # instead of SHAPES[shape]
+    head_dim_vo: int = 0  # of values and outputs; 0: head_dim. Else in a tensor of their own (layout HND2 or NHD2)
+
+    @property
+    def width_vo(self) -> int:
+        return self.head_dim_vo or self.head_dim
 
     @property
     def name(self) -> str:
         store = f"p{self.page_size}-{self.layout}" if self.page_size else "ragged"
         parts = (
             self.dtype,
-            f"d{self.head_dim}",
+            f"d{self.head_dim}" + (f"v{self.head_dim_vo}" if self.head_dim_vo else ""),
             store,
             f"g{self.group}",
             self.shape,
@@ -104,7 +109,8 @@ class Case:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel that runs it."""
-        return f"attention_{self.dtype}_h{self.head_dim}_" + (f"p{self.page_size}" if self.page_size else "ragged")
+        heads = f"h{self.head_dim}" + (f"_v{self.head_dim_vo}" if self.head_dim_vo else "")
+        return f"attention_{self.dtype}_{heads}_" + (f"p{self.page_size}" if self.page_size else "ragged")
 
     @property
     def sm_scale(self) -> float | None:
@@ -187,9 +193,25 @@ def special_cases() -> list[Case]:
     ]
 
 
+def unequal_cases() -> list[Case]:
+    """Keys wider than values, in every kind of kernel that has a name of its own."""
+    cases = [
+        replace(case, head_dim_vo=128, layout=case.layout[:3] + "2" if case.page_size else case.layout)
+        for case in matrix_cases((192,), 8)
+    ]
+    small = [
+        Case("decode", page_size=4, group=8),
+        Case("mixed", page_size=2, dtype="fp16", views="strided", split="cut96", group=5),
+        Case("one-prompt", lengths=((1025,), (3073,)), group=3),
+        Case("many", lengths=((1,) * 300, tuple(37 * i % 900 + 1 for i in range(300))), group=16),
+    ]
+    cases += [replace(case, head_dim=192, head_dim_vo=128, layout="HND2") for case in small]
+    return list({c.name + str(c.lengths or ""): c for c in cases}.values())
+
+
 def attention_cases() -> list[Case]:
     # of head dims whose kernels differ in numbers alone, fewer
-    return matrix_cases((128, 64), 12) + matrix_cases((80, 96, 192, 256), 4) + special_cases()
+    return matrix_cases((128, 64), 12) + matrix_cases((80, 96, 192, 256), 4) + special_cases() + unequal_cases()
 
 
 def embedded(
@@ -230,13 +252,16 @@ def plain_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of one request as one writes it in torch, in the dtype of its inputs.
 
-    q : [n, num_qo_heads, head_dim]. k, v : [m, num_kv_heads, head_dim]. A row that sees nothing has o = 0, lse = -inf.
+    q : [n, num_qo_heads, head_dim]. k, v : [m, num_kv_heads, head_dim], v and o perhaps narrower. A row that sees nothing has o = 0,
+    lse = -inf.
     """
     n, num_qo_heads, head_dim = q.shape
     m, num_kv_heads, _ = k.shape
     group = num_qo_heads // num_kv_heads
     if m == 0:
-        return torch.zeros_like(q), torch.full((n, num_qo_heads), -math.inf, dtype=q.dtype, device=q.device)
+        return q.new_zeros((n, num_qo_heads, v.shape[2])), torch.full(
+            (n, num_qo_heads), -math.inf, dtype=q.dtype, device=q.device
+        )
     rows = q.view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(num_kv_heads, group * n, head_dim)
     scores = (rows @ k.permute(1, 2, 0)) * sm_scale
     position = torch.arange(n, device=q.device)[:, None] + (m - n)
@@ -250,13 +275,13 @@ def plain_attention(
     lse = torch.logsumexp(scores, -1)
     p = torch.softmax(scores, -1).masked_fill_(hidden.all(-1)[:, None], 0.0)
     o = p.view(num_kv_heads, group * n, m) @ v.permute(1, 0, 2)
-    o = o.view(num_kv_heads, group, n, head_dim).permute(2, 0, 1, 3).reshape(n, num_qo_heads, head_dim)
+    o = o.view(num_kv_heads, group, n, v.shape[2]).permute(2, 0, 1, 3).reshape(n, num_qo_heads, v.shape[2])
     return o, lse.permute(2, 0, 1).reshape(n, num_qo_heads)
 
 
 @dataclass
 class Request:
-    """q : [n, num_qo_heads, head_dim]; k, v : [m, num_kv_heads, head_dim]."""
+    """q : [n, num_qo_heads, head_dim]; k, v : [m, num_kv_heads, head_dim], v perhaps narrower."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -267,12 +292,12 @@ def make_requests(case: Case, device: str, seed: int = 0) -> list[Request]:
     generator = torch.Generator(device).manual_seed(seed)
     num_qo_heads, num_kv_heads = case.heads
 
-    def normal(length: int, heads: int) -> torch.Tensor:
-        x = torch.randn((length, heads, case.head_dim), device=device, generator=generator)
+    def normal(length: int, heads: int, width: int = case.head_dim) -> torch.Tensor:
+        x = torch.randn((length, heads, width), device=device, generator=generator)
         return x.to(DTYPES[case.dtype])
 
     return [
-        Request(normal(n, num_qo_heads), normal(m, num_kv_heads), normal(m, num_kv_heads))
+        Request(normal(n, num_qo_heads), normal(m, num_kv_heads), normal(m, num_kv_heads, case.width_vo))
         for n, m in zip(case.qo, case.kv, strict=True)
     ]
 
@@ -304,13 +329,14 @@ class Batch:
         # without a causal mask a request may have more queries than keys: nothing of it can be appended
         can_append = all(n <= m for n, m in zip(self.qo, self.kv, strict=True))
         self.k_new = self._filled(new_shape, [k for k, _ in new]) if can_append else None
-        self.v_new = self._filled(new_shape, [v for _, v in new]) if can_append else None
+        self.v_new = self._filled((*new_shape[:2], case.width_vo), [v for _, v in new]) if can_append else None
         if case.page_size:
             self._fill_pages(seed, shift)
         else:
             shape = (sum(self.kv), self.num_kv_heads, case.head_dim)
             self.k = self._filled(shape, [self._poisoned(i, "k") for i in range(len(self.kv))])
-            self.v = self._filled(shape, [self._poisoned(i, "v") for i in range(len(self.kv))])
+            v_shape = (*shape[:2], case.width_vo)
+            self.v = self._filled(v_shape, [self._poisoned(i, "v") for i in range(len(self.kv))])
             self.kv_indptr = index_view([0, *np.cumsum(self.kv).tolist()], device, shift)
         self.device_qo_indptr = index_view(self.qo_indptr, device, shift)
         self.device_kv_len = index_view(self.kv, device, 3 * shift)
@@ -341,7 +367,7 @@ class Batch:
         if case.layout.endswith("2"):
             shape = (num_pages, *inner, case.head_dim)
             k, self.k_base = embedded(shape, self.dtype, self.device, case.views)
-            v, self.v_base = embedded(shape, self.dtype, self.device, case.views)
+            v, self.v_base = embedded((*shape[:-1], case.width_vo), self.dtype, self.device, case.views)
             self.cache: Any = (k, v)
         else:
             combined, self.k_base = embedded((num_pages, 2, *inner, case.head_dim), self.dtype, self.device, case.views)
@@ -384,12 +410,12 @@ class Batch:
     def workspace(self, plan: tvm_infer.Plan) -> torch.Tensor:
         """Exactly what the plan needs, NaN; with views it starts 16 bytes into its storage."""
         shift = 0 if self.case.views == "plain" else 4
-        floats = plan.num_partial_rows * (self.case.head_dim + 1)
+        floats = plan.num_partial_rows * (self.case.width_vo + 1)
         return torch.full((floats + 2 * shift,), math.nan, device=self.device)[shift : shift + floats]
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse), NaN, with NaN around them (assert_margins)."""
-        shape = (self.num_tokens, self.num_qo_heads, self.case.head_dim)
+        shape = (self.num_tokens, self.num_qo_heads, self.case.width_vo)
         out, self.out_base = embedded(shape, self.dtype, self.device, self.case.views)
         contiguous = "plain" if self.case.views == "plain" else "offset"
         lse, self.lse_base = embedded(shape[:2], torch.float32, self.device, contiguous)
@@ -496,6 +522,7 @@ def make_plan(qo_indptr: Any, kv_len: Any, case: Case, device: str, **changes: A
         "num_qo_heads": case.heads[0],
         "num_kv_heads": case.heads[1],
         "head_dim": case.head_dim,
+        "head_dim_vo": case.head_dim_vo or None,
         "dtype": {"bf16": "bfloat16", "fp16": "float16"}[case.dtype],
         "causal": causal,
         "window_left": window,

@@ -1,7 +1,7 @@
 """What was held on a GPU, and whether it was held by the code as it stands.
 
-  python tests/gpu/record.py run [--sanitizer] [--out FILE]   on a machine with a GPU: all GPU tests, then tests/gpu/record.json
-  python tests/gpu/record.py check [--record FILE]            anywhere: families whose record is of other code; exit code 1 if any
+  python tests/gpu/record.py run [--sanitizer] [--workers N] [--out FILE]   on a machine with a GPU: all GPU tests, then record.json
+  python tests/gpu/record.py check [--record FILE]   anywhere: families whose record is of other code; exit code 1 if any
 
 A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and
 ffi/, and its GPU tests. Comments and blank lines of C++ do not count; nor do where the tree lies, file times, the order of listings.
@@ -180,13 +180,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def run(out: pathlib.Path, sanitizer: bool, root: pathlib.Path = ROOT) -> int:
+def run(out: pathlib.Path, sanitizer: bool, workers: int = 0, root: pathlib.Path = ROOT) -> int:
     """All GPU tests on this machine's GPU, then the record. The exit code is pytest's, or the sanitizer's."""
     tests = sorted(str(p) for p in (root / "tests" / "gpu").glob("test_gpu_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.json"
         command = [sys.executable, "-m", "pytest", *tests, "--device", "cuda", "--record-json", str(counts)]
-        command += ["-p", "no:cacheprovider", "--durations", "10"]
+        command += ["-p", "no:cacheprovider", "--durations", "10", *(["-n", str(workers)] if workers else [])]
         # kernels of these sources, not prebuilt ones of who knows which
         environment = {k: v for k, v in os.environ.items() if k != "TVM_INFER_CUBIN_DIR"}
         code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
@@ -211,11 +211,14 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run all GPU tests here and write the record")
     runner.add_argument("--out", type=pathlib.Path, default=RECORD)
+    runner.add_argument(
+        "--workers", type=int, default=0, help="processes that share the GPU (pytest-xdist); 0: this one alone"
+    )
     runner.add_argument("--sanitizer", action="store_true", help="tests/gpu/sanitize.sh, too")
     checker = commands.add_parser("check", help="say which families' records are of other code")
     checker.add_argument("--record", type=pathlib.Path, default=RECORD)
     args = parser.parse_args(["check", *argv[1:]] if argv[:1] == ["--check"] else argv)
-    return check(path=args.record) if args.command == "check" else run(args.out, args.sanitizer)
+    return check(path=args.record) if args.command == "check" else run(args.out, args.sanitizer, args.workers)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def test_every_case_has_a_kernel():
 def test_the_tile_table_is_the_planners():
     from tvm_infer.planning import cuda_tile_table
 
-    assert sum(SM90_TILES, ()) == cuda_tile_table("bfloat16", 128)
+    *classes, _, _ = cuda_tile_table("bfloat16", 128)  # the last two are for levels, which no case has
+    assert sum(SM90_TILES, ()) == tuple(classes)
 
 
 def test_plan_fields_that_the_harness_reads_are_where_it_reads_them():

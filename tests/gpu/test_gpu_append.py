@@ -47,6 +47,26 @@ MATRIX = [
         ("many", "fp16", 64, 8, "NHD", 5, "strided"),
     )
 ]
+MATRIX += [
+    Case(
+        shape,
+        lengths=LENGTHS[shape],
+        dtype=dtype,
+        head_dim=192,
+        head_dim_vo=128,
+        page_size=page,
+        layout=layout,
+        group=group,
+        views=views,
+    )
+    for shape, dtype, page, layout, group, views in (
+        ("decode", "bf16", 16, "HND2", 4, "plain"),
+        ("prompts", "fp16", 64, "NHD2", 3, "strided"),
+        ("crossing", "bf16", 1, "HND2", 7, "offset"),
+        ("many", "fp16", 8, "NHD2", 5, "strided"),
+        ("idle", "bf16", 32, "HND2", 71, "offset"),
+    )
+]
 
 
 def params(cases: list[Case]) -> list:

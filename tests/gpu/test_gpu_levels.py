@@ -17,7 +17,7 @@ from tvm_infer.testing.plan_checks import check_levels, check_plan
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
 # The kernel's two classes at costs by the key alone, beside which merges are nothing: whatever can be shared is, and cut.
-EAGER = (16, 128, 0, 0, 10**9, 128, 128, 0, 0, 11 * 10**8)
+EAGER = (16, 128, 0, 0, 10**9, 128, 128, 0, 0, 11 * 10**8, 0, 0)
 
 CHATS = [[(range(40), 1040)], [(range(0, 20), 1500), (range(20, 38), 1311)]]
 BATCHES = {

@@ -21,6 +21,8 @@ def test_the_matrix():
     expected = {f"{a}_p{p}" for a, p in itertools.product(attention, (1, 2, 4, 8, 16, 32, 64))} | {
         f"{a}_ragged" for a in attention
     }
+    expected |= {f"attention_{e}_h192_v128_p{p}" for e in ("bf16", "fp16") for p in (1, 2, 4, 8, 16, 32, 64)}
+    expected |= {"attention_bf16_h192_v128_ragged", "attention_fp16_h192_v128_ragged", "append_b16_h192_v128"}
     expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling"}
     expected |= {f"{name}_{e}" for name, e in itertools.product(("rope_append", "gemv"), ("bf16", "fp16"))}
     expected |= {

@@ -24,6 +24,7 @@ FLAGS = (
 KERNELS = {
     "move_tokens": ("move_tokens", "TVM_INFER_MOVE_TOKENS(move_tokens);", 64),
     "append_b16": ("append", "TVM_INFER_APPEND(append_b16, uint16_t);", 80),
+    "append_b16_h192_v128": ("append", "TVM_INFER_APPEND_VO(append_b16_h192_v128, 192, 128);", 80),
     "rope_append_bf16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_bf16, Bf16);", 128),
     "rope_append_fp16": ("rope_append", "TVM_INFER_ROPE_APPEND(rope_append_fp16, Fp16);", 128),
     **{

@@ -134,7 +134,7 @@ ATTENTION_ERRORS = [
         lambda b: {"plan": np.zeros(64, np.float32), "workspace": np.zeros(4, np.float32)},
     ),
     ("out dtype", errors.DTypeError, ["`o`", "float16"], lambda b: {"out": np.zeros(b.q.shape, np.float16)}),
-    ("out shape", errors.ArgumentError, ["`o`", "as q"], lambda b: {"out": np.zeros((4, 4, 8), np.float32)}),
+    ("out shape", errors.ArgumentError, ["`o`", "of values"], lambda b: {"out": np.zeros((4, 4, 8), np.float32)}),
     ("lse dtype", errors.DTypeError, ["`lse`", "float64"], lambda b: {"lse": np.zeros(b.q.shape[:2])}),
     ("lse shape", errors.ArgumentError, ["`lse`"], lambda b: {"lse": np.zeros((4, 3), np.float32)}),
     ("workspace dtype", errors.DTypeError, ["`workspace`", "float64"], lambda b: {"workspace": np.zeros(10_000)}),

@@ -30,7 +30,9 @@ class Driver:
         )
         self.cache = PagedKVCache(**{**defaults, **settings}, num_layers=num_layers, dtype=dtype)
         for layer in range(num_layers):
-            self.cache.pages(layer)[...] = np.nan
+            pages = self.cache.pages(layer)
+            for plane in pages if isinstance(pages, tuple) else (pages,):
+                plane[...] = np.nan
         self.rng = np.random.default_rng(seed)
         self.kind = KIND[dtype]
         self.tolerance = TOLERANCE[dtype]
@@ -39,8 +41,9 @@ class Driver:
 
     def add(self, seq):
         self.cache.add_sequence(seq)
-        none = np.zeros((0, self.cache.num_kv_heads, self.cache.head_dim), self.kind)
-        self.keys[seq], self.values[seq] = [none] * self.cache.num_layers, [none] * self.cache.num_layers
+        c = self.cache
+        none = [np.zeros((0, c.num_kv_heads, width), self.kind) for width in (c.head_dim, c.head_dim_vo)]
+        self.keys[seq], self.values[seq] = ([x] * c.num_layers for x in none)
 
     def fork(self, parent, child, position=-1):
         self.cache.fork_sequence(parent, child, position)
@@ -53,8 +56,8 @@ class Driver:
         self.keys[seq] = [k[:length] for k in self.keys[seq]]
         self.values[seq] = [v[:length] for v in self.values[seq]]
 
-    def random(self, n, heads):
-        return self.rng.standard_normal((n, heads, self.cache.head_dim)).astype(self.kind)
+    def random(self, n, heads, width=None):
+        return self.rng.standard_normal((n, heads, width or self.cache.head_dim)).astype(self.kind)
 
     def kept(self, plane, layer, x):
         """What the cache keeps of keys (plane 0) or values (1)."""
@@ -66,7 +69,8 @@ class Driver:
         scale = c.head_dim**-0.5 if sm_scale is None else sm_scale
         c.begin_forward(ids, lengths, causal=causal)
         for layer in range(c.num_layers):
-            q, k, v = self.random(n, c.num_qo_heads), self.random(n, c.num_kv_heads), self.random(n, c.num_kv_heads)
+            q, k = self.random(n, c.num_qo_heads), self.random(n, c.num_kv_heads)
+            v = self.random(n, c.num_kv_heads, c.head_dim_vo)
             o = (call or c.attention)(layer, q, k, v, causal=causal, sm_scale=sm_scale)
             row, k, v = 0, self.kept(0, layer, k), self.kept(1, layer, v)
             for seq, length in zip(ids, lengths, strict=True):

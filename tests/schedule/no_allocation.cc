@@ -60,7 +60,7 @@ int main() {
   for (long& count : counts) {  // the first round grows the scratch
     for (const int32_t fixed_split_size : {kSplitAuto, kSplitNever, 256}) {
       for (const MaskBand& band : {MaskBand{kUnbounded, 0}, MaskBand{2000, 0, 4}, MaskBand{kUnbounded, 0, 0, 1024}}) {
-        const PlanParams params{132, 32, 8, band, fixed_split_size, classes, 2};
+        const PlanParams params{132, 32, 8, band, fixed_split_size, classes, 2, SharedMergeCost{2'700'000, 9'000'000}};
         for (const Lengths& batch : batches) {
           planner.Plan(params, batch.qo_indptr.data(), batch.kv_len.data(), static_cast<int32_t>(batch.kv_len.size()), out.data(),
                        static_cast<int64_t>(out.size() * sizeof(int32_t)), int64_t{1} << 31);

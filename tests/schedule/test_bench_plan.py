@@ -24,6 +24,9 @@ def test_bench_plan(tmp_path, capsys):
     for row in results["rows"]:
         assert 0 < row["median_us"] <= row["p90_us"]
         assert 0.8 < row["balance"] <= 1.0
+        assert (row["flat_us"] is not None) == ("shared" in row["workload"])
+    shared = {row["workload"]: row["shared_works"] for row in results["rows"] if row["flat_us"]}
+    assert [works > 0 for works in shared.values()] == [True, True, True, False]  # 256 shared keys do not pay
     assert len({row["bytes"] for row in results["rows"]}) == len(results["rows"])
 
 

@@ -72,6 +72,7 @@ class CudaDevice:
             num_qo_heads=workload.num_qo_heads,
             num_kv_heads=workload.num_kv_heads,
             head_dim=workload.head_dim,
+            head_dim_vo=workload.head_dim_vo or None,
             dtype=workload.dtype,
             kv_dtype=workload.kv_dtype or None,
             window_left=workload.window,
@@ -80,6 +81,11 @@ class CudaDevice:
             device=self.torch_device,
             levels=workload.levels,
         )
+
+    def tile_table(self, workload: Workload) -> tuple[int, ...]:
+        """What such plans are made with."""
+        table = ops.cuda_tile_table if self.torch_device == "cuda" else ops.cpu_tile_table
+        return table(workload.dtype, workload.head_dim, workload.kv_dtype or None)
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
         """A call of tvm_infer.attention (or ragged_attention) on the batch, everything allocated before."""
@@ -91,10 +97,10 @@ class CudaDevice:
             "variant": batch.variant,
         }
         if batch.workload.ragged:
-            k, v = batch.kv[0], batch.kv[1]
+            k, v = batch.cache  # [2, …] or a pair
             return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
         settings |= batch.kv_scales | batch.tables
-        return lambda: ops.attention(batch.q, batch.kv, plan, kv_layout=batch.workload.kv_layout, **settings)
+        return lambda: ops.attention(batch.q, batch.cache, plan, kv_layout=batch.workload.kv_layout, **settings)
 
     def time(self, launches: Sequence[Callable[[], object]]) -> Timing:
         """Microseconds of one launch, by replaying a CUDA graph of all of them."""

@@ -70,9 +70,10 @@ def host_batch(workload: Workload) -> PagedBatch:
 class DeviceBatch:
     """A batch as torch tensors on one device.
 
-    q, out : [num_tokens, num_qo_heads, head_dim]. lse : float32 [num_tokens, num_qo_heads].
+    q, out : [num_tokens, num_qo_heads, head_dim], `out` as wide as values. lse : float32 [num_tokens, num_qo_heads].
     kv : paged [num_pages, 2, num_kv_heads, page_size, head_dim], or with kv_layout "NHD" [num_pages, 2, page_size, num_kv_heads,
-    head_dim]; ragged [2, num_kv_tokens, num_kv_heads, head_dim].
+    head_dim]; ragged [2, num_kv_tokens, num_kv_heads, head_dim]. Without the 2, keys alone, where values are narrower: then they are
+    v, of the same axes.
     page_indptr, page_indices : int32, each request's pages in random order; None where ragged.
     kv_indptr : int32 [num_requests + 1], keys of each request. All indices are on the device.
     variant : the workload's, bound to parameters on the device; None for plain attention.
@@ -89,6 +90,12 @@ class DeviceBatch:
     qo_indptr: Any
     host_page_indptr: np.ndarray
     variant: Any = None
+    v: Any = None
+
+    @property
+    def cache(self) -> Any:
+        """Keys and values as tvm_infer.attention takes them."""
+        return self.kv if self.v is None else (self.kv, self.v)
 
     @property
     def sm_scale(self) -> float:
@@ -119,7 +126,8 @@ class DeviceBatch:
 
     def copy(self) -> DeviceBatch:
         """The same values in other memory; index tables are shared."""
-        return replace(self, q=self.q.clone(), kv=self.kv.clone(), out=self.out.clone(), lse=self.lse.clone())
+        v = None if self.v is None else self.v.clone()
+        return replace(self, q=self.q.clone(), kv=self.kv.clone(), v=v, out=self.out.clone(), lse=self.lse.clone())
 
     def poison_outputs(self) -> None:
         """NaN in every output, so that what a kernel does not write is seen."""
@@ -132,9 +140,12 @@ class DeviceBatch:
         return self.page_indices[begin:end].long()
 
     def dense(self, request: int) -> tuple[Any, Any]:
-        """(k, v) of a request without pages, [num_kv_heads, kv_len, head_dim] each, in the batch's dtype (which holds what 8 bits stand
-        for)."""
+        """(k, v) of a request without pages, [num_kv_heads, kv_len, head_dim] each, v head_dim_vo wide, in the batch's dtype (which
+        holds what 8 bits stand for)."""
         w, length = self.workload, self.workload.kv_lens[request]
+        if self.v is not None:
+            k, v = (self._rows(x, request) for x in (self.kv, self.v))
+            return k, v
         if w.ragged:
             begin = sum(w.kv_lens[:request])
             rows = self.kv[:, begin : begin + length].transpose(1, 2)
@@ -145,6 +156,15 @@ class DeviceBatch:
         if w.kv_dtype:
             rows = rows.to(self.q.dtype) * KV_SCALE
         return rows[0], rows[1]
+
+    def _rows(self, x: Any, request: int) -> Any:
+        """Keys or values of a tensor of their own, [num_kv_heads, kv_len, width]."""
+        w, length = self.workload, self.workload.kv_lens[request]
+        if w.ragged:
+            begin = sum(w.kv_lens[:request])
+            return x[begin : begin + length].transpose(0, 1)
+        pages = (x if w.kv_layout == "HND" else x.transpose(1, 2))[self.pages(request)]
+        return pages.transpose(0, 1).reshape(w.num_kv_heads, -1, x.shape[-1])[:, :length]
 
 
 def _bits(tensor: Any) -> Any:
@@ -171,12 +191,15 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
     page_indptr = indptr(counts)
     shared = w.prefix // w.page_size
     num_pages = sum(counts) - shared * (len(counts) - 1 if shared else 0)
-    if w.ragged:
+    inner = (w.num_kv_heads, w.page_size) if w.kv_layout == "HND" else (w.page_size, w.num_kv_heads)
+    v = None
+    if w.head_dim_vo:
+        axes = (sum(w.kv_lens), w.num_kv_heads) if w.ragged else (num_pages, *inner)
+        kv, v = normal(*axes, w.head_dim), normal(*axes, w.head_dim_vo)
+    elif w.ragged:
         kv = normal(2, sum(w.kv_lens), w.num_kv_heads, w.head_dim)
-    elif w.kv_layout == "HND":
-        kv = normal(num_pages, 2, w.num_kv_heads, w.page_size, w.head_dim)
     else:
-        kv = normal(num_pages, 2, w.page_size, w.num_kv_heads, w.head_dim)
+        kv = normal(num_pages, 2, *inner, w.head_dim)
     if w.kv_dtype:
         kv = (kv / KV_SCALE).to(getattr(torch, w.kv_dtype))
     q = normal(sum(w.qo_lens), w.num_qo_heads, w.head_dim)
@@ -188,7 +211,7 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
         workload=w,
         q=q,
         kv=kv,
-        out=torch.empty_like(q),
+        out=torch.empty((*q.shape[:2], w.width_vo), device=device, dtype=dtype),
         lse=torch.empty(q.shape[:2], device=device, dtype=torch.float32),
         page_indptr=None if w.ragged else index(page_indptr),
         page_indices=None if w.ragged else order,
@@ -196,4 +219,5 @@ def device_batch(workload: Workload, device: Any, seed: int = 0) -> DeviceBatch:
         qo_indptr=index(indptr(w.qo_lens)),
         host_page_indptr=page_indptr,
         variant=variants.bound(w, device),
+        v=v,
     )

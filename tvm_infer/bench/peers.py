@@ -34,7 +34,8 @@ class Prepared:
 
 class Peer(Protocol):
     """A way to compute a workload. `variants`: its backends, each prepared and timed apart; the fastest is quoted. One that computes
-    attention variants and windows has an attribute takes_variants = True, one that reads keys and values of 8 bits takes_float8."""
+    attention variants and windows has an attribute takes_variants = True, one that reads keys and values of 8 bits takes_float8, one
+    whose values may be narrower than keys takes_unequal."""
 
     def variants(self, workload: Workload) -> Sequence[str]: ...
 
@@ -124,6 +125,8 @@ def measure_peer(
         return {"skipped": "reads the same keys for all KV heads of a request"}
     if workload.kv_dtype and not getattr(candidate, "takes_float8", False):
         return {"skipped": "has no keys and values of 8 bits beside queries of 16"}
+    if workload.head_dim_vo and not getattr(candidate, "takes_unequal", False):
+        return {"skipped": "keys as wide as values: others not measured"}
     variants: dict[str, dict[str, Any]] = {}
     try:
         names = candidate.variants(workload)

@@ -75,13 +75,15 @@ def _prepared(
     count = len(dense[0])
     return Prepared(
         runs,
-        lambda: scatter(workload, dense[0], runs[0](), batches[0].q),
+        lambda: scatter(workload, dense[0], runs[0](), batches[0].out),
         note="dense keys" if count == 1 else f"dense keys, {count} calls: one for each pair of lengths",
     )
 
 
 class Torch:
     """scaled_dot_product_attention, by backend: FlashAttention and cuDNN as torch ships them."""
+
+    takes_unequal = True
 
     def variants(self, workload: Workload) -> Sequence[str]:
         require("torch", "torch")
@@ -92,6 +94,8 @@ class Torch:
         from torch.nn.attention.bias import causal_lower_right
         from torch.nn.functional import scaled_dot_product_attention
 
+        if variant == "flash" and workload.head_dim_vo:
+            raise Skipped("torch's FlashAttention takes keys as wide as values")
         history = any(1 < n < m for n, m in equal_lengths(workload))
         if variant == "cudnn" and history:
             raise Skipped("torch hands cuDNN no causal mask for queries with history")
@@ -113,6 +117,7 @@ class Flex:
     """FlexAttention through torch.compile: the attention that PyTorch's compiler generates (Triton), with a block mask."""
 
     takes_variants = True
+    takes_unequal = True
 
     def variants(self, workload: Workload) -> Sequence[str]:
         require("torch", "torch")

@@ -20,17 +20,17 @@ _CALLS = 200
 _UPLOADS = 50
 
 
-def time_plan(workload: Workload, plan: Plan, calls: int = _CALLS) -> Timing:
-    """Microseconds of planning the workload into a given buffer. `plan`: one of the same batch, whose tile table and number of CTAs
-    are the executor's."""
+def time_plan(workload: Workload, plan: Plan, tile_table: tuple[int, ...], calls: int = _CALLS) -> Timing:
+    """Microseconds of planning the workload into a given buffer. `plan`: one of the same batch, whose number of CTAs is the
+    executor's; `tile_table` : the executor's."""
     import tvm_ffi
 
     has_lists = sum(workload.streaming) > 0
     make = _ffi.func("plan_head_lists" if has_lists else "plan_shared" if workload.levels else "plan")
     capacity_of = _ffi.func("plan_head_lists_capacity" if has_lists else "plan_shared_capacity")
     levels = [level_words(workload.levels)] if workload.levels else []
-    tile_table = tvm_ffi.Shape(tuple(int(n) for tile in plan.tile_classes.tolist() for n in tile))
-    settings = (workload.num_qo_heads, workload.num_kv_heads, plan.num_ctas, tvm_ffi.Shape(plan.band), 0, tile_table)
+    table = tvm_ffi.Shape(tile_table)
+    settings = (workload.num_qo_heads, workload.num_kv_heads, plan.num_ctas, tvm_ffi.Shape(plan.band), 0, table)
     num_requests, num_tokens = len(workload.qo_lens), sum(workload.qo_lens)
     limits: tuple[int, ...] = (num_requests, num_tokens, int(np.sum(workload.list_lens)))
     limits += () if has_lists else (len(levels), num_tokens)

@@ -32,7 +32,7 @@ def lse_tolerance(workload: Workload) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """tokens : int64 [n], which rows of the batch. o : float64 [n, num_qo_heads, head_dim]. lse : float64 [n, num_qo_heads]."""
+    """tokens : int64 [n], which rows of the batch. o : float64 [n, num_qo_heads, head_dim_vo]. lse : float64 [n, num_qo_heads]."""
 
     tokens: Any
     o: Any
@@ -100,7 +100,7 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
         if variant is not None:
             o[-1] = variant.output(o[-1], lse[-1][..., None], query_heads[None, :, :, None])
     shape = (len(tokens), w.num_qo_heads)
-    return torch.cat(o, 1).reshape(*shape, w.head_dim), torch.cat(lse, 1).reshape(shape)
+    return torch.cat(o, 1).reshape(*shape, w.width_vo), torch.cat(lse, 1).reshape(shape)
 
 
 def reference(batch: DeviceBatch) -> Reference:

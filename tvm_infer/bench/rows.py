@@ -20,6 +20,7 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "num_qo_heads": workload.num_qo_heads,
         "num_kv_heads": workload.num_kv_heads,
         "head_dim": workload.head_dim,
+        "head_dim_vo": workload.head_dim_vo or None,
         "page_size": None if workload.ragged else workload.page_size,
         "kv_layout": "ragged" if workload.ragged else workload.kv_layout,
         "qo_lens": format_lengths(workload.qo_lens),

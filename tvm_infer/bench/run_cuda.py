@@ -25,9 +25,9 @@ LONG_FLOPS = 4e11
 METHOD = (
     "CUDA graph over launches on rotating copies of q, K/V and o (256 MiB or more together, at most 200 copies), replayed after the "
     f"GPU has been idle for {REST_S} s. us: median replay / launches, GPU time back to back. Results checked against float64 before "
-    "and after. bytes: K and V of every request once, q, o. flops: 4 x visible (query, key) pairs x heads x head_dim. of_ceiling: "
-    "the longer of bytes / read ceiling and flops / matmul ceiling of this run, over us. plan_us: host time of planning into a given "
-    "buffer; upload_us: host time of the plan's copy."
+    "and after. bytes: K and V of every request once, q, o. flops: 2 x visible (query, key) pairs x heads x (head_dim + "
+    "head_dim_vo). of_ceiling: the longer of bytes / read ceiling and flops / matmul ceiling of this run, over us. plan_us: host time "
+    "of planning into a given buffer; upload_us: host time of the plan's copy."
 )
 
 
@@ -57,7 +57,7 @@ def measure_workload(
 ) -> dict[str, Any]:
     """One row. Raises WrongResult, and whatever the library raises."""
     plan = device.plan(workload)
-    plan_time = time_plan(workload, plan)
+    plan_time = time_plan(workload, plan, device.tile_table(workload))
     row = shape_of(workload) | {
         "plan_us": plan_time.median,
         "plan_p90_us": plan_time.p90,
@@ -79,7 +79,7 @@ def _measure_attention(
     batch = device_batch(workload, device.torch_device)
     expected = reference(batch)
     workspace = torch.full(
-        (max(1, plan.num_partial_rows * (workload.head_dim + 1)),), float("nan"), device=device.torch_device
+        (max(1, plan.num_partial_rows * (workload.width_vo + 1)),), float("nan"), device=device.torch_device
     )
     launch = device.launcher(batch, plan, workspace)
     for _ in range(2):  # the second launch meets what the first left in the plan and the workspace

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ArgumentError, MissingDependencyError
 from ..models import find_smollm2, load_gguf
-from ..models.llama import LlamaConfig
+from ..models.llama import LLAMA_3_8B, LlamaConfig
 
 TINY = LlamaConfig(
     vocab_size=256,
@@ -61,7 +61,7 @@ def check(name: str, dtype: str | None, device: str) -> str:
 
 def config_of(name: str) -> LlamaConfig:
     """Sizes of a model. MissingDependencyError for SmolLM2 without the package of its weights."""
-    from ..models.mlc_llama import LLAMA_3_8B, SMOLLM2_135M
+    from ..models.mlc_llama import SMOLLM2_135M
 
     if name == "smollm2":
         find_smollm2()

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import ops, variant
 from ..errors import ArgumentError
+from ..models.llama import LLAMA_3_8B
 from ..rope import RopeConfig
 from .rows import WrongResult
 from .timing import Timing, time_graph
+from .torch_decoder import TorchDecoder
 
 PAGE_SIZE = 16
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
@@ -140,32 +142,18 @@ class Attention:
 
 
 class Model:
-    """A decoder's layers but for attention: RMS norms, projections, SwiGLU; bf16, random weights."""
+    """A decoder's layers but for attention, whose queries alone are used: keys are there already."""
 
     def __init__(self, w: Workload, device: str) -> None:
         import torch
 
-        def weight(n: int, k: int) -> Any:
-            return torch.empty((n, k), device=device, dtype=torch.bfloat16).normal_(0.0, k**-0.5)
-
-        qkv = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-        shapes = ((qkv, HIDDEN), (HIDDEN, HEADS * HEAD_DIM), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-        self.layers = [tuple(weight(*shape) for shape in shapes) for _ in range(w.layers)]
+        config = replace(LLAMA_3_8B, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_layers=w.layers)
+        self.decoder = TorchDecoder(config, device, "bfloat16")
         self.x = torch.empty((w.batch, HIDDEN), device=device, dtype=torch.bfloat16).normal_()
-        self.norm = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
 
     def step(self, attend: Callable[[int, Any], Any]) -> Any:
         """One token of each request through all layers. attend(layer, q)."""
-        from torch.nn import functional as f
-
-        x = self.x
-        for number, (qkv, out, gate_up, down) in enumerate(self.layers):
-            q = f.linear(f.rms_norm(x, (HIDDEN,), self.norm), qkv)[:, : HEADS * HEAD_DIM]
-            o = attend(number, q.unflatten(-1, (HEADS, HEAD_DIM)))
-            x = x + f.linear(o.flatten(1), out)
-            gate, up = f.linear(f.rms_norm(x, (HIDDEN,), self.norm), gate_up).chunk(2, -1)
-            x = x + f.linear(f.silu(gate) * up, down)
-        return x
+        return self.decoder(self.x, lambda layer, qkv: attend(layer, qkv[:, :HEADS]))
 
 
 def check(attention: Attention, cache: Caches, w: Workload) -> float:

@@ -147,6 +147,10 @@ FORMATS = (
         for w in (_decode(64, 2048), _prefill(1, 8192))
         for head_dim in (64, 80, 96, 128, 192, 256)
     ),
+    *(
+        replace(w, name=f"{w.name} d192/128", head_dim=192, head_dim_vo=128)
+        for w in (_decode(64, 2048), _prefill(1, 8192))
+    ),
 )
 
 

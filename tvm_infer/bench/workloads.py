@@ -21,6 +21,7 @@ class Workload:
     prefix : first keys that all requests share, in whole pages; 0 for none. flat : not said to the plan: each request reads its own.
     streaming : of decodes whose keys fill their pages, (first keys, last keys), whole pages and at most all, that every other
     KV head reads, from the first one on; the others read all. (0, 0) for none such.
+    head_dim_vo : of values and outputs, where they are narrower than queries and keys; 0 for head_dim.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Workload:
     flat: bool = False
     kv_dtype: str = ""
     streaming: tuple[int, int] = (0, 0)
+    head_dim_vo: int = 0
+
+    @property
+    def width_vo(self) -> int:
+        """head_dim of values and outputs."""
+        return self.head_dim_vo or self.head_dim
 
     @property
     def list_lens(self) -> list[Any]:
@@ -77,12 +84,13 @@ class Workload:
         keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
         keys -= self.prefix * (len(self.kv_lens) - 1)
         keys_of_heads = sum(map(sum, self.list_lens)) if sum(self.streaming) else keys * self.num_kv_heads
-        return 2 * keys_of_heads * self.head_dim * self.kv_element_bytes
+        return keys_of_heads * (self.head_dim + self.width_vo) * self.kv_element_bytes
 
     @property
     def bytes_moved(self) -> int:
         """Bytes that any executor must move: keys and values once, q once, o once."""
-        return self.kv_bytes + 2 * sum(self.qo_lens) * self.num_qo_heads * self.head_dim * self.element_bytes
+        rows = sum(self.qo_lens) * self.num_qo_heads
+        return self.kv_bytes + rows * (self.head_dim + self.width_vo) * self.element_bytes
 
     @property
     def visible_pairs(self) -> int:
@@ -118,9 +126,10 @@ class Workload:
     @property
     def flops(self) -> int:
         """Multiply-adds, counted as two, of q·k and p·v over visible keys (causal)."""
+        width = self.head_dim + self.width_vo
         if sum(self.streaming):  # decodes
-            return 4 * sum(map(sum, self.list_lens)) * (self.num_qo_heads // self.num_kv_heads) * self.head_dim
-        return 4 * self.visible_pairs * self.num_qo_heads * self.head_dim
+            return 2 * sum(map(sum, self.list_lens)) * (self.num_qo_heads // self.num_kv_heads) * width
+        return 2 * self.visible_pairs * self.num_qo_heads * width
 
     def with_dtype(self, dtype: str) -> Workload:
         """The same batch in another data type."""

@@ -20,6 +20,7 @@ from . import variants
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 ATTENTION_ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+HEAD_DIM_PAIRS = ("h192_v128",)  # keys wider than values: head_dim and head_dim_vo
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
 # keys and values of 8 bits, in names -> in source (ptx/float8.cuh), and the shapes of attention over them
 KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}
@@ -65,6 +66,22 @@ FAMILIES = (
         takes_variant=True,
     ),
     Family(
+        key="attention paged, keys wider than values",
+        template="attention_{element}_{pair}_p{page_size}",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_VO",
+        arguments="{type}, {head_dims}, {page_size}",
+        axes={"element": ATTENTION_ELEMENTS, "pair": HEAD_DIM_PAIRS, "page_size": PAGE_SIZES},
+    ),
+    Family(
+        key="attention ragged, keys wider than values",
+        template="attention_{element}_{pair}_ragged",
+        header="attention_sm90.cuh",
+        macro="ATTENTION_SM90_RAGGED_VO",
+        arguments="{type}, {head_dims}",
+        axes={"element": ATTENTION_ELEMENTS, "pair": HEAD_DIM_PAIRS},
+    ),
+    Family(
         key="attention paged, keys and values of 8 bits",
         template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
         header="attention_sm90.cuh",
@@ -80,6 +97,14 @@ FAMILIES = (
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
     Family("append", "append_b16", "append.cuh", "APPEND", "uint16_t", {}),
+    Family(
+        key="append of keys wider than values",
+        template="append_b16_{pair}",
+        header="append.cuh",
+        macro="APPEND_VO",
+        arguments="{head_dims}",
+        axes={"pair": HEAD_DIM_PAIRS},
+    ),
     Family(
         key="append to 8 bits",
         template="append_{element}_{kv}",
@@ -145,6 +170,7 @@ class KernelSpec:
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
         values["kv_type"] = KV_ELEMENTS.get(str(values.get("kv")), "")
+        values["head_dims"] = str(values.get("pair", "")).replace("h", "").replace("_v", ", ")
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:
@@ -176,7 +202,7 @@ def parse(name: str) -> KernelSpec:
         raise ArgumentError(
             f"argument `name` is {name!r}; it must be a kernel's name, such as {next(iter(_specs()))!r}"
         )
-    plain, _, digest = name.partition("_v")
+    plain, _, digest = name.rpartition("_v")
     spec = _specs().get(plain)
     if variants.is_digest(digest) and spec is not None and spec.family.takes_variant:
         return KernelSpec(spec.family, spec.parameters, digest)

@@ -53,6 +53,23 @@ class LlamaConfig:
         return shapes
 
 
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_qo_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    max_position=8192,
+    tie_word_embeddings=False,
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+
+
 def to_hf(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Any:
     """A `transformers.LlamaForCausalLM` in evaluation mode that shares the memory of `weights`, and has their type."""
     try:

@@ -48,21 +48,6 @@ SMOLLM2_135M = LlamaConfig(
     bos_token_id=1,
     eos_token_id=2,
 )
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_qo_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    max_position=8192,
-    tie_word_embeddings=False,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
 
 
 class _FeedForward(nn.Module):

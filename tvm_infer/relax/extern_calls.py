@@ -34,7 +34,8 @@ def attention_with_kv_cache(
 
     One call, because call_dps_packed counts as pure and a separate append could be removed.
 
-    q : [num_tokens, num_qo_heads, head_dim]; k, v : [num_tokens, num_kv_heads, head_dim]; out_ty : type of the output, shaped as q.
+    q : [num_tokens, num_qo_heads, head_dim]; k, v : [num_tokens, num_kv_heads, head_dim]; out_ty : type of the output, as q,
+    as wide as v.
     C++: ffi/kv_cache.cc, arguments (kv, layer, q, k, v, sm_scale, causal, out).
     """
     from tvm import relax

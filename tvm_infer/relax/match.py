@@ -209,8 +209,8 @@ class Matcher:
         given = Input(value, score, h, i, j, heads, dtype_of(call.args[0]), sink, self._inputs, self._assume_full)
         proof = self._proof(evaluator, given, reads_positions)
         context = _Context(evaluator, h, i, j, heads, index, var, score, proof, head_dim)
-        rope = self._rope(context, (q_views[-1], k_views[-1]), axes)
         v, output_axes, extents = self._product(context, products[0], seen)
+        rope = self._rope(context, (q_views[-1], k_views[-1]), axes, v)
         safe = "softmax with a sink" if has_sink else "safe softmax" if len(self._users[var]) > 1 else "softmax"
         return self._attention(
             context,
@@ -431,7 +431,7 @@ class Matcher:
         is_left = context.softmax in self._cone(call.args[0])
         depth_axis = len(shape) - 1 if is_left else len(shape) - 2
         depth = static_int(shape[depth_axis])
-        if depth != context.head_dim:
+        if not _fits(depth, context.head_dim):
             raise Refusal(seen, f"v has width {format_expr(shape[depth_axis])}, q and k {context.head_dim}", KEEP)
         query_axis, extents = self._classify(ev, shape, {depth_axis}, f"{product.name} {format_shape(shape)}")
         if math.prod(extents) != context.heads:
@@ -513,16 +513,27 @@ class Matcher:
                     KEEP,
                 )
         heads, kv_heads, depth = (static_int(dim) for dim in (q_shape[2], k_shape[2], q_shape[3]))
-        if heads is None or kv_heads is None or depth is None or static_int(v_shape[3]) != depth or heads % kv_heads:
+        depth_vo = static_int(v_shape[3])
+        if (
+            heads is None
+            or kv_heads is None
+            or depth is None
+            or depth_vo is None
+            or heads % kv_heads
+            or not _fits(depth_vo, depth)
+        ):
             raise Refusal(
-                seen, "heads and head_dim must be fixed, v as wide as q, q heads a multiple of KV heads", KEEP
+                seen,
+                "heads and head_dim must be fixed, v as wide as q or narrower by a multiple of 8, q heads a multiple of KV heads",
+                KEEP,
             )
         h, i, j = ev.bind("h", int_imm(heads)), ev.bind("i", self._num_tokens), ev.bind("j", self._num_tokens)
-        column = ev.bind("d", int_imm(depth))
+        column, column_vo = ev.bind("d", int_imm(depth)), ev.bind("c", int_imm(depth_vo))
         kv_head = ev.simplify(tirx.floordiv(h, int_imm(heads // kv_heads)))
+        places = ((i, h, column), (j, kv_head, column), (j, kv_head, column_vo))
         views = [
-            list(ev.views(argument, (int_imm(0), row, head, column)))
-            for argument, row, head in zip(call.args[:3], (i, j, j), (h, kv_head, kv_head), strict=True)
+            list(ev.views(argument, (int_imm(0), *place)))
+            for argument, place in zip(call.args[:3], places, strict=True)
         ]
         ev.read_positions = False
         value, score = self._fused_value(ev, var, call, h, i, j, depth)
@@ -533,10 +544,10 @@ class Matcher:
         v_views = [view for view in views[2] if view.factor == 1.0]
         q, q_factor = self._operand(ev, views[0], axes, i, "q", heads, seen)
         k, k_factor = self._operand(ev, views[1], axes, j, "k", heads, seen)
-        v, _ = self._operand(ev, v_views, axes, j, "v", heads, seen)
+        v, _ = self._operand(ev, v_views, _Axes(h, i, j, column_vo), j, "v", heads, seen)
         extents = (heads,) if heads > 1 else ()
         output_axes = tuple(range(2 + len(extents)))
-        rope = self._rope(context, (views[0][-1], views[1][-1]), axes)
+        rope = self._rope(context, (views[0][-1], views[1][-1]), axes, v)
         factor = q_factor * k_factor
         form = "R.nn.attention"
         return self._attention(context, (q, k, v), var, output_axes, extents, form, location, factor, rope, seen)
@@ -594,14 +605,22 @@ class Matcher:
         if not scale > 0.0:
             raise Refusal(seen, f"the factor on the score is {scale:g}, not positive", "use a positive softmax scale")
         proof = context.proof
-        spec = AttentionSpec(context.heads, k.num_heads, context.head_dim, dtype, proof.causal, scale, proof.variant)
+        width = static_int(shape_of(v.tensor)[v.axes[-1]])
+        head_dim_vo = 0 if width is None or width == context.head_dim else width
+        if head_dim_vo and proof.variant is not None:
+            raise Refusal(
+                seen, f"v has width {width}, q and k {context.head_dim}, in an attention with a variant", KEEP
+            )
+        heads = (context.heads, k.num_heads, context.head_dim)
+        spec = AttentionSpec(*heads, dtype, proof.causal, scale, proof.variant, head_dim_vo)
         rotation = rope.rotation if isinstance(rope, Lifted) else None
         text = f"lifted: {rotation}" if rotation is not None else str(rope)
         return Attention(spec, q, k, v, output, output_axes, head_extents, form, location, assumptions, rotation, text)
 
-    def _rope(self, context: _Context, views: tuple[View, View], axes: _Axes) -> Lifted | str:
+    def _rope(self, context: _Context, views: tuple[View, View], axes: _Axes, v: Operand) -> Lifted | str:
         """q and k before their rotary embedding, or why they are taken as they are."""
         ev = context.evaluator
+        width_vo = static_int(shape_of(v.tensor)[v.axes[-1]])
 
         def as_operand(view: View, token: Any, name: str) -> Operand | None:
             try:
@@ -611,6 +630,8 @@ class Matcher:
 
         if not self._rotary_multiple:
             return "not looked for"
+        if width_vo != context.head_dim:
+            return f"left in the model: v has width {width_vo}, q and k {context.head_dim}"
         try:
             tokens = (context.i, context.j)
             lifted = lift(ev, views, tokens, axes.depth, context.head_dim, self._rotary_multiple, as_operand)
@@ -620,6 +641,11 @@ class Matcher:
 
     def _counts_tokens(self) -> str:
         return f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
+
+
+def _fits(width: int | None, head_dim: int) -> bool:
+    """Whether values may be so wide beside keys of head_dim: as wide, or narrower where kernels count by eights."""
+    return width is not None and (width == head_dim or (0 < width < head_dim and width % 8 == 0 and head_dim % 8 == 0))
 
 
 @dataclass(frozen=True)

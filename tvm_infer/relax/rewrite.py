@@ -243,10 +243,14 @@ def _call(builder: Any, emit: Any, layer: int, attention: Attention, cache: Any,
     rotation, as a constant."""
     spec = attention.spec
     q, k, v = (
-        _packed_operand(emit, operand, num_tokens, spec.head_dim, f"{name}{layer}")
-        for name, operand in (("q", attention.q), ("k", attention.k), ("v", attention.v))
+        _packed_operand(emit, operand, num_tokens, width, f"{name}{layer}")
+        for name, operand, width in (
+            ("q", attention.q, spec.head_dim),
+            ("k", attention.k, spec.head_dim),
+            ("v", attention.v, spec.width_vo),
+        )
     )
-    out_ty = relax.TensorType([num_tokens, spec.num_qo_heads, spec.head_dim], spec.dtype)
+    out_ty = relax.TensorType([num_tokens, spec.num_qo_heads, spec.width_vo], spec.dtype)
     settings: dict[str, Any] = {"sm_scale": spec.sm_scale, "causal": spec.causal, "out_ty": out_ty}
     if attention.rotation is None:
         call = extern_calls.attention_with_kv_cache(cache, layer, q, k, v, **settings)
@@ -256,7 +260,7 @@ def _call(builder: Any, emit: Any, layer: int, attention: Attention, cache: Any,
         call = relax.TupleGetItem(emit(call, f"turned{layer}"), 1)  # item 0 is the queries, turned
     output = emit(call, f"attention{layer}")
     shape, dtype = shape_of(attention.output), dtype_of(attention.output)
-    parts = [num_tokens, *attention.head_extents, spec.head_dim]
+    parts = [num_tokens, *attention.head_extents, spec.width_vo]
     if len(parts) != 3:
         output = emit(relax.op.reshape(output, parts), f"attention{layer}_heads")
     if list(attention.output_axes) != sorted(attention.output_axes):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..models import Tokenizer
 
 DEFAULT_MAX_BATCH = 16
-_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs
+_TILE_FIELDS = 5  # of a class in a tile table: rows, keys, three costs; behind the classes are two costs more
 _ALIGNMENT = 64  # bytes: what TVM's kernels assume of a tensor
 _numbers = itertools.count(1)
 _steps = itertools.count(1)  # of all caches
@@ -150,15 +150,21 @@ class Executable:
         """What runs the attention, and in which pieces."""
         m = self.manifest
         spec = m.layers[0]
-        table = _ffi.func("cuda_tile_table" if m.device_kind == "cuda" else "cpu_tile_table")(spec.dtype, spec.head_dim)
-        tiles = ", ".join(f"{table[i]} x {table[i + 1]}" for i in range(0, len(table), _TILE_FIELDS))
+        widths = (spec.head_dim, spec.width_vo)
+        table = _ffi.func("cuda_vo_tile_table" if m.device_kind == "cuda" else "cpu_vo_tile_table")(
+            spec.dtype, *widths, spec.dtype
+        )
+        tiles = ", ".join(
+            f"{table[i]} x {table[i + 1]}" for i in range(0, len(table) // _TILE_FIELDS * _TILE_FIELDS, _TILE_FIELDS)
+        )
         lines = [f"tiles of packed rows (tokens x {spec.group_size} heads of a group) x keys: {tiles}"]
         if m.device_kind == "cuda":
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
             kernels = model_kernels.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
+            attention = model_kernels.attention_kernel(spec, 0)[:-1]
             lines += [
-                f"two launches a layer: {appends}, attention_{element}_h{spec.head_dim}_p<page_size>; each plan says which tiles",
+                f"two launches a layer: {appends}, {attention}<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
@@ -323,12 +329,19 @@ class Executable:
         """Take the cache for this executable. CacheStateError if another one has it; ArgumentError if its shape is another model's,
         or its steps larger than the largest graph."""
         spec, m = self.manifest.layers[0], self.manifest
-        have = (cache.num_layers, cache.num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
-        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        have = (
+            cache.num_layers,
+            cache.num_qo_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.head_dim_vo,
+            cache.dtype,
+        )
+        need = (len(m.layers), spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.width_vo, spec.dtype)
         if have != need:
             raise ArgumentError(
-                f"argument `cache` has (layers, query heads, KV heads, head_dim, dtype) {have}, the model has {need}: make it with "
-                "Executable.new_cache"
+                f"argument `cache` has (layers, query heads, KV heads, head_dim, head_dim_vo, dtype) {have}, the model has {need}: "
+                "make it with Executable.new_cache"
             )
         kind = cache.device.partition(":")[0]
         if kind != m.device_kind:

@@ -155,7 +155,9 @@ class PagedKVCache:
     ----------
     num_layers : layers, each with its own keys and values.
     num_qo_heads, num_kv_heads : the first is a multiple of the second (grouped-query attention).
-    head_dim : multiple of 8, from 8 to 256.
+    head_dim : of queries and keys, a multiple of 8, from 8 to 256.
+    head_dim_vo : of values and the output, a multiple of 8, at most head_dim; None: head_dim. On CUDA 128 beside a head_dim of 192,
+        else head_dim, and then without variants and rotation in the cache (docs/kv-formats.md).
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
         On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
@@ -186,6 +188,7 @@ class PagedKVCache:
         num_qo_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        head_dim_vo: int | None = None,
         dtype: str = "float32",
         kv_dtype: str | None = None,
         k_scale: Any = 1.0,
@@ -207,11 +210,13 @@ class PagedKVCache:
         if has_scales:
             page_type.check_has_scales(kv_name)
         dl_device = tvm_ffi.device(str(_device.parse(device)))
-        handle = _ffi.func("kv_cache_create_scaled")(
+        width = _integer(head_dim, "head_dim")
+        handle = _ffi.func("kv_cache_create_unequal")(
             layers,
             _integer(num_qo_heads, "num_qo_heads"),
             heads,
-            _integer(head_dim, "head_dim"),
+            width,
+            width if head_dim_vo is None else _integer(head_dim_vo, "head_dim_vo"),
             name,
             kv_name,
             _integer(page_size, "page_size"),
@@ -238,6 +243,7 @@ class PagedKVCache:
             num_qo_heads=spec.num_qo_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
+            head_dim_vo=spec.width_vo,
             dtype=spec.dtype,
             **settings,
         )
@@ -273,6 +279,7 @@ class PagedKVCache:
             self.bytes_per_page,
             device_type,
             device_index,
+            self.head_dim_vo,
         ) = (int(x) for x in self._call("config"))
         self.device = str(_device.from_dlpack(device_type, device_index))
 
@@ -559,10 +566,10 @@ class PagedKVCache:
         Parameters
         ----------
         q : [num_tokens, num_qo_heads, head_dim], torch, numpy or TVM; the cache's dtype. Strides are honoured, head_dim contiguous.
-        k, v : [num_tokens, num_kv_heads, head_dim].
+        k, v : [num_tokens, num_kv_heads, head_dim]; v, and the output, head_dim_vo wide.
         sm_scale : factor on q·k; default 1 / sqrt(head_dim).
         causal : as the step was begun with.
-        out : as q; allocated, of q's kind, if None. It must not overlap q, k or v.
+        out : as q, head_dim_vo wide; allocated, of q's kind, if None. It must not overlap q, k or v.
 
         Raises
         ------
@@ -572,7 +579,7 @@ class PagedKVCache:
         """
         self._check_tables(_integer(layer, "layer"))
         if out is None:
-            out = _array.empty_like(q, tuple(q.shape))
+            out = _array.empty_like(q, (*q.shape[:-1], self.head_dim_vo))
         _ffi.func("attention_with_kv_cache")(
             self._handle,
             _integer(layer, "layer"),
@@ -776,10 +783,18 @@ class PagedKVCache:
     def pages(self, layer: int) -> Any:
         """The memory of a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], not copied: keys [:, 0], values [:, 1].
 
+        Where head_dim_vo is not head_dim, two arrays [num_pages, num_kv_heads, page_size, …], keys and values.
+
         For debugging. Slots without a token hold anything; elements of 8 bits are not scaled. On the host a numpy array (bfloat16 and
         8-bit floats come as ml_dtypes'), on CUDA a torch tensor: MissingDependencyError without torch.
         """
-        tensor = self._call("pages", _integer(layer, "layer"))
+        index = _integer(layer, "layer")
+        tensor = self._call("pages", index)
+        if self.head_dim_vo != self.head_dim:
+            return self._view(tensor), self._view(self._call("value_pages", index))
+        return self._view(tensor)
+
+    def _view(self, tensor: Any) -> Any:
         if self.device != "cpu":
             return _array.to_torch(tensor, "PagedKVCache.pages")
         return _array.on_host(tensor, self.kv_dtype)
@@ -787,7 +802,7 @@ class PagedKVCache:
     def gather(self, seq_id: int, layer: int, start: int = 0) -> tuple[Any, Any]:
         """Keys and values of a sequence at a layer, from position `start` on, copied.
 
-        Two arrays [seq_len - start, num_kv_heads, head_dim], of the kind that :meth:`pages` gives.
+        Two arrays [seq_len - start, num_kv_heads, head_dim], values head_dim_vo wide, of the kind that :meth:`pages` gives.
 
         ArgumentError : there is no such position, or some from there on left the window.
         """
@@ -801,12 +816,16 @@ class PagedKVCache:
             raise ArgumentError(
                 f"argument `start` is {begin}, but sequence {seq_id} gave back positions that left the window: take {kept} or more"
             )
-        pages = self.pages(layer)[list(table)]  # [pages, 2, heads, page_size, head_dim], a copy
-        order = (1, 0, 3, 2, 4)
-        keys_first = pages.transpose(order) if self.device == "cpu" else pages.permute(order)
+        pages = self.pages(layer)
         skip = first * self.page_size
-        rows = keys_first.reshape(2, -1, self.num_kv_heads, self.head_dim)[:, begin - skip : length - skip]
-        return rows[0], rows[1]
+
+        def rows(of: Any) -> Any:
+            taken = of[list(table)]  # [pages, heads, page_size, width], a copy
+            by_token = taken.transpose((0, 2, 1, 3)) if self.device == "cpu" else taken.permute((0, 2, 1, 3))
+            return by_token.reshape(-1, self.num_kv_heads, of.shape[-1])[begin - skip : length - skip]
+
+        keys, values = pages if isinstance(pages, tuple) else (pages[:, 0], pages[:, 1])
+        return rows(keys), rows(values)
 
     # Ownership
 
@@ -833,8 +852,9 @@ class PagedKVCache:
     def __repr__(self) -> str:
         state = ", in a step" if self.in_forward else ""
         dtype = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype}, pages of {self.kv_dtype}"
+        width = f"{self.head_dim}" + ("" if self.head_dim_vo == self.head_dim else f" / {self.head_dim_vo}")
         return (
-            f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim}, "
+            f"PagedKVCache({self.num_layers} layers, {self.num_qo_heads}/{self.num_kv_heads} heads, head_dim {width}, "
             f"{dtype}; {len(self)} sequences in {self.num_used_pages} of {self.num_pages} pages of {self.page_size} tokens, "
             f"{self.num_free_pages} free, {self.bytes / 2**20:.1f} of {self.num_pages * self.bytes_per_page / 2**20:.1f} MiB{state})"
         )

@@ -81,11 +81,17 @@ def _elements(spec: AttentionSpec, kv_dtype: str | None) -> str:
     return own if kv_dtype is None else f"{own}_{BY_NAME[kv_dtype].suffix}"
 
 
+def _widths(spec: AttentionSpec) -> str:
+    """Of a kernel for keys wider than values, "_h192_v128"; "" where they are as wide."""
+    return f"_h{spec.head_dim}_v{spec.head_dim_vo}" if spec.head_dim_vo else ""
+
+
 def _append_kernel(spec: AttentionSpec, kv_dtype: str | None) -> str:
-    return "append_b16" if kv_dtype is None else f"append_{_elements(spec, kv_dtype)}"
+    return f"append_b16{_widths(spec)}" if kv_dtype is None else f"append_{_elements(spec, kv_dtype)}"
 
 
 def attention_kernel(spec: AttentionSpec, page_size: int, digest: str = "", kv_dtype: str | None = None) -> str:
     """The name of the CUDA kernel of a layer's attention; digest : of its variant's code, "" without; kv_dtype : of pages of 8 bits."""
-    plain = f"attention_{_elements(spec, kv_dtype)}_h{spec.head_dim}_p{page_size}"
+    heads = _widths(spec) or f"_h{spec.head_dim}"
+    plain = f"attention_{_elements(spec, kv_dtype)}{heads}_p{page_size}"
     return f"{plain}_v{digest}" if digest else plain

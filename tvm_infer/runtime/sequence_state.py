@@ -87,6 +87,7 @@ def _dtype(name: str) -> np.dtype:
 def export_from(cache: PagedKVCache, seq_id: int) -> SequenceState:
     """See :meth:`PagedKVCache.export_sequence`."""
     _check_has_no_scales(cache)
+    _check_has_one_width(cache)
     length = cache.seq_len(seq_id)
     pages = cache._call("export_pages", seq_id)  # [layers, pages, 2, heads, page_size, head_dim]
     begin, end = (int(n) for n in cache._call("gone", seq_id))
@@ -105,6 +106,14 @@ def _check_has_no_scales(cache: PagedKVCache) -> None:
         )
 
 
+def _check_has_one_width(cache: PagedKVCache) -> None:
+    if cache.head_dim_vo != cache.head_dim:
+        raise ArgumentError(
+            f"the cache has head_dim {cache.head_dim} and head_dim_vo {cache.head_dim_vo}, and a SequenceState holds keys and values "
+            "of one width; swap the sequence out instead (swap_out, swap_in)"
+        )
+
+
 def import_into(cache: PagedKVCache, seq_id: int, state: SequenceState) -> None:
     """See :meth:`PagedKVCache.import_sequence`."""
     if not isinstance(state, SequenceState):
@@ -112,6 +121,7 @@ def import_into(cache: PagedKVCache, seq_id: int, state: SequenceState) -> None:
             f"argument `state` is a {type(state).__name__}; it must be a SequenceState, as export_sequence gives it"
         )
     _check_has_no_scales(cache)
+    _check_has_one_width(cache)
     kv, (begin, end) = state.kv, state.missing
     count = state.length - (end - begin)
     wanted = (cache.num_layers, 2, count, cache.num_kv_heads, cache.head_dim)

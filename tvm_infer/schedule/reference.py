@@ -21,7 +21,6 @@ _RUNS_PER_TARGET = 4  # under a fixed split size a run of heads costs at most a 
 _MAX_SLACK_FRACTION = 64  # the target without cuts exceeds the mean load by no more than 1/64
 _MIN_GAIN_FRACTION = 128  # cutting must gain 1/128 of the mean load and what a merge costs
 _MIN_SHARED_GAIN_FRACTION = 16  # shared works must gain 1/16 of the makespan and what their merges cost
-_SHARED_MERGE_TIME = 9_000_000  # planner.cc
 
 
 class TileClass(NamedTuple):
@@ -40,6 +39,13 @@ class TileClass(NamedTuple):
     def cost(self, overhead: int, num_keys: int) -> int:
         """Of one work and KV head; its last tile of keys is computed whole."""
         return max(1, overhead + self.kv * -(-num_keys // self.kv_granule) * self.kv_granule)
+
+
+class SharedMergeCost(NamedTuple):
+    """See tile_costs.h."""
+
+    each: int
+    once: int
 
 
 class Item(NamedTuple):
@@ -329,11 +335,11 @@ def choose(
 
 
 def choose_shared(
-    forest: Forest, flat: Layout, classes: list[TileClass], heads: int, num_ctas: int
+    forest: Forest, flat: Layout, classes: list[TileClass], price: SharedMergeCost, heads: int, num_ctas: int
 ) -> tuple[list[Item], Layout] | None:
     """The layout with shared works, if it is shorter than the flat one by more than its merges cost."""
     layout = choose(forest.items, classes, heads, num_ctas, 0, True)
-    merges = -(-forest.merge_price * heads // num_ctas) + _SHARED_MERGE_TIME
+    merges = -(-(forest.merge_price + price.each * len(forest.tiles)) * heads // num_ctas) + price.once
     makespan = max(flat.load)
     return (
         (forest.items, layout) if max(layout.load) + merges < makespan - makespan // _MIN_SHARED_GAIN_FRACTION else None
@@ -380,12 +386,12 @@ def plan(
 ) -> np.ndarray:
     """The plan of a batch as int32 words, exactly its bytes_used. Arguments as in :func:`tvm_infer.plan`; they are not checked.
 
-    tile_table : five integers per class: rows, kv_granule, fixed, row, kv.
+    tile_table : five integers per class: rows, kv_granule, fixed, row, kv; with levels two more, a SharedMergeCost.
     """
     has_head_lists = np.ndim(kv_len) == 2
     qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in np.ravel(kv_len)]
     values = [int(v) for v in tile_table]
-    classes = [TileClass(*values[i : i + 5]) for i in range(0, len(values), 5)]
+    classes = [TileClass(*values[i : i + 5]) for i in range(0, len(values) - 4, 5)]
     group = num_qo_heads // num_kv_heads
     lists, item_heads = (num_kv_heads, 1) if has_head_lists else (1, num_kv_heads)
     items = make_items(qo_indptr, kv_len, group, band, fixed_split_size, classes, lists)
@@ -394,7 +400,8 @@ def plan(
     order, runs = runs_of(levels, len(qo_indptr) - 1)
     forest = make_forest(order, runs, qo_indptr, kv_len, group, band, classes) if runs else None
     if forest is not None:
-        shared = choose_shared(forest, layout, classes, num_kv_heads, num_ctas)
+        price = SharedMergeCost(*values[5 * len(classes) :])
+        shared = choose_shared(forest, layout, classes, price, num_kv_heads, num_ctas)
         forest = forest if shared is not None else None
         items, layout = shared or (items, layout)
     merges = [*(tree_merges(forest, layout, num_kv_heads) if forest is not None else []), *layout.merges]

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from ..band import Band
     from .reference import Item, TileClass
 
-SHARED_MERGE = 2_700_000  # forest.cc
-
 
 class Run(NamedTuple):
     """Requests ``order[begin:end]`` have the keys [0, kv_end) in common."""
@@ -46,7 +44,7 @@ class Tile:
 
 @dataclass
 class Forest:
-    """Items of a plan with shared works, those first, and what merging costs."""
+    """Items of a plan with shared works, those first; `merge_price` is of merges as of any, one KV head."""
 
     items: list[Item]
     num_shared: int
@@ -152,5 +150,5 @@ def make_forest(
         [(t.item.row_begin, t.item.num_rows) for t in merging],
         order,
         sum(t.item.cost(classes[t.item.tile_class]) for t in tiles),
-        sum(map(price, merging)) + SHARED_MERGE * len(merging),
+        sum(map(price, merging)),
     )

@@ -19,7 +19,7 @@ def attention_reference(
     Parameters
     ----------
     q : [qo_len, num_qo_heads, head_dim]; the queries are the last qo_len of kv_len positions.
-    k, v : [kv_len, num_kv_heads, head_dim]; query head h uses KV head h // (num_qo_heads / num_kv_heads).
+    k, v : [kv_len, num_kv_heads, head_dim]; query head h uses KV head h // (num_qo_heads / num_kv_heads). v, and o, may be narrower.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def attention_reference(
         visible &= key <= position
     if window_left >= 0:
         visible &= key >= position - window_left
-    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    o, lse = np.zeros((qo_len, num_qo_heads, v.shape[2])), np.full(q.shape[:2], -np.inf)
     for h in range(num_qo_heads):
         s = q[:, h] @ k[:, h // group].T * sm_scale
         s = np.where(visible, s, -np.inf)

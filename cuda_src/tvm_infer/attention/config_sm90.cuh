@@ -18,8 +18,10 @@ inline constexpr int kPrefillClass = 1;  // up to 128 packed rows: bound by the 
 // In place of a page size: keys are rows of one tensor [kv_tokens, num_kv_heads, head_dim], those of a list in a run.
 inline constexpr int kRagged = 0;
 
-// Element: of queries and results. KvElement: of keys and values, the same or one of 8 bits.
-template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant, typename KvElement_ = Element_>
+// Element: of queries and results. KvElement: of keys and values, the same or one of 8 bits. kHeadDim is of queries and keys, kHeadDimVo of
+// values and results.
+template <typename Element_, int kHeadDim_, int kPageSize_, VariantConcept Variant_ = NoVariant, typename KvElement_ = Element_,
+          int kHeadDimVo_ = kHeadDim_>
 struct ConfigSm90 {
   using Element = Element_;
   using KvElement = KvElement_;
@@ -27,19 +29,22 @@ struct ConfigSm90 {
   using Variant = Variant_;
   static constexpr bool kChangesQueries = attention::kChangesQueries<Variant>, kChangesKeys = attention::kChangesKeys<Variant>;
   static constexpr bool kHasVariant = Variant::kHasLogits || Variant::kHasMask || Variant::kHasOutput || kChangesQueries || kChangesKeys;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimVo = kHeadDimVo_;
   static constexpr int kPageSize = kPageSize_;
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "products of 16 columns, accumulators of 256");
+  static_assert(kHeadDimVo == kHeadDim || (kHeadDimVo < kHeadDim && kHeadDimVo % 64 == 0 && kHeadDim % 64 == 0),
+                "values are as wide as keys, or both are whole panels and results fit where queries were");
   static constexpr bool kIsRagged = kPageSize == kRagged;
   static constexpr bool kIsGather = !kIsRagged && kPageSize < 8;  // by cp.async, since a swizzled box holds whole groups of 8 tokens
   static_assert(kIsRagged || (kPageSize <= 64 && (kPageSize & (kPageSize - 1)) == 0), "pages of 1, 2, 4, 8, 16, 32 or 64 tokens");
 
-  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers.
+  // Wide heads take half the keys: 128 logits, 128 weights and 256 columns of O do not fit a thread's registers. With narrower values they
+  // would, but then shared memory has room for one query buffer, and prefill would drain at the end of each head.
   static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kTileAlign = kIsRagged || kIsGather ? 1 : kPageSize;        // where in its list a tile may start
   static constexpr int kBoxKeys = kIsRagged || kIsGather ? kTileKeys : kPageSize;  // keys at one stride in shared memory
   static constexpr int kDecodeRows = 16;
-  static constexpr int kDecodeColumns = kHeadDim * kTileKeys / 128;  // of O, a warp's in decode (attention/decode_tile.cuh)
+  static constexpr int kDecodeColumns = kHeadDimVo * kTileKeys / 128;  // of O, a warp's in decode (attention/decode_tile.cuh)
   static constexpr int kPrefillRows = 128;
   static constexpr int kPanelRows = 64;  // of queries in shared memory: a warpgroup's
 
@@ -56,20 +61,28 @@ struct ConfigSm90 {
   static constexpr int kRowWidth =
       kPanels * tile::kPanelElements;                       // elements of a row in shared memory; those behind kHeadDim are not used
   static constexpr bool kIsPadded = kRowWidth != kHeadDim;  // copies fill whole panels, one by one
-  static constexpr int kLoadLanes = kPanels * 8 <= 8 ? 8 : kPanels * 8 <= 16 ? 16 : 32;  // of a row by 16-byte chunks: a power of two
+  static constexpr int kLoadLanes = tile::RowLanes(kHeadDim);
   // Keys and values in the ring: 8-bit rows lie as 16-bit rows of half as many columns.
   static constexpr int kKvColumns = kIsScaled ? kHeadDim / 2 : kHeadDim;
-  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;
-  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kPageSize >= 16 && !kHasVariant), "8-bit elements: panels are 128 of them");
+  static constexpr int kValueColumns = kIsScaled ? kHeadDimVo / 2 : kHeadDimVo;
+  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;          // of K
+  using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns>;  // of V, from the start of its stage
+  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant),
+                "8-bit elements: panels are 128 of them");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed. Where 8-bit tiles are widened there is no room for two
-  // buffers, and prefill drains at the end of a head.
-  static constexpr int kQueryBuffers = kIsScaled ? 1 : 2;
+  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is
+  // no room for two buffers of prefill, with heads of 256 it is better used for tiles, and prefill drains at the end of a head. Decode has
+  // two places even there, rows 0 … 15 and 16 … 31 of the one buffer.
+  static constexpr int kQueryTurns = 2;
+  static constexpr int kQueryBuffers = kIsScaled || kHeadDim > 192 ? 1 : 2;
   static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
-  // One stage is a tile of K or of V of one head. Prefill takes all the room there is, since its tiles of K and V pass in bursts. Decode
-  // keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more than 128 KB is slower (64
-  // requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
+  // From one turn's queries to the next one's.
+  static constexpr int kPrefillQueryStride = kQueryBuffers == 2 ? kQueryBytes : 0;
+  static constexpr int kDecodeQueryStride = kQueryBuffers == 2 ? kQueryBytes : kDecodeRows * tile::kPanelRowBytes;
+  // One stage is a tile of K or of V of one head (of narrower values not all of it). Prefill takes all the room there is, since its tiles
+  // of K and V pass in bursts. Decode keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more
+  // than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
   static constexpr int kStageBytes = kTileKeys * tile::Panels(kKvColumns) * tile::kPanelRowBytes;
   static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
   static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;
@@ -90,9 +103,10 @@ struct ConfigSm90 {
 
   struct SharedMemory {
     alignas(1024) uint8_t ring[kStages * kStageBytes + 2 * kWideBytes];  // behind the stages: wide K, wide V
-    // Prefill: queries, for each warpgroup its panels of 64 rows. Decode: O of the eight warps, 8 rows at a time, fp32.
+    // Queries, for each warpgroup its panels of 64 rows, decode's in the first. Once decode has read them, O of the eight warps, 8 rows at
+    // a time, fp32; with one buffer that is where no turn's queries are (DecodeOutput).
     alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
-    // Beside each query buffer, and its owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
+    // Beside each turn's queries, and their owner's. Decode: state of the eight warps. Prefill: where the rows' results go; looking that up
     // when they are stored would be a chain of loads and divisions that nothing covers.
     union {
       struct {
@@ -100,18 +114,27 @@ struct ConfigSm90 {
         float warp_sum[kConsumerWarps][kDecodeRows];
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
-    } scratch[kQueryBuffers];
-    int2 decode_rows[kQueryBuffers][kDecodeRows];      // what `rows` is to prefill
+    } scratch[kQueryTurns];
+    int2 decode_rows[kQueryTurns][kDecodeRows];        // what `rows` is to prefill
     float query_unscale[kIsScaled ? kDecodeRows : 1];  // attention/decode_products_scaled.cuh
-    int2 head[kQueryBuffers];                          // first partial row or kFinalRows, number of rows
+    int2 head[kQueryTurns];                            // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
-    uint64_t query_full[kQueryBuffers];   // 64 arrivals: the loader warps
-    uint64_t query_empty[kQueryBuffers];  // kConsumerThreads arrivals
+    uint64_t query_full[kQueryTurns];   // 64 arrivals: the loader warps
+    uint64_t query_empty[kQueryTurns];  // kConsumerThreads arrivals
     int32_t is_last_arrival;
+
+    __device__ __forceinline__ float* DecodeOutput(uint32_t turn) {
+      if constexpr (kQueryBuffers == 2) return reinterpret_cast<float*>(query[turn]);
+      return reinterpret_cast<float*>(kIsScaled ? ring + kStages * kStageBytes : query[0] + kQueryBytes / 2);
+    }
   };
   static constexpr uint32_t kWideOffset = kStages * kStageBytes;          // of wide K in it, V's behind
   static constexpr uint32_t kQueryOffset = kWideOffset + 2 * kWideBytes;  // of `query`
-  static_assert(kTileKeys / 16 * 8 * kRowWidth * 4 <= kQueryBytes, "decode's O fits where prefill's queries are");
+  static constexpr int kDecodeOutputBytes = kTileKeys / 16 * 8 * kRowWidth * 4;
+  static_assert(kDecodeOutputBytes <= (kQueryBuffers == 2 ? kQueryBytes
+                                       : kIsScaled        ? 2 * kWideBytes
+                                                          : kQueryBytes / 2),
+                "decode's O fits where only prefill's queries or its wide tiles are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };
 

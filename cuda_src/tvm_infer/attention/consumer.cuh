@@ -23,7 +23,7 @@ struct Consumer {
   SharedMemory& shared;
   const Ring ring;
   typename Ring::Cursor cursor{};
-  uint32_t query_turn = 0;  // turns of the query buffers taken so far; every head of every work is one
+  uint32_t query_turn = 0;  // turns taken so far; every head of every work is one
 
   __device__ __forceinline__ static int32_t Thread() { return static_cast<int32_t>(threadIdx.x) - 128; }  // 0 … kConsumerThreads - 1
   __device__ __forceinline__ static int32_t Warp() { return Thread() / 32; }                              // 0 … kConsumerWarps - 1
@@ -49,8 +49,11 @@ struct Consumer {
   __device__ __forceinline__ float SoftmaxScale() const { return attention::SoftmaxScale<typename Config::Variant>(params); }
 
   // NOTE: from the ring's address, which is at hand; the generic one of `shared` would be kept, or spilled.
-  __device__ __forceinline__ uint32_t QueryAddress(uint32_t buffer) const {
-    return ring.data + Config::kQueryOffset + buffer * Config::kQueryBytes;
+  __device__ __forceinline__ uint32_t PrefillQuery(uint32_t turn) const {
+    return ring.data + Config::kQueryOffset + turn * Config::kPrefillQueryStride;
+  }
+  __device__ __forceinline__ uint32_t DecodeQuery(uint32_t turn) const {
+    return ring.data + Config::kQueryOffset + turn * Config::kDecodeQueryStride;
   }
   __device__ __forceinline__ void Release(const typename Ring::Cursor& at) const {
     if (Config::kIsGather || Lane() == 0) ring.Release(at);
@@ -62,15 +65,15 @@ struct Consumer {
     ring.WaitFull(at);
     if constexpr (Config::kIsGather) ptx::FenceProxyAsyncShared();
   }
-  // The next query buffer belongs to the consumers from here …; returns which.
+  // The next head's queries belong to the consumers from here …; returns whose turn it is.
   __device__ __forceinline__ uint32_t WaitQuery() {
-    const uint32_t buffer = query_turn % Config::kQueryBuffers, parity = query_turn / Config::kQueryBuffers % 2;
-    ptx::MbarrierWait(ptx::SharedAddress(shared.query_full + buffer), parity);
+    const uint32_t turn = query_turn % Config::kQueryTurns, parity = query_turn / Config::kQueryTurns % 2;
+    ptx::MbarrierWait(ptx::SharedAddress(shared.query_full + turn), parity);
     ++query_turn;
-    return buffer;
+    return turn;
   }
   // … to here.
-  __device__ __forceinline__ void ReleaseQuery(uint32_t buffer) { ptx::MbarrierArrive(ptx::SharedAddress(shared.query_empty + buffer)); }
+  __device__ __forceinline__ void ReleaseQuery(uint32_t turn) { ptx::MbarrierArrive(ptx::SharedAddress(shared.query_empty + turn)); }
 };
 
 }  // namespace tvm_infer::attention

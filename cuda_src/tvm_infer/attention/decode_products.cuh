@@ -14,29 +14,20 @@ struct DecodeProducts {
   using Element = typename Config::Element;
   using Weight = Element;  // that weights are rounded to
   using Boxes = typename Config::Boxes;
+  using ValueBoxes = typename Config::ValueBoxes;
   static constexpr int kHeadDim = Config::kHeadDim, kWarpKeys = 16, kOwnColumns = Config::kDecodeColumns;
-  // Queries in registers from tile to tile leave too few to change keys; those of wide heads are too many beside what prefill needs.
-  static constexpr bool kReloadsQuery = Config::kChangesKeys || kHeadDim > 128;
 
-  // A warp's 16 query rows: fragments, or where they are.
+  // A warp's 16 query rows.
   struct Query {
     uint32_t q[kHeadDim / 16][4];
-    uint32_t address;
   };
 
   // Rows behind the work's last repeat it: their results are not used.
   __device__ __forceinline__ static void LoadQuery(Query& query, uint32_t address) {
-    query.address = address;
-    if constexpr (!kReloadsQuery) {
+    using Panels = tile::PageBoxes<Config::kPanelRows, kHeadDim>;
+    const uint32_t row = address + tile::SwizzledOffset(Lane() % 16, Lane() / 16);
 #pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) LoadColumns(query, d);
-    }
-  }
-
-  // Columns 16 * d … of the queries.
-  __device__ __forceinline__ static const uint32_t (&Columns(Query& query, int d))[4] {
-    if constexpr (kReloadsQuery) LoadColumns(query, d);
-    return query.q[d];
+    for (int d = 0; d < kHeadDim / 16; ++d) ptx::LoadMatrixX4(query.q[d], Panels::Columns(row, 16 * d));
   }
 
   // ldmatrix: lane l addresses row l % 8 of 8x8 block l / 8 of 16 columns. K blocks: (keys, columns) = (0, 0) (0, 1) (1, 0) (1, 1); V
@@ -47,19 +38,18 @@ struct DecodeProducts {
   }
   __device__ __forceinline__ static uint32_t ValueOffset(uint32_t first) {
     const uint32_t block = Lane() / 8;
-    return Boxes::Offset(first + Lane() % 8 + block % 2 * 8, block / 2);
+    return ValueBoxes::Offset(first + Lane() % 8 + block % 2 * 8, block / 2);
   }
 
   // s[0 … 3]: keys 0 … 7 of this warp, s[4 … 7]: keys 8 … 15.
-  __device__ __forceinline__ static void Logits(float (&s)[8], Query& query, uint32_t address) {
+  __device__ __forceinline__ static void Logits(float (&s)[8], const Query& query, uint32_t address) {
     float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t k[4];
-      const uint32_t(&q)[4] = Columns(query, d);
       ptx::LoadMatrixX4(k, Boxes::Columns(address, 16 * d));
-      ptx::Mma16x8x16<Element>(s0, q, k[0], k[1]);
-      ptx::Mma16x8x16<Element>(s1, q, k[2], k[3]);
+      ptx::Mma16x8x16<Element>(s0, query.q[d], k[0], k[1]);
+      ptx::Mma16x8x16<Element>(s1, query.q[d], k[2], k[3]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -78,7 +68,7 @@ struct DecodeProducts {
 #pragma unroll
     for (int d = 0; d < kOwnColumns / 16; ++d) {
       uint32_t v[4];
-      ptx::LoadMatrixX4Transposed(v, Boxes::Columns(address, (kOwnColumns == kHeadDim ? 0 : first_column) + 16 * d));
+      ptx::LoadMatrixX4Transposed(v, ValueBoxes::Columns(address, (kOwnColumns == Config::kHeadDimVo ? 0 : first_column) + 16 * d));
       if (is_edge) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] &= keep[i % 2];
@@ -108,11 +98,6 @@ struct DecodeProducts {
 
  private:
   __device__ __forceinline__ static uint32_t Lane() { return threadIdx.x % 32; }
-
-  __device__ __forceinline__ static void LoadColumns(Query& query, int d) {
-    const int panel = d * 16 / tile::kPanelElements * Config::kPanelRows * tile::kPanelRowBytes;
-    ptx::LoadMatrixX4(query.q[d], query.address + panel + tile::SwizzledOffset(Lane() % 16, d * 2 % 8 + Lane() / 16));
-  }
 };
 
 }  // namespace tvm_infer::attention

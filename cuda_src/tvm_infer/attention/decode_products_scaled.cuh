@@ -58,7 +58,7 @@ struct ScaledDecodeProducts {
   __device__ __forceinline__ static uint32_t KeyOffset(uint32_t first) { return Plain::KeyOffset(first); }
   __device__ __forceinline__ static uint32_t ValueOffset(uint32_t first) { return Plain::ValueOffset(first); }
 
-  __device__ __forceinline__ static void Logits(float (&s)[8], Query& query, uint32_t address) {
+  __device__ __forceinline__ static void Logits(float (&s)[8], const Query& query, uint32_t address) {
     float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 32; ++d) {
@@ -67,7 +67,7 @@ struct ScaledDecodeProducts {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t b[2];
-        const uint32_t(&q)[4] = Plain::Columns(query.rows, 2 * d + i);
+        const uint32_t(&q)[4] = query.rows.q[2 * d + i];
         KvElement::ToHalves(k[i], b[0], b[1]);
         ptx::Mma16x8x16<ptx::Fp16>(s0, q, b[0], b[1]);
         KvElement::ToHalves(k[2 + i], b[0], b[1]);

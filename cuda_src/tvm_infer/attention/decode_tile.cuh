@@ -26,12 +26,12 @@ class DecodeTile {
   using Ring = typename Config::Ring;
   using Variant = typename Config::Variant;
   using Boxes = typename Config::Boxes;
-  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
+  static constexpr int kHeadDimVo = Config::kHeadDimVo, kTileKeys = Config::kTileKeys, kWarpKeys = 16;
   static constexpr int kSlices = kTileKeys / kWarpKeys, kColumnGroups = Config::kConsumerWarps / kSlices;
   static_assert(kSlices * kColumnGroups == Config::kConsumerWarps);
   static_assert(kColumnGroups == 1 || !Config::kChangesKeys, "variants that change keys are for head_dim 64 and 128");
   static constexpr int kOwnColumns = Config::kDecodeColumns;  // a warp's, of O
-  static_assert(kOwnColumns * kColumnGroups == kHeadDim);
+  static_assert(kOwnColumns * kColumnGroups == kHeadDimVo);
   using Products = std::conditional_t<Config::kIsScaled, ScaledDecodeProducts<Config>, DecodeProducts<Config>>;
 
   __device__ __forceinline__ explicit DecodeTile(Consumer<Config>& c) : c_(c) {}
@@ -64,11 +64,11 @@ class DecodeTile {
                                           float (&o)[kOwnColumns / 8][4], SoftmaxState<Variant>& softmax) {
     typename Products::Query q;
     if constexpr (Config::kIsScaled) {
-      Products::PrepareQuery(c_.QueryAddress(query), c_.shared.query_unscale, c_.Warp());
+      Products::PrepareQuery(c_.DecodeQuery(query), c_.shared.query_unscale, c_.Warp());
       ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-      Products::LoadQuery(q, c_.QueryAddress(query), c_.shared.query_unscale, c_.KeyScale(kv_head));
+      Products::LoadQuery(q, c_.DecodeQuery(query), c_.shared.query_unscale, c_.KeyScale(kv_head));
     } else {
-      Products::LoadQuery(q, c_.QueryAddress(query));
+      Products::LoadQuery(q, c_.DecodeQuery(query));
     }
 #pragma unroll
     for (int j = 0; j < kOwnColumns / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
@@ -124,13 +124,12 @@ class DecodeTile {
     __syncwarp();
   }
 
-  // The states of the eight warps into one, eight rows at a time through the query buffer; warp w merges and stores row w. Then the
-  // buffer goes back.
+  // The states of the eight warps into one, eight rows at a time through shared memory; warp w merges and stores row w. Then the
+  // turn ends.
   __device__ __forceinline__ void Merge(const Work& work, int32_t h, uint32_t query, const float (&o)[kOwnColumns / 8][4],
                                         const SoftmaxState<Variant>& softmax) {
     auto& shared = c_.shared;
-    auto* scratch =
-        reinterpret_cast<float*>(shared.query[query]);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
+    float* scratch = shared.DecodeOutput(query);  // [slice of keys][8 rows][kRowWidth], blocks of 8 columns at block ^ row
     const int32_t thread = c_.ThreadAnew(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     const int32_t slice = warp % kSlices, first_block = warp / kSlices * (kOwnColumns / 8);
     if (t == 0 && warp < kSlices) {
@@ -160,7 +159,7 @@ class DecodeTile {
   // `first_partial`: the head's first partial row, or kFinalRows.
   __device__ __forceinline__ void MergeRow(const Work& work, int32_t h, int32_t first_partial, int32_t row, uint32_t query,
                                            const float* scratch) {
-    using Columns = LaneColumns<kHeadDim>;
+    using Columns = LaneColumns<kHeadDimVo>;
     const auto& shared = c_.shared;
     const float scale = c_.SoftmaxScale();
     float max = kNegInf;
@@ -202,7 +201,7 @@ class DecodeTile {
       out.o = static_cast<char*>(c_.params.o) + static_cast<uint64_t>(static_cast<uint32_t>(at.x)) * 16;
       out.lse = c_.params.lse == nullptr ? nullptr : c_.params.lse + at.y;
     } else {
-      out = PartialRow<kHeadDim>(c_.params, first_partial + row);
+      out = PartialRow<kHeadDimVo>(c_.params, first_partial + row);
     }
 #pragma unroll
     for (int p = 0; p < Columns::kPieces; ++p) {

@@ -55,16 +55,17 @@ class KvBoxes {
   // To an empty stage; `full` is its barrier.
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
     if (!is_prefill || Config::kBoxKeys == Config::kTileKeys || Config::kIsScaled) {
-      CopyPages(maps_.k_pages, tile, tile.count, head, stage, full, is_prefill);
+      CopyPages<typename Config::Boxes>(maps_.k_pages, tile, tile.count, head, stage, full, is_prefill);
     } else {
-      Expect(full, tile.count);
+      Expect<typename Config::Boxes>(full, tile.count);
       CopyPanels<Config::kTileKeys * tile::kPanelRowBytes, Config::Boxes::kPanelBytes>(Config::kIsPadded ? maps_.k_pages : maps_.k_panels,
                                                                                        tile.place, tile.count, head, stage, full, true);
     }
   }
   __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool is_prefill) const {
     // Prefill multiplies whole tiles: what lies outside the tensor arrives as zeros, since a weight of 0 times NaN is NaN.
-    CopyPages(maps_.v_pages, tile, is_prefill && !Config::kIsScaled ? Config::kBoxesPerTile : tile.count, head, stage, full, is_prefill);
+    CopyPages<typename Config::ValueBoxes>(maps_.v_pages, tile, is_prefill && !Config::kIsScaled ? Config::kBoxesPerTile : tile.count, head,
+                                           stage, full, is_prefill);
   }
   __device__ __forceinline__ void Finish() const {}
 
@@ -73,18 +74,20 @@ class KvBoxes {
 
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
 
+  template <typename Boxes>
   __device__ __forceinline__ static void Expect(uint32_t full, int32_t boxes) {
-    if (Lane() == 0) ptx::MbarrierArriveExpectTx(full, boxes * Config::Boxes::kPageBytes);
+    if (Lane() == 0) ptx::MbarrierArriveExpectTx(full, boxes * Boxes::kPageBytes);
     __syncwarp();  // NOTE: the bytes must be expected before a copy of this stage can complete the phase
   }
   // Page after page.
+  template <typename Boxes>
   __device__ __forceinline__ static void CopyPages(const cuda::TensorMap& map, const Tile& tile, int32_t count, int32_t head,
                                                    uint32_t stage, uint32_t full, bool is_prefill) {
-    Expect(full, count);
+    Expect<Boxes>(full, count);
     if constexpr (Config::kIsPadded) {
-      CopyPanels<Config::Boxes::kPanelBytes, Config::Boxes::kPageBytes>(map, tile.place, count, head, stage, full, is_prefill);
+      CopyPanels<Boxes::kPanelBytes, Boxes::kPageBytes>(map, tile.place, count, head, stage, full, is_prefill);
     } else if (Lane() < count) {
-      Copy(map, tile.place, 0, head, stage + Lane() * Config::Boxes::kPageBytes, full, is_prefill);
+      Copy(map, tile.place, 0, head, stage + Lane() * Boxes::kPageBytes, full, is_prefill);
     }
   }
   // Panel by panel, kPanelStride bytes from one of a page to the next, kPageStride from page to page. K of pages for wgmma has its panels

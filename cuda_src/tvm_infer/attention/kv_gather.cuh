@@ -48,29 +48,29 @@ class KvGather {
 
   // To an empty stage; `full` is its barrier: 64 arrivals, each when the copies of one thread are done.
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool) const {
-    CopyRows(tile, params_.k, params_.k_stride_page, params_.k_stride_token, head * params_.k_stride_head, stage, full);
+    CopyRows<Config::kHeadDim>(tile, params_.k, params_.k_stride_page, params_.k_stride_token, head * params_.k_stride_head, stage, full);
   }
   __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, uint32_t stage, uint32_t full, bool) const {
-    CopyRows(tile, params_.v, params_.v_stride_page, params_.v_stride_token, head * params_.v_stride_head, stage, full);
+    CopyRows<Config::kHeadDimVo>(tile, params_.v, params_.v_stride_page, params_.v_stride_token, head * params_.v_stride_head, stage, full);
   }
   // Before the warp exits.
   __device__ __forceinline__ void Finish() const { ptx::CpAsyncWaitAll(); }
 
  private:
-  static constexpr int kLanes = Config::kLoadLanes;                 // of a row, 16 bytes each
-  static constexpr bool kIsWhole = Config::kHeadDim / 8 == kLanes;  // every lane has some
-
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ static int32_t Half() { return threadIdx.x / 32 == 0 ? 0 : 1; }
 
   static constexpr uint32_t kNowhere = 0xffffffff;  // offset of a slot without a key
 
+  // Rows of kColumns elements, by kLanes lanes each, 16 bytes a lane.
+  template <int kColumns>
   __device__ __forceinline__ static void CopyRows(const Tile& tile, const void* rows, int64_t stride_page, int64_t stride_token,
                                                   int64_t head_offset, uint32_t stage, uint32_t full) {
+    constexpr int kLanes = tile::RowLanes(kColumns);
     const int32_t chunk = Lane() % kLanes, first_row = Lane() / kLanes * kLanes;
     const char* source = static_cast<const char*>(rows) + (head_offset + chunk * 8) * 2;
     asm volatile("" : "+l"(source));  // NOTE: one value, or the compiler adds its parts anew for every copy
-    const uint32_t target = stage + Config::Boxes::Offset(Half() * kWarpKeys + first_row, chunk);
+    const uint32_t target = stage + tile::PageBoxes<Config::kBoxKeys, kColumns>::Offset(Half() * kWarpKeys + first_row, chunk);
     const auto page_units = static_cast<uint32_t>(stride_page / 8), token_units = static_cast<uint32_t>(stride_token / 8);
     uint32_t offset[kWarpKeys / 32];  // of this lane's keys, in units of 16 bytes
     bool has_keys = true;             // in every slot: most tiles, and then no copy needs a test
@@ -82,19 +82,20 @@ class KvGather {
       has_keys &= tile.slot[m] >= 0;
     }
     if (__all_sync(0xffffffff, has_keys)) {
-      Copies<true>(offset, source, target);
+      Copies<true, kColumns>(offset, source, target);
     } else {
-      Copies<false>(offset, source, target);
+      Copies<false, kColumns>(offset, source, target);
     }
     ptx::CpAsyncArrive(full);
   }
 
-  template <bool kAllKeys>
+  template <bool kAllKeys, int kColumns>
   __device__ __forceinline__ static void Copies(const uint32_t (&offset)[kWarpKeys / 32], const char* source, uint32_t target) {
     // NOTE: shuffles, addresses, copies, batch by batch, and the addresses of a batch at once: a copy reads its address late, and the
     // compiler would wait for that to use the same two registers again.
-    constexpr int kCopies = kWarpKeys * kLanes / 32, kBatch = 8;
-    const bool has_chunk = Lane() % kLanes < Config::kHeadDim / 8;
+    constexpr int kLanes = tile::RowLanes(kColumns), kCopies = kWarpKeys * kLanes / 32, kBatch = 8;
+    constexpr bool kIsWhole = kColumns / 8 == kLanes;  // every lane has some
+    const bool has_chunk = Lane() % kLanes < kColumns / 8;
     constexpr int kPerRow = kCopies / tile::kSwizzleRows;  // copies with the same row modulo 8
 #pragma unroll
     for (int first = 0; first < kCopies; first += kBatch) {

@@ -33,12 +33,12 @@ __device__ __forceinline__ void MaskLogits(float (&s)[kCount], const KeyRange (&
 
 // Zeroes keys [begin, end) of a tile of V: slots without a key of this work may hold NaN, and a weight of 0 times NaN is NaN. By the
 // threads of one warpgroup; both warpgroups of a CTA may do it to the same tile, each before it reads.
-template <int kBoxKeys, int kHeadDim>
+template <int kBoxKeys, int kHeadDimVo>
 __device__ __forceinline__ void ZeroValues(uint32_t tile, int32_t begin, int32_t end, int32_t thread) {
-  constexpr int kChunks = kHeadDim / 8;
+  constexpr int kChunks = kHeadDimVo / 8;
 #pragma unroll 1
   for (int i = begin * kChunks + thread; i < end * kChunks; i += 128) {
-    const uint32_t address = tile + tile::PageBoxes<kBoxKeys, kHeadDim>::Offset(i / kChunks, i % kChunks);
+    const uint32_t address = tile + tile::PageBoxes<kBoxKeys, kHeadDimVo>::Offset(i / kChunks, i % kChunks);
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
   }
 }

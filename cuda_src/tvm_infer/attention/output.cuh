@@ -26,20 +26,20 @@ __device__ __forceinline__ OutputRow FinalRow(const AttentionParams& p, const Pl
   return {o, p.lse == nullptr ? nullptr : p.lse + static_cast<int64_t>(at.token) * (plan.header->num_kv_heads * group) + head};
 }
 
-template <int kHeadDim>
+template <int kHeadDimVo>
 __device__ __forceinline__ OutputRow PartialRow(const AttentionParams& p, int64_t partial_row) {
-  return {p.partial_o + partial_row * kHeadDim, p.partial_lse + partial_row};
+  return {p.partial_o + partial_row * kHeadDimVo, p.partial_lse + partial_row};
 }
 
 // A lane's columns of a row that a warp shares out: kPieces times kVector neighbours.
-template <int kHeadDim>
+template <int kHeadDimVo>
 struct LaneColumns {
-  static constexpr int kVector = kHeadDim % 128 == 0 ? 4 : 2, kPieces = (kHeadDim + 32 * kVector - 1) / (32 * kVector);
+  static constexpr int kVector = kHeadDimVo % 128 == 0 ? 4 : 2, kPieces = (kHeadDimVo + 32 * kVector - 1) / (32 * kVector);
   static constexpr int kCount = kVector * kPieces;
-  static constexpr bool kIsWhole = kHeadDim % (32 * kVector) == 0;  // every lane has all its pieces
+  static constexpr bool kIsWhole = kHeadDimVo % (32 * kVector) == 0;  // every lane has all its pieces
 
   __device__ __forceinline__ static int32_t First(int32_t lane, int piece) { return (piece * 32 + lane) * kVector; }
-  __device__ __forceinline__ static bool Has(int32_t lane, int piece) { return kIsWhole || First(lane, piece) < kHeadDim; }
+  __device__ __forceinline__ static bool Has(int32_t lane, int piece) { return kIsWhole || First(lane, piece) < kHeadDimVo; }
 };
 
 // Columns [column, column + kCount) of a row of fp32 values, converted if the row is final.
@@ -65,11 +65,11 @@ __device__ __forceinline__ void StoreColumns(const OutputRow& row, bool is_final
 
 // A warp's accumulator (16 rows, see ptx/wgmma.cuh) as 16-bit rows in shared memory: panels of `kPanelRows` rows, of which `staging` is
 // the first of the warp's. `lane` as an argument: see Consumer::ThreadAnew.
-template <typename Element, int kHeadDim, int kPanelRows>
-__device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const float (&o)[kHeadDim / 2], const float (&factor)[2]) {
+template <typename Element, int kHeadDimVo, int kPanelRows>
+__device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const float (&o)[kHeadDimVo / 2], const float (&factor)[2]) {
   const uint32_t row = lane % 16, chunk = lane / 16;
 #pragma unroll
-  for (int j = 0; j < kHeadDim / 8; j += 2) {
+  for (int j = 0; j < kHeadDimVo / 8; j += 2) {
     uint32_t w[4];  // 8 x 8 blocks: rows g, rows g + 8 of columns 8j …, then of the next 8
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -81,10 +81,10 @@ __device__ __forceinline__ void StageRows(uint32_t lane, uint32_t staging, const
 }
 
 // Staged rows, 8 or 16, in registers, 16 bytes a lane, on their way to where `rows` says (see SharedMemory::scratch).
-template <int kHeadDim, int kPanelRows>
+template <int kHeadDimVo, int kPanelRows>
 struct StagedRows {
-  static constexpr int kChunks = kHeadDim / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // of a row
-  static constexpr int kRowsAtOnce = 32 / kLanes, kSteps = 4;                                        // 1, 2 or 4 rows at once
+  static constexpr int kChunks = kHeadDimVo / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // of a row
+  static constexpr int kRowsAtOnce = 32 / kLanes, kSteps = 4;                                          // 1, 2 or 4 rows at once
   static constexpr int kRowsHeld = kSteps * kRowsAtOnce;
   uint4 data[kSteps];
   uint32_t offset[kSteps];

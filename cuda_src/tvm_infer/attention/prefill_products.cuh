@@ -16,9 +16,10 @@ template <typename Config>
 class PrefillProducts {
  protected:
   using Element = typename Config::Element;
-  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
-  static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
-  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
+  static constexpr int kHeadDim = Config::kHeadDim, kHeadDimVo = Config::kHeadDimVo, kTileKeys = Config::kTileKeys;
+  static constexpr int kRows = Config::kPanelRows;
+  static constexpr int kOutputs = kHeadDimVo / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;    // the same of a tile
 
   __device__ __forceinline__ explicit PrefillProducts(Consumer<Config>& c)
       : c_(c), warpgroup_(__shfl_sync(0xffffffff, c.Thread() / 128, 0)) {}
@@ -29,7 +30,7 @@ class PrefillProducts {
   // s = Q @ K^T, asynchronous.
   __device__ __forceinline__ void IssueLogits(float (&s)[kLogits], uint32_t query, uint32_t k_stage) {
     const ptx::Descriptor q = tile::Uniform(
-        tile::MatrixDescriptor(c_.QueryAddress(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
+        tile::MatrixDescriptor(c_.PrefillQuery(query) + warpgroup_ * kRows * Config::kRowWidth * 2, 0, tile::kSwizzleAtomBytes));
     const ptx::Descriptor k = tile::Uniform(tile::MatrixDescriptor(k_stage, 0, tile::kSwizzleAtomBytes));
     // NOTE: the first product overwrites s. Said so where registers are short, for the weights before would live until here; elsewhere the
     // compiler's order of things is better without.
@@ -51,7 +52,7 @@ class PrefillProducts {
                                               int32_t num_keys) {
     // 8-bit values were widened into one box.
     constexpr int kBoxKeys = Config::kIsScaled ? kTileKeys : Config::kBoxKeys;
-    using Boxes = tile::PageBoxes<kBoxKeys, kHeadDim>;
+    using Boxes = tile::PageBoxes<kBoxKeys, kHeadDimVo>;
     // Pages of 8 tokens: the next 8 keys are the next page.
     constexpr uint32_t kNext8Keys = kBoxKeys == 8 ? Boxes::kPageBytes : tile::kSwizzleAtomBytes;
     const ptx::Descriptor v = tile::Uniform(tile::MatrixDescriptor(v_stage, Boxes::kPanelBytes, kNext8Keys));
@@ -87,8 +88,8 @@ class PrefillProducts {
     const int32_t box_end = min((end + kBoxKeys - 1) / kBoxKeys * kBoxKeys, kTileKeys);
     if (Config::kIsGather || Config::kIsScaled || (begin <= 0 && end >= box_end)) return;
     const int32_t thread = c_.ThreadAnew();
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, 0, begin, thread % 128);
-    ZeroValues<kBoxKeys, kHeadDim>(v_stage, end, box_end, thread % 128);
+    ZeroValues<kBoxKeys, kHeadDimVo>(v_stage, 0, begin, thread % 128);
+    ZeroValues<kBoxKeys, kHeadDimVo>(v_stage, end, box_end, thread % 128);
     ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
   }

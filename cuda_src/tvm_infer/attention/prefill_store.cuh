@@ -13,10 +13,10 @@ namespace tvm_infer::attention {
 // Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its scales.
 template <typename Config>
 __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, const VariantRows& at, int32_t kv_head,
-                                          SoftmaxState<typename Config::Variant> softmax, float (&o)[Config::kHeadDim / 2]) {
+                                          SoftmaxState<typename Config::Variant> softmax, float (&o)[Config::kHeadDimVo / 2]) {
   using Element = typename Config::Element;
   using Variant = typename Config::Variant;
-  constexpr int kHeadDim = Config::kHeadDim, kRows = Config::kPanelRows, kOutputs = kHeadDim / 2;
+  constexpr int kHeadDimVo = Config::kHeadDimVo, kRows = Config::kPanelRows, kOutputs = kHeadDimVo / 2;
   softmax.SumOverQuad();
   const float scale = c.SoftmaxScale() * c.KeyScale(kv_head), value_scale = c.ValueScale(kv_head);
   float factor[2] = {Normaliser<Variant>(softmax.sum[0]) * value_scale, Normaliser<Variant>(softmax.sum[1]) * value_scale};
@@ -44,13 +44,13 @@ __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, c
       }
     }
     const uint32_t staging =
-        c.QueryAddress(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
-    StageRows<Element, kHeadDim, kRows>(lane, staging, o, factor);
+        c.PrefillQuery(query) + first_row / kRows * kRows * Config::kRowWidth * 2 + first_row % kRows * tile::kPanelRowBytes;
+    StageRows<Element, kHeadDimVo, kRows>(lane, staging, o, factor);
     int32_t at[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) at[i] = rows[lane / 4 + 8 * i].y;
     __syncwarp();
-    using Staged = StagedRows<kHeadDim, kRows>;
+    using Staged = StagedRows<kHeadDimVo, kRows>;
 #pragma unroll
     for (int first = 0; first < 16; first += Staged::kRowsHeld) {
       const Staged staged(lane, staging, ptx::SharedAddress(rows), first);
@@ -68,7 +68,7 @@ __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, c
   for (int i = 0; i < 2; ++i) {
     const int32_t row = lane / 4 + 8 * i;
     if (row >= num_rows) continue;
-    const OutputRow partial = PartialRow<kHeadDim>(c.params, head.x + first_row + row);
+    const OutputRow partial = PartialRow<kHeadDimVo>(c.params, head.x + first_row + row);
     if (lane % 4 == 0) *partial.lse = lse[i];
 #pragma unroll
     for (int j = 0; j < kOutputs / 4; ++j) {

@@ -24,9 +24,10 @@ class PrefillTile : private PrefillProducts<Config> {
   using Element = typename Config::Element;
   using Ring = typename Config::Ring;
   using Variant = typename Config::Variant;
-  static constexpr int kHeadDim = Config::kHeadDim, kTileKeys = Config::kTileKeys, kRows = Config::kPanelRows;
-  static constexpr int kOutputs = kHeadDim / 2;  // fp32 accumulators a thread
-  static constexpr int kLogits = kTileKeys / 2;  // the same of a tile
+  static constexpr int kHeadDim = Config::kHeadDim, kHeadDimVo = Config::kHeadDimVo, kTileKeys = Config::kTileKeys;
+  static constexpr int kRows = Config::kPanelRows;
+  static constexpr int kOutputs = kHeadDimVo / 2;  // fp32 accumulators a thread
+  static constexpr int kLogits = kTileKeys / 2;    // the same of a tile
 
   __device__ __forceinline__ explicit PrefillTile(Consumer<Config>& c) : PrefillProducts<Config>(c) {}
 
@@ -50,7 +51,7 @@ class PrefillTile : private PrefillProducts<Config> {
       for (int32_t row = c_.Warp(); row < work.num_rows; row += Config::kConsumerWarps) {
         const OutputRow out = RowOf(work, h, row);
 #pragma unroll 1
-        for (int32_t column = 2 * c_.Lane(); column < kHeadDim; column += 64) {
+        for (int32_t column = 2 * c_.Lane(); column < kHeadDimVo; column += 64) {
           StoreColumns<Element>(out, work.out == kFinalRows, column, zero);
         }
         if (c_.Lane() == 0 && out.lse != nullptr) *out.lse = kNegInf;
@@ -98,6 +99,7 @@ class PrefillTile : private PrefillProducts<Config> {
     Softmax(s, visible, rows, work, head, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
+    ptx::ZeroRegisters(o);
     bool accumulate = false;  // o holds earlier values of this head
     int32_t values_begin, values_end, done_index;
     for (;;) {
@@ -242,7 +244,7 @@ class PrefillTile : private PrefillProducts<Config> {
 
   __device__ __forceinline__ OutputRow RowOf(const Work& work, int32_t head, int32_t row) const {
     return work.out == kFinalRows ? FinalRow<Element>(c_.params, c_.plan, work.row_begin + row, work.kv_head_begin + head)
-                                  : PartialRow<kHeadDim>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
+                                  : PartialRow<kHeadDimVo>(c_.params, work.out + static_cast<int64_t>(head) * work.num_rows + row);
   }
 };
 

@@ -22,7 +22,7 @@ class QueryLoader {
  public:
   static constexpr int kRows = Config::kPanelRows;
 
-  // `buffer`: this warp's rows in the first query buffer, panels of 64 rows. `full`, `empty`: barriers of the first buffer.
+  // `buffer`: this warp's rows of the first turn, panels of 64 rows. `full`, `empty`: barriers of the first turn.
   __device__ __forceinline__ QueryLoader(const AttentionParams& params, const variant::Args& variant, const PlanView& plan,
                                          typename Config::SharedMemory& shared, uint32_t buffer, uint32_t full, uint32_t empty,
                                          int32_t first_row)
@@ -41,22 +41,25 @@ class QueryLoader {
     Rows rows;
     if (has_rows) rows = FirstHead(work);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
-      const uint32_t buffer = turn_ % Config::kQueryBuffers, parity = turn_ / Config::kQueryBuffers % 2;
+      const uint32_t turn = turn_ % Config::kQueryTurns, parity = turn_ / Config::kQueryTurns % 2;
       ++turn_;
-      ptx::MbarrierWait(empty_ + 8 * buffer, parity ^ 1);
+      ptx::MbarrierWait(empty_ + 8 * turn, parity ^ 1);
+      if constexpr (Config::kQueryBuffers == 1) {  // prefill's queries are where those of the turn before are, or its results
+        if ((is_prefill || last_is_prefill_) && turn_ > 1) ptx::MbarrierWait(empty_ + 8 * (turn ^ 1), parity ^ turn ^ 1);
+        last_is_prefill_ = is_prefill;
+      }
       if (has_rows) {
-        if (lane_ == 0) shared_.head[buffer] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
-        LoadHead(rows, buffer, is_prefill);
+        if (lane_ == 0) shared_.head[turn] = {work.out == kFinalRows ? kFinalRows : work.out + h * work.num_rows, work.num_rows};
+        LoadHead(rows, turn, is_prefill);
         if constexpr (Config::kChangesQueries) {
           __syncwarp();
-          ChangeQueries<Config>(variant_, plan_, work, work.kv_head_begin + h, params_.expected.group_size,
-                                buffer_ + buffer * Config::kQueryBytes, first_row_,
-                                min(work.num_rows - first_row_, is_prefill ? kRows : Config::kDecodeRows));
+          ChangeQueries<Config>(variant_, plan_, work, work.kv_head_begin + h, params_.expected.group_size, Place(turn, is_prefill),
+                                first_row_, min(work.num_rows - first_row_, is_prefill ? kRows : Config::kDecodeRows));
         }
         ptx::FenceProxyAsyncShared();
         rows.Step(params_);
       }
-      ptx::MbarrierArrive(full_ + 8 * buffer);
+      ptx::MbarrierArrive(full_ + 8 * turn);
     }
   }
 
@@ -94,21 +97,25 @@ class QueryLoader {
     return rows;
   }
 
-  __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t buffer, bool is_prefill) {
+  __device__ __forceinline__ uint32_t Place(uint32_t turn, bool is_prefill) const {
+    return buffer_ + turn * (is_prefill ? Config::kPrefillQueryStride : Config::kDecodeQueryStride);
+  }
+
+  __device__ __forceinline__ void LoadHead(const Rows& rows, uint32_t turn, bool is_prefill) {
     constexpr int kLanes = Config::kLoadLanes;  // of a row
     constexpr int kRowsAtOnce = 32 / kLanes;    // 1, 2 or 4
     if (is_prefill) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared_.scratch[buffer].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(rows.o[i]), rows.lse[i]};
+        shared_.scratch[turn].rows[first_row_ + 32 * i + lane_] = {static_cast<int32_t>(rows.o[i]), rows.lse[i]};
       }
     } else if (lane_ < Config::kDecodeRows) {
-      shared_.decode_rows[buffer][lane_] = {static_cast<int32_t>(rows.o[0]), rows.lse[0]};
+      shared_.decode_rows[turn][lane_] = {static_cast<int32_t>(rows.o[0]), rows.lse[0]};
     }
     const uint32_t chunk = lane_ % kLanes, row = lane_ / kLanes;  // row of the first step
     const bool has_chunk = chunk < Config::kHeadDim / 8;
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
-    const uint32_t panel = buffer_ + buffer * Config::kQueryBytes + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
+    const uint32_t panel = Place(turn, is_prefill) + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
     const uint32_t swizzled = (chunk % 8 ^ row) << 4;
     // NOTE: shuffles first, then copies: one at a time, each would wait for the one before to have read its address.
     constexpr int kBatch = 8;
@@ -139,6 +146,7 @@ class QueryLoader {
   const int32_t first_row_;
   const int32_t lane_;
   uint32_t turn_ = 0;
+  bool last_is_prefill_ = false;
 };
 
 }  // namespace tvm_infer::attention

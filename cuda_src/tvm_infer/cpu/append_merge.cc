@@ -26,8 +26,7 @@ void AppendToken(const AppendContext& ctx, int32_t token, int32_t request) {
   const int32_t position = args.kv_len[request] - (args.qo_indptr[request + 1] - token);
   const int64_t page = cache.page_indices[cache.page_indptr[request] + position / cache.page_size];
   const int64_t slot = position % cache.page_size;
-  const size_t row_bytes = static_cast<size_t>(args.head_dim * ctx.element_size);
-  const auto copy = [&](const void* to, const void* from, int64_t to_row, int64_t to_head_stride, int64_t from_row,
+  const auto copy = [&](int32_t head_dim, const void* to, const void* from, int64_t to_row, int64_t to_head_stride, int64_t from_row,
                         int64_t from_head_stride, const KVScale& scale) {
     // The cache is written through: KVSource is const only because attention reads through it.
     char* out = const_cast<char*>(static_cast<const char*>(to)) + to_row * ctx.cache_element_size;
@@ -36,16 +35,16 @@ void AppendToken(const AppendContext& ctx, int32_t token, int32_t request) {
       char* out_head = out + h * to_head_stride * ctx.cache_element_size;
       const char* in_head = in + h * from_head_stride * ctx.element_size;
       if (ctx.quantise != nullptr) {
-        ctx.quantise({args.head_dim, scale.Of(h), in_head, out_head});
+        ctx.quantise({head_dim, scale.Of(h), in_head, out_head});
       } else {
-        std::memcpy(out_head, in_head, row_bytes);
+        std::memcpy(out_head, in_head, static_cast<size_t>(head_dim * ctx.element_size));
       }
     }
   };
-  copy(cache.k, args.k, page * cache.k_page_stride + slot * cache.k_token_stride, cache.k_head_stride, token * args.k_token_stride,
-       args.k_head_stride, cache.k_scale);
-  copy(cache.v, args.v, page * cache.v_page_stride + slot * cache.v_token_stride, cache.v_head_stride, token * args.v_token_stride,
-       args.v_head_stride, cache.v_scale);
+  copy(args.head_dim, cache.k, args.k, page * cache.k_page_stride + slot * cache.k_token_stride, cache.k_head_stride,
+       token * args.k_token_stride, args.k_head_stride, cache.k_scale);
+  copy(args.head_dim_vo, cache.v, args.v, page * cache.v_page_stride + slot * cache.v_token_stride, cache.v_head_stride,
+       token * args.v_token_stride, args.v_head_stride, cache.v_scale);
 }
 
 void RunAppend(void* context, int64_t unit, ThreadScratch*) {
@@ -97,7 +96,7 @@ int64_t ElementSize(DType dtype) { return ElementBits(dtype) / 8; }
 
 void Append(const AppendArgs& args, int num_threads) {
   const int32_t num_tokens = args.qo_indptr[args.num_requests];
-  const int64_t token_bytes = 2 * args.num_kv_heads * args.head_dim * ElementSize(args.dtype);
+  const int64_t token_bytes = int64_t{args.num_kv_heads} * (args.head_dim + args.head_dim_vo) * ElementSize(args.dtype);
   const int32_t tokens_per_unit = static_cast<int32_t>(std::max<int64_t>(1, kUnitBytes / std::max<int64_t>(1, token_bytes)));
   const auto quantise =
       IsScaled(args.cache.dtype) ? ChosenKernels().quantise_row[static_cast<int>(args.dtype)][ScaledIndex(args.cache.dtype)] : nullptr;

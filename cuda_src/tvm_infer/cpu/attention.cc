@@ -124,6 +124,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
   job.num_rows = work.num_rows;
   job.num_kv_heads = work.num_kv_heads;
   job.head_dim = args.head_dim;
+  job.head_dim_vo = args.head_dim_vo;
   job.q_scale = args.sm_scale * 1.44269504088896340736f;
   job.q_rows = s->inputs.data();
   job.q_head_stride = group * args.q_head_stride * ctx.element_size;
@@ -165,7 +166,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
     if (hooks.logits != nullptr) job.q_scale = args.sm_scale;
   }
   if (job.is_partial) {
-    job.o_head_stride = static_cast<int64_t>(work.num_rows) * args.head_dim * sizeof(float);
+    job.o_head_stride = static_cast<int64_t>(work.num_rows) * args.head_dim_vo * sizeof(float);
     job.lse_head_stride = work.num_rows;
   } else {
     job.o_head_stride = group * args.o_head_stride * ctx.element_size;
@@ -175,7 +176,7 @@ void RunWork(const Context& ctx, const Work& work, ThreadScratch* s) {
     const int32_t token = s->tokens[r], head = first_head + s->heads[r];
     s->inputs[r] = ctx.QRow(token, head);
     if (job.is_partial) {
-      s->outputs[r] = args.partial_o + static_cast<int64_t>(work.out + r) * args.head_dim;
+      s->outputs[r] = args.partial_o + static_cast<int64_t>(work.out + r) * args.head_dim_vo;
       s->lse_rows[r] = args.partial_lse + work.out + r;
     } else {
       s->outputs[r] = ctx.ORow(token, head);
@@ -212,7 +213,7 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
   for (int64_t pair = pairs * piece / ctx.pieces_per_merge; pair < pairs * (piece + 1) / ctx.pieces_per_merge; ++pair) {
     for (int32_t i = 0; i < num_states; ++i) {
       const int64_t row = slots[i] + pair;
-      s->inputs[i] = args.partial_o + row * args.head_dim;
+      s->inputs[i] = args.partial_o + row * args.head_dim_vo;
       s->lse_values[i] = args.partial_lse[row];
     }
     const int32_t row = merge.row_begin + static_cast<int32_t>(pair % merge.num_rows);
@@ -222,7 +223,7 @@ void RunMerge(void* context, int64_t unit, ThreadScratch* s) {
     const int32_t head = kv_head * ctx.header.group_size + row % ctx.header.group_size;
     if (has_hook) described = DescribeRow(ctx, token, RequestOf(ctx, token), head);
     MergeRowJob job{num_states,
-                    args.head_dim,
+                    args.head_dim_vo,
                     s->inputs.data(),
                     s->lse_values.data(),
                     ctx.ORow(token, head),
@@ -237,6 +238,10 @@ void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_thre
   if (args.head_dim < 8 || args.head_dim > 256 || args.head_dim % 8 != 0) {
     TVM_INFER_THROW(ArgumentError) << "head_dim is " << args.head_dim
                                    << ", but the CPU executor takes multiples of 8 from 8 to 256. Pad q, k and v.";
+  }
+  if (args.head_dim_vo < 8 || args.head_dim_vo > args.head_dim || args.head_dim_vo % 8 != 0) {
+    TVM_INFER_THROW(ArgumentError) << "head_dim_vo is " << args.head_dim_vo
+                                   << ", but the CPU executor takes multiples of 8 from 8 to head_dim, " << args.head_dim << ". Pad v.";
   }
   if (header.magic != kPlanMagic || header.version != kPlanVersion) {
     TVM_INFER_THROW(PlanMismatchError) << "plan is not a plan of version " << kPlanVersion << " (magic " << header.magic << ", version "

@@ -5,6 +5,7 @@
 
 #include "tvm_infer/element_type.h"
 #include "tvm_infer/schedule/plan.h"
+#include "tvm_infer/schedule/tile_costs.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::cpu {
@@ -38,16 +39,18 @@ struct KVSource {
 struct AttentionArgs {
   const void* plan;  // PlanHeader and its arrays
   DType dtype;       // of q and o; kv.dtype is the same, or IsScaled
-  int32_t num_qo_heads, num_kv_heads, head_dim;
-  const void* q;  // [num_tokens, num_qo_heads, head_dim]
+  int32_t num_qo_heads, num_kv_heads;
+  int32_t head_dim;     // of q and keys
+  int32_t head_dim_vo;  // of values and o, at most head_dim
+  const void* q;        // [num_tokens, num_qo_heads, head_dim]
   int64_t q_token_stride, q_head_stride;
   KVSource kv;
   float sm_scale;
-  void* o;  // [num_tokens, num_qo_heads, head_dim]
+  void* o;  // [num_tokens, num_qo_heads, head_dim_vo]
   int64_t o_token_stride, o_head_stride;
   float* lse;  // natural log, [num_tokens, num_qo_heads], or nullptr
   int64_t lse_token_stride, lse_head_stride;
-  float* partial_o;              // [header.num_partial_rows, head_dim]
+  float* partial_o;              // [header.num_partial_rows, head_dim_vo]
   float* partial_lse;            // [header.num_partial_rows], natural log
   const variant::Call* variant;  // or nullptr: plain attention
 };
@@ -57,11 +60,12 @@ void Attention(const AttentionArgs& args, int num_threads);
 
 struct AppendArgs {
   DType dtype;  // of k and v; cache.dtype is the same, or IsScaled
-  int32_t num_requests, num_kv_heads, head_dim;
-  const int32_t* qo_indptr;  // [num_requests + 1]: new tokens of each request
-  const int32_t* kv_len;     // [num_requests]: keys of each request, new tokens included
-  const void* k;             // [num_tokens, num_kv_heads, head_dim]
-  const void* v;
+  int32_t num_requests, num_kv_heads;
+  int32_t head_dim, head_dim_vo;  // of k, of v
+  const int32_t* qo_indptr;       // [num_requests + 1]: new tokens of each request
+  const int32_t* kv_len;          // [num_requests]: keys of each request, new tokens included
+  const void* k;                  // [num_tokens, num_kv_heads, head_dim]
+  const void* v;                  // [num_tokens, num_kv_heads, head_dim_vo]
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   KVSource cache;  // written through; never ragged
 };
@@ -89,8 +93,8 @@ void Merge(const MergeArgs& args, int num_threads);
 
 // TVM_INFER_NUM_THREADS, else the processors this process may run on.
 int DefaultNumThreads();
-// Tile classes measured for this executor (a static table of `*count` entries), by the type of queries and of keys in memory.
-const TileClass* TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t* count);
+// Costs measured for this executor, by the type of queries and of keys in memory, the width of keys and that of values.
+TileCosts TileTable(DType dtype, DType kv_dtype, int32_t head_dim, int32_t head_dim_vo);
 // The hooks of a standard variant, or of one that an exported model embeds (embedded.h), in the chosen instruction set, for as long as the
 // library is loaded; nullptr: `digest`, 16 hexadecimal digits, is none of theirs.
 const variant::CpuFunctions* VariantFunctions(const char* digest);

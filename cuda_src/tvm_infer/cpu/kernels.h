@@ -51,7 +51,8 @@ struct TileJob {
   int32_t q_type;  // DType of queries and of final rows
   int32_t num_rows;
   int32_t num_kv_heads;
-  int32_t head_dim;
+  int32_t head_dim;     // of queries and keys
+  int32_t head_dim_vo;  // of values and results, at most head_dim
   // Of queries: sm_scale * log2(e), so that scores are in units of log2; sm_scale alone where a variant makes logits of them, which are.
   float q_scale;
   const void* const* q_rows;  // [head_dim] of q_type
@@ -70,7 +71,7 @@ struct TileJob {
   const int32_t* pages;  // of this list
   int64_t first_row;
   // Where the rows go: final rows of q_type, or fp32 partials.
-  void* const* o_rows;  // [head_dim]
+  void* const* o_rows;  // [head_dim_vo]
   int64_t o_head_stride;
   bool is_partial;
   float* const* lse_rows;  // entries, or nullptr for no LSE

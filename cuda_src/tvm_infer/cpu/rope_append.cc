@@ -69,10 +69,10 @@ void AppendKeys(const Context& ctx, const Angles& angles, const Heads& from, con
 
 void AppendValues(const Context& ctx, const Heads& from, const Heads& to) {
   const AppendArgs& append = ctx.args.append;
-  const size_t row_bytes = static_cast<size_t>(append.head_dim * ctx.element_size);
+  const size_t row_bytes = static_cast<size_t>(append.head_dim_vo * ctx.element_size);
   for (int32_t h = 0; h < append.num_kv_heads; ++h) {
     if (ctx.quantise != nullptr) {
-      ctx.quantise({append.head_dim, append.cache.v_scale.Of(h), from.data + h * from.stride, to.data + h * to.stride});
+      ctx.quantise({append.head_dim_vo, append.cache.v_scale.Of(h), from.data + h * from.stride, to.data + h * to.stride});
     } else {
       std::memcpy(to.data + h * to.stride, from.data + h * from.stride, row_bytes);
     }

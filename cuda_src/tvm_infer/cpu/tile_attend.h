@@ -69,7 +69,7 @@ struct Block {
 
 // Logits and softmax of `rows` rows over columns c, then O += P V. With kFetch, `prefetch` is fetched along the values.
 template <typename V, bool kFetch>
-void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row, int rows, int block, Columns c, float* s, KeyRows<V> v,
+void UpdateRows(const TileJob& job, const HeadState& head, int o_stride, int row, int rows, int block, Columns c, float* s, KeyRows<V> v,
                 KeyRows<V> prefetch) {
   const bool has_logits = job.variant != nullptr && job.variant->logits != nullptr;
   const bool has_softmax = job.variant == nullptr || job.variant->has_softmax;
@@ -82,12 +82,12 @@ void UpdateRows(const TileJob& job, const HeadState& head, int q_stride, int row
     }
     const float rescale = SoftmaxBlock(s + r * kScoreStride, c.begin, c.end, job.visible_begin[row + r] - block,
                                        job.visible_end[row + r] - block, &head.softmax[row + r]);
-    if (rescale != 1.f) ScaleRow(head.o + (row + r) * q_stride, q_stride, rescale);
+    if (rescale != 1.f) ScaleRow(head.o + (row + r) * o_stride, o_stride, rescale);
   }
   WithRows<kTileRows>(rows, [&]<int R>() {
-    for (int d = 0; d < q_stride; d += kTileVecs * kWidth) {
-      const int vecs = (q_stride - d) / kWidth < kTileVecs ? (q_stride - d) / kWidth : kTileVecs;
-      AddValuesOf<V, R, kFetch>(vecs)(s, kScoreStride, v, prefetch, d, c.begin, c.end, head.o + row * q_stride + d, q_stride);
+    for (int d = 0; d < o_stride; d += kTileVecs * kWidth) {
+      const int vecs = (o_stride - d) / kWidth < kTileVecs ? (o_stride - d) / kWidth : kTileVecs;
+      AddValuesOf<V, R, kFetch>(vecs)(s, kScoreStride, v, prefetch, d, c.begin, c.end, head.o + row * o_stride + d, o_stride);
     }
   });
 }
@@ -114,7 +114,7 @@ void UpdateBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>
     const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
     const auto update = row == 0 && prefetch.rows != nullptr ? UpdateRows<V, true> : UpdateRows<V, false>;
-    update(job, head, b.q_stride, row, rows, at.block, c, b.s + row * kScoreStride, v, prefetch);
+    update(job, head, b.o_stride, row, rows, at.block, c, b.s + row * kScoreStride, v, prefetch);
   }
 }
 
@@ -125,12 +125,11 @@ struct NextRows {
   int count;
 };
 template <typename T>
-TVM_INFER_INLINE void PrefetchShare(const NextRows<T>& next, int head_dim, int share, int num_shares) {
+TVM_INFER_INLINE void PrefetchShare(const NextRows<T>& next, int head_dim, int head_dim_vo, int share, int num_shares) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   for (int c = next.count * share / num_shares; c < next.count * (share + 1) / num_shares; ++c) {
-    for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(T))) {
-      __builtin_prefetch(next.k[c] + d, 0, 2);
-      __builtin_prefetch(next.v[c] + d, 0, 2);
-    }
+    for (int d = 0; d < head_dim; d += kLine) __builtin_prefetch(next.k[c] + d, 0, 2);
+    for (int d = 0; d < head_dim_vo; d += kLine) __builtin_prefetch(next.v[c] + d, 0, 2);
   }
 }
 
@@ -140,7 +139,7 @@ void OuterBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>&
   const int num_shares = (job.num_rows + kTileRows - 1) / kTileRows;
   const KeyRows<float> v{b.widened, 0};
   for (int row = 0; row < job.num_rows; row += kTileRows) {
-    PrefetchShare(next, job.head_dim, row / kTileRows, num_shares);
+    PrefetchShare(next, job.head_dim, job.head_dim_vo, row / kTileRows, num_shares);
     const int rows = job.num_rows - row < kTileRows ? job.num_rows - row : kTileRows;
     const Columns c = VisibleColumns(job, row, rows, at.block, at.begin, at.end);
     if (c.begin >= c.end) continue;
@@ -151,7 +150,7 @@ void OuterBlock(const TileJob& job, const HeadState& head, const TileBuffers<T>&
                                                               b.s + col, kScoreStride);
       }
     });
-    UpdateRows<float, false>(job, head, b.q_stride, row, rows, at.block, c, b.s, v, {nullptr, 0});
+    UpdateRows<float, false>(job, head, b.o_stride, row, rows, at.block, c, b.s, v, {nullptr, 0});
   }
 }
 
@@ -163,7 +162,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
   const bool use_dots = job.num_rows <= kMaxDotRows;
   const bool changes_keys = kIsScaled<T> || (job.variant != nullptr && job.variant->key != nullptr);
   // Few rows read values where they lie, if that needs no conversion or if it is done once anyway.
-  const bool in_place = !kIsScaled<T> && b.q_stride == job.head_dim && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
+  const bool in_place = !kIsScaled<T> && b.o_stride == job.head_dim_vo && (sizeof(T) == sizeof(float) || job.num_rows <= kTileRows);
   const int64_t k_stride = job.k_head_stride / static_cast<int64_t>(sizeof(T)),
                 v_stride = job.v_head_stride / static_cast<int64_t>(sizeof(T));
   const int block_keys = BlockKeys(job.num_rows, job.head_dim, sizeof(T));
@@ -171,7 +170,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
     const int next = (begin / block_keys + 1) * block_keys;
     return next < job.kv_end ? next : job.kv_end;
   };
-  for (int h = 0; h < num_heads; ++h) LoadQueries(job, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) LoadQueries(job, b.q_stride, b.o_stride, b.Head(h));
   int current = 0;
   if (job.kv_begin < job.kv_end)
     LocateKeys(job, job.kv_begin, block_end(job.kv_begin), job.kv_begin % block_keys, b.k_rows[0], b.v_rows[0]);
@@ -200,7 +199,7 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
         if (in_place) {
           if constexpr (!kIsScaled<T>) UpdateBlock<T, T>(job, b.Head(h), b, at, v, fetch);
         } else {
-          WidenValues(v, fetch, v_scale, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+          WidenValues(v, fetch, v_scale, at.begin, at.end, job.head_dim_vo, b.v, b.o_stride, b.widened);
           UpdateBlock<T, float>(job, b.Head(h), b, at, {b.widened, 0}, {nullptr, 0});
         }
       } else {
@@ -210,14 +209,14 @@ void AttendHeads(const TileJob& job, const TileBuffers<T>& b, int num_heads) {
         } else if constexpr (!kIsScaled<T>) {
           PackKeys(k, at.begin, at.end, job.head_dim, b.kt, kBlockKeys);
         }
-        WidenValues<T>(v, {nullptr, 0}, v_scale, at.begin, at.end, job.head_dim, b.v, b.q_stride, b.widened);
+        WidenValues<T>(v, {nullptr, 0}, v_scale, at.begin, at.end, job.head_dim_vo, b.v, b.o_stride, b.widened);
         OuterBlock<T>(job, b.Head(h), b, at, {{b.k_rows[current ^ 1], k_at}, {b.v_rows[current ^ 1], v_at}, next_count});
       }
     }
     begin = end;
     current ^= 1;
   }
-  for (int h = 0; h < num_heads; ++h) StoreOutputs(job, b.q_stride, b.Head(h));
+  for (int h = 0; h < num_heads; ++h) StoreOutputs(job, b.o_stride, b.Head(h));
 }
 
 // T: of keys and values in memory; queries and outputs are of job.q_type.
@@ -225,7 +224,7 @@ template <typename T>
 void Attend(const TileJob& job, Scratch* scratch) {
   // As many heads at once as leave the second-level cache to the keys; many rows fill it with one.
   constexpr int64_t kStateBytes = 128 * 1024;
-  const int64_t head_bytes = static_cast<int64_t>(job.num_rows) * job.head_dim * 2 * sizeof(float);
+  const int64_t head_bytes = static_cast<int64_t>(job.num_rows) * (job.head_dim + job.head_dim_vo) * sizeof(float);
   const int64_t fitting = job.num_rows <= kMaxDotRows ? kStateBytes / head_bytes : 1;
   const int heads_at_once = fitting < 1 ? 1 : fitting < job.num_kv_heads ? static_cast<int>(fitting) : job.num_kv_heads;
   TileBuffers<T> b = Layout<T>(job, heads_at_once, scratch);

@@ -34,7 +34,7 @@ TVM_INFER_INLINE int BlockKeys(int num_rows, int head_dim, int element_size) {
 // Queries and running results of one head's rows.
 struct HeadState {
   float* q;  // [num_rows][q_stride], times q_scale
-  float* o;  // [num_rows][q_stride]
+  float* o;  // [num_rows][o_stride]
   SoftmaxState* softmax;
   int kv_head;  // of the work's
 };
@@ -42,11 +42,12 @@ struct HeadState {
 template <typename T>
 struct TileBuffers {
   int q_stride;  // head_dim rounded up to vectors; floats
+  int o_stride;  // head_dim_vo, the same
   int num_rows;
   HeadState first;        // of heads_at_once heads, one behind the other
   float* s;               // [kMaxDotRows][kScoreStride]
   float* kt;              // [head_dim][kBlockKeys]
-  float* v;               // [kBlockKeys][q_stride]
+  float* v;               // [kBlockKeys][o_stride]
   const T** k_rows[2];    // of this block and the next
   const T** v_rows[2];    //
   const float** widened;  // rows of v
@@ -58,7 +59,7 @@ struct TileBuffers {
 
   HeadState Head(int h) const {
     const int64_t row = static_cast<int64_t>(h) * num_rows;
-    return {first.q + row * q_stride, first.o + row * q_stride, first.softmax + row, first.kv_head + h};
+    return {first.q + row * q_stride, first.o + row * o_stride, first.softmax + row, first.kv_head + h};
   }
 };
 
@@ -66,6 +67,7 @@ template <typename T>
 TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   TileBuffers<T> b;
   b.q_stride = (job.head_dim + kWidth - 1) / kWidth * kWidth;
+  b.o_stride = (job.head_dim_vo + kWidth - 1) / kWidth * kWidth;
   b.num_rows = job.num_rows;
   size_t bytes = 0;
   const auto take = [&bytes](size_t n) {
@@ -75,11 +77,11 @@ TileBuffers<T> Layout(const TileJob& job, int heads_at_once, Scratch* scratch) {
   };
   const size_t rows = static_cast<size_t>(job.num_rows) * heads_at_once;
   const size_t q = take(rows * b.q_stride * sizeof(float));
-  const size_t o = take(rows * b.q_stride * sizeof(float));
+  const size_t o = take(rows * b.o_stride * sizeof(float));
   const size_t softmax = take(rows * sizeof(SoftmaxState));
   const size_t s = take(static_cast<size_t>(kMaxDotRows) * kScoreStride * sizeof(float));
   const size_t kt = take(static_cast<size_t>(job.head_dim) * kBlockKeys * sizeof(float));
-  const size_t v = take(static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float));
+  const size_t v = take(static_cast<size_t>(kBlockKeys) * b.o_stride * sizeof(float));
   const size_t pointers = take(6 * kBlockKeys * sizeof(void*));
   const bool has_keys = job.variant != nullptr && job.variant->key != nullptr;
   const size_t keys = take(has_keys || kIsScaled<T> ? static_cast<size_t>(kBlockKeys) * b.q_stride * sizeof(float) : 0);
@@ -132,17 +134,15 @@ void WidenRow(const void* from, int head_dim, float* to) {
 }
 inline constexpr void (*kWidenRow[kNumFloats])(const void*, int, float*) = {WidenRow<float>, WidenRow<Half>, WidenRow<BFloat>};
 
-inline void LoadQueries(const TileJob& job, int q_stride, const HeadState& head) {
+inline void LoadQueries(const TileJob& job, int q_stride, int o_stride, const HeadState& head) {
   const Vec scale = Set1(job.q_scale);
   const bool has_hook = job.variant != nullptr && job.variant->query != nullptr;
   for (int r = 0; r < job.num_rows; ++r) {
     float* loaded = head.q + r * q_stride;
     kWidenRow[job.q_type](static_cast<const char*>(job.q_rows[r]) + head.kv_head * job.q_head_stride, job.head_dim, loaded);
     if (has_hook) ApplyQuery(*job.variant, head.kv_head, r, job.head_dim, loaded);
-    for (int d = 0; d < job.head_dim; d += kWidth) {
-      Store(loaded + d, Mul(Load(loaded + d), scale));
-      Store(head.o + r * q_stride + d, Zero());
-    }
+    for (int d = 0; d < job.head_dim; d += kWidth) Store(loaded + d, Mul(Load(loaded + d), scale));
+    for (int d = 0; d < job.head_dim_vo; d += kWidth) Store(head.o + r * o_stride + d, Zero());
     head.softmax[r].max = -__builtin_inff();
     Store(head.softmax[r].sum, Zero());
   }
@@ -188,24 +188,24 @@ void StoreRow(const float* o, int head_dim, float factor, void* out) {
 
 inline constexpr void (*kStoreRow[kNumFloats])(const float*, int, float, void*) = {StoreRow<float>, StoreRow<Half>, StoreRow<BFloat>};
 
-inline void StoreOutputs(const TileJob& job, int q_stride, const HeadState& head) {
+inline void StoreOutputs(const TileJob& job, int o_stride, const HeadState& head) {
   for (int r = 0; r < job.num_rows; ++r) {
     const float sum = ReduceAdd(Load(head.softmax[r].sum));
     const bool is_empty = sum == 0.f;  // no visible key, or none with a score above -inf
     const bool has_hook = job.variant != nullptr && job.variant->output != nullptr;
-    float* o = head.o + r * q_stride;
+    float* o = head.o + r * o_stride;
     float factor = is_empty ? 0.f : 1.f / sum;
     if (job.lse_rows != nullptr || has_hook) {
       const float lse = is_empty ? -__builtin_inff() : head.softmax[r].max * 0x1.62e43p-1f + __builtin_logf(sum);
       if (job.lse_rows != nullptr) job.lse_rows[r][head.kv_head * job.lse_head_stride] = lse;
       if (has_hook) {
-        StoreRow<float>(o, job.head_dim, factor, o);
-        ApplyOutput(*job.variant, head.kv_head, r, lse, job.head_dim, o);
+        StoreRow<float>(o, job.head_dim_vo, factor, o);
+        ApplyOutput(*job.variant, head.kv_head, r, lse, job.head_dim_vo, o);
         factor = 1.f;
       }
     }
     const auto store_row = job.is_partial ? StoreRow<float> : kStoreRow[job.q_type];
-    store_row(o, job.head_dim, factor, static_cast<char*>(job.o_rows[r]) + head.kv_head * job.o_head_stride);
+    store_row(o, job.head_dim_vo, factor, static_cast<char*>(job.o_rows[r]) + head.kv_head * job.o_head_stride);
   }
 }
 

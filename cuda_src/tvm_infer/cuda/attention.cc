@@ -20,6 +20,7 @@ constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
 constexpr int32_t kPageSizes[] = {kRagged, 1, 2, 4, 8, 16, 32, 64};
 constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};
+constexpr int32_t kWideHeadDim = 192, kNarrowHeadDimVo = 128;  // keys wider than values: the pair that there is
 constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
 // Of scaled keys and values.
 constexpr DTypeTag kScaledDTypes[] = {DTypeTag::kFloat8E4M3, DTypeTag::kFloat8E5M2};
@@ -29,10 +30,14 @@ constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
 constexpr int kNumHeadDims = sizeof(kHeadDims) / sizeof(kHeadDims[0]);
 constexpr int kNumDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
 
-std::string KernelName(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t page_size) {
+// `heads`: "h128".
+std::string KernelName(DTypeTag dtype, DTypeTag kv_dtype, const std::string& heads, int32_t page_size) {
   const std::string kv = IsScaled(kv_dtype) ? std::string("_") + Suffix(kv_dtype) : std::string();
-  return std::string("attention_") + Suffix(dtype) + kv + "_h" + std::to_string(head_dim) +
+  return std::string("attention_") + Suffix(dtype) + kv + "_" + heads +
          (page_size == kRagged ? "_ragged" : "_p" + std::to_string(page_size));
+}
+std::string KernelName(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t page_size) {
+  return KernelName(dtype, kv_dtype, "h" + std::to_string(head_dim), page_size);
 }
 
 // Kernels of variants, by name; never destroyed.
@@ -84,15 +89,31 @@ struct ScaledKernelTable {
   }
 };
 
+// The same of keys wider than values.
+struct UnequalKernelTable {
+  CachedKernel* of[kNumDTypes][kNumPageSizes];
+  UnequalKernelTable() {
+    const std::string heads = "h" + std::to_string(kWideHeadDim) + "_v" + std::to_string(kNarrowHeadDimVo);
+    for (int d = 0; d < kNumDTypes; ++d) {
+      for (int p = 0; p < kNumPageSizes; ++p) of[d][p] = new CachedKernel(KernelName(kDTypes[d], kDTypes[d], heads, kPageSizes[p]));
+    }
+  }
+};
+
 CachedKernel& KernelFor(const AttentionLaunch& launch) {
-  CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, "q");
+  CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "q");
   if (launch.page_size != kRagged || IsScaled(launch.kv_dtype)) CheckPageSize(launch.kv_dtype, launch.page_size, "k_cache");
   const int dtype = IndexOf(kDTypes, launch.dtype);
   if (IsScaled(launch.kv_dtype)) {
-    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, "k_cache");
+    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "k_cache");
     static const ScaledKernelTable& table = *new ScaledKernelTable;
     return *table.of[dtype][IndexOf(kScaledDTypes, launch.kv_dtype)][IndexOf(kScaledHeadDims, launch.head_dim)]
                     [IndexOf(kScaledPageSizes, launch.page_size)];
+  }
+  if (launch.head_dim != launch.head_dim_vo) {
+    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "q");
+    static const UnequalKernelTable& table = *new UnequalKernelTable;
+    return *table.of[dtype][IndexOf(kPageSizes, launch.page_size)];
   }
   if (launch.variant != nullptr) {
     return VariantKernelFor(KernelName(launch.dtype, launch.dtype, launch.head_dim, launch.page_size) + "_v" + launch.variant->digest);
@@ -105,44 +126,45 @@ CachedKernel& KernelFor(const AttentionLaunch& launch) {
 struct KvView {
   const void* base;
   int64_t stride_page, stride_head, stride_token;  // elements
+  int32_t head_dim;
 };
 
 // The stride of an axis of one entry is never used, but the driver holds it to its rules all the same; tensors have anything there.
-uint64_t StrideBytes(const AttentionLaunch& launch, int64_t stride, uint64_t size) {
-  return ElementBytes(launch.kv_dtype) * static_cast<uint64_t>(size > 1 ? stride : launch.head_dim);
+uint64_t StrideBytes(const AttentionLaunch& launch, const KvView& view, int64_t stride, uint64_t size) {
+  return ElementBytes(launch.kv_dtype) * static_cast<uint64_t>(size > 1 ? stride : view.head_dim);
 }
 
 // Heads of whole panels have an axis of them; others are one axis, whose end the copy engine knows (cuda/params.h).
 uint32_t PanelElements(const AttentionLaunch& launch) { return static_cast<uint32_t>(kPanelBytes / ElementBytes(launch.kv_dtype)); }
-uint32_t NumPanels(const AttentionLaunch& launch) {
-  const auto head_dim = static_cast<uint32_t>(launch.head_dim), panel = PanelElements(launch);
+uint32_t NumPanels(const AttentionLaunch& launch, const KvView& view) {
+  const auto head_dim = static_cast<uint32_t>(view.head_dim), panel = PanelElements(launch);
   return head_dim % panel == 0 ? head_dim / panel : 1;
 }
 
 TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, const KvView& view, uint32_t box_panels) {
   const bool ragged = launch.page_size == kRagged;
-  const uint64_t panels = NumPanels(launch), columns = static_cast<uint64_t>(launch.head_dim) / panels;
+  const uint64_t panels = NumPanels(launch, view), columns = static_cast<uint64_t>(view.head_dim) / panels;
   const uint64_t num_pages = launch.num_pages > 0 ? static_cast<uint64_t>(launch.num_pages) : 1;
   const uint64_t heads = static_cast<uint64_t>(launch.params.expected.num_kv_heads);
   const uint64_t tokens = ragged ? num_pages : static_cast<uint64_t>(launch.page_size);
   const uint64_t pages = ragged ? 1 : num_pages;
   // A pool without pages has no address; no key is read then, but a map must have one.
   const void* base = launch.num_pages > 0 ? view.base : launch.params.q;
-  const uint32_t panel = std::min(PanelElements(launch), static_cast<uint32_t>(launch.head_dim));
+  const uint32_t panel = std::min(PanelElements(launch), static_cast<uint32_t>(view.head_dim));
   return EncodeTensorMap(launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
-                         {StrideBytes(launch, view.stride_token, tokens), kPanelBytes, StrideBytes(launch, view.stride_head, heads),
-                          StrideBytes(launch, view.stride_page, pages)},
+                         {StrideBytes(launch, view, view.stride_token, tokens), kPanelBytes,
+                          StrideBytes(launch, view, view.stride_head, heads), StrideBytes(launch, view, view.stride_page, pages)},
                          {panel, static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
 }
 
 KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {
   const AttentionParams& p = launch.params;
-  const KvView k{p.k, p.k_stride_page, p.k_stride_head, p.k_stride_token};
-  const KvView v{p.v, p.v_stride_page, p.v_stride_head, p.v_stride_token};
-  const uint32_t panels = NumPanels(launch);
+  const KvView k{p.k, p.k_stride_page, p.k_stride_head, p.k_stride_token, launch.head_dim};
+  const KvView v{p.v, p.v_stride_page, p.v_stride_head, p.v_stride_token, launch.head_dim_vo};
+  const uint32_t panels = NumPanels(launch, k);
   KvTensorMaps maps;
   maps.k_pages = EncodeKv(launch, kernel, k, panels);
-  maps.v_pages = EncodeKv(launch, kernel, v, panels);
+  maps.v_pages = EncodeKv(launch, kernel, v, NumPanels(launch, v));
   // Boxes of one panel are those of pages already; ragged keys do not use the third map, but the kernel prefetches all of them.
   maps.k_panels = panels == 1 || launch.page_size == kRagged ? maps.k_pages : EncodeKv(launch, kernel, k, 1);
   return maps;
@@ -190,7 +212,12 @@ void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name) {
                                  << "executor takes any page_size)";
 }
 
-void CheckTakesVariant(DTypeTag kv_dtype, const char* name) {
+void CheckTakesVariant(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name) {
+  if (head_dim != head_dim_vo) {
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside head_dim_vo " << head_dim_vo
+                                   << ", with which the cuda executor has plain attention only, no variant. Pad the values with zeros, or "
+                                      "pass host tensors (the cpu executor takes both)";
+  }
   if (!IsScaled(kv_dtype)) return;
   TVM_INFER_THROW(ExecutorError)
       << "argument `" << name << "` has 8-bit elements (" << Suffix(kv_dtype)

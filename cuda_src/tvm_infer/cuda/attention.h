@@ -16,9 +16,10 @@ inline constexpr int32_t kRagged = 0;  // AttentionLaunch::page_size of keys wit
 struct AttentionLaunch {
   int32_t device_id;
   void* stream;
-  DTypeTag dtype;     // of q and o
-  DTypeTag kv_dtype;  // dtype, or IsScaled
-  int32_t head_dim;
+  DTypeTag dtype;         // of q and o
+  DTypeTag kv_dtype;      // dtype, or IsScaled
+  int32_t head_dim;       // of q and k
+  int32_t head_dim_vo;    // of v and o
   int32_t page_size;      // kRagged, or tokens in a page
   int64_t num_pages;      // pages that k and v hold; ragged: their rows
   int32_t max_plan_ctas;  // of how many CTAs the plan's tensor can hold the first works; at least 1
@@ -32,8 +33,8 @@ bool HasPageSize(DTypeTag kv_dtype, int32_t page_size);
 const char* PageSizes(DTypeTag kv_dtype);
 // Throws Error("ExecutorError") where there are none; `name`: whose pages they are.
 void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name);
-// The same where keys of this type take no variant.
-void CheckTakesVariant(DTypeTag kv_dtype, const char* name);
+// The same where keys of this type, or of other widths than values, take no variant.
+void CheckTakesVariant(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name);
 
 // The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
 // loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.

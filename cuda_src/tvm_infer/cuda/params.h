@@ -45,11 +45,11 @@ struct AttentionParams {
   const void* q;                   // [num_tokens, num_qo_heads, head_dim], head_dim contiguous
   int64_t q_stride_token;          // elements, as all strides here
   int64_t q_stride_head;
-  void* o;  // as q
+  void* o;  // [num_tokens, num_qo_heads, head_dim_vo], the same
   int64_t o_stride_token;
   int64_t o_stride_head;
   float* lse;          // [num_tokens, num_qo_heads] contiguous, natural logarithm; may be null
-  float* partial_o;    // [max_partial_rows, head_dim]
+  float* partial_o;    // [max_partial_rows, head_dim_vo]
   float* partial_lse;  // [max_partial_rows], natural logarithm
   // For kernels that gather by token (pages of fewer than 8 tokens); the others use the tensor maps. Each spans less than 64 GiB, as do q
   // and o.
@@ -93,7 +93,7 @@ struct AppendParams {
   const int32_t* kv_page_indptr;
   const int32_t* kv_page_indices;
   const void* k;  // [max_tokens, num_kv_heads, head_dim], head_dim contiguous
-  const void* v;
+  const void* v;  // the same, head_dim_vo wide: head_dim, but for kernels of two widths (append_b16_h192_v128)
   int64_t k_stride_token;
   int64_t k_stride_head;
   int64_t v_stride_token;
@@ -111,7 +111,7 @@ struct AppendParams {
   const float* v_scales;
   float k_scale, v_scale;
   // Rows of tokens that are padding are set to 0, since attention leaves them alone. Null: no output is known.
-  void* o;  // [max_tokens, num_qo_heads, head_dim], head_dim contiguous
+  void* o;  // [max_tokens, num_qo_heads, head_dim_vo], head_dim_vo contiguous
   int64_t o_stride_token;
   int64_t o_stride_head;
   int32_t num_qo_heads;

@@ -24,7 +24,12 @@ CachedKernel& KernelOf(DTypeTag dtype, DTypeTag kv_dtype) {
 
 }  // namespace
 
-void CheckRopeShape(int32_t head_dim, int32_t rotary_dim, const char* name) {
+void CheckRopeShape(int32_t head_dim, int32_t head_dim_vo, int32_t rotary_dim, const char* name) {
+  if (head_dim != head_dim_vo) {
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside head_dim_vo " << head_dim_vo
+                                   << "; the cuda executor rotates on the way to the cache where they are equal. Rotate queries and keys "
+                                      "first, then append, or pass host tensors (the cpu executor takes any head_dim_vo up to head_dim)";
+  }
   if (head_dim % kLaneElements != 0) {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim
                                    << "; the cuda executor rotates heads of a multiple of " << kLaneElements

@@ -9,7 +9,7 @@
 namespace tvm_infer::cuda {
 
 // Throws Error("ExecutorError") where the kernel does not take such heads; `name`: the argument that has them.
-void CheckRopeShape(int32_t head_dim, int32_t rotary_dim, const char* name);
+void CheckRopeShape(int32_t head_dim, int32_t head_dim_vo, int32_t rotary_dim, const char* name);
 
 // float16 or bfloat16, the cache the same or IsScaled, a shape that CheckRopeShape takes; rows of q, k, v, q_out and the caches on 16-byte
 // boundaries. The device's context is current.

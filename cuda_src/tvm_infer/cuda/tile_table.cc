@@ -14,6 +14,8 @@ constexpr TileClass kSm90HeadDim128[kNumSm90Classes] = {{16, 128, 600'000, 10'00
 constexpr TileClass kSm90HeadDim64[kNumSm90Classes] = {{16, 128, 600'000, 10'000, 6'900}, {128, 128, 2'800'000, 0, 11'000}};
 constexpr TileClass kSm90HeadDim192[kNumSm90Classes] = {{16, 64, 800'000, 15'000, 20'000}, {128, 64, 5'000'000, 0, 22'000}};
 constexpr TileClass kSm90HeadDim256[kNumSm90Classes] = {{16, 64, 900'000, 20'000, 27'000}, {128, 64, 6'000'000, 0, 27'500}};
+// Keys wider than values: what lies between 128 and 192 by bytes and by products, not measured yet.
+constexpr TileClass kSm90HeadDim192Vo128[kNumSm90Classes] = {{16, 64, 700'000, 12'500, 16'900}, {128, 64, 4'300'000, 0, 18'500}};
 
 // Keys and values of 8 bits: half the bytes; prefill widens each tile in both warpgroups, as long as no product runs (8192 tokens on an
 // H100: 1,376 to 1,484 us where 16 bits take 833; head_dim 256 2,795 and 1,645).
@@ -27,46 +29,59 @@ constexpr TileClass HalfTheBytes(TileClass decode) {
 }
 constexpr TileClass kSm90FourBits128[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits128[0]), kSm90EightBits128[1]};
 constexpr TileClass kSm90FourBits256[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits256[0]), kSm90EightBits256[1]};
+// Merges of shared keys. Those of a tile follow one another, and few CTAs have any: on an H100, over the makespan and the 4.5 us of any
+// launch, 64 merges of a row tile and head took 7.5 to 9 us, 256 of them 15, 512 of them 21. With 6 us a plan, 8 requests of 2048 + 256
+// keys were shared on an H200: 17.8 us where the flat plan takes 14.7. Measured with heads of 128 in 16 bits, and taken for all.
+constexpr SharedMergeCost kSm90SharedMerge = {.each = 2'700'000, .once = 9'000'000};
 
 struct Row {
-  int32_t head_dim;
+  int32_t head_dim, head_dim_vo;
   const TileClass* classes;
   int32_t count;
 };
-constexpr Row kRows[] = {{64, kSm90HeadDim64, kNumSm90Classes},   {80, kSm90HeadDim128, kNumSm90Classes},
-                         {96, kSm90HeadDim128, kNumSm90Classes},  {128, kSm90HeadDim128, kNumSm90Classes},
-                         {192, kSm90HeadDim192, kNumSm90Classes}, {256, kSm90HeadDim256, kNumSm90Classes}};
+constexpr Row kRows[] = {{64, 64, kSm90HeadDim64, kNumSm90Classes},        {80, 80, kSm90HeadDim128, kNumSm90Classes},
+                         {96, 96, kSm90HeadDim128, kNumSm90Classes},       {128, 128, kSm90HeadDim128, kNumSm90Classes},
+                         {192, 192, kSm90HeadDim192, kNumSm90Classes},     {256, 256, kSm90HeadDim256, kNumSm90Classes},
+                         {192, 128, kSm90HeadDim192Vo128, kNumSm90Classes}};
 
-constexpr Row kEightBitRows[] = {{128, kSm90EightBits128, kNumSm90Classes}, {256, kSm90EightBits256, kNumSm90Classes}};
-constexpr Row kFourBitRows[] = {{128, kSm90FourBits128, kNumSm90Classes}, {256, kSm90FourBits256, kNumSm90Classes}};
+constexpr Row kEightBitRows[] = {{128, 128, kSm90EightBits128, kNumSm90Classes}, {256, 256, kSm90EightBits256, kNumSm90Classes}};
+constexpr Row kFourBitRows[] = {{128, 128, kSm90FourBits128, kNumSm90Classes}, {256, 256, kSm90FourBits256, kNumSm90Classes}};
 
 template <int kCount>
-const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim) {
+const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim, int32_t head_dim_vo) {
   for (const Row& row : rows) {
-    if (row.head_dim == head_dim) return &row;
+    if (row.head_dim == head_dim && row.head_dim_vo == head_dim_vo) return &row;
   }
   return nullptr;
 }
-const Row* FindRow(DTypeTag kv_dtype, int32_t head_dim) {
+const Row* FindRow(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo) {
   switch (ElementBits(kv_dtype)) {
     case 4:
-      return FindRow(kFourBitRows, head_dim);
+      return FindRow(kFourBitRows, head_dim, head_dim_vo);
     case 8:
-      return FindRow(kEightBitRows, head_dim);
+      return FindRow(kEightBitRows, head_dim, head_dim_vo);
     default:
-      return FindRow(kRows, head_dim);
+      return FindRow(kRows, head_dim, head_dim_vo);
   }
 }
 
 }  // namespace
 
-void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, const char* name) {
+void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name) {
   if (dtype == DTypeTag::kFloat32) {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name
                                    << "` has dtype float32; the cuda executor has kernels for float16 and bfloat16. "
                                    << "Cast it, or pass host tensors (the cpu executor takes float32)";
   }
-  if (FindRow(kv_dtype, head_dim) != nullptr) return;
+  if (FindRow(kv_dtype, head_dim, head_dim_vo) != nullptr) return;
+  if (head_dim != head_dim_vo) {
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside a head_dim_vo of " << head_dim_vo
+                                   << (IsScaled(kv_dtype) ? " in 8 bits, for which the cuda executor has kernels for 128 and 256, "
+                                                          : "; the cuda executor has kernels for 64, 80, 96, 128, 192 and 256, ")
+                                   << "the same for both" << (IsScaled(kv_dtype) ? "" : ", and for 192 with a head_dim_vo of 128")
+                                   << ". Pad the heads with zeros (and keep sm_scale that of the unpadded width), or pass host tensors "
+                                      "(the cpu executor takes any head_dim_vo up to head_dim)";
+  }
   if (IsScaled(kv_dtype)) {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside " << ElementBits(kv_dtype)
                                    << "-bit keys and values (" << Suffix(kv_dtype)
@@ -76,17 +91,17 @@ void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, const
   } else {
     TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim
                                    << "; the cuda executor has kernels for 64, 80, "
-                                   << "96, 128, 192 and 256. Pad the heads with zeros (and keep sm_scale that of the unpadded width), or "
+                                   << "96, 128, 192 and 256, and for 192 with a head_dim_vo of 128. Pad the heads with zeros (and keep "
+                                      "sm_scale that of the unpadded width), or "
                                    << "pass host tensors "
                                       "(the cpu executor takes every multiple of 8 up to 256)";
   }
 }
 
-const TileClass* TileTable(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t* count) {
-  CheckKernelShape(dtype, kv_dtype, head_dim, "head_dim");
-  const Row* row = FindRow(kv_dtype, head_dim);
-  *count = row->count;
-  return row->classes;
+TileCosts TileTable(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo) {
+  CheckKernelShape(dtype, kv_dtype, head_dim, head_dim_vo, "head_dim");
+  const Row* row = FindRow(kv_dtype, head_dim, head_dim_vo);
+  return {row->classes, row->count, kSm90SharedMerge};
 }
 
 }  // namespace tvm_infer::cuda

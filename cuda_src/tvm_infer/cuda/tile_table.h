@@ -4,15 +4,15 @@
 #include <cstdint>
 
 #include "tvm_infer/cuda/dtype.h"
-#include "tvm_infer/schedule/plan.h"
+#include "tvm_infer/schedule/tile_costs.h"
 
 namespace tvm_infer::cuda {
 
-// A static table of `*count` classes, by the types of queries and of keys and values. Throws Error("ExecutorError") for a dtype or head_dim
-// that has no kernel.
-const TileClass* TileTable(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t* count);
+// By the types of queries and of keys and values, the width of keys and that of values. Throws Error("ExecutorError") for a dtype or a pair
+// of widths that has no kernel.
+TileCosts TileTable(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo);
 
 // The same check alone. `name`: the argument it is said of.
-void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, const char* name);
+void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name);
 
 }  // namespace tvm_infer::cuda

@@ -18,7 +18,7 @@ cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double
   CheckQuery(q, o, lse, kHost);
   CheckPlanFitsQuery(header, q);
   CheckWorkspace(workspace, kHost);
-  CheckPlanFitsWorkspace(header, workspace, q.size(2));
+  CheckPlanFitsWorkspace(header, workspace, o.size(2));
 
   cpu::AttentionArgs args{};
   args.plan = &header;
@@ -26,6 +26,7 @@ cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double
   args.num_qo_heads = static_cast<int32_t>(q.size(1));
   args.num_kv_heads = header.num_kv_heads;
   args.head_dim = static_cast<int32_t>(q.size(2));
+  args.head_dim_vo = static_cast<int32_t>(o.size(2));
   args.q = DataPtr<void>(q);
   args.q_token_stride = Stride(q, 0);
   args.q_head_stride = Stride(q, 1);
@@ -39,7 +40,7 @@ cpu::AttentionArgs QueryArgs(const TensorView& plan, const TensorView& q, double
     args.lse_head_stride = Stride(lse.value(), 1);
   }
   args.partial_o = DataPtr<float>(workspace);
-  args.partial_lse = args.partial_o + static_cast<int64_t>(header.num_partial_rows) * args.head_dim;
+  args.partial_lse = args.partial_o + static_cast<int64_t>(header.num_partial_rows) * args.head_dim_vo;
   return args;
 }
 
@@ -52,6 +53,7 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
   args.num_requests = num_requests;
   args.num_kv_heads = shape.num_kv_heads;
   args.head_dim = shape.head_dim;
+  args.head_dim_vo = shape.head_dim_vo;
   args.qo_indptr = qo_indptr;
   args.kv_len = kv_len;
   args.k = DataPtr<void>(k);
@@ -65,11 +67,13 @@ void RunAppend(const TensorView& k, const TensorView& v, const int32_t* qo_indpt
 }
 
 // The cache and its page table, for the plan's lists.
-CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout,
-                     const TensorView& kv_page_indptr, const TensorView& kv_page_indices, const KVScales& scales, cpu::KVSource* source) {
+CacheShape PagedKeys(const PlanView& plan, const TensorView& q, const TensorView& o, const TensorView& k_cache,
+                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
+                     const KVScales& scales, cpu::KVSource* source) {
   const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, kHost, source, scales);
   CheckPlanFitsCache(*plan.header, shape);
   CheckCacheFitsQuery(shape, q);
+  CheckValuesFitOutput(shape.head_dim_vo, o);
   CheckPageTable(kv_page_indptr, kv_page_indices, kHost, source);
   CheckPageTableValues({source->page_indptr, kv_page_indptr.size(0), source->page_indices, kv_page_indices.size(0)},
                        plan.header->num_kv_lists, plan.kv_len(), shape, DebugChecks(),
@@ -91,7 +95,7 @@ void AttendPaged(const TensorView& plan, const TensorView& q, const TensorView& 
   }
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
-  PagedKeys(PlanView(args.plan), q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
+  PagedKeys(PlanView(args.plan), q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
   cpu::Attention(args, 0);
 }
 
@@ -104,6 +108,7 @@ void AttendRagged(const TensorView& plan, const TensorView& q, const TensorView&
   cpu::AttentionArgs args = QueryArgs(plan, q, sm_scale, workspace, o, lse);
   args.variant = call;
   CheckRagged(q, k, v, rows, table, kHost, &args.kv, scales);
+  CheckValuesFitOutput(v.size(2), o);
   (table == RowTable::kIndptr ? CheckRaggedValues : CheckStartValues)(args.kv.page_indptr, rows.size(0), k, PlanView(args.plan));
   cpu::Attention(args, 0);
 }
@@ -122,7 +127,7 @@ void AppendAndAttend(const TensorView& plan, const TensorView& q, const TensorVi
   CheckPlanAppends(*PlanView(args.plan).header);
   args.variant = call;
   const PlanView view(args.plan);
-  const CacheShape shape = PagedKeys(view, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
+  const CacheShape shape = PagedKeys(view, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, &args.kv);
   CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
   RunAppend(k, v, view.qo_indptr(), view.kv_len(), view.header->num_requests, args.kv, shape);
   cpu::Attention(args, 0);

@@ -23,6 +23,17 @@ void CheckSameDType(const TensorView& tensor, const char* name, const TensorView
   }
 }
 
+// Values as wide as keys, or narrower.
+void CheckHeadDimVo(const TensorView& v, const char* name, int64_t head_dim) {
+  CheckHeadDim(v, name);
+  const int64_t head_dim_vo = v.size(v.ndim() - 1);
+  if (head_dim_vo <= head_dim) return;
+  TVM_INFER_THROW(ArgumentError) << "argument `" << name << "` has shape " << ShapeString(v) << ": a head_dim_vo of " << head_dim_vo
+                                 << " beside keys of head_dim " << head_dim
+                                 << "; values are as wide as keys or narrower (on CUDA head_dim 192 with head_dim_vo 128, else equal). Pad "
+                                    "queries and keys with zeros (and keep sm_scale that of the unpadded width)";
+}
+
 }  // namespace
 
 void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& lse, const Place& place) {
@@ -32,9 +43,9 @@ void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& 
   CheckHeadDim(q, "q");
   CheckLastDimContiguous(q, "q");
   CheckPlace(o, "o", place);
-  CheckRank(o, "o", 3, "[num_tokens, num_qo_heads, head_dim]");
+  CheckRank(o, "o", 3, "[num_tokens, num_qo_heads, head_dim_vo]");
   CheckSameDType(o, "o", q, "q");
-  for (int axis = 0; axis < 3; ++axis) CheckDim(o, "o", axis, q.size(axis), "as q");
+  for (int axis = 0; axis < 2; ++axis) CheckDim(o, "o", axis, q.size(axis), "as q");
   CheckLastDimContiguous(o, "o");
   if (lse.has_value()) {
     CheckPlace(lse.value(), "lse", place);
@@ -68,7 +79,8 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
     CheckRank(v_cache.value(), "v_cache", 4, dims);
     CheckPlace(v_cache.value(), "v_cache", place);
     CheckSameDType(v_cache.value(), "v_cache", k_cache, "k_cache");
-    for (int axis = 0; axis < 4; ++axis) CheckDim(v_cache.value(), "v_cache", axis, k_cache.size(axis), "as k_cache");
+    for (int axis = 0; axis < 3; ++axis) CheckDim(v_cache.value(), "v_cache", axis, k_cache.size(axis), "as k_cache");
+    CheckHeadDimVo(v_cache.value(), "v_cache", k_cache.size(3));
     CheckLastDimContiguous(v_cache.value(), "v_cache");
   }
   CheckHeadDim(k_cache, "k_cache");
@@ -95,6 +107,7 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
   shape.num_kv_heads = static_cast<int32_t>(k_cache.size(head_axis));
   shape.page_size = static_cast<int32_t>(k_cache.size(token_axis));
   shape.head_dim = static_cast<int32_t>(k_cache.size(first + 2));
+  shape.head_dim_vo = static_cast<int32_t>(v.size(first + 2));
   if (shape.page_size < 1) {
     TVM_INFER_THROW(ArgumentError) << "argument `k_cache` has shape " << ShapeString(k_cache) << ": page_size must be at least 1";
   }
@@ -110,6 +123,8 @@ void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q) {
   }
   CheckDTypePair(CheckFloat(q, "q"), "q", shape.dtype, "k_cache");
 }
+
+void CheckValuesFitOutput(int64_t head_dim_vo, const TensorView& o) { CheckDim(o, "o", 2, head_dim_vo, "head_dim_vo, of values"); }
 
 void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source) {
   CheckIndex(indptr, "kv_page_indptr", place);
@@ -127,9 +142,10 @@ void CheckRagged(const TensorView& q, const TensorView& k, const TensorView& v, 
     CheckPlace(*tensors[i], names[i], place);
     CheckRank(*tensors[i], names[i], 3, "[num_kv_tokens, num_kv_heads, head_dim]");
     CheckDTypePair(CheckFloat(q, "q"), "q", CheckKVDType(*tensors[i], names[i]), names[i]);
-    CheckDim(*tensors[i], names[i], 2, q.size(2), "head_dim of q");
     CheckLastDimContiguous(*tensors[i], names[i]);
   }
+  CheckDim(k, "k", 2, q.size(2), "head_dim of q");
+  CheckHeadDimVo(v, "v", q.size(2));
   CheckSameDType(v, "v", k, "k");
   for (int axis = 0; axis < 2; ++axis) CheckDim(v, "v", axis, k.size(axis), "as k");
   CheckIndex(rows, NameOf(table), place);
@@ -156,7 +172,8 @@ void CheckNewTokens(const TensorView& k, const TensorView& v, const CacheShape& 
     CheckRank(*tensors[i], names[i], 3, "[num_tokens, num_kv_heads, head_dim]");
     CheckDTypePair(CheckFloat(*tensors[i], names[i]), names[i], shape.dtype, "k_cache");
     CheckDim(*tensors[i], names[i], 1, shape.num_kv_heads, "num_kv_heads of the cache");
-    CheckDim(*tensors[i], names[i], 2, shape.head_dim, "head_dim of the cache");
+    CheckDim(*tensors[i], names[i], 2, i == 0 ? shape.head_dim : shape.head_dim_vo,
+             i == 0 ? "head_dim of the cache" : "head_dim of the cache's values");
     CheckLastDimContiguous(*tensors[i], names[i]);
   }
   CheckSameDType(v, "v", k, "k");

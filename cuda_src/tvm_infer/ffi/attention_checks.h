@@ -14,10 +14,11 @@ namespace tvm_infer::ffi_api {
 struct CacheShape {
   cpu::DType dtype;  // of keys and values in memory
   int64_t num_pages;
-  int32_t num_kv_heads, page_size, head_dim;
+  int32_t num_kv_heads, page_size;
+  int32_t head_dim, head_dim_vo;  // of keys, of values
 };
 
-// q, o and lse against each other.
+// q, o and lse against each other, but for the width of o, which is that of values.
 void CheckQuery(const TensorView& q, const TensorView& o, const OptionalTensor& lse, const Place& place);
 void CheckWorkspace(const TensorView& workspace, const Place& place);
 // Any of the four cache forms (combined or separate, HND or NHD) as strides; page tables are left empty.
@@ -25,6 +26,8 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
                       cpu::KVSource* source, const KVScales& scales = KVScales());
 // Head_dim of the cache is that of q, and their data types are a pair.
 void CheckCacheFitsQuery(const CacheShape& shape, const TensorView& q);
+// The width of o is that of values.
+void CheckValuesFitOutput(int64_t head_dim_vo, const TensorView& o);
 void CheckPageTable(const TensorView& indptr, const TensorView& indices, const Place& place, cpu::KVSource* source);
 // Where each list's rows are: kIndptr, rows indptr[l] … indptr[l + 1], [num_lists + 1]; kStart, from row start[l] on, [num_lists].
 enum class RowTable { kIndptr, kStart };

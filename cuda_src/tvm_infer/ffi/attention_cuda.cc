@@ -19,10 +19,16 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Everything of a launch but its keys, of which only the type is looked at; `kv_name`: whose it is.
+// The last dimension of values, which are in the keys' tensor where they have none of their own.
+int64_t ValueWidth(const TensorView& keys, const OptionalTensor& values) {
+  const TensorView& v = values.has_value() ? values.value() : keys;
+  return v.ndim() == 0 ? 0 : v.size(v.ndim() - 1);
+}
+
+// Everything of a launch but its keys and values, of which only type and width are looked at; `kv_name`: whose type it is.
 cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, const TensorView& q, double sm_scale,
                                   const TensorView& workspace, const TensorView& o, const OptionalTensor& lse, const TensorView& keys,
-                                  const char* kv_name) {
+                                  const OptionalTensor& values, const char* kv_name) {
   const int32_t max_plan_ctas = CheckPlanTensor(plan, place);
   CheckQuery(q, o, lse, place);
   CheckWorkspace(workspace, place);
@@ -39,7 +45,8 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   launch.dtype = ToTag(CheckFloat(q, "q"));
   launch.kv_dtype = ToTag(CheckKVDType(keys, kv_name));
   launch.head_dim = static_cast<int32_t>(q.size(2));
-  cuda::CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, "q");
+  launch.head_dim_vo = static_cast<int32_t>(ValueWidth(keys, values));
+  cuda::CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "q");
 
   cuda::AttentionParams& params = launch.params;
   params.plan = DataPtr<void>(plan);
@@ -50,9 +57,9 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
   params.o_stride_token = Stride(o, 0);
   params.o_stride_head = Stride(o, 1);
   params.lse = DataPtr<float>(lse);
-  const int64_t capacity = std::min<int64_t>(workspace.numel() / (q.size(2) + 1), INT32_MAX);
+  const int64_t capacity = std::min<int64_t>(workspace.numel() / (o.size(2) + 1), INT32_MAX);
   params.partial_o = DataPtr<float>(workspace);
-  params.partial_lse = params.partial_o + capacity * q.size(2);
+  params.partial_lse = params.partial_o + capacity * o.size(2);
   params.expected.max_tokens = static_cast<int32_t>(q.size(0));
   params.expected.max_partial_rows = static_cast<int32_t>(capacity);
   params.sm_scale_log2 = static_cast<float>(sm_scale * kLog2E);
@@ -84,11 +91,12 @@ void SetKeys(cuda::AttentionParams* params, const cpu::KVSource& source) {
 }
 
 // A paged call's launch, and the shape of its cache.
-CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, const Place& place, const TensorView& q,
+CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, const Place& place, const TensorView& q, const TensorView& o,
                        const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                        const TensorView& kv_page_indices, const KVScales& scales, bool appends) {
   const CacheShape shape = CheckCache(k_cache, v_cache, kv_layout, place, source, scales);
   CheckCacheFitsQuery(shape, q);
+  CheckValuesFitOutput(shape.head_dim_vo, o);
   CheckAlignedCache(k_cache, v_cache);
   CheckPageTable(kv_page_indptr, kv_page_indices, place, source);
   SetHeads(&launch->params.expected, q, shape.num_kv_heads, "k_cache");
@@ -96,7 +104,7 @@ CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, con
   launch->params.expected.features = PlanFeatures(*launch, appends);
   SetKeys(&launch->params, *source);
   cuda::CheckPageSize(launch->kv_dtype, shape.page_size, "k_cache");
-  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, "k_cache");
+  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, launch->head_dim, launch->head_dim_vo, "k_cache");
   launch->page_size = shape.page_size;
   launch->num_pages = shape.num_pages;
   return shape;
@@ -114,7 +122,7 @@ std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& 
   std::vector<int32_t> words = scope.ToHost(plan);
   const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
   CheckPlanFitsQuery(header, q, /*is_padded=*/true);
-  CheckPlanFitsWorkspace(header, workspace, q.size(2));
+  CheckPlanFitsWorkspace(header, workspace, shape.head_dim_vo);
   CheckPlanFitsCache(header, shape);
   const std::vector<int32_t> indptr = scope.ToHost(kv_page_indptr), indices = scope.ToHost(kv_page_indices);
   CheckPageTableValues({indptr.data(), kv_page_indptr.size(0), indices.data(), kv_page_indices.size(0)}, header.num_kv_lists,
@@ -144,11 +152,11 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
                     const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr, const TensorView& kv_page_indices,
                     double sm_scale, const TensorView& workspace, const TensorView& o, const OptionalTensor& lse,
                     const variant::Call* variant, const KVScales& scales) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, "k_cache");
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, v_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape =
-      PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/false);
+      PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/false);
   const CudaScope scope(place.device);
   if (MayCheckValues(scope)) {
     CheckPagedValues(scope, plan, q, workspace, shape, kv_page_indptr, kv_page_indices);
@@ -160,10 +168,11 @@ void PagedAttention(const Place& place, const TensorView& plan, const TensorView
 void RaggedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& rows, RowTable table, double sm_scale, const TensorView& workspace, const TensorView& o,
                      const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k, "k");
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k, v, "k");
   launch.variant = variant;
   cpu::KVSource source{};
   CheckRagged(q, k, v, rows, table, place, &source, scales);
+  CheckValuesFitOutput(v.size(2), o);
   CheckAlignedRows(k, "k");
   CheckAlignedRows(v, "v");
   SetHeads(&launch.params.expected, q, k.size(1), "k");
@@ -177,7 +186,7 @@ void RaggedAttention(const Place& place, const TensorView& plan, const TensorVie
     const std::vector<int32_t> words = scope.ToHost(plan), values = scope.ToHost(rows);
     const PlanHeader& header = CheckPlanBytes(words.data(), static_cast<int64_t>(words.size() * sizeof(int32_t)));
     CheckPlanFitsQuery(header, q, /*is_padded=*/true);
-    CheckPlanFitsWorkspace(header, workspace, q.size(2));
+    CheckPlanFitsWorkspace(header, workspace, o.size(2));
     (table == RowTable::kIndptr ? CheckRaggedValues : CheckStartValues)(values.data(), rows.size(0), k, PlanView(&header));
     CheckDeviceScales(scope, scales);
   }
@@ -208,18 +217,19 @@ void AppendPaged(const Place& place, const TensorView& k, const TensorView& v, c
                          lengths.data(), shape, /*check_pages=*/true);
     CheckDeviceScales(scope, scales);
   }
-  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), ToTag(CheckFloat(k, "k")), ToTag(shape.dtype), params);
+  if (k.size(0) > 0)
+    cuda::LaunchAppend(scope.device_id(), scope.stream(), ToTag(CheckFloat(k, "k")), ToTag(shape.dtype), shape.head_dim_vo, params);
 }
 
 void AppendPagedAttention(const Place& place, const TensorView& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                           const TensorView& k_cache, const OptionalTensor& v_cache, int64_t kv_layout, const TensorView& kv_page_indptr,
                           const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                           const OptionalTensor& lse, const variant::Call* variant, const KVScales& scales) {
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, "k_cache");
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, lse, k_cache, v_cache, "k_cache");
   launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape =
-      PagedLaunch(&launch, &source, place, q, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/true);
+      PagedLaunch(&launch, &source, place, q, o, k_cache, v_cache, kv_layout, kv_page_indptr, kv_page_indices, scales, /*appends=*/true);
   cuda::AppendParams params = AppendLaunch(place, k, v, k_cache, v_cache, source, shape);
   CheckDim(k, "k", 0, q.size(0), "tokens of q");
   params.plan = launch.params.plan;
@@ -232,25 +242,25 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
     CheckDeviceScales(scope, scales);
   }
-  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, params);
+  if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, shape.head_dim_vo, params);
   Launch(scope, &launch);
 }
 
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
-                        const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
+                        const TensorView& v, const TensorView& kv_cache, const OptionalTensor& v_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                         const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales) {
   // First, for its name: k and v may be parts of the same tensor, and are aligned if it is.
   if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);
-  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor(), kv_cache, "kv_cache");
+  cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor(), kv_cache, v_cache, "kv_cache");
   launch.variant = variant;
   cpu::KVSource source{};
   const CacheShape shape =
-      PagedLaunch(&launch, &source, place, q, kv_cache, OptionalTensor(), /*kv_layout=*/0, kv_page_indptr, kv_page_indices, scales,
+      PagedLaunch(&launch, &source, place, q, o, kv_cache, v_cache, /*kv_layout=*/0, kv_page_indptr, kv_page_indices, scales,
                   /*appends=*/true);
   launch.params.expected.capture_key[0] = static_cast<uint32_t>(capture_key);
   launch.params.expected.capture_key[1] = static_cast<uint32_t>(capture_key >> 32);
-  cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, OptionalTensor(), source, shape);
+  cuda::AppendParams params = AppendLaunch(place, k, v, kv_cache, v_cache, source, shape);
   CheckDim(k, "k", 0, q.size(0), "tokens of q");
   params.plan = launch.params.plan;
   params.expected = launch.params.expected;
@@ -264,7 +274,7 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
   if (k.size(0) > 0 && rotation != nullptr) {
     cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, RopeParams(params, q, *rotation));
   } else if (k.size(0) > 0) {
-    cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, params);
+    cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, shape.head_dim_vo, params);
   }
   Launch(scope, &launch);
 }

@@ -3,8 +3,8 @@
 // Validate, make the device current, take the environment's stream, launch. No device memory is allocated, nothing synchronises and
 // no state is kept, so calls may be captured; a kernel's first call, which loads it, must come before. Beyond attention.h:
 //   plan       on the device (tvm_infer.plan_upload); the kernel refuses one that does not fit and says why (tvm_infer.plan_status)
-//   q, o       float16 or bfloat16, head_dim as in cuda/tile_table.cc; may have more rows than the plan has tokens (rows behind are not
-//   written) lse        contiguous workspace  holds numel / (head_dim + 1) partial rows sm_scale   > 0: it is folded into the exponent's
+//   q, o       float16 or bfloat16, widths as in cuda/tile_table.cc; may have more rows than the plan has tokens (rows behind are not
+//   written) lse        contiguous workspace  holds numel / (head_dim_vo + 1) partial rows sm_scale   > 0: it is folded into the exponent's
 //   base variant    or null: of which kernel; copied before the call returns rows of q, o, k, v and of the caches begin on 16-byte
 //   boundaries, since copies are of 16 bytes
 // With debug checks on, every call copies the plan and the tables to the host and checks them as the CPU executor does. That
@@ -52,7 +52,7 @@ struct OwnRotation {
   float magnitude;
 };
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
-                        const TensorView& v, const TensorView& kv_cache, const TensorView& kv_page_indptr,
+                        const TensorView& v, const TensorView& kv_cache, const OptionalTensor& v_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
                         const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales);
 

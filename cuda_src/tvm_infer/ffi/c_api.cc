@@ -73,7 +73,7 @@ int32_t tvm_infer_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t 
     params.band.right = causal ? 0 : tvm_infer::kUnbounded;
     params.fixed_split_size = tvm_infer::kSplitAuto;
     const cpu::DType type = tvm_infer::ToDType(dtype);
-    params.tile_classes = cpu::TileTable(type, type, head_dim, &params.num_tile_classes);
+    params.SetCosts(cpu::TileTable(type, type, head_dim, head_dim));
     thread_local tvm_infer::Planner planner;
     planner.Plan(params, qo_indptr, kv_len, num_requests, plan, int64_t{4} * plan_words, max_partial_rows);
   });
@@ -93,7 +93,7 @@ int32_t tvm_infer_paged_attention(const int32_t* plan, int32_t dtype, int32_t he
     args.dtype = tvm_infer::ToDType(dtype);
     args.num_kv_heads = header.num_kv_heads;
     args.num_qo_heads = header.num_kv_heads * header.group_size;
-    args.head_dim = head_dim;
+    args.head_dim = args.head_dim_vo = head_dim;
     args.q = q;
     args.o = o;
     args.q_head_stride = args.o_head_stride = head_dim;
@@ -118,7 +118,7 @@ int32_t tvm_infer_append(const int32_t* qo_indptr, const int32_t* kv_len, int32_
     args.dtype = tvm_infer::ToDType(dtype);
     args.num_requests = num_requests;
     args.num_kv_heads = num_kv_heads;
-    args.head_dim = head_dim;
+    args.head_dim = args.head_dim_vo = head_dim;
     args.qo_indptr = qo_indptr;
     args.kv_len = kv_len;
     args.k = k;

@@ -1,13 +1,13 @@
 #include "tvm_infer/ffi/cuda_functions.h"
 
 #include <string>
-#include <vector>
 
 #include "tvm_infer/cuda/kernels.h"
 #include "tvm_infer/cuda/tile_table.h"
 #include "tvm_infer/ffi/cuda_launch.h"
 #include "tvm_infer/ffi/cuda_scope.h"
 #include "tvm_infer/ffi/kv_dtype.h"
+#include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/value_checks.h"
 
 namespace tvm_infer::ffi_api {
@@ -24,6 +24,10 @@ void CheckAtMost(int64_t value, int64_t limit, const char* of_plan, const char* 
 tvm::ffi::Shape CudaTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CudaKVTileTable(dtype, head_dim, dtype); }
 
 tvm::ffi::Shape CudaKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
+  return CudaVOTileTable(dtype, head_dim, head_dim, kv_dtype);
+}
+
+tvm::ffi::Shape CudaVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     if (dtype != "float16" && dtype != "bfloat16") {
       TVM_INFER_THROW(DTypeError) << "argument `dtype` is \"" << std::string(dtype) << "\"; the cuda executor takes float16 and bfloat16";
@@ -31,14 +35,8 @@ tvm::ffi::Shape CudaKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::f
     const cpu::DType type = FindKVDType(std::string(dtype))->type;
     const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
     CheckDTypePair(type, "dtype", kv_type, "kv_dtype");
-    int32_t count = 0;
-    const TileClass* classes = cuda::TileTable(on_cuda::ToTag(type), on_cuda::ToTag(kv_type), static_cast<int32_t>(head_dim), &count);
-    std::vector<int64_t> flat;
-    for (int32_t i = 0; i < count; ++i) {
-      const TileClass& c = classes[i];
-      flat.insert(flat.end(), {c.rows, c.kv_granule, c.fixed, c.row, c.kv});
-    }
-    return tvm::ffi::Shape(flat.begin(), flat.end());
+    return FlatCosts(
+        cuda::TileTable(on_cuda::ToTag(type), on_cuda::ToTag(kv_type), static_cast<int32_t>(head_dim), static_cast<int32_t>(head_dim_vo)));
   });
 }
 

@@ -10,6 +10,7 @@
 #define TVM_INFER_CUDA_FUNCTIONS(V)      \
   V(cuda_tile_table, CudaTileTable)      \
   V(cuda_kv_tile_table, CudaKVTileTable) \
+  V(cuda_vo_tile_table, CudaVOTileTable) \
   V(cuda_info, CudaInfo)                 \
   V(add_cubin, AddCubin)                 \
   V(check_plan, CheckPlanFor)            \
@@ -17,10 +18,12 @@
 
 namespace tvm_infer::ffi_api {
 
-// The CUDA attention kernels' tile table for a dtype ("float16", "bfloat16"), 5 integers a class. Needs no device.
+// The CUDA attention kernels' tile table for a dtype ("float16", "bfloat16"), a `tile_table` of plan.h. Needs no device.
 tvm::ffi::Shape CudaTileTable(tvm::ffi::String dtype, int64_t head_dim);
 // The same where keys and values are kept in another type than queries have.
 tvm::ffi::Shape CudaKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype);
+// The same where values (and outputs) are narrower than keys (and queries).
+tvm::ffi::Shape CudaVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype);
 
 // "arch SMs name": e.g. "sm_90a 132 NVIDIA H200". ExecutorError where there is no driver or no such device.
 tvm::ffi::String CudaInfo(int64_t device_id);

@@ -90,17 +90,24 @@ void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on) {
 PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                            int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens, int64_t num_ctas,
                            int64_t num_threads, DLDevice device) {
-  return KVCacheCreateScaled(num_layers, num_qo_heads, num_kv_heads, head_dim, dtype, dtype, page_size, num_pages, max_batch, max_tokens,
-                             num_ctas, num_threads, device);
+  return KVCacheCreateUnequal(num_layers, num_qo_heads, num_kv_heads, head_dim, head_dim, dtype, dtype, page_size, num_pages, max_batch,
+                              max_tokens, num_ctas, num_threads, device);
 }
 
 PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                                  DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
                                  int64_t num_ctas, int64_t num_threads, DLDevice device) {
+  return KVCacheCreateUnequal(num_layers, num_qo_heads, num_kv_heads, head_dim, head_dim, dtype, kv_dtype, page_size, num_pages, max_batch,
+                              max_tokens, num_ctas, num_threads, device);
+}
+
+PagedKVCache KVCacheCreateUnequal(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_vo,
+                                  DLDataType dtype, DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch,
+                                  int64_t max_tokens, int64_t num_ctas, int64_t num_threads, DLDevice device) {
   return Guarded([&] {
     CheckModelIsPlain();
-    return MakeKVCache({num_layers, num_qo_heads, num_kv_heads, head_dim, dtype, kv_dtype, page_size, num_pages, max_batch, max_tokens,
-                        num_ctas, num_threads, device});
+    return MakeKVCache({num_layers, num_qo_heads, num_kv_heads, head_dim, head_dim_vo, dtype, kv_dtype, page_size, num_pages, max_batch,
+                        max_tokens, num_ctas, num_threads, device});
   });
 }
 
@@ -236,10 +243,14 @@ Shape KVCachePageTable(PagedKVCache kv, int64_t id) {
 Tensor KVCachePages(PagedKVCache kv, int64_t layer) {
   return Guarded([&] { return kv->Pages(layer); });
 }
+Tensor KVCacheValuePages(PagedKVCache kv, int64_t layer) {
+  return Guarded([&] { return kv->ValuePages(layer); });
+}
 Shape KVCacheConfigOf(PagedKVCache kv) {
   const KVCacheConfig& c = kv->config();
   return Shape({c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim, c.page_size, c.num_pages, c.max_batch, c.max_tokens, c.num_ctas,
-                c.num_threads, kv->bytes_per_page(), static_cast<int64_t>(c.device.device_type), int64_t{c.device.device_id}});
+                c.num_threads, kv->bytes_per_page(), static_cast<int64_t>(c.device.device_type), int64_t{c.device.device_id},
+                c.head_dim_vo});
 }
 
 void KVCacheBind(PagedKVCache kv, int64_t token) {

@@ -22,6 +22,7 @@
   V(kv_cache_set_shared_prefix, KVCacheSetSharedPrefix)              \
   V(kv_cache_create, KVCacheCreate)                                  \
   V(kv_cache_create_scaled, KVCacheCreateScaled)                     \
+  V(kv_cache_create_unequal, KVCacheCreateUnequal)                   \
   V(kv_cache_set_scales, KVCacheSetScales)                           \
   V(kv_cache_dtype, KVCacheDTypeOf)                                  \
   V(kv_cache_add, KVCacheAdd)                                        \
@@ -51,6 +52,7 @@
   V(kv_cache_window_left, KVCacheWindowLeft)                         \
   V(kv_cache_page_table, KVCachePageTable)                           \
   V(kv_cache_pages, KVCachePages)                                    \
+  V(kv_cache_value_pages, KVCacheValuePages)                         \
   V(kv_cache_config, KVCacheConfigOf)                                \
   V(kv_cache_bind, KVCacheBind)                                      \
   V(kv_cache_release, KVCacheRelease)                                \
@@ -103,6 +105,10 @@ PagedKVCache KVCacheCreate(int64_t num_layers, int64_t num_qo_heads, int64_t num
 PagedKVCache KVCacheCreateScaled(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, DLDataType dtype,
                                  DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch, int64_t max_tokens,
                                  int64_t num_ctas, int64_t num_threads, DLDevice device);
+// The same whose values (and outputs) may be narrower than its keys (and queries): head_dim_vo at most head_dim.
+PagedKVCache KVCacheCreateUnequal(int64_t num_layers, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_vo,
+                                  DLDataType dtype, DLDataType kv_dtype, int64_t page_size, int64_t num_pages, int64_t max_batch,
+                                  int64_t max_tokens, int64_t num_ctas, int64_t num_threads, DLDevice device);
 // k_scales, v_scales: float32 [num_layers, num_kv_heads], contiguous, on the host; finite, above 0. Before the first sequence.
 void KVCacheSetScales(PagedKVCache kv, tvm::ffi::TensorView k_scales, tvm::ffi::TensorView v_scales);
 DLDataType KVCacheDTypeOf(PagedKVCache kv);  // of q, k, v and out
@@ -156,8 +162,10 @@ int64_t KVCachePeakPages(PagedKVCache kv, int64_t length, int64_t max_append);
 int64_t KVCacheWindowLeft(PagedKVCache kv);
 tvm::ffi::Shape KVCachePageTable(PagedKVCache kv, int64_t id);  // -1 for pages that were given back
 tvm::ffi::Tensor KVCachePages(PagedKVCache kv, int64_t layer);  // [num_pages, 2, num_kv_heads, page_size, head_dim], no copy
+// Values alone, [num_pages, num_kv_heads, page_size, head_dim_vo], no copy. Where that is not head_dim kv_cache_pages are keys alone.
+tvm::ffi::Tensor KVCacheValuePages(PagedKVCache kv, int64_t layer);
 // num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, max_batch, max_tokens, num_ctas, num_threads, bytes per page,
-// device type (DLPack), device id
+// device type (DLPack), device id, head_dim_vo
 tvm::ffi::Shape KVCacheConfigOf(PagedKVCache kv);
 
 // An executable takes the cache for itself (token: its own number, not 0); a second one gets CacheStateError.

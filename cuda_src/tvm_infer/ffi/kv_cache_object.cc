@@ -43,6 +43,11 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
     TVM_INFER_THROW(ArgumentError) << "argument `head_dim` is " << c.head_dim << "; it must be a multiple of 8, from 8 to " << kMaxHeadDim
                                    << ". Pad the heads with zeros (and keep sm_scale that of the unpadded width)";
   }
+  if (c.head_dim_vo < 8 || c.head_dim_vo > c.head_dim || c.head_dim_vo % 8 != 0) {
+    TVM_INFER_THROW(ArgumentError) << "argument `head_dim_vo` is " << c.head_dim_vo
+                                   << "; it must be a multiple of 8, from 8 to head_dim = " << c.head_dim
+                                   << " (on CUDA head_dim, or 128 beside a head_dim of 192). Pad the heads with zeros";
+  }
   const bool is_float = c.dtype.lanes == 1 && ((c.dtype.code == kDLFloat && (c.dtype.bits == 32 || c.dtype.bits == 16)) ||
                                                (c.dtype.code == kDLBfloat && c.dtype.bits == 16));
   if (!is_float) {
@@ -52,7 +57,7 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
   }
   CheckDTypePair(FindKVDType(c.dtype)->type, "dtype", CheckKVDTypeOf(c.kv_dtype, "kv_dtype"), "kv_dtype");
   // In floating point, where it cannot overflow: all sizes below are then sure to fit in 64 bits.
-  const double bytes = 2.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * c.kv_dtype.bits / 8;
+  const double bytes = 1.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * (c.head_dim + c.head_dim_vo) * c.kv_dtype.bits / 8;
   if (bytes > static_cast<double>(int64_t{1} << 62)) {
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << c.num_pages << ": the cache would have " << bytes
                                    << " bytes, which no address reaches; take fewer pages";
@@ -96,19 +101,10 @@ PagedKVCacheObj::PagedKVCacheObj(const KVCacheConfig& config)
 
 KVMemory PagedKVCacheObj::AllocateMemory() {
   executor_->Complete(&config_);
-  tile_classes_ = executor_->TileTable(&num_tile_classes_);
+  costs_ = executor_->TileTable();
   KVMemory memory;
   const KVCacheConfig& c = config_;
-  const int64_t page_elements = 2 * c.num_kv_heads * c.page_size * c.head_dim;
-  memory.page_bytes = PageBytes(c.num_kv_heads, c.page_size, c.head_dim, c.kv_dtype.bits);
-  memory.all_pages = executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.kv_dtype, "its pages");
-  const int64_t head = c.page_size * c.head_dim;
-  const int64_t shape[] = {c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim};
-  const int64_t strides[] = {page_elements, c.num_kv_heads * head, head, c.head_dim, 1};
-  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
-    memory.pages.push_back(
-        memory.all_pages.as_strided(tvm::ffi::ShapeView(shape, 5), tvm::ffi::ShapeView(strides, 5), layer * c.num_pages * page_elements));
-  }
+  AllocatePages(&memory);
   if (IsScaled(FindKVDType(c.kv_dtype)->type)) {
     memory.k_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
     memory.v_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
@@ -144,7 +140,7 @@ void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<MaskBand>
   memory->step =
       executor_->place().is_cuda() ? executor_->Allocate({memory->layout->bytes() / 8}, kInt64, "a step's tables") : memory->host_step;
   memory->step_words = AsWords(memory->step, memory->layout->bytes() / 4);
-  memory->workspace = executor_->Allocate({partial_rows * (c.head_dim + 1)}, kFloat32, "partial results");
+  memory->workspace = executor_->Allocate({partial_rows * (c.head_dim_vo + 1)}, kFloat32, "partial results");
   memory->partial_rows = partial_rows;
 }
 
@@ -156,8 +152,7 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   params.band = band;
   if (causal) params.band.right = 0;
   params.fixed_split_size = kSplitAuto;
-  params.tile_classes = tile_classes_;
-  params.num_tile_classes = num_tile_classes_;
+  params.SetCosts(costs_);
   return params;
 }
 
@@ -221,8 +216,8 @@ void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const i
   if (!moves.empty()) executor_->MoveTokens(memory_, moves);
 }
 
-// q, k, v or o of a step: [num_rows, heads, head_dim] of the cache's dtype, heads and head_dim, on its device.
-void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const {
+// q, k, v or o of a step: [num_rows, heads, head_dim] (v and o: head_dim_vo) of the cache's dtype, heads and widths, on its device.
+void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name, bool is_vo) const {
   if (executor_->place().is_cuda()) {
     CheckPlace(tensor, name, executor_->place());
   } else {
@@ -231,7 +226,7 @@ void PagedKVCacheObj::CheckTokens(const TensorView& tensor, const char* name, in
   CheckDType(tensor, name, config_.dtype, "the cache's");
   CheckRank(tensor, name, 3, "[num_tokens, heads, head_dim]");
   CheckDim(tensor, name, 1, heads, heads_name);
-  CheckDim(tensor, name, 2, config_.head_dim, "head_dim of the cache");
+  CheckDim(tensor, name, 2, is_vo ? config_.head_dim_vo : config_.head_dim, is_vo ? "head_dim_vo of the cache" : "head_dim of the cache");
   CheckLastDimContiguous(tensor, name);
   if (tensor.size(0) == step_.num_rows) return;
   TVM_INFER_THROW(PlanMismatchError) << "argument `" << name << "` has shape " << ShapeString(tensor) << " but begin_forward announced "
@@ -264,8 +259,8 @@ void PagedKVCacheObj::Attention(int64_t layer, const TensorView& q, const Tensor
   CheckCall(layer, sm_scale, causal);
   CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
   CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
-  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
-  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache", /*is_vo=*/true);
+  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache", /*is_vo=*/true);
   if (step_.num_rows == 0) return;
   executor_->Attention(memory_, step_, CallOf(layer, q, k, v, o, sm_scale));
 }
@@ -326,14 +321,6 @@ tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
   const int64_t shape[] = {step_.plan_bytes[0] / 4}, strides[] = {1};
   return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
       .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
-}
-
-const tvm::ffi::Tensor& PagedKVCacheObj::Pages(int64_t layer) const {
-  if (layer < 0 || layer >= config_.num_layers) {
-    TVM_INFER_THROW(ArgumentError) << "argument `layer` is " << layer << " but the cache has " << config_.num_layers
-                                   << " layers; it must be from 0 to " << config_.num_layers - 1;
-  }
-  return memory_.pages[layer];
 }
 
 void PagedKVCacheObj::Bind(int64_t token) {

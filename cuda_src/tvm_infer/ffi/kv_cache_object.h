@@ -97,8 +97,10 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   int64_t num_rows() const { return step_.num_rows; }
   // int32, the bytes used of the last plan, on the host. A view: the next step overwrites it.
   tvm::ffi::Tensor CurrentPlan() const;
-  // [num_pages, 2, num_kv_heads, page_size, head_dim]: keys are [:, 0], values [:, 1].
+  // [num_pages, 2, num_kv_heads, page_size, head_dim]: keys are [:, 0], values [:, 1]. Of two widths keys alone, [num_pages, num_kv_heads,
+  // page_size, head_dim].
   const tvm::ffi::Tensor& Pages(int64_t layer) const;
+  tvm::ffi::Tensor ValuePages(int64_t layer) const;  // [num_pages, num_kv_heads, page_size, head_dim_vo]
 
   int64_t bytes_per_page() const { return memory_.page_bytes * config_.num_layers; }  // keys and values of all layers
   const KVCacheConfig& config() const { return config_; }
@@ -132,18 +134,19 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   void AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const;
   LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                    double sm_scale) const;
-  KVMemory AllocateMemory();  // sets the executor's tile classes too
+  KVMemory AllocateMemory();  // sets the executor's costs too
+  void AllocatePages(KVMemory* memory) const;
   int64_t NumRows(const kv::Step& step, const kv::StepInputs& inputs) const;
   void CheckBetweenSteps(const char* operation) const;
+  void CheckEqualWidths(const char* operation, const char* way_out) const;  // ArgumentError
   std::unique_ptr<PageStore> StoreOf(size_t num_pages) const;
   void CheckCall(int64_t layer, double sm_scale, bool causal) const;
-  void CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name) const;
+  void CheckTokens(const TensorView& tensor, const char* name, int64_t heads, const char* heads_name, bool is_vo = false) const;
   tvm::ffi::Tensor StepView(int64_t offset, int64_t length, bool is_batch_of_one) const;
 
   KVCacheConfig config_;
   std::unique_ptr<KVExecutor> executor_;
-  const TileClass* tile_classes_;
-  int32_t num_tile_classes_;
+  TileCosts costs_;
   std::vector<MaskBand> bands_ = {MaskBand()};  // of each plan of a step that is not causal; in a causal one their right is 0
   std::vector<Layer> layers_;
   bool has_stepped_ = false;

@@ -75,6 +75,7 @@ void PagedKVCacheObj::FusedAttention(int64_t layer, const TensorView& qkv, doubl
     TVM_INFER_THROW(CacheStateError) << "the cache does not know how to rotate queries and keys; call kv_cache_set_rope (set_rope) before "
                                         "its first sequence, with no frequencies where nothing is to be rotated";
   }
+  CheckEqualWidths("attention_fused_qkv", "Pass q, k and v apart");
   const int64_t num_qo_heads = config_.num_qo_heads, num_kv_heads = config_.num_kv_heads;
   CheckTokens(qkv, "qkv", num_qo_heads + 2 * num_kv_heads, "num_qo_heads + 2 * num_kv_heads of the cache");
   CheckTokens(o, "out", num_qo_heads, "num_qo_heads of the cache");
@@ -99,9 +100,9 @@ void PagedKVCacheObj::RopeAttention(int64_t layer, const TensorView& q, const Te
   CheckCall(layer, sm_scale, causal);
   CheckTokens(q, "q", config_.num_qo_heads, "num_qo_heads of the cache");
   CheckTokens(k, "k", config_.num_kv_heads, "num_kv_heads of the cache");
-  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache");
+  CheckTokens(v, "v", config_.num_kv_heads, "num_kv_heads of the cache", /*is_vo=*/true);
   CheckTokens(rotated_q, "rotated_q", config_.num_qo_heads, "num_qo_heads of the cache");
-  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache");
+  CheckTokens(o, "out", config_.num_qo_heads, "num_qo_heads of the cache", /*is_vo=*/true);
   CheckRotation(rope.inv_freq, rope.interleaved, rope.magnitude, config_.head_dim, "the cache", executor_->place());
   const int64_t rotary_dim = 2 * rope.inv_freq.size(0);
   executor_->CheckRope(rotary_dim);

@@ -60,6 +60,7 @@ int64_t PagedKVCacheObj::swapped_bytes() const {
 
 tvm::ffi::Tensor PagedKVCacheObj::ExportPages(int64_t id) const {
   CheckBetweenSteps("export_sequence");
+  CheckEqualWidths("export_sequence", "Swap the sequence out and in instead (swap_out, swap_in)");
   const std::vector<int32_t> pages = manager_.HeldPages(id);  // none where it is swapped out
   const auto swapped = swapped_.find(id);
   std::unique_ptr<PageStore> copied;
@@ -83,6 +84,7 @@ void PagedKVCacheObj::ImportPages(int64_t id, const TensorView& pages, int64_t l
                                   const int64_t* tokens, int64_t num_tokens, int64_t space) {
   const KVCacheConfig& c = config_;
   CheckBetweenSteps("import_sequence");
+  CheckEqualWidths("import_sequence", "Prefill the tokens instead");
   CheckCpu(pages, "pages");
   CheckDType(pages, "pages", c.kv_dtype, "the cache's");
   CheckRank(pages, "pages", 6, "[num_layers, pages, 2, num_kv_heads, page_size, head_dim]");

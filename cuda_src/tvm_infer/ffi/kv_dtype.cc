@@ -125,11 +125,11 @@ tvm::ffi::String KVDTypes() {
   return lines;
 }
 
-int64_t KVPageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, tvm::ffi::String kv_dtype) {
+int64_t KVPageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     const KVDType* row = FindKVDType(std::string(kv_dtype));
     if (row == nullptr) CheckRow(nullptr, '"' + std::string(kv_dtype) + '"', "is", "kv_dtype");
-    return PageBytes(num_kv_heads, page_size, head_dim, RowOf(row->type).bits);
+    return PageBytes(num_kv_heads, page_size, head_dim, head_dim_vo, RowOf(row->type).bits);
   });
 }
 

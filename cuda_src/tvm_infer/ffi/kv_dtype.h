@@ -46,7 +46,7 @@ void SetScales(const KVScales& scales, int64_t num_kv_heads, const Place& place,
 // The table: name, suffix, bits, scale ("", "head", "group"), "cpu" and "cuda" where there are kernels; a line each, with spaces between.
 tvm::ffi::String KVDTypes();
 // Bytes of a page in one layer, of any type of the table: a cache of num_layers and num_pages has so many times these, without scales.
-int64_t KVPageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, tvm::ffi::String kv_dtype);
+int64_t KVPageBytes(int64_t num_kv_heads, int64_t page_size, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype);
 
 // ArgumentError naming the first value that is not finite and above 0. `scales` is in host memory.
 void CheckScaleValues(const float* scales, int64_t count, const char* name);

@@ -4,11 +4,13 @@
 
 #include <tvm/ffi/container/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <vector>
 
+#include "tvm_infer/element_type.h"
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/page_store.h"
 #include "tvm_infer/kv/step_buffer.h"
@@ -18,7 +20,9 @@
 namespace tvm_infer::ffi_api {
 
 struct KVCacheConfig {
-  int64_t num_layers, num_qo_heads, num_kv_heads, head_dim;
+  int64_t num_layers, num_qo_heads, num_kv_heads;
+  int64_t head_dim;     // of q and k
+  int64_t head_dim_vo;  // of v and o, at most head_dim
   DLDataType dtype;     // of q, k, v and o
   DLDataType kv_dtype;  // of the pages: dtype, or one that is scaled (kv_dtype.h)
   int64_t page_size, num_pages;
@@ -27,17 +31,32 @@ struct KVCacheConfig {
   int64_t num_ctas;     // work queues of a plan; 0: the executor's own choice
   int64_t num_threads;  // of the cpu executor; 0: its default
   DLDevice device;
+
+  bool has_equal_widths() const { return head_dim == head_dim_vo; }
 };
+
+// In a page of one layer: the keys of all heads, then the values.
+struct PagePlanes {
+  int64_t offset;       // bytes, in the page
+  int64_t row_bytes;    // a token's
+  int64_t plane_bytes;  // a head's
+};
+inline std::array<PagePlanes, 2> PlanesOf(const KVCacheConfig& c) {
+  const int64_t k_row = BytesOf(c.head_dim, c.kv_dtype.bits), v_row = BytesOf(c.head_dim_vo, c.kv_dtype.bits);
+  return {PagePlanes{0, k_row, c.page_size * k_row}, PagePlanes{c.num_kv_heads * c.page_size * k_row, v_row, c.page_size * v_row}};
+}
 
 // What a cache owns, at fixed addresses for its life.
 struct KVMemory {
-  tvm::ffi::Tensor all_pages;           // [num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]
-  std::vector<tvm::ffi::Tensor> pages;  // of each layer: views
-  tvm::ffi::Tensor host_step, step;     // int64: what a step reads (kv/step_buffer.h), written on the host, read on the device; on the
-                                        // host one tensor
-  tvm::ffi::Tensor step_words;          // `step` as int32
-  tvm::ffi::Tensor k_scales, v_scales;  // float32 [num_layers, num_kv_heads], of pages that are scaled; else undefined
-  tvm::ffi::Tensor workspace;           // float32 [partial rows * (head_dim + 1)]
+  // [num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]; of two widths [num_layers, num_pages, elements of PlanesOf].
+  tvm::ffi::Tensor all_pages;
+  std::vector<tvm::ffi::Tensor> pages;  // of each layer: views; of two widths those of keys, [num_pages, num_kv_heads, page_size, head_dim]
+  std::vector<tvm::ffi::Tensor> v_pages;  // of two widths those of values, head_dim_vo wide; else empty
+  tvm::ffi::Tensor host_step, step;       // int64: what a step reads (kv/step_buffer.h), written on the host, read on the device; on the
+                                          // host one tensor
+  tvm::ffi::Tensor step_words;            // `step` as int32
+  tvm::ffi::Tensor k_scales, v_scales;    // float32 [num_layers, num_kv_heads], of pages that are scaled; else undefined
+  tvm::ffi::Tensor workspace;             // float32 [partial rows * (head_dim_vo + 1)]
   std::unique_ptr<const kv::StepLayout> layout;
   int64_t partial_rows = 0;  // of the workspace
   int64_t page_bytes = 0;    // of one layer
@@ -75,7 +94,7 @@ struct KVStep {
   int64_t last_plan_bytes(const kv::StepLayout& layout) const { return plan_bytes[layout.limits().num_plans - 1]; }
 };
 
-// One layer's q, k, v and o: [num_rows, heads, head_dim], of the cache's heads, head_dim and dtype.
+// One layer's q, k, v and o: [num_rows, heads, head_dim or head_dim_vo], of the cache's heads, widths and dtype.
 struct LayerCall {
   int64_t layer;
   const TensorView &q, &k, &v, &o;
@@ -92,7 +111,7 @@ class KVExecutor {
   // Fills in what config leaves to the executor; throws ExecutorError or DTypeError for what it has no kernels for.
   virtual void Complete(KVCacheConfig* config) const = 0;
   // Costs that plans are made with: a static table.
-  virtual const TileClass* TileTable(int32_t* count) const = 0;
+  virtual TileCosts TileTable() const = 0;
   // Uninitialised memory of the device that lives as long as the tensor. `what` it is for, in errors.
   virtual tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const = 0;
   // Copies shared pages that the step writes to, and brings `range` of the step's block to the device.

@@ -55,8 +55,9 @@ class CudaKVExecutor final : public KVExecutor {
     if (config->num_ctas == 0) config->num_ctas = cuda::GetDevice(config->device.device_id).num_sms;
     config->num_threads = 0;
   }
-  const TileClass* TileTable(int32_t* count) const override {
-    return cuda::TileTable(TagOf(config_.dtype), TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim), count);
+  TileCosts TileTable() const override {
+    return cuda::TileTable(TagOf(config_.dtype), TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim),
+                           static_cast<int32_t>(config_.head_dim_vo));
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char* what) const override {
     return tvm::ffi::Tensor::FromNDAlloc(DeviceAllocator{what}, tvm::ffi::ShapeView(shape.begin(), shape.size()), dtype, config_.device);
@@ -72,9 +73,13 @@ class CudaKVExecutor final : public KVExecutor {
     CudaPagesIn(Layout(memory), pages, store, config_.device);
   }
   void CheckRope(int64_t rotary_dim) const override {
-    cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(rotary_dim), "kv");
+    cuda::CheckRopeShape(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo),
+                         static_cast<int32_t>(rotary_dim), "kv");
   }
-  void CheckVariant() const override { cuda::CheckTakesVariant(TagOf(config_.kv_dtype), "kv"); }
+  void CheckVariant() const override {
+    cuda::CheckTakesVariant(TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo),
+                            "kv");
+  }
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
 
@@ -133,18 +138,22 @@ void CudaKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::To
            "the capture. Move tokens between steps, outside of the graph";
   }
   cuda::MoveTokensParams params{};
-  params.pages = DataPtr<void>(TensorView(memory.all_pages));
   params.layer_bytes = memory.page_bytes * config_.num_pages;
   params.page_bytes = memory.page_bytes;
-  params.row_bytes = static_cast<int32_t>(BytesOf(config_.head_dim, config_.kv_dtype.bits));
-  params.plane_bytes = config_.page_size * params.row_bytes;
   params.num_layers = static_cast<int32_t>(config_.num_layers);
-  params.num_planes = static_cast<int32_t>(2 * config_.num_kv_heads);
   static_assert(sizeof(cuda::MoveTokensParams::Move) == sizeof(kv::TokenMove));
   for (size_t begin = 0; begin < moves.size(); begin += cuda::kMovesPerLaunch) {
     params.num_moves = static_cast<int32_t>(std::min<size_t>(moves.size() - begin, cuda::kMovesPerLaunch));
     std::memcpy(params.moves, moves.data() + begin, params.num_moves * sizeof(kv::TokenMove));
-    cuda::LaunchMoveTokens(scope.device_id(), scope.stream(), params);
+    const std::array<PagePlanes, 2> planes = PlanesOf(config_);
+    const bool is_equal = config_.has_equal_widths();  // then values are as many planes more
+    for (size_t i = 0; i < (is_equal ? 1 : planes.size()); ++i) {
+      params.pages = DataPtr<char>(TensorView(memory.all_pages)) + planes[i].offset;
+      params.row_bytes = static_cast<int32_t>(planes[i].row_bytes);
+      params.plane_bytes = planes[i].plane_bytes;
+      params.num_planes = static_cast<int32_t>((is_equal ? 2 : 1) * config_.num_kv_heads);
+      cuda::LaunchMoveTokens(scope.device_id(), scope.stream(), params);
+    }
   }
 }
 
@@ -170,10 +179,12 @@ void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
     scales.k_scales = TensorView(k_scales);
     scales.v_scales = TensorView(v_scales);
   }
+  OptionalTensor values;
+  if (!config_.has_equal_widths()) values = TensorView(memory.v_pages[call.layer]);
   const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
     on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_keys[call.plan], q, call.k, call.v,
-                                TensorView(memory.pages[call.layer]), TensorView(indptr), TensorView(memory.step_words), call.sm_scale,
-                                TensorView(memory.workspace), call.o, rotation, call.variant, scales);
+                                TensorView(memory.pages[call.layer]), values, TensorView(indptr), TensorView(memory.step_words),
+                                call.sm_scale, TensorView(memory.workspace), call.o, rotation, call.variant, scales);
   };
   if (call.rope == nullptr) return attend(call.q, nullptr);
   const LayerRope& rope = *call.rope;

@@ -49,8 +49,8 @@ class HostKVExecutor final : public KVExecutor {
     if (config->num_ctas == 0) config->num_ctas = cpu::DefaultNumThreads();
     if (config->num_threads == 0) config->num_threads = cpu::DefaultNumThreads();
   }
-  const TileClass* TileTable(int32_t* count) const override {
-    return cpu::TileTable(dtype_, kv_dtype_, static_cast<int32_t>(config_.head_dim), count);
+  TileCosts TileTable() const override {
+    return cpu::TileTable(dtype_, kv_dtype_, static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo));
   }
   tvm::ffi::Tensor Allocate(std::initializer_list<int64_t> shape, DLDataType dtype, const char*) const override {
     return AllocateHost(shape, dtype);
@@ -86,32 +86,31 @@ class HostKVExecutor final : public KVExecutor {
 
 // Only the slots that hold tokens: the rest of a page is never read.
 void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange&) {
-  const int64_t row_bytes = BytesOf(config_.head_dim, config_.kv_dtype.bits);
-  const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
-  const int64_t num_planes = 2 * config_.num_kv_heads;
   for (const tvm::ffi::Tensor& layer : memory.pages) {
     char* base = DataPtr<char>(TensorView(layer));
     for (const kv::PageCopy& copy : step.step->copies) {
-      const char* src = base + copy.src * memory.page_bytes;
-      char* dst = base + copy.dst * memory.page_bytes;
-      for (int64_t plane = 0; plane < num_planes; ++plane) {
-        std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, copy.num_tokens * row_bytes);
+      for (const PagePlanes& of : PlanesOf(config_)) {
+        const char* src = base + copy.src * memory.page_bytes + of.offset;
+        char* dst = base + copy.dst * memory.page_bytes + of.offset;
+        for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
+          std::memcpy(dst + head * of.plane_bytes, src + head * of.plane_bytes, copy.num_tokens * of.row_bytes);
+        }
       }
     }
   }
 }
 
 void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
-  const int64_t row_bytes = BytesOf(config_.head_dim, config_.kv_dtype.bits);
-  const int64_t plane_bytes = config_.page_size * row_bytes;  // one head's keys or values
   for (const tvm::ffi::Tensor& layer : memory.pages) {
     char* base = DataPtr<char>(TensorView(layer));
     for (const kv::TokenMove& move : moves) {
-      const char* src = base + move.src_page * memory.page_bytes + move.src_slot * row_bytes;
-      char* dst = base + move.dst_page * memory.page_bytes + move.dst_slot * row_bytes;
-      if (src == dst) continue;
-      for (int64_t plane = 0; plane < 2 * config_.num_kv_heads; ++plane) {
-        std::memcpy(dst + plane * plane_bytes, src + plane * plane_bytes, row_bytes);
+      if (move.src_page == move.dst_page && move.src_slot == move.dst_slot) continue;
+      for (const PagePlanes& of : PlanesOf(config_)) {
+        const char* src = base + move.src_page * memory.page_bytes + of.offset + move.src_slot * of.row_bytes;
+        char* dst = base + move.dst_page * memory.page_bytes + of.offset + move.dst_slot * of.row_bytes;
+        for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
+          std::memcpy(dst + head * of.plane_bytes, src + head * of.plane_bytes, of.row_bytes);
+        }
       }
     }
   }
@@ -119,7 +118,7 @@ void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::To
 
 cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int64_t layer) const {
   cpu::KVSource source{};
-  const int64_t head = config_.page_size * config_.head_dim, plane = config_.num_kv_heads * head;
+  const std::array<PagePlanes, 2> planes = PlanesOf(config_);
   char* base = DataPtr<char>(TensorView(memory.pages[layer]));
   source.dtype = kv_dtype_;
   if (memory.is_scaled()) {
@@ -127,10 +126,12 @@ cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int6
     source.v_scale.heads = DataPtr<const float>(TensorView(memory.v_scales)) + layer * config_.num_kv_heads;
   }
   source.k = base;
-  source.v = base + BytesOf(plane, config_.kv_dtype.bits);
-  source.k_page_stride = source.v_page_stride = 2 * plane;
-  source.k_head_stride = source.v_head_stride = head;
-  source.k_token_stride = source.v_token_stride = config_.head_dim;
+  source.v = base + planes[1].offset;
+  source.k_page_stride = source.v_page_stride = memory.page_bytes * 8 / config_.kv_dtype.bits;
+  source.k_head_stride = config_.page_size * config_.head_dim;
+  source.v_head_stride = config_.page_size * config_.head_dim_vo;
+  source.k_token_stride = config_.head_dim;
+  source.v_token_stride = config_.head_dim_vo;
   source.page_size = static_cast<int32_t>(config_.page_size);
   const int32_t* words = DataPtr<int32_t>(TensorView(memory.step_words));
   source.page_indptr = words + memory.layout->page_indptr() / 4;
@@ -143,7 +144,7 @@ void ZeroRows(const TensorView& o, int64_t begin, const KVCacheConfig& config) {
   for (int64_t row = begin; row < o.size(0); ++row) {
     for (int64_t head = 0; head < o.size(1); ++head) {
       char* at = DataPtr<char>(o) + (row * Stride(o, 0) + head * Stride(o, 1)) * element_bytes;
-      std::memset(at, 0, static_cast<size_t>(config.head_dim * element_bytes));
+      std::memset(at, 0, static_cast<size_t>(config.head_dim_vo * element_bytes));
     }
   }
 }
@@ -154,6 +155,7 @@ void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu
   append.num_requests = step.step->num_requests();
   append.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
   append.head_dim = static_cast<int32_t>(config_.head_dim);
+  append.head_dim_vo = static_cast<int32_t>(config_.head_dim_vo);
   append.qo_indptr = step.step->qo_indptr.data();
   append.kv_len = step.step->kv_len.data();
   append.k = DataPtr<void>(call.k);
@@ -196,6 +198,7 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
   attend.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
   attend.head_dim = static_cast<int32_t>(config_.head_dim);
+  attend.head_dim_vo = static_cast<int32_t>(config_.head_dim_vo);
   attend.q = DataPtr<void>(q);
   attend.q_token_stride = Stride(q, 0);
   attend.q_head_stride = Stride(q, 1);
@@ -206,7 +209,7 @@ void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
   attend.o_head_stride = Stride(call.o, 1);
   const TensorView workspace(memory.workspace);
   attend.partial_o = DataPtr<float>(workspace);
-  attend.partial_lse = attend.partial_o + workspace.numel() / (config_.head_dim + 1) * config_.head_dim;
+  attend.partial_lse = attend.partial_o + workspace.numel() / (config_.head_dim_vo + 1) * config_.head_dim_vo;
   cpu::Attention(attend, static_cast<int>(config_.num_threads));
 }
 

@@ -198,19 +198,30 @@ void SetAll(const PagedKVCache& kv, const std::vector<BoundLayers>& variants) {
   }
 }
 
+// Of values: 0 in the manifest where it is head_dim.
+int64_t HeadDimVo(const JsonObject& layer) {
+  const int64_t width = layer.count(String("head_dim_vo")) == 0 ? 0 : Field<int64_t>(layer, "head_dim_vo");
+  return width == 0 ? Field<int64_t>(layer, "head_dim") : width;
+}
+
+std::string WidthsOf(int64_t head_dim, int64_t head_dim_vo) {
+  return std::to_string(head_dim) + (head_dim_vo == head_dim ? "" : " (values " + std::to_string(head_dim_vo) + ")");
+}
+
 void CheckLayers(const PagedKVCache& kv, const JsonObject& model) {
   const auto layers = Field<JsonArray>(model, "layers");
   const auto layer = layers[0].cast<JsonObject>();
   const KVCacheConfig& have = kv->config();
   const auto heads = Field<int64_t>(layer, "num_qo_heads"), kv_heads = Field<int64_t>(layer, "num_kv_heads");
-  const auto head_dim = Field<int64_t>(layer, "head_dim");
+  const auto head_dim = Field<int64_t>(layer, "head_dim"), head_dim_vo = HeadDimVo(layer);
   if (have.num_layers == static_cast<int64_t>(layers.size()) && have.num_qo_heads == heads && have.num_kv_heads == kv_heads &&
-      have.head_dim == head_dim) {
+      have.head_dim == head_dim && have.head_dim_vo == head_dim_vo) {
     return;
   }
   TVM_INFER_THROW(ArgumentError) << "argument `kv` has " << have.num_layers << " layers of " << have.num_qo_heads << " / "
-                                 << have.num_kv_heads << " heads of " << have.head_dim << " elements; the model has " << layers.size()
-                                 << " of " << heads << " / " << kv_heads << " of " << head_dim << ": make it with model_create_cache";
+                                 << have.num_kv_heads << " heads of " << WidthsOf(have.head_dim, have.head_dim_vo)
+                                 << " elements; the model has " << layers.size() << " of " << heads << " / " << kv_heads << " of "
+                                 << WidthsOf(head_dim, head_dim_vo) << ": make it with model_create_cache";
 }
 
 void SetVariants(const PagedKVCache& kv, const JsonObject& manifest, const Array<Tensor>& weights) {
@@ -252,6 +263,7 @@ PagedKVCache ModelCreateScaledCache(Array<Tensor> weights, String kv_dtype, Opti
     config.num_qo_heads = Field<int64_t>(layer, "num_qo_heads");
     config.num_kv_heads = Field<int64_t>(layer, "num_kv_heads");
     config.head_dim = Field<int64_t>(layer, "head_dim");
+    config.head_dim_vo = HeadDimVo(layer);
     config.dtype = ToDType(layer);
     config.kv_dtype = kv_dtype.empty() ? defaults.kv_dtype() : KVDTypeOf(kv_dtype);
     config.page_size = page_size;

@@ -14,7 +14,7 @@
 namespace tvm_infer::ffi_api {
 namespace {
 
-constexpr int kTileFields = 5;
+constexpr int kTileFields = 5, kSharedMergeFields = 2;
 constexpr int kBandFields = 4;
 
 int32_t CheckedInt32(int64_t value, const char* name) {
@@ -29,9 +29,11 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
                       const tvm::ffi::Shape& tile_table) {
   thread_local std::vector<TileClass> classes;
   const int64_t num_values = static_cast<int64_t>(tile_table.size());
-  if (num_values == 0 || num_values % kTileFields != 0) {
+  const bool has_shared_merge = num_values % kTileFields == kSharedMergeFields;
+  if (num_values < kTileFields || (num_values % kTileFields != 0 && !has_shared_merge)) {
     TVM_INFER_THROW(ArgumentError) << "argument `tile_table` has " << num_values
-                                   << " values; it must have 5 for each class: rows, kv_granule, fixed, row, kv";
+                                   << " values; it must have 5 for each class, rows, kv_granule, fixed, row, kv, and may end with 2, what "
+                                      "each merge of shared keys costs and a plan that has any";
   }
   classes.resize(num_values / kTileFields);
   for (size_t i = 0; i < classes.size(); ++i) {
@@ -52,6 +54,7 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
   params.fixed_split_size = CheckedInt32(fixed_split_size, "fixed_split_size");
   params.tile_classes = classes.data();
   params.num_tile_classes = static_cast<int32_t>(classes.size());
+  if (has_shared_merge) params.shared_merge = SharedMergeCost{tile_table[num_values - 2], tile_table[num_values - 1]};
   return params;
 }
 
@@ -137,7 +140,7 @@ int64_t MakeSharedPlan(TensorView qo_indptr, TensorView kv_len, TensorView level
     const PlanCall call(qo_indptr, kv_len, plan_out);
     CheckIndex(levels, "levels");
     const PlanParams params = MakeParams(num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table);
-    Levels reader;
+    thread_local Levels reader;  // as the planner's: a step allocates nothing
     const SharedRuns& shared =
         reader.Read(params, DataPtr<int32_t>(levels), levels.numel(), call.qo_indptr, call.kv_len, call.num_requests);
     return ThreadPlanner().Plan(params, call.qo_indptr, call.kv_len, call.num_requests, call.out, call.out_bytes, max_partial_rows, shared);
@@ -205,9 +208,23 @@ void UploadPlan(TensorView plan_host, TensorView plan_device) {
   });
 }
 
+tvm::ffi::Shape FlatCosts(const TileCosts& costs) {
+  std::vector<int64_t> flat;
+  for (int32_t i = 0; i < costs.num_classes; ++i) {
+    const TileClass& c = costs.classes[i];
+    flat.insert(flat.end(), {c.rows, c.kv_granule, c.fixed, c.row, c.kv});
+  }
+  flat.insert(flat.end(), {costs.shared_merge.each, costs.shared_merge.once});
+  return tvm::ffi::Shape(flat.begin(), flat.end());
+}
+
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim) { return CpuKVTileTable(dtype, head_dim, dtype); }
 
 tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype) {
+  return CpuVOTileTable(dtype, head_dim, head_dim, kv_dtype);
+}
+
+tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     const KVDType* type = FindKVDType(std::string(dtype));
     if (type == nullptr || IsScaled(type->type)) {
@@ -216,14 +233,7 @@ tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ff
     }
     const cpu::DType kv_type = CheckKVDTypeName(std::string(kv_dtype), "kv_dtype");
     CheckDTypePair(type->type, "dtype", kv_type, "kv_dtype");
-    int32_t count = 0;
-    const TileClass* classes = cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), &count);
-    std::vector<int64_t> flat;
-    for (int32_t i = 0; i < count; ++i) {
-      const TileClass& c = classes[i];
-      flat.insert(flat.end(), {c.rows, c.kv_granule, c.fixed, c.row, c.kv});
-    }
-    return tvm::ffi::Shape(flat.begin(), flat.end());
+    return FlatCosts(cpu::TileTable(type->type, kv_type, CheckedInt32(head_dim, "head_dim"), CheckedInt32(head_dim_vo, "head_dim_vo")));
   });
 }
 

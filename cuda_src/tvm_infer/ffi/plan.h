@@ -19,6 +19,7 @@
   V(plan_upload, UploadPlan)                           \
   V(cpu_tile_table, CpuTileTable)                      \
   V(cpu_kv_tile_table, CpuKVTileTable)                 \
+  V(cpu_vo_tile_table, CpuVOTileTable)                 \
   V(cpu_info, CpuInfo)
 
 namespace tvm_infer::ffi_api {
@@ -34,7 +35,8 @@ MaskBand MakeBand(const tvm::ffi::Shape& band);
 //                  it); num_sink: first keys that it sees besides; chunk: positions a chunk, outside of which it sees none, 0 for no
 //                  chunks. With sinks or chunks the plan runs with a variant that masks them
 //   fixed_split_size  0 automatic, -1 never, > 0: KV is cut at its multiples
-//   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds)
+//   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds); then, where keys are to be shared, the 2 of
+//                  SharedMergeCost: each, once
 //   max_partial_rows  rows of the partial buffers that this plan will run with
 //   plan_out       int32, contiguous: receives the plan
 int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,
@@ -74,10 +76,15 @@ tvm::ffi::Shape PlanHeadListsCapacityOf(int64_t num_qo_heads, int64_t num_kv_hea
 //   plan_device  int32, contiguous, on the device, 16-byte aligned, at least as many bytes as the plan uses
 void UploadPlan(tvm::ffi::TensorView plan_host, tvm::ffi::TensorView plan_device);
 
-// The CPU executor's tile table for a dtype ("float32", "float16", "bfloat16"), 5 integers a class.
+// A `tile_table`, as above.
+tvm::ffi::Shape FlatCosts(const TileCosts& costs);
+
+// The CPU executor's tile table for a dtype ("float32", "float16", "bfloat16").
 tvm::ffi::Shape CpuTileTable(tvm::ffi::String dtype, int64_t head_dim);
 // The same where keys and values are kept in another type than queries have.
 tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ffi::String kv_dtype);
+// The same where values (and outputs) are narrower than keys (and queries).
+tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype);
 
 // "isa threads": e.g. "avx512 2".
 tvm::ffi::String CpuInfo();

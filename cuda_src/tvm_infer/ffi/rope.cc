@@ -77,6 +77,7 @@ void RunOnHost(const RopeCall& call, const CacheShape& shape, const cpu::KVSourc
   args.append.num_requests = lengths.num_requests;
   args.append.num_kv_heads = shape.num_kv_heads;
   args.append.head_dim = shape.head_dim;
+  args.append.head_dim_vo = shape.head_dim_vo;
   args.append.qo_indptr = lengths.qo_indptr;
   args.append.kv_len = lengths.kv_len;
   args.append.k = DataPtr<void>(call.k);

@@ -60,7 +60,7 @@ void RopeAppendPaged(const Place& place, const RopeCall& call, const CacheShape&
   const int32_t rotary_dim = static_cast<int32_t>(2 * call.inv_freq.size(0));
   cuda::RopeAppendParams params{};
   params.append = AppendLaunch(place, call.k, call.v, call.k_cache, call.v_cache, cache, shape);
-  cuda::CheckRopeShape(shape.head_dim, rotary_dim, "q");
+  cuda::CheckRopeShape(shape.head_dim, shape.head_dim_vo, rotary_dim, "q");
   CheckAlignedRows(call.q, "q");
   CheckAlignedRows(call.q_out, "q_out");
   CheckAligned(call.inv_freq, "inv_freq");

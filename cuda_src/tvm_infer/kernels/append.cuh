@@ -93,6 +93,11 @@ __device__ __forceinline__ float CachedScale(const cuda::AppendParams& p, bool i
 struct AppendVector {
   uint32_t row, column;  // column in vectors
 
+  __device__ __forceinline__ static uint32_t TokenVectors(const cuda::AppendParams& p, uint32_t row_vectors) {
+    return 2 * p.num_kv_heads * row_vectors;
+  }
+  __device__ __forceinline__ static uint32_t OutputVectors(const cuda::AppendParams& p) { return p.head_dim / 8; }
+  AppendVector() = default;
   __device__ __forceinline__ AppendVector(uint32_t index, uint32_t row_vectors) : row(index / row_vectors), column(index % row_vectors) {}
   __device__ __forceinline__ void Advance(uint32_t row_vectors, uint32_t step_rows, uint32_t step_columns) {
     row += step_rows;
@@ -115,9 +120,41 @@ struct AppendVector {
   }
 };
 
+// The same where keys are wider than values.
+template <int kHeadDim, int kHeadDimVo>
+struct UnequalVector {
+  static constexpr uint32_t kKeyVectors = kHeadDim / 8, kValueVectors = kHeadDimVo / 8;
+  uint32_t index;
+
+  __device__ __forceinline__ static uint32_t TokenVectors(const cuda::AppendParams& p, uint32_t) {
+    return p.num_kv_heads * (kKeyVectors + kValueVectors);
+  }
+  __device__ __forceinline__ static uint32_t OutputVectors(const cuda::AppendParams&) { return kValueVectors; }
+  __device__ __forceinline__ UnequalVector(uint32_t first, uint32_t) : index(first) {}
+  __device__ __forceinline__ void Advance(uint32_t, uint32_t, uint32_t) { index += 32; }
+  __device__ __forceinline__ AppendVector InRow(const cuda::AppendParams& p) const {
+    const uint32_t first_value = p.num_kv_heads * kKeyVectors;
+    AppendVector vector;
+    if (index < first_value) {
+      vector.row = index / kKeyVectors;
+      vector.column = index % kKeyVectors;
+    } else {
+      vector.row = p.num_kv_heads + (index - first_value) / kValueVectors;
+      vector.column = (index - first_value) % kValueVectors;
+    }
+    return vector;
+  }
+  __device__ __forceinline__ const uint4* From(const cuda::AppendParams& p, int64_t token) const { return InRow(p).From(p, token); }
+  template <typename Cells>
+  __device__ __forceinline__ void Store(const cuda::AppendParams& p, int64_t page, int64_t slot, const uint4& value) const {
+    InRow(p).template Store<Cells>(p, page, slot, value);
+  }
+};
+
 // The output rows of a padding token.
+template <typename Vector>
 __device__ __forceinline__ void ZeroOutput(const cuda::AppendParams& p, int64_t token) {
-  const uint32_t row_vectors = p.head_dim / 8, token_vectors = p.num_qo_heads * row_vectors;
+  const uint32_t row_vectors = Vector::OutputVectors(p), token_vectors = p.num_qo_heads * row_vectors;
   auto* o = static_cast<uint16_t*>(p.o) + token * p.o_stride_token;
   for (uint32_t i = threadIdx.x % 32; i < token_vectors; i += 32) {
     reinterpret_cast<uint4*>(o + i / row_vectors * p.o_stride_head)[i % row_vectors] = uint4{0, 0, 0, 0};
@@ -126,13 +163,13 @@ __device__ __forceinline__ void ZeroOutput(const cuda::AppendParams& p, int64_t 
 
 // A task is a token's K and V, or a part of them where there are more warps than tokens. Each warp takes a run of tasks, so that it looks
 // for a request only where the run begins and where a request ends.
-template <typename Cells>
+template <typename Cells, typename Vector>
 __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
   ptx::AllowDependentGrid();
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t warp = blockIdx.x * (kAppendThreads / 32) + threadIdx.x / 32, num_warps = gridDim.x * (kAppendThreads / 32);
   const uint32_t row_vectors = p.head_dim / 8, step_rows = 32 / row_vectors, step_columns = 32 % row_vectors;
-  const uint32_t token_vectors = 2 * p.num_kv_heads * row_vectors;
+  const uint32_t token_vectors = Vector::TokenVectors(p, row_vectors);
   const uint32_t token_loads = (token_vectors + 31) / 32;  // of a warp; max_tokens of these are below 2^31: cuda/append.cc
   const uint32_t loads = min(kAppendLoads, (p.max_tokens * token_loads + num_warps - 1) / num_warps);
   const uint32_t parts = (token_loads + loads - 1) / loads;  // tasks of a token
@@ -160,7 +197,7 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
   for (uint32_t task = first_task; task < end_task; ++task) {
     const uint32_t first = part * loads * 32 + lane, end = min(token_vectors, (part + 1) * loads * 32);
     uint4 values[kAppendLoads];
-    AppendVector vector(first, row_vectors);
+    Vector vector(first, row_vectors);
 #pragma unroll
     for (uint32_t i = 0; i < kAppendLoads; ++i) {
       if (first + 32 * i < end) values[i] = __ldcg(vector.From(p, token));
@@ -170,7 +207,7 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
     if (is_padding) {
       if (p.o == nullptr || lengths.is_refused) return;
       for (; task < end_task; ++task) {
-        if (part == 0) ZeroOutput(p, token);
+        if (part == 0) ZeroOutput<Vector>(p, token);
         if (++part == parts) part = 0, ++token;
       }
       return;
@@ -180,10 +217,10 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
     // A token before its request's first position or behind its last page goes nowhere, rather than to another request's page.
     if (position >= 0 && page_entry < request.end_page) {
       const int64_t page = __ldg(p.kv_page_indices + page_entry), slot = position % p.page_size;
-      vector = AppendVector(first, row_vectors);
+      vector = Vector(first, row_vectors);
 #pragma unroll
       for (uint32_t i = 0; i < kAppendLoads; ++i) {
-        if (first + 32 * i < end) vector.Store<Cells>(p, page, slot, values[i]);
+        if (first + 32 * i < end) vector.template Store<Cells>(p, page, slot, values[i]);
         vector.Advance(row_vectors, step_rows, step_columns);
       }
     }
@@ -193,8 +230,8 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name; the last arguments are the cache's cells. Rows of k, v and the cache start on 16-byte boundaries (the bindings check
-// that).
+// A kernel by name; the last arguments are the cache's cells and a lane's vectors. Rows of k, v and the cache start on 16-byte boundaries
+// (the bindings check that).
 #define TVM_INFER_APPEND_CELLS(NAME, CTAS_PER_SM, ...)                                                                                    \
   extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kAppendThreads, CTAS_PER_SM)                                           \
       NAME(const __grid_constant__ tvm_infer::cuda::AppendParams params) {                                                                \
@@ -206,9 +243,15 @@ __device__ __forceinline__ void Append(const cuda::AppendParams& p) {
 // The cache's elements are the new ones', of 16 bits.
 #define TVM_INFER_APPEND(NAME, ELEMENT)                                                  \
   static_assert(sizeof(ELEMENT) == 2, "append.cuh copies 16-bit elements, 8 at a time"); \
-  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendCtasPerSm, tvm_infer::kernels::CopiedCells)
+  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendCtasPerSm, tvm_infer::kernels::CopiedCells, tvm_infer::kernels::AppendVector)
+
+// The same where keys are wider than values.
+#define TVM_INFER_APPEND_VO(NAME, HEAD_DIM, HEAD_DIM_VO)                                              \
+  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendCtasPerSm, tvm_infer::kernels::CopiedCells, \
+                         tvm_infer::kernels::UnequalVector<HEAD_DIM, HEAD_DIM_VO>)
 
 // ELEMENT is Bf16 or Fp16, FLOAT8 E4m3 or E5m2.
-#define TVM_INFER_APPEND_FLOAT8(NAME, ELEMENT, FLOAT8)                     \
-  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendFloat8CtasPerSm, \
-                         tvm_infer::kernels::QuantisedCells<tvm_infer::ptx::ELEMENT, tvm_infer::ptx::FLOAT8>)
+#define TVM_INFER_APPEND_FLOAT8(NAME, ELEMENT, FLOAT8)                                                        \
+  TVM_INFER_APPEND_CELLS(NAME, tvm_infer::kernels::kAppendFloat8CtasPerSm,                                    \
+                         tvm_infer::kernels::QuantisedCells<tvm_infer::ptx::ELEMENT, tvm_infer::ptx::FLOAT8>, \
+                         tvm_infer::kernels::AppendVector)

@@ -93,7 +93,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       ptx::MbarrierInit(ring.full + 8 * i, Config::kFullArrivals);
       ptx::MbarrierInit(ring.empty + 8 * i, Config::kEmptyArrivals);
     }
-    for (int i = 0; i < Config::kQueryBuffers; ++i) {
+    for (int i = 0; i < Config::kQueryTurns; ++i) {
       ptx::MbarrierInit(query_full + 8 * i, 32 * kQueryLoaders);
       ptx::MbarrierInit(query_empty + 8 * i, Config::kConsumerThreads);
     }
@@ -189,6 +189,20 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
                                                                          sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
 #define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
   TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
+
+// Keys wider than values.
+#define TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE)                                                   \
+  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
+                                                        tvm_infer::ptx::ELEMENT, HEAD_DIM_VO>;                                         \
+  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
+      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
+  }                                                                                                                                    \
+  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
+                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
+#define TVM_INFER_ATTENTION_SM90_RAGGED_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO) \
+  TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, tvm_infer::attention::kRagged)
 
 // Keys and values of 8 bits, E4m3 or E5m2.
 #define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \

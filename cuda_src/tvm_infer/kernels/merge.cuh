@@ -36,7 +36,7 @@ struct MergeJob {
 
 // A lane's columns of a row.
 template <typename Config>
-using Columns = attention::LaneColumns<Config::kHeadDim>;
+using Columns = attention::LaneColumns<Config::kHeadDimVo>;
 
 // Those of a row of a partial result, from L2; 0 where a lane has none.
 template <typename Config>
@@ -96,9 +96,9 @@ __device__ __forceinline__ void StoreMerged(const attention::Consumer<Config>& c
 // after an acquire of the caller's.
 template <typename Config>
 __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, const MergeJob& job, int32_t h, int32_t row) {
-  constexpr int kHeadDim = Config::kHeadDim;
+  constexpr int kHeadDimVo = Config::kHeadDimVo;
   const attention::AttentionParams& params = c.params;
-  constexpr int kLoads = kHeadDim <= 128 ? 8 : 4;  // partials in flight; divides 32
+  constexpr int kLoads = kHeadDimVo <= 128 ? 8 : 4;  // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
   // NOTE: read anew where variants do not decide what is short: the compiler would keep it, and spill, on small pages.
   const int32_t lane = Config::kHasVariant ? threadIdx.x % 32 : c.ThreadAnew() % 32;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   const auto load = [&](int32_t i) {
 #pragma unroll
     for (int32_t u = 0; u < kLoads; ++u) {
-      v[u].Load(params.partial_o + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i + u)) * kHeadDim, lane);
+      v[u].Load(params.partial_o + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i + u)) * kHeadDimVo, lane);
     }
   };
   float lse = lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
@@ -161,7 +161,7 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lse[r][i] = __ldcg(params.partial_lse + slots[i] + row);
-      v[r][i].Load(params.partial_o + static_cast<int64_t>(slots[i] + row) * Config::kHeadDim, lane);
+      v[r][i].Load(params.partial_o + static_cast<int64_t>(slots[i] + row) * Config::kHeadDimVo, lane);
     }
   }
 #pragma unroll
@@ -184,7 +184,7 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
 template <typename Config>
 __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
   constexpr float kLog2e = 1.4426950408889634f;
-  constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDim <= 128 ? 4 : 2;  // partials of each row in flight
+  constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDimVo <= 128 ? 4 : 2;  // partials of each row in flight
   const attention::AttentionParams& params = c.params;
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads, n = job.num_slots;
   const int32_t lane = c.ThreadAnew() % 32;
@@ -198,7 +198,7 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
       const int32_t from = __shfl_sync(0xffffffff, slot, begin + u);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(first + r * step, total - 1)) * Config::kHeadDim, lane);
+        v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(first + r * step, total - 1)) * Config::kHeadDimVo, lane);
       }
     }
   };
@@ -235,14 +235,14 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
 template <typename Config>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
   if (job.num_slots == 2) {
-    constexpr int kAtOnce = Config::kHeadDim <= 128 ? 4 : 2;
+    constexpr int kAtOnce = Config::kHeadDimVo <= 128 ? 4 : 2;
 #pragma unroll 1
     for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += kAtOnce * num_warps) {
       MergePairs<Config, kAtOnce>(c, job, i, num_warps);
     }
     return;
   }
-  if constexpr (!Config::kHasVariant && Config::kHeadDim <= 128) {  // NOTE: the others have no registers to spare
+  if constexpr (!Config::kHasVariant) {  // NOTE: beside variants it spills
     if (job.num_slots <= 8) {
 #pragma unroll 1
       for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);

@@ -31,6 +31,13 @@ __device__ __forceinline__ void PinRegisters(float (&r)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
+// Accumulators that the first product overwrites. NOTE: by an instruction for each: registers that are read, by a product, and never
+// written before are taken to live from the kernel's begin on, through all code of other tile classes.
+template <int kCount>
+__device__ __forceinline__ void ZeroRegisters(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(r[i]));
+}
 // What they held is not needed any more.
 template <int kCount>
 __device__ __forceinline__ void DefineRegisters(float (&r)[kCount]) {

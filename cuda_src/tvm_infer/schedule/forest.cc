@@ -4,13 +4,6 @@
 #include <limits>
 
 namespace tvm_infer {
-namespace {
-
-// What a merge of shared keys costs beyond MergePrice: those of a tile follow one another, and few CTAs have any. Measured on an H100, over
-// the makespan and the 4.5 us of any launch: 64 merges of a row tile and head 7.5 to 9 us, 256 of them 15, 512 of them 21.
-constexpr int64_t kSharedMerge = 2'700'000;
-
-}  // namespace
 
 bool Forest::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared) {
   has_end_ = p.band.has_end();
@@ -167,7 +160,7 @@ bool Forest::ChooseRuns(const PlanParams& p) {
   for (int32_t i = 0; i < num_places_; ++i) {
     if (run_of_[i] < 0 || runs_[run_of_[i]].depth == 0) continue;
     for (int32_t t = first_tile_[i]; t < first_tile_[i + 1]; ++t) {
-      merge_price_ += kSharedMerge + MergePrice(p.tile_classes[tiles_[t].tile_class], tiles_[t].num_rows);
+      merge_price_ += p.shared_merge->each + MergePrice(p.tile_classes[tiles_[t].tile_class], tiles_[t].num_rows);
     }
   }
   return true;
@@ -226,16 +219,16 @@ void Forest::MakeItems(const PlanParams& p, Items* items) const {
     work.merge_tiles = tile.merge < 0 ? 0 : 1;
     items->AddShared(p, work);
   }
-  items->Sort();
 }
 
 namespace {
 
-// Calls f(first partial row, head) for every piece of an item's keys and each of its heads, keys ascending.
+// Calls f(first partial row, KV head) for every piece of an item's keys and each of its heads, keys of a head ascending.
 template <typename F>
 void ForEachPiece(const Items& items, const Layout& layout, int32_t item, F&& f) {
   const int32_t num_rows = items.work[item].num_rows;
-  for (int32_t i = layout.of_item[item].begin; i < layout.of_item[item].end; ++i) {
+  const Layout::Range range = layout.of_item[item];
+  for (int32_t i = range.begin; i < range.end; ++i) {
     const Placement& placement = layout.placements[i];
     const int32_t out = layout.partials[placement.partial].out;
     for (int32_t h = 0; h < placement.num_kv_heads; ++h) f(out + h * num_rows, placement.kv_head_begin + h);
@@ -246,20 +239,28 @@ void ForEachPiece(const Items& items, const Layout& layout, int32_t item, F&& f)
 
 // Leaves the number of each merge's slots in cursor_.
 int64_t Forest::CountSlots(const Items& items, const Layout& layout, int32_t num_kv_heads) {
-  pieces_.Reserve(num_kv_heads);
   cursor_.Reserve(items.num_tree_merges);
+  of_head_.Reserve(num_kv_heads);
   std::fill_n(cursor_.data(), items.num_tree_merges, 0);
   int64_t num_slots = 0;
+  max_pieces_ = 0;
   for (int32_t item = 0; item < items.count; ++item) {
     const Work& work = items.work[item];
     if (work.merge_tiles == 0) continue;
-    std::fill_n(pieces_.data(), num_kv_heads, 0);
-    ForEachPiece(items, layout, item, [&](int32_t, int32_t head) { ++pieces_[head]; });
     int32_t* of_tile = cursor_.data() + int64_t{work.merge} * num_kv_heads;
-    for (int32_t j = 0; j < work.merge_tiles; ++j, of_tile += num_kv_heads) {
-      for (int32_t h = 0; h < num_kv_heads; ++h) of_tile[h] += pieces_[h];
+    int32_t num_pieces = 0;
+    if (work.merge_tiles == 1) {
+      ForEachPiece(items, layout, item, [&](int32_t, int32_t head) { ++of_tile[head], ++num_pieces; });
+      num_slots += num_pieces;
+      continue;
     }
-    for (int32_t h = 0; h < num_kv_heads; ++h) num_slots += int64_t{pieces_[h]} * work.merge_tiles;
+    std::fill_n(of_head_.data(), num_kv_heads, 0);
+    ForEachPiece(items, layout, item, [&](int32_t, int32_t head) { ++of_head_[head], ++num_pieces; });
+    for (int32_t j = 0; j < work.merge_tiles; ++j, of_tile += num_kv_heads) {
+      for (int32_t h = 0; h < num_kv_heads; ++h) of_tile[h] += of_head_[h];
+    }
+    num_slots += int64_t{num_pieces} * work.merge_tiles;
+    max_pieces_ = std::max(max_pieces_, num_pieces);
   }
   return num_slots;
 }
@@ -276,17 +277,23 @@ void Forest::WriteMerges(const Items& items, const Layout& layout, int32_t num_k
   for (int32_t t = 0; t < num_merge_tiles_; ++t) {
     for (int32_t h = 0; h < num_kv_heads; ++h) *merges++ = {merge_tiles_[t].row_begin, merge_tiles_[t].num_rows, h, 1};
   }
+  pieces_.Reserve(max_pieces_);
   // In the order of items: outer runs, inner ones, requests.
   for (int32_t item = 0; item < items.count; ++item) {
     const Work& work = items.work[item];
     if (work.merge_tiles == 0) continue;
-    const MergeTile* tiles = merge_tiles_.data() + work.merge;
-    ForEachPiece(items, layout, item, [&](int32_t out, int32_t head) {
-      int32_t* cursor = cursor_.data() + int64_t{work.merge} * num_kv_heads + head;
-      for (int32_t j = 0; j < work.merge_tiles; ++j, cursor += num_kv_heads) {
-        merge_slots[(*cursor)++] = out + tiles[j].row_begin - work.row_begin;
-      }
-    });
+    int32_t* cursor = cursor_.data() + int64_t{work.merge} * num_kv_heads;
+    if (work.merge_tiles == 1) {
+      ForEachPiece(items, layout, item, [&](int32_t out, int32_t head) { merge_slots[cursor[head]++] = out; });
+      continue;
+    }
+    // Tile by tile: the merges of one stand side by side.
+    int32_t num_pieces = 0;
+    ForEachPiece(items, layout, item, [&](int32_t out, int32_t head) { pieces_[num_pieces++] = {out, head}; });
+    for (int32_t j = 0; j < work.merge_tiles; ++j, cursor += num_kv_heads) {
+      const int32_t row = merge_tiles_[work.merge + j].row_begin - work.row_begin;
+      for (int32_t i = 0; i < num_pieces; ++i) merge_slots[cursor[pieces_[i].head]++] = pieces_[i].out + row;
+    }
   }
 }
 

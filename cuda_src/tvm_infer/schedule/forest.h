@@ -18,7 +18,7 @@ class Forest {
  public:
   // Decides which runs are used; false: none is. The batch was checked (Items::Check).
   bool Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared);
-  // Items of the batch: shared ones first, then those of requests. Sorted.
+  // Items of the batch: shared ones first, then those of requests. Not sorted.
   void MakeItems(const PlanParams& p, Items* items) const;
 
   // Row tiles that merge what shared works computed for them. Their merges are of one KV head each: tile t, head h is number
@@ -63,6 +63,9 @@ class Forest {
   struct MergeTile {
     int32_t row_begin, num_rows;
   };
+  struct Piece {
+    int32_t out, head;
+  };
 
   void MakeTiles(const PlanParams& p, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, const SharedRuns& shared);
   void PlaceRuns(const PlanParams& p, const SharedRuns& shared, int32_t num_requests);
@@ -79,9 +82,11 @@ class Forest {
   ScratchArray<int32_t> open_;
   ScratchArray<int32_t> token_order_;
   ScratchArray<MergeTile> merge_tiles_;  // by number
-  ScratchArray<int32_t> pieces_;         // of each head of an item
+  ScratchArray<Piece> pieces_;           // of an item
+  ScratchArray<int32_t> of_head_;        // pieces of each head of an item
   ScratchArray<int32_t> cursor_;         // of each merge
   int32_t num_tiles_ = 0, num_places_ = 0, num_runs_ = 0, num_merge_tiles_ = 0, num_levels_ = 0, num_shared_items_ = 0;
+  int32_t max_pieces_ = 0;  // of an item of several tiles, all heads
   bool has_order_ = false, has_end_ = false;
   int64_t flat_cost_ = 0, merge_price_ = 0;
 };

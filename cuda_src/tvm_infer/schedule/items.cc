@@ -127,19 +127,6 @@ void Items::Start(const PlanParams& p, int64_t max_items) {
   total_cost = max_cost = max_overhead = max_granule_cost = max_merge = 0;
 }
 
-inline void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
-  const TileClass& t = p.tile_classes[tile.tile_class];
-  const int64_t overhead = t.fixed + t.row * tile.num_rows;
-  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
-  max_overhead = std::max(max_overhead, overhead + sink_cost);
-  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
-  work[count] = tile;
-  sink[count] = tile_sink;
-  cost[count++] = c;
-  total_cost += c;
-  max_cost = std::max(max_cost, c);
-}
-
 // Row tiles of a request against one of its `lists`: the only one, or that of KV head `list`.
 inline void Items::AddTilesOf(const PlanParams& p, const Batch& batch, int32_t group, int32_t r, int32_t lists, int32_t list) {
   const int32_t kv_list = r * lists + list;
@@ -188,14 +175,6 @@ void Items::Build(const PlanParams& p, const Batch& batch, int64_t max_items) {
     }
   });
   Sort();
-}
-
-void Items::AddShared(const PlanParams& p, const Work& tile) {
-  const TileClass& t = p.tile_classes[tile.tile_class];
-  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
-  // One that shares keys merges anyway: a piece more costs little.
-  max_merge = std::max(max_merge, MergePrice(t, tile.merge_tiles > 0 ? 0 : tile.num_rows));
-  AddTile(p, tile, 0);
 }
 
 // The tile's keys, cut at multiples of the fixed split size counted from key 0: cuts depend on nothing else.

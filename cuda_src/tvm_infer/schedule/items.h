@@ -32,10 +32,12 @@ inline PlanParams OfOneHead(PlanParams p) {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Keys that a work is charged for: its last tile is computed whole. In 32 bits, where both fit: a division of 64 takes three times as long.
+// Keys that a work is charged for: its last tile is computed whole. Without a division where a tile has a power of two of them, as those of
+// executors have; else in 32 bits, where both fit: a division of 64 takes three times as long.
 inline int64_t ChargedKeys(const TileClass& t, int64_t num_keys) {
   const auto granule = static_cast<uint32_t>(t.kv_granule);
-  return int64_t{(static_cast<uint32_t>(num_keys) + granule - 1) / granule} * granule;
+  const uint32_t up = static_cast<uint32_t>(num_keys) + granule - 1;
+  return (granule & (granule - 1)) == 0 ? up & ~(granule - 1) : int64_t{up / granule} * granule;
 }
 // Of one work and KV head. At least 1 ps, so that a CTA with work is never the least loaded for free.
 inline int64_t CostOf(const TileClass& t, int64_t overhead, int64_t num_keys) {
@@ -123,6 +125,27 @@ struct Items {
 // What an item's sinks cost, of one KV head: a work of their own, with its overhead.
 inline int64_t SinkCost(const TileClass& t, int32_t num_rows, int32_t num_sink) {
   return num_sink == 0 ? 0 : CostOf(t, t.fixed + t.row * num_rows, num_sink);
+}
+
+inline void Items::AddTile(const PlanParams& p, const Work& tile, int32_t tile_sink) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  const int64_t overhead = t.fixed + t.row * tile.num_rows;
+  const int64_t sink_cost = SinkCost(t, tile.num_rows, tile_sink);
+  max_overhead = std::max(max_overhead, overhead + sink_cost);
+  const int64_t c = CostOf(t, overhead, tile.kv_end - tile.kv_begin) + sink_cost;
+  work[count] = tile;
+  sink[count] = tile_sink;
+  cost[count++] = c;
+  total_cost += c;
+  max_cost = std::max(max_cost, c);
+}
+
+inline void Items::AddShared(const PlanParams& p, const Work& tile) {
+  const TileClass& t = p.tile_classes[tile.tile_class];
+  max_granule_cost = std::max(max_granule_cost, t.kv * t.kv_granule);
+  // One that shares keys merges anyway: a piece more costs little.
+  max_merge = std::max(max_merge, MergePrice(t, tile.merge_tiles > 0 ? 0 : tile.num_rows));
+  AddTile(p, tile, 0);
 }
 
 // At most this many tiles for `num_requests` requests with `num_rows` packed rows together, none of them empty: a request of p rows

@@ -27,6 +27,11 @@ void CheckSettings(const PlanParams& p) {
                                    << "; with shared keys a row's result depends on the levels, which a fixed size is to prevent. Plan "
                                       "without levels, or with fixed_split_size 0";
   }
+  if (!p.shared_merge.has_value()) {
+    TVM_INFER_THROW(ArgumentError)
+        << "argument `levels` with a `tile_table` that does not say what merges of shared keys cost; end the table "
+           "with two integers, picoseconds for each merge and for a plan that has any (the executors' do)";
+  }
 }
 
 }  // namespace
@@ -103,20 +108,30 @@ void Levels::CheckGroups(const PlanParams& p, const int32_t* qo_indptr, const in
 
 // Requests of a group stand where the first of them does, those of a group within it likewise.
 void Levels::Order(int32_t num_requests) {
-  // Of each group its smallest request, by which groups are sorted; a request's key is that of every group around it, outermost first.
-  std::vector<int32_t> least(groups_.size());
+  // A request's key: the smallest request of every group around it, outermost first, then its own number. Two keys differ before one of
+  // them ends, since no request of a group is the smallest of another beside it.
+  const int32_t stride = groups_.empty() ? 1 : groups_.back().level + 2;
+  least_.resize(groups_.size());
   for (size_t g = 0; g < groups_.size(); ++g) {
-    least[g] = groups_[g].num_requests > 0 ? *std::min_element(groups_[g].requests, groups_[g].requests + groups_[g].num_requests) : 0;
+    const Group& group = groups_[g];
+    least_[g] = group.num_requests > 0 ? *std::min_element(group.requests, group.requests + group.num_requests) : 0;
   }
-  std::vector<std::vector<int32_t>> keys(num_requests);
+  keys_.assign(size_t(num_requests) * stride, 0);
   order_.resize(num_requests);
+  bool is_sorted = true;
+  const auto key_of = [&](int32_t r) { return keys_.data() + size_t(r) * stride; };
+  const auto is_less = [&](int32_t a, int32_t b) {
+    return std::lexicographical_compare(key_of(a), key_of(a) + stride, key_of(b), key_of(b) + stride);
+  };
   for (int32_t r = 0; r < num_requests; ++r) {
-    for (int32_t g = group_of_[r]; g >= 0; g = groups_[g].parent) keys[r].push_back(least[g]);
-    std::reverse(keys[r].begin(), keys[r].end());
-    keys[r].push_back(r);
+    const int32_t g = group_of_[r], depth = g < 0 ? 0 : groups_[g].level + 1;
+    int32_t* key = key_of(r);
+    key[depth] = r;
+    for (int32_t k = g; k >= 0; k = groups_[k].parent) key[groups_[k].level] = least_[k];
     order_[r] = r;
+    is_sorted = is_sorted && (r == 0 || is_less(r - 1, r));
   }
-  std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
+  if (!is_sorted) std::sort(order_.begin(), order_.end(), is_less);
   run_of_group_.assign(groups_.size(), SharedRun{num_requests, -1, 0});
   for (int32_t i = 0; i < num_requests; ++i) {
     for (int32_t g = group_of_[order_[i]]; g >= 0; g = groups_[g].parent) {

@@ -34,6 +34,8 @@ class Levels {
 
   std::vector<Group> groups_;
   std::vector<int32_t> group_of_;  // [num_requests]: the innermost group of the levels so far, or -1
+  std::vector<int32_t> least_;     // [groups]: the smallest request
+  std::vector<int32_t> keys_;      // [num_requests, levels + 1]: what requests are ordered by
   std::vector<int32_t> order_;
   std::vector<SharedRun> run_of_group_, runs_;
   SharedRuns shared_;

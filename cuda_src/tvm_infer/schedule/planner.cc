@@ -17,9 +17,6 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Shared works must shorten the plan by what their merges cost and by this fraction: costs are measured in plans of one kind of work.
 constexpr int64_t kMinSharedGainFraction = 16;
-// And by the time from the end of a tile's parts, which end together, to that of its merges; see kSharedMerge in forest.cc. With 6 us 8
-// requests of 2048 + 256 keys were shared, 17.8 us where the flat plan takes 14.7 (H200).
-constexpr int64_t kSharedMergeTime = 9'000'000;
 
 }  // namespace
 
@@ -53,9 +50,15 @@ void CheckParams(const PlanParams& p) {
   if (p.num_tile_classes < 1) {
     TVM_INFER_THROW(ArgumentError) << "tile_classes is empty; a plan needs at least one tile class of its executor";
   }
+  constexpr int64_t kMaxCost = int64_t{1} << 40;
+  if (p.shared_merge.has_value()) {
+    const auto [each, once] = *p.shared_merge;
+    if (std::min(each, once) < 0 || std::max(each, once) > kMaxCost) {
+      TVM_INFER_THROW(ArgumentError) << "shared_merge is (each " << each << ", once " << once << "); costs must be from 0 to 2^40 ps";
+    }
+  }
   for (int32_t c = 0; c < p.num_tile_classes; ++c) {
     const TileClass& t = p.tile_classes[c];
-    constexpr int64_t kMaxCost = int64_t{1} << 40;
     if (t.rows < 1 || t.kv_granule < 1 || std::min({t.fixed, t.row, t.kv - 1}) < 0 || std::max({t.fixed, t.row, t.kv}) > kMaxCost) {
       TVM_INFER_THROW(ArgumentError) << "tile_classes[" << c << "] is (rows " << t.rows << ", kv_granule " << t.kv_granule << ", fixed "
                                      << t.fixed << ", row " << t.row << ", kv " << t.kv
@@ -73,29 +76,64 @@ struct Planner::Scratch {
   Forest forest;
   ScratchArray<int32_t> cursor;  // next free work of each CTA
 
-  bool IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const;
+  void LayFlat(const PlanParams& p, const Batch& batch, int64_t max_items);
+  int64_t SharedLimit(const PlanParams& p, int64_t flat_makespan) const;
   bool TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items);
 };
 
-// Whether the plan with shared works is shorter than one without.
-bool Planner::Scratch::IsWorthSharing(const PlanParams& p, int64_t flat_makespan) const {
-  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + kSharedMergeTime;
-  return shared.layout->makespan + merges < flat_makespan - flat_makespan / kMinSharedGainFraction;
+void Planner::Scratch::LayFlat(const PlanParams& p, const Batch& batch, int64_t max_items) {
+  flat.items.Build(p, batch, max_items);
+  flat.Lay(p);
 }
 
-// True: `shared` is laid, and better. Otherwise `flat` may be laid, or not yet.
+// What a plan with shared works must be shorter than, beside a flat one of this makespan. It never falls as that grows: a bound of the
+// makespan gives a bound of it.
+int64_t Planner::Scratch::SharedLimit(const PlanParams& p, int64_t flat_makespan) const {
+  const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + p.shared_merge->once;
+  return flat_makespan - flat_makespan / kMinSharedGainFraction - merges;
+}
+
+namespace {
+
+// False: no layout of the items is shorter than `limit`. All CTAs together have to do the items' work; of a head that takes longer the
+// pieces take less each, and have an overhead each.
+bool MayBeShorter(const PlanParams& p, const Items& items, int64_t limit) {
+  double load = static_cast<double>(items.total_cost);
+  for (int32_t i = 0; items.max_cost >= limit && i < items.count; ++i) {
+    if (items.cost[i] < limit) continue;
+    const TileClass& t = p.tile_classes[items.work[i].tile_class];
+    const int64_t overhead = t.fixed + t.row * items.work[i].num_rows;
+    if (overhead >= limit) return false;
+    const int64_t pieces = CeilDiv(items.cost[i] - overhead, limit - overhead);
+    load += static_cast<double>(pieces - 1) * static_cast<double>(overhead);
+  }
+  constexpr double kRounding = 1.0 + 1e-9;
+  return load * p.num_kv_heads < static_cast<double>(limit) * p.num_ctas * kRounding;
+}
+
+}  // namespace
+
+// True: `shared` is laid, and better. Otherwise `flat` may be laid, or not yet. One layout decides where bounds do: they rule the other
+// out, or need none beside it.
 bool Planner::Scratch::TryShared(const PlanParams& p, const Batch& batch, const SharedRuns& runs, int64_t max_items) {
   flat.layout = nullptr;
   if (runs.num_runs == 0) return false;
-  TVM_INFER_ICHECK(p.band.IsSharable() && p.fixed_split_size == kSplitAuto) << "; keys of a window, or cut at a fixed size, are not shared";
+  TVM_INFER_ICHECK(p.band.IsSharable() && p.fixed_split_size == kSplitAuto && p.shared_merge.has_value())
+      << "; keys of a window, or cut at a fixed size, or without costs of their merges, are not shared";
   if (!forest.Build(p, batch.qo_indptr, batch.kv_len, batch.num_requests, runs)) return false;
   forest.MakeItems(p, &shared.items);
+  int64_t limit = SharedLimit(p, CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas));  // by the least that a flat plan takes
+  if (!MayBeShorter(p, shared.items, limit)) {
+    LayFlat(p, batch, max_items);
+    limit = SharedLimit(p, flat.layout->makespan);
+    if (!MayBeShorter(p, shared.items, limit)) return false;
+  }
+  shared.items.Sort();
   shared.Lay(p);
-  // The mean load is as short as a flat plan can be, and needs none to be laid.
-  if (IsWorthSharing(p, CeilDiv(forest.flat_cost() * p.num_kv_heads, p.num_ctas))) return true;
-  flat.items.Build(p, batch, max_items);
-  flat.Lay(p);
-  return IsWorthSharing(p, flat.layout->makespan);
+  if (shared.layout->makespan < limit) return true;
+  if (flat.layout != nullptr) return false;
+  LayFlat(p, batch, max_items);
+  return shared.layout->makespan < SharedLimit(p, flat.layout->makespan);
 }
 
 Planner::Planner() : scratch_(std::make_unique<Scratch>()) {}
@@ -141,10 +179,7 @@ int64_t Planner::Plan(const PlanParams& params, const int32_t* qo_indptr, const 
       return bytes;
     }
   }
-  if (s.flat.layout == nullptr) {
-    s.flat.items.Build(params, batch, max_items);
-    s.flat.Lay(params);
-  }
+  if (s.flat.layout == nullptr) s.LayFlat(params, batch, max_items);
   return WriteFlat(params, batch, out, out_bytes, max_partial_rows);
 }
 

@@ -5,9 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "tvm_infer/schedule/plan.h"
 #include "tvm_infer/schedule/shared_runs.h"
+#include "tvm_infer/schedule/tile_costs.h"
 
 namespace tvm_infer {
 
@@ -23,6 +25,13 @@ struct PlanParams {
   int32_t fixed_split_size;  // kSplitAuto, kSplitNever, or > 0: KV is cut at its multiples, so a row's result does not depend on the batch
   const TileClass* tile_classes;  // ascending in rows; a request uses the first class that holds all its packed rows, else the last
   int32_t num_tile_classes;
+  std::optional<SharedMergeCost> shared_merge = {};  // without them no keys are shared; not part of the capture key
+
+  void SetCosts(const TileCosts& costs) {
+    tile_classes = costs.classes;
+    num_tile_classes = costs.num_classes;
+    shared_merge = costs.shared_merge;
+  }
 };
 
 // The largest batch that a buffer must serve.
@@ -64,7 +73,7 @@ class Planner {
   //   qo_indptr  int32[num_requests + 1], starts at 0, not decreasing: query tokens of each request
   //   kv_len     int32[num_requests], keys of each request, its new tokens included; kv_len[r] >= qo_len[r] when the band has an end
   //   shared     keys that requests have in common: a run is used where it shortens the plan, and the plan fits. For bands without a begin
-  //              and automatic splits
+  //              and automatic splits, and params with shared_merge
   // Throws Error("ArgumentError") naming the argument, its value and the limit; Error("WorkspaceError") if `out` is too small or
   // more than max_partial_rows partial rows would be needed. Nothing is written to `out` then.
   int64_t Plan(const PlanParams& params, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, void* out,

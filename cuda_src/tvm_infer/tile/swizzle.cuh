@@ -15,6 +15,9 @@ inline constexpr int kSwizzleAtomBytes = kSwizzleRows * kPanelRowBytes;
 
 __host__ __device__ constexpr int Panels(int head_dim) { return (head_dim + kPanelElements - 1) / kPanelElements; }
 
+// Lanes that copy a row by 16-byte chunks: a power of two.
+__host__ __device__ constexpr int RowLanes(int head_dim) { return Panels(head_dim) == 1 ? 8 : Panels(head_dim) == 2 ? 16 : 32; }
+
 // Byte offset of 16-byte chunk `chunk` (0 … 7) of row `row` within a panel.
 __device__ __forceinline__ uint32_t SwizzledOffset(uint32_t row, uint32_t chunk) {
   return row * kPanelRowBytes + ((chunk ^ (row % kSwizzleRows)) << 4);

@@ -1,0 +1,23 @@
+// What an executor's works and merges cost: what plans for it are made with.
+#pragma once
+
+#include <cstdint>
+
+#include "tvm_infer/schedule/plan.h"
+
+namespace tvm_infer {
+
+// What reading shared keys once costs beside its works and what merges of any kind cost (MergePrice in items.h). Picoseconds, measured.
+struct SharedMergeCost {
+  int64_t each;  // per merge of a row tile and KV head; all CTAs have equal parts of them
+  int64_t once;  // per plan that shares: from the end of a tile's parts, which end together, to that of its merges
+};
+
+// A static table, by data types and head_dim.
+struct TileCosts {
+  const TileClass* classes;  // ascending in rows
+  int32_t num_classes;
+  SharedMergeCost shared_merge;
+};
+
+}  // namespace tvm_infer
