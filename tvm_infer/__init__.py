@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .contiguous import contiguous_attention, contiguous_start
     from .cublas import set_cublas
-    from .ops import append, append_attention, attention, merge, ragged_attention, rope_append
+    from .ops import append, append_attention, attention, merge, ragged_attention, rope_append, update_page_bounds
+    from .page_selection import PageSelection, SelectedPages, empty_page_bounds, page_scores
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
     from .runtime import PagedKVCache
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionSpec",
     "BlockSparsePlan",
+    "PageSelection",
     "PagedKVCache",
     "Plan",
     "RopeConfig",
+    "SelectedPages",
     "append",
     "append_attention",
     "attention",
@@ -42,6 +45,7 @@ __all__ = [
     "contiguous_start",
     "cpu_tile_table",
     "cuda_tile_table",
+    "empty_page_bounds",
     "errors",
     "jit",
     "linear",
@@ -49,6 +53,7 @@ __all__ = [
     "matmul",
     "matmul_add",
     "merge",
+    "page_scores",
     "plan",
     "plan_block_sparse",
     "plan_status",
@@ -56,6 +61,7 @@ __all__ = [
     "rope_append",
     "set_blas",
     "set_cublas",
+    "update_page_bounds",
     "variant",
     "workspace_size",
 ]
@@ -63,9 +69,11 @@ __all__ = [
 # Loaded at first use, so that `import tvm_infer` costs neither TVM nor a C++ library.
 _LAZY = {
     "BlockSparsePlan": "block_sparse",
+    "PageSelection": "page_selection",
     "PagedKVCache": "runtime",
     "Plan": "schedule",
     "RopeConfig": "rope",
+    "SelectedPages": "page_selection",
     "append": "ops",
     "append_attention": "ops",
     "attention": "ops",
@@ -75,11 +83,13 @@ _LAZY = {
     "contiguous_start": "contiguous",
     "cpu_tile_table": "planning",
     "cuda_tile_table": "planning",
+    "empty_page_bounds": "page_selection",
     "linear": "blas",
     "load": "runtime",
     "matmul": "blas",
     "matmul_add": "blas",
     "merge": "ops",
+    "page_scores": "page_selection",
     "plan": "planning",
     "plan_block_sparse": "block_sparse",
     "plan_status": "planning",
@@ -87,6 +97,7 @@ _LAZY = {
     "rope_append": "ops",
     "set_blas": "blas",
     "set_cublas": "cublas",
+    "update_page_bounds": "ops",
     "workspace_size": "planning",
 }
 

@@ -40,6 +40,7 @@ __all__ = [
     "plan_status",
     "ragged_attention",
     "rope_append",
+    "update_page_bounds",
     "workspace_size",
 ]
 
@@ -390,12 +391,14 @@ def append(
     kv_layout: str = "HND",
     k_scale: Any = 1.0,
     v_scale: Any = 1.0,
+    page_bounds: Any = None,
 ) -> None:
     """Write new keys and values at the end of each request, in place.
 
     k, v : [num_tokens, num_kv_heads, head_dim], `v` as wide as the cache's values. Token t of request r goes to position
     ``kv_len[r] - (qo_indptr[r + 1] - t)``: `kv_len` counts the new tokens. Others as in :func:`attention`; on cuda all lie on the
-    device of `k`, and tokens behind qo_indptr[num_requests] are padding.
+    device of `k`, and tokens behind qo_indptr[num_requests] are padding. page_bounds : kept up to date where given
+    (:func:`update_page_bounds`).
     """
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     indptr, lengths, page_indptr, page_indices = _tables(
@@ -414,6 +417,64 @@ def append(
         page_indices,
         *(scales or ()),
     )
+    if page_bounds is not None:
+        cache = (k_cache, v_cache, layout, page_indptr, page_indices)
+        _ffi.func("update_page_bounds")(_bounds(page_bounds), indptr, lengths, *cache)
+
+
+def _bounds(page_bounds: Any) -> Any:
+    return _array.as_tensor(page_bounds, "page_bounds", output=True)
+
+
+def update_page_bounds(
+    page_bounds: Any,
+    kv_cache: Any,
+    *,
+    kv_page_indptr: Any,
+    kv_page_indices: Any,
+    qo_indptr: Any = None,
+    kv_len: Any = None,
+    plan: Any = None,
+    kv_layout: str = "HND",
+) -> None:
+    """Bounds of the pages that hold new tokens, in place: of each channel the least and the greatest element of the page's keys.
+
+    From all keys of the page as they are stored, so that a call may be repeated; slots behind a request's last key are not read. Called
+    after an append, and by :func:`append`, :func:`append_attention` and :func:`rope_append` where these are given `page_bounds`.
+
+    Parameters
+    ----------
+    page_bounds : [num_pages, 2, num_kv_heads, head_dim], least and greatest, any strides but the last; of the cache's type, beside
+        a cache of 8 bits of the queries', elements without their scale. On cuda 16 bits, rows on 16-byte boundaries.
+    qo_indptr, kv_len, or plan : where the new tokens are, as in :func:`append` or :func:`append_attention`. With kv_len[r] new tokens
+        of each request, ``qo_indptr = [0, *cumsum(kv_len)]``, all its pages are done.
+    Others as in :func:`attention`.
+
+    Raises
+    ------
+    ArgumentError : other shapes than the cache's, neither lengths nor a plan, or both. DTypeError : bounds of another type.
+    PlanMismatchError : a plan with a list of keys for each KV head, or for other heads. ExecutorError : float32 bounds on cuda.
+    """
+    lengths = {name: x for name, x in (("qo_indptr", qo_indptr), ("kv_len", kv_len)) if x is not None}
+    if len(lengths) != (2 if plan is None else 0) or (plan is not None and not isinstance(plan, Plan)):
+        given = ", ".join([*lengths, *([] if plan is None else [f"plan, a {type(plan).__name__},"])]) or "none"
+        raise ArgumentError(
+            f"arguments `qo_indptr`, `kv_len`, `plan`: {given} given; pass either `plan`, a tvm_infer.Plan, or `qo_indptr` and "
+            "`kv_len`"
+        )
+    k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
+    page_indptr, page_indices, *lengths_there = _tables(
+        page_bounds, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices, **lengths
+    )
+    cache = (k_cache, v_cache, layout, page_indptr, page_indices)
+    if plan is None:
+        _ffi.func("update_page_bounds")(_bounds(page_bounds), *lengths_there, *cache)
+        return
+    _check_appends(plan)
+    device = _device.cuda_index(page_bounds)
+    words = plan.buffer if device is None else _device_words(plan, device)
+    num_qo_heads = plan.num_kv_heads * plan.group_size
+    _ffi.func("update_page_bounds_by_plan")(_bounds(page_bounds), words, num_qo_heads, *cache)
 
 
 def append_attention(
@@ -434,8 +495,12 @@ def append_attention(
     variant: Any = None,
     k_scale: Any = 1.0,
     v_scale: Any = 1.0,
+    page_bounds: Any = None,
 ) -> Any:
-    """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step."""
+    """:func:`append` with the plan's lengths, then :func:`attention`: one call per layer of a step.
+
+    page_bounds : kept up to date where given (:func:`update_page_bounds`).
+    """
     _check_appends(plan)
     k_cache, v_cache, layout = _cache(kv_cache, kv_layout)
     page_indptr, page_indices = _tables(q, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices)
@@ -458,6 +523,9 @@ def append_attention(
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
     _run("append_paged_attention", arguments, variant, plan, q, num_lists, _scales(k_scale, v_scale))
+    if page_bounds is not None:
+        cache = (k_cache, v_cache, layout, page_indptr, page_indices)
+        _ffi.func("update_page_bounds_by_plan")(_bounds(page_bounds), words, int(q.shape[1]), *cache)
     return out if lse is None else (out, lse)
 
 
@@ -478,6 +546,7 @@ def rope_append(
     out: Any = None,
     k_scale: Any = 1.0,
     v_scale: Any = 1.0,
+    page_bounds: Any = None,
 ) -> Any:
     """Rotate queries and keys by their positions; :func:`append` the keys and `v`; return the queries. One launch on cuda.
 
@@ -490,7 +559,8 @@ def rope_append(
     plan, or qo_indptr and kv_len : where the tokens belong, as in :func:`append_attention` and :func:`append`.
     inv_freq : float32 [rope.rotary_dim / 2] on the device of `q`; from `rope` if None, put there at the first call. Must be given
         for rope_type "longrope": ``rope.inv_freq(seq_len)`` depends on how long sequences get.
-    out : as `q`, may be `q`; allocated if None. Others as in :func:`append`.
+    out : as `q`, may be `q`; allocated if None. page_bounds : of the rotated keys, kept up to date where given
+        (:func:`update_page_bounds`). Others as in :func:`append`.
 
     Returns
     -------
@@ -536,6 +606,12 @@ def rope_append(
         _array.as_tensor(out, "out", output=True),
         *(scales or ()),
     )
+    if page_bounds is not None:
+        cache = (k_cache, v_cache, layout, page_indptr, page_indices)
+        if plan is None:
+            _ffi.func("update_page_bounds")(_bounds(page_bounds), lengths["qo_indptr"], lengths["kv_len"], *cache)
+        else:
+            _ffi.func("update_page_bounds_by_plan")(_bounds(page_bounds), plan, int(q.shape[1]), *cache)
     return out
 
 

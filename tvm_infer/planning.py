@@ -28,6 +28,8 @@ _REFUSALS = {
     9: "it has a list of keys for each KV head, and the launch a variant, or an append before it, which are told positions in a "
     "request: plan with one kv_len for each request",
     10: "it has sinks or chunks, which a variant's mask tests, and the launch has no variant: pass the one that it was made for",
+    11: "a request has more pages than its table, or than a selection's max_pages, so that its lists are empty: select with more",
+    12: "pages were selected for other lists than it was planned for: select with the PageSelection that it is of",
     7: "its capture key is not that of the launch that was captured: plan with the settings of the capture, or capture again",
 }
 

@@ -158,6 +158,26 @@ def test_streaming_heads(monkeypatch, kv_len):
     )
 
 
+@pytest.mark.parametrize(("layout", "kv_lens"), [("HND", (528, 100, 513)), ("NHD", (333,))])
+def test_selected_pages(monkeypatch, layout, kv_lens):
+    """Selection and attention over lists of six pages, against float64 over what a sort of the scores gives."""
+    shape = {"num_qo_heads": 8, "num_kv_heads": 4, "dtype": "bfloat16", "kv_layout": layout, "selected": (6, 1, 2)}
+    row = Workload("selected", (1,) * len(kv_lens), kv_lens, **shape)
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite("cuda", (row,)))
+    monkeypatch.setattr(run_cuda, "MAX_COPIES", 2)
+    results = attention.run(suite="tiny", peers=["torch"], cuda_device=HostDevice)
+    assert attention.num_failed(results) == 0
+    (made,) = results["rows"]
+    assert made["selected"] == [6, 1, 2] and "same keys for all KV heads" in made["peers"]["torch"]["skipped"]
+    batch = inputs.device_batch(row, "cpu")
+    for r, n in enumerate(kv_lens):
+        seen = batch.selects(r)
+        assert seen[:, :16].all() and seen[:, -17:].all() and seen.shape == (4, n)
+        assert seen.sum(1).tolist() == [row.list_lens[r][0]] * 4
+    monkeypatch.setattr(inputs.DeviceBatch, "selects", lambda batch, r: ~torch.zeros(4, kv_lens[r], dtype=torch.bool))
+    assert attention.num_failed(attention.run(suite="tiny", peers=[], cuda_device=HostDevice)) == 1
+
+
 def test_formats_come_in_pairs():
     rows = suites.suite("formats").workloads
     assert {row.head_dim for row in rows if not row.prefix} == {64, 80, 96, 128, 192, 256}
@@ -165,9 +185,11 @@ def test_formats_come_in_pairs():
     assert (decode.head_dim, decode.head_dim_vo) == (prefill.head_dim, prefill.head_dim_vo) == (192, 128)
     assert decode.kv_bytes == 64 * 2048 * 8 * (192 + 128) * 2
     assert prefill.flops == 2 * (8192 * 8193 // 2) * 32 * (192 + 128)
-    dense, streaming = (row for row in rows if row.kv_lens == (32768,) * 16)
+    dense, streaming, selecting = (row for row in rows if row.kv_lens == (32768,) * 16)
     assert dataclasses.replace(streaming, name=dense.name, streaming=(0, 0)) == dense
     assert streaming.kv_bytes == 2 * 16 * 4 * (32768 + 68 * 16) * 128 * 2 and streaming.flops < 0.52 * dense.flops
+    assert dataclasses.replace(selecting, name=dense.name, selected=(0, 0, 0)) == dense
+    assert selecting.kv_bytes == 2 * 16 * 8 * 128 * 2 * (2048 + 2048)  # lists of 2048 keys, bounds of 2048 pages
     for row in (row for row in rows if row.prefix and not row.flat):
         assert dataclasses.replace(row, name=f"{row.name} flat", flat=True) in rows
         assert row.levels and row.prefix % row.page_size == 0

@@ -21,7 +21,10 @@ using tvm_infer::cuda::KvTensorMaps;
 using tvm_infer::cuda::LaunchConfig;
 using tvm_infer::cuda::Memcpy2D;
 using tvm_infer::cuda::Memcpy3D;
+using tvm_infer::cuda::PageBoundsParams;
+using tvm_infer::cuda::PageScoresParams;
 using tvm_infer::cuda::RopeAppendParams;
+using tvm_infer::cuda::SelectPagesParams;
 
 #if !defined(FAKE_CUDA_OLD)  // else a driver that lacks functions
 namespace {
@@ -42,6 +45,8 @@ void* current = nullptr;
 int contexts[3];
 unsigned char attention_params[sizeof(AttentionParams)], attention_maps[sizeof(KvTensorMaps)];
 unsigned char rope_append_params[sizeof(RopeAppendParams)], gemv_params[sizeof(GemvParams)];
+unsigned char page_bounds_params[sizeof(PageBoundsParams)], page_scores_params[sizeof(PageScoresParams)];
+unsigned char select_pages_params[sizeof(SelectPagesParams)];
 unsigned char variant_args[sizeof(tvm_infer::variant::Args)];
 
 int Called(const char* name, const std::string& text = "") {
@@ -94,6 +99,9 @@ FAKE int fake_current_device() {
 FAKE const void* fake_params() { return attention_params; }
 FAKE const void* fake_rope_append_params() { return rope_append_params; }
 FAKE const void* fake_gemv_params() { return gemv_params; }
+FAKE const void* fake_page_bounds_params() { return page_bounds_params; }
+FAKE const void* fake_page_scores_params() { return page_scores_params; }
+FAKE const void* fake_select_pages_params() { return select_pages_params; }
 FAKE const void* fake_variant_args() { return variant_args; }
 FAKE const void* fake_maps() { return attention_maps; }
 
@@ -162,6 +170,9 @@ FAKE int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** params, 
   }
   if (loaded->name.rfind("rope_append", 0) == 0) std::memcpy(rope_append_params, params[0], sizeof(rope_append_params));
   if (loaded->name.rfind("gemv", 0) == 0) std::memcpy(gemv_params, params[0], sizeof(gemv_params));
+  if (loaded->name.rfind("page_bounds", 0) == 0) std::memcpy(page_bounds_params, params[0], sizeof(page_bounds_params));
+  if (loaded->name.rfind("page_scores", 0) == 0) std::memcpy(page_scores_params, params[0], sizeof(page_scores_params));
+  if (loaded->name == "select_pages") std::memcpy(select_pages_params, params[0], sizeof(select_pages_params));
   return Called("cuLaunchKernelEx", loaded->name + " grid=" + Numbers({c->grid[0], c->grid[1], c->grid[2]}) + " block=" +
                                         Numbers({c->block[0], c->block[1], c->block[2]}) + " shared=" + std::to_string(c->shared_bytes) +
                                         " stream=" + std::to_string(reinterpret_cast<uintptr_t>(c->stream)) +

@@ -102,7 +102,8 @@ class Driver:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._library.fake_log.restype = self._library.fake_allocations.restype = ctypes.c_char_p
-        for name in ("params", "rope_append_params", "gemv_params", "variant_args", "maps"):
+        pages = ("page_bounds_params", "page_scores_params", "select_pages_params")
+        for name in ("params", "rope_append_params", "gemv_params", "variant_args", "maps", *pages):
             getattr(self._library, f"fake_{name}").restype = ctypes.c_void_p
 
     def calls(self, name: str) -> list[str]:
@@ -136,6 +137,11 @@ class Driver:
     def gemv_params(self, structure: type) -> Any:
         """The parameter of the last launch of a gemv."""
         address = self._library.fake_gemv_params()
+        return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
+
+    def page_params(self, kernel: str, structure: type) -> Any:
+        """The parameter of the last launch of "page_bounds", "page_scores" or "select_pages"."""
+        address = getattr(self._library, f"fake_{kernel}_params")()
         return structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
 
     def variant_args(self, structure: type) -> Any:

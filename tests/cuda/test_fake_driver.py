@@ -34,6 +34,14 @@ def test_launches_arguments_and_errors(fake):
     assert result.stdout.count(".") > 50 and "s" not in result.stdout.splitlines()[0]  # all ran
 
 
+def test_launches_of_page_selection(fake):
+    """tests/cuda/with_fake_page_selection.py, in such a process."""
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "with_fake_page_selection.py")]
+    result = python(arguments, fake)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(".") > 30 and "s" not in result.stdout.splitlines()[0]
+
+
 @pytest.mark.skipif(not CUDA_HEADERS, reason="needs cuda.h")
 def test_declarations_are_those_of_cuda_h():
     command = [COMPILER, "-std=c++20", "-fsyntax-only", "-I", str(CUDA_SRC), "-I", str(CUDA_HEADERS[0])]

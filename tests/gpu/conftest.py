@@ -98,6 +98,12 @@ def compile_kernels(items) -> None:
         names |= {f"rope_append_{dtype}" for dtype in ("bf16", "fp16")}
     if "merge_states" in families:
         names |= {f"merge_states_{dtype}" for dtype in ("bf16", "fp16", "fp32")}
+    if "page_selection" in families:
+        attention = {(64, 16), (64, 32), (80, 16), (96, 1), (128, 16), (128, 64), (256, 16)}
+        names |= {f"attention_{dtype}_h{dim}_p{page}" for dtype in ("bf16", "fp16") for dim, page in attention}
+        names |= {f"page_{kind}_{dtype}" for kind in ("bounds", "scores") for dtype in ("bf16", "fp16")}
+        names |= {f"page_bounds_{dtype}_{kv}" for dtype in ("bf16", "fp16") for kv in ("e4m3", "e5m2")}
+        names |= {"append_b16", "select_pages", "attention_bf16_e4m3_h128_p16"}
     if families & {"gemv", "matmul", "compiled_model"}:
         names |= {f"gemv_{dtype}" for dtype in ("bf16", "fp16")}
     # test_gpu_append has head_dims without an attention kernel

@@ -61,6 +61,9 @@ FAMILIES = {
         ("copy_pages", "move_tokens", "memory", "staging", "pinned"),
         ("test_gpu_kv_cache.py", "test_gpu_kv_reuse.py", "test_gpu_float8.py", "test_gpu_levels.py"),
     ),
+    "page_selection": Family(
+        ("page_bounds.cuh", "page_scores.cuh", "select_pages.cuh"), ("page_selection",), ("test_gpu_page_selection.py",)
+    ),
     "compiled_model": Family((), (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
     "matmul": Family((), ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),
     "gemv": Family(("gemv.cuh",), ("gemv",), ("test_gpu_gemv.py", "gpu_products.py")),

@@ -58,12 +58,14 @@ def test_every_family_has_its_kernel_its_launchers_and_its_tests():
 @pytest.mark.parametrize(
     ("path", "families"),
     [
-        (f"{KERNELS}/append.cuh", {"append", "rope_append"}),  # the one includes the other
+        (f"{KERNELS}/append.cuh", {"append", "rope_append", "page_selection"}),  # others include it
         (f"{KERNELS}/rope_append.cuh", {"rope_append"}),
         (f"{KERNELS}/rope_angle.cuh", {"rope_append"}),
         (f"{KERNELS}/merge_states.cuh", {"merge_states"}),
         (f"{KERNELS}/attention_sm90.cuh", {"attention_sm90"}),
         (f"{KERNELS}/gemv.cuh", {"gemv"}),
+        (f"{KERNELS}/page_bounds.cuh", {"page_selection"}),
+        (f"{KERNELS}/select_pages.cuh", {"page_selection"}),
         ("cuda_src/tvm_infer/ptx/wgmma.cuh", {"attention_sm90"}),
         ("cuda_src/tvm_infer/ptx/bulk.cuh", {"gemv"}),
         ("cuda_src/tvm_infer/cuda/params.h", set(record.FAMILIES)),

@@ -23,12 +23,10 @@ def test_the_matrix():
     }
     expected |= {f"attention_{e}_h192_v128_p{p}" for e in ("bf16", "fp16") for p in (1, 2, 4, 8, 16, 32, 64)}
     expected |= {"attention_bf16_h192_v128_ragged", "attention_fp16_h192_v128_ragged", "append_b16_h192_v128"}
-    expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling"}
-    expected |= {f"{name}_{e}" for name, e in itertools.product(("rope_append", "gemv"), ("bf16", "fp16"))}
-    expected |= {
-        f"{name}_{e}_{kv}"
-        for name, e, kv in itertools.product(("append", "rope_append"), ("bf16", "fp16"), ("e4m3", "e5m2"))
-    }
+    expected |= {"append_b16", "copy_pages", "move_tokens", "read_ceiling", "select_pages"}
+    plain, scaled = ("rope_append", "gemv", "page_bounds", "page_scores"), ("append", "rope_append", "page_bounds")
+    expected |= {f"{name}_{e}" for name, e in itertools.product(plain, ("bf16", "fp16"))}
+    expected |= {f"{name}_{e}_{kv}" for name, e, kv in itertools.product(scaled, ("bf16", "fp16"), ("e4m3", "e5m2"))}
     expected |= {
         f"attention_{e}_{kv}_h{d}_p{p}"
         for e, kv, d, p in itertools.product(("bf16", "fp16"), ("e4m3", "e5m2"), (128, 256), (16, 32, 64))

@@ -1,4 +1,4 @@
-"""The append, rope, merge, move and gemv kernels compile for sm_90a, fast, without spills, and say what they are."""
+"""The append, rope, merge, move, page selection and gemv kernels compile for sm_90a, fast, without spills, and say what they are."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ KERNELS = {
         )
         for element, kv, types in (("bf16", "e5m2", "Bf16, E5m2"), ("fp16", "e4m3", "Fp16, E4m3"))
     },
+    "page_bounds_bf16": ("page_bounds", "TVM_INFER_PAGE_BOUNDS(page_bounds_bf16, Bf16);", 64),
+    "page_bounds_fp16_e4m3": ("page_bounds", "TVM_INFER_PAGE_BOUNDS_FLOAT8(page_bounds_fp16_e4m3, Fp16, E4m3);", 64),
+    "page_scores_bf16": ("page_scores", "TVM_INFER_PAGE_SCORES(page_scores_bf16, Bf16);", 128),
+    "page_scores_fp16": ("page_scores", "TVM_INFER_PAGE_SCORES(page_scores_fp16, Fp16);", 128),
+    "select_pages": ("select_pages", "TVM_INFER_SELECT_PAGES(select_pages);", 64),
     # one CTA of 288 threads, but a thread's registers are counted in eights: 65536 / 288 is 227
     "gemv_bf16": ("gemv", "TVM_INFER_GEMV(gemv_bf16, Bf16);", 224),
     "gemv_fp16": ("gemv", "TVM_INFER_GEMV(gemv_fp16, Fp16);", 224),

@@ -1,4 +1,4 @@
-"""The append, rope and merge kernels' own source, run on the host a warp at a time (emulated/warp.h), against the definition."""
+"""The append, rope, merge and page selection kernels' own source, run on the host (emulated/warp.h), against the definition."""
 
 from __future__ import annotations
 
@@ -37,7 +37,19 @@ def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> 
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["append", "merge_states", "move_tokens", "rope_append", "scale_lse"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "append",
+        "merge_states",
+        "move_tokens",
+        "page_bounds",
+        "page_scores",
+        "rope_append",
+        "scale_lse",
+        "select_pages",
+    ],
+)
 def test_kernel_does_what_its_definition_says(name, tmp_path):
     done = run(name, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,6 +86,25 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("move_tokens", "move.src_page * p", "move.dst_page * p"),
         ("move_tokens", "move.dst_slot * p.row_bytes", "move.src_slot * p.row_bytes"),
         ("move_tokens", "i < p.num_moves", "i < p.num_moves - 1"),
+        ("page_bounds", "min(a.page_size, kv_len - index * a.page_size)", "a.page_size"),
+        ("page_bounds", "first_token / a.page_size + 2 * request", "first_token / a.page_size + request"),
+        ("page_bounds", "bounds.Merge(row_lanes);", ""),
+        ("page_bounds", "to + p.bounds.stride_side", "to + p.bounds.stride_head"),
+        ("page_bounds", "ptx::PairMax<Compared>(greatest[i], words[i])", "words[i]"),
+        ("page_scores", "kIsAbove ? ptx::PairMax", "!kIsAbove ? ptx::PairMax"),
+        ("page_scores", "part(query.x), part(query.y)", "part(query.y), part(query.x)"),
+        ("page_scores", "first_head + 2 * t + i >= p.group_size", "false"),
+        ("page_scores", "ptx::MaxNan(to, score)", "(score > to ? score : to)"),
+        ("page_scores", "t == 0 ? of.x : of.y", "of.x"),
+        ("page_scores", "num_pages <= p.min_pages", "false"),
+        ("select_pages", "of > last.order", "of >= last.order"),
+        ("select_pages", "my_equal < last.rest", "my_equal <= last.rest"),
+        ("select_pages", "w < warp", "w <= warp"),
+        ("select_pages", "i < kSelectPagesHeld ?", "true ?"),
+        ("select_pages", "is_refused ? 0 :", "false ? 0 :"),
+        ("select_pages", "shared.rest = num_taken - above", "shared.rest = num_taken"),
+        ("select_pages", "WithListLen(*from,", "WithListLen(*to,"),
+        ("select_pages", "__match_any_sync(0xffffffff, counts ? digit : 256)", "__ballot_sync(0xffffffff, counts)"),
         ("scale_lse", "i / p.num_heads * p.stride_row", "i % p.num_heads * p.stride_row"),
         ("scale_lse", "int64_t{gridDim.x} * kScaleLseThreads", "int64_t{kScaleLseThreads}"),
         ("scale_lse", "i < num_elements", "i < num_elements - 1"),

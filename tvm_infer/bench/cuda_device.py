@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import _ffi, cublas, ops
 from ..errors import ExecutorError, MissingDependencyError
+from ..page_selection import PageSelection
 from ..schedule import Plan
 from .ceilings import Ceilings, measure_ceilings
 from .inputs import DeviceBatch, indptr
@@ -99,8 +100,39 @@ class CudaDevice:
         if batch.workload.ragged:
             k, v = batch.cache  # [2, …] or a pair
             return lambda: ops.ragged_attention(batch.q, k, v, plan, kv_indptr=batch.kv_indptr, **settings)
-        settings |= batch.kv_scales | batch.tables
+        settings |= batch.kv_scales
+        if batch.workload.selected[0]:
+            return self._selecting(batch, settings)
+        settings |= batch.tables
         return lambda: ops.attention(batch.q, batch.cache, plan, kv_layout=batch.workload.kv_layout, **settings)
+
+    def _selecting(self, batch: DeviceBatch, settings: dict[str, Any]) -> Callable[[], object]:
+        """Scores, selection and attention, by a plan of the selection's own."""
+        w = batch.workload
+        num_pages, first, last = w.selected
+        selection = PageSelection(
+            num_requests=len(w.kv_lens),
+            max_pages=-(-max(w.kv_lens) // w.page_size),
+            num_pages=num_pages,
+            num_sink_pages=first,
+            num_recent_pages=last,
+            page_size=w.page_size,
+            num_qo_heads=w.num_qo_heads,
+            num_kv_heads=w.num_kv_heads,
+            head_dim=w.head_dim,
+            dtype=w.dtype,
+            kv_dtype=w.kv_dtype or None,
+            device=self.torch_device,
+        )
+        where = {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices, "kv_len": batch.kv_len}
+        bounds = batch.page_bounds
+        settings |= {"kv_layout": w.kv_layout, "workspace": selection.workspace}
+
+        def launch() -> object:
+            pages = selection.select(batch.q, bounds, **where)
+            return ops.attention(batch.q, batch.cache, pages.plan, **pages.tables, **settings)
+
+        return launch
 
     def time(self, launches: Sequence[Callable[[], object]]) -> Timing:
         """Microseconds of one launch, by replaying a CUDA graph of all of them."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import ops, page_selection
 from ..testing import make_paged_batch
 from ..testing.batches import PagedBatch, numpy_dtype
 from . import variants
@@ -118,6 +119,44 @@ class DeviceBatch:
             lists += [pages if head % 2 else few for head in range(w.num_kv_heads)]
         starts = torch.from_numpy(indptr([len(pages) for pages in lists])).to(self.q.device)
         return {"kv_page_indptr": starts, "kv_page_indices": torch.cat(lists)}
+
+    @functools.cached_property
+    def page_bounds(self) -> Any:
+        """Bounds of all pages, of a workload that selects pages."""
+        w = self.workload
+        bounds = page_selection.empty_page_bounds(self.kv, kv_layout=w.kv_layout, dtype=w.dtype if w.kv_dtype else None)
+        table = {"kv_page_indptr": self.page_indptr, "kv_page_indices": self.page_indices}
+        ops.update_page_bounds(
+            bounds, self.kv, qo_indptr=self.kv_indptr, kv_len=self.kv_len, kv_layout=w.kv_layout, **table
+        )
+        return bounds
+
+    @functools.cached_property
+    def kv_len(self) -> Any:
+        """int32 [num_requests], keys of each request, on the device."""
+        return self.kv_indptr.diff()
+
+    @functools.cached_property
+    def _page_scores(self) -> Any:
+        w = self.workload
+        table = {"kv_page_indptr": self.page_indptr, "kv_page_indices": self.page_indices}
+        most = -(-max(w.kv_lens) // w.page_size)
+        return page_selection.page_scores(
+            self.q, self.page_bounds, kv_len=self.kv_len, page_size=w.page_size, max_pages=most, **table
+        )
+
+    def selects(self, request: int) -> Any:
+        """bool [num_kv_heads, kv_len]: whether a head reads a key, by a sort of the pages' scores."""
+        import torch
+
+        w, length = self.workload, self.workload.kv_lens[request]
+        num_pages, first, last = w.selected
+        count = -(-length // w.page_size)
+        scores = self._page_scores[request, :, :count].clone()
+        scores[:, :first] = scores[:, count - last :] = torch.inf
+        best = scores.sort(descending=True, stable=True).indices[:, :num_pages]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        return chosen.repeat_interleave(w.page_size, 1)[:, :length]
 
     @property
     def kv_scales(self) -> dict[str, float]:

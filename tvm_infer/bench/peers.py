@@ -121,7 +121,7 @@ def measure_peer(
     """The peer's fastest variant, checked before it is timed, or {"skipped": why}; all variants under "variants"."""
     if (workload.variant or workload.window >= 0) and not getattr(candidate, "takes_variants", False):
         return {"skipped": "measured on plain causal attention only"}
-    if sum(workload.streaming):
+    if workload.has_lists:
         return {"skipped": "reads the same keys for all KV heads of a request"}
     if workload.kv_dtype and not getattr(candidate, "takes_float8", False):
         return {"skipped": "has no keys and values of 8 bits beside queries of 16"}

@@ -25,7 +25,7 @@ def time_plan(workload: Workload, plan: Plan, tile_table: tuple[int, ...], calls
     executor's; `tile_table` : the executor's."""
     import tvm_ffi
 
-    has_lists = sum(workload.streaming) > 0
+    has_lists = workload.has_lists
     make = _ffi.func("plan_head_lists" if has_lists else "plan_shared" if workload.levels else "plan")
     capacity_of = _ffi.func("plan_head_lists_capacity" if has_lists else "plan_shared_capacity")
     levels = [level_words(workload.levels)] if workload.levels else []

@@ -82,6 +82,7 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
     if variant is not None:
         hidden |= variant.hidden(tokens, keys)
         q, turn_keys = variant.turned(q, position), variant.turned
+    selected = batch.selects(request) if w.selected[0] else None
     grouped = q.view(len(tokens), w.num_kv_heads, group, w.head_dim)
     heads = max(1, _CHUNK_BYTES // (8 * m * (2 * w.head_dim + 2 * len(tokens) * group)))
     o, lse = [], []
@@ -95,6 +96,8 @@ def _request(batch: DeviceBatch, request: int, tokens: Any, q: Any) -> tuple[Any
         scores.masked_fill_(hidden[:, None, None], -math.inf)
         if sum(w.streaming):
             scores[:, h % 2 :: 2].masked_fill_(~w.streams(keys, m), -math.inf)
+        if selected is not None:
+            scores.masked_fill_(~selected[None, part, None], -math.inf)
         lse.append(torch.logsumexp(scores, -1))
         o.append(torch.einsum("thgk,hkd->thgd", torch.exp(scores - lse[-1][..., None]), v[part].double()))
         if variant is not None:

@@ -32,6 +32,7 @@ def shape_of(workload: Workload) -> dict[str, Any]:
         "prefix": workload.prefix or None,
         "kv_dtype": workload.kv_dtype or None,
         "streaming": list(workload.streaming) if sum(workload.streaming) else None,
+        "selected": list(workload.selected) if workload.selected[0] else None,
     }
 
 

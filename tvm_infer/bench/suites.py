@@ -135,8 +135,15 @@ def _streaming(workload: Workload, first: int, last: int) -> tuple[Workload, Wor
     return workload, replace(workload, name=name, streaming=(first, last))
 
 
+def _selecting(workload: Workload, num_pages: int, first: int, last: int) -> Workload:
+    """The batch, each KV head reading the best pages only; the selection is part of what is measured."""
+    name = f"{workload.name} {num_pages} pages selected"
+    return replace(workload, name=name, selected=(num_pages, first, last))
+
+
 FORMATS = (
     *_streaming(_decode(16, 32768), 4 * 16, 1024),
+    _selecting(_decode(16, 32768), 128, 1, 4),
     *_prefix(64, 8192, 256),
     *_prefix(64, 8192, 256, num_qo_heads=64),
     *_prefix(16, 512, 512),

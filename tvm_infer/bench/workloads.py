@@ -22,6 +22,8 @@ class Workload:
     streaming : of decodes whose keys fill their pages, (first keys, last keys), whole pages and at most all, that every other
     KV head reads, from the first one on; the others read all. (0, 0) for none such.
     head_dim_vo : of values and outputs, where they are narrower than queries and keys; 0 for head_dim.
+    selected : of decodes, (pages of a list, first pages, last pages) of a page selection, which is part of what is measured; its scores
+    read bounds of every page. (0, 0, 0) for none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Workload:
     kv_dtype: str = ""
     streaming: tuple[int, int] = (0, 0)
     head_dim_vo: int = 0
+    selected: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def width_vo(self) -> int:
@@ -53,10 +56,27 @@ class Workload:
     @property
     def list_lens(self) -> list[Any]:
         """`kv_len` of tvm_infer.plan: of each request, or of each request and KV head."""
+        if self.selected[0]:
+            left_out = [max(0, -(-n // self.page_size) - self.selected[0]) for n in self.kv_lens]
+            kept = [n - pages * self.page_size for n, pages in zip(self.kv_lens, left_out, strict=True)]
+            return [[n] * self.num_kv_heads for n in kept]
         if not sum(self.streaming):
             return list(self.kv_lens)
         few = sum(self.streaming)
         return [[n if head % 2 else few for head in range(self.num_kv_heads)] for n in self.kv_lens]
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether KV heads have lists of keys of their own."""
+        return sum(self.streaming) > 0 or self.selected[0] > 0
+
+    @property
+    def bounds_bytes(self) -> int:
+        """Bytes of the bounds of all pages, which a selection reads."""
+        if not self.selected[0]:
+            return 0
+        pages = sum(-(-n // self.page_size) for n in self.kv_lens)
+        return pages * 2 * self.num_kv_heads * self.head_dim * self.element_bytes
 
     def streams(self, key: Any, kv_len: int) -> Any:
         """Whether a streaming head reads a key; for tensors."""
@@ -80,11 +100,11 @@ class Workload:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values that every query together must read once."""
+        """Bytes of keys and values, and of bounds of pages, that every query together must read once."""
         keys = sum(m - self._hidden_from_all(n, m) for n, m in zip(self.qo_lens, self.kv_lens, strict=True))
         keys -= self.prefix * (len(self.kv_lens) - 1)
-        keys_of_heads = sum(map(sum, self.list_lens)) if sum(self.streaming) else keys * self.num_kv_heads
-        return keys_of_heads * (self.head_dim + self.width_vo) * self.kv_element_bytes
+        keys_of_heads = sum(map(sum, self.list_lens)) if self.has_lists else keys * self.num_kv_heads
+        return keys_of_heads * (self.head_dim + self.width_vo) * self.kv_element_bytes + self.bounds_bytes
 
     @property
     def bytes_moved(self) -> int:
@@ -127,7 +147,7 @@ class Workload:
     def flops(self) -> int:
         """Multiply-adds, counted as two, of q·k and p·v over visible keys (causal)."""
         width = self.head_dim + self.width_vo
-        if sum(self.streaming):  # decodes
+        if self.has_lists:  # decodes
             return 2 * sum(map(sum, self.list_lens)) * (self.num_qo_heads // self.num_kv_heads) * width
         return 2 * self.visible_pairs * self.num_qo_heads * width
 

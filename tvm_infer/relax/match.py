@@ -431,7 +431,7 @@ class Matcher:
         is_left = context.softmax in self._cone(call.args[0])
         depth_axis = len(shape) - 1 if is_left else len(shape) - 2
         depth = static_int(shape[depth_axis])
-        if not _fits(depth, context.head_dim):
+        if depth is None or not _fits(depth, context.head_dim):
             raise Refusal(seen, f"v has width {format_expr(shape[depth_axis])}, q and k {context.head_dim}", KEEP)
         query_axis, extents = self._classify(ev, shape, {depth_axis}, f"{product.name} {format_shape(shape)}")
         if math.prod(extents) != context.heads:

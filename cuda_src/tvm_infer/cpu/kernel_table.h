@@ -3,6 +3,7 @@
 
 #include "tvm_infer/cpu/kernels.h"
 #include "tvm_infer/cpu/merge_rows.h"
+#include "tvm_infer/cpu/page_rows.h"
 #include "tvm_infer/cpu/quantise_row.h"
 #include "tvm_infer/cpu/tile_attend.h"
 #include "tvm_infer/cpu/turn_row.h"
@@ -21,6 +22,13 @@ inline constexpr KernelTable MakeTable(const char* name) {
           {{QuantiseRow<float, Float8E4M3>, QuantiseRow<float, Float8E5M2>},
            {QuantiseRow<Half, Float8E4M3>, QuantiseRow<Half, Float8E5M2>},
            {QuantiseRow<BFloat, Float8E4M3>, QuantiseRow<BFloat, Float8E5M2>}},
+          {{BoundPage<float, float>, BoundPage<float, Half>, BoundPage<float, BFloat>},
+           {BoundPage<Half, float>, BoundPage<Half, Half>, BoundPage<Half, BFloat>},
+           {BoundPage<BFloat, float>, BoundPage<BFloat, Half>, BoundPage<BFloat, BFloat>},
+           {BoundPage<Float8E4M3, float>, BoundPage<Float8E4M3, Half>, BoundPage<Float8E4M3, BFloat>},
+           {BoundPage<Float8E5M2, float>, BoundPage<Float8E5M2, Half>, BoundPage<Float8E5M2, BFloat>}},
+          {SplitQuery<float>, SplitQuery<Half>, SplitQuery<BFloat>},
+          {ScorePage<float>, ScorePage<Half>, ScorePage<BFloat>},
           &kStandardVariants};
 }
 

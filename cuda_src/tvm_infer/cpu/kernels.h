@@ -123,6 +123,31 @@ struct QuantiseRowJob {
   void* out;
 };
 
+// The least and the greatest element of each channel over a page's keys, elements as they are (no scale). NaN where a key has NaN.
+struct PageBoundsJob {
+  int32_t head_dim, num_keys;
+  const void* keys;        // [num_keys, head_dim]
+  int64_t key_stride;      // bytes
+  void *least, *greatest;  // [head_dim]
+};
+
+inline constexpr int kMaxHeadDim = 256;
+
+// Parts of a query's elements above 0 and below, of which one is 0: q * k <= above * greatest + below * least.
+struct SplitQueryJob {
+  int32_t head_dim;
+  const void* query;     // [head_dim]
+  float *above, *below;  // [kMaxHeadDim], 0 behind head_dim
+};
+
+// The most that q * k can be for a key within a page's bounds: of several query heads the greatest or the sum; NaN if any is.
+struct PageScoreJob {
+  int32_t head_dim, num_heads;
+  bool is_sum;
+  const float* queries;          // [num_heads][2, kMaxHeadDim]: of each SplitQueryJob's above and below
+  const void *least, *greatest;  // [head_dim]
+};
+
 // A standard variant's hooks, as the library has them compiled.
 struct StandardVariant {
   const char* name;  // of the generated struct: variant_<digest>
@@ -146,6 +171,9 @@ struct KernelTable {
   void (*turn_row[kNumFloats])(const TurnRowJob& job);
   void (*turn_row_to_float[kNumFloats])(const TurnRowJob& job);  // `out` is float
   void (*quantise_row[kNumFloats][kNumScaled])(const QuantiseRowJob& job);
+  void (*page_bounds[kNumKVTypes][kNumFloats])(const PageBoundsJob& job);  // by the types of keys and of bounds
+  void (*split_query[kNumFloats])(const SplitQueryJob& job);
+  float (*page_score[kNumFloats])(const PageScoreJob& job);  // by the type of bounds
   const StandardVariants* standard_variants;
 };
 

@@ -29,7 +29,6 @@ TVM_INFER_INLINE uint8_t Quantise(float x) {
 
 template <typename T, typename F8>
 void QuantiseRow(const QuantiseRowJob& job) {
-  constexpr int kMaxHeadDim = 256;
   alignas(64) float x[kMaxHeadDim];
   const T* const in = static_cast<const T*>(job.in);
   F8* const out = static_cast<F8*>(job.out);

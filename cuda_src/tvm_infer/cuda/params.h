@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "tvm_infer/schedule/page_budget.h"
+
 namespace tvm_infer::cuda {
 
 // A CUtensorMap, opaque, so that neither side needs a driver header. Passed by value as a __grid_constant__ parameter.
@@ -136,6 +138,62 @@ struct RopeAppendParams {
   float magnitude;         // factor on cosine and sine
   int32_t rotary_dim;      // elements of a head that turn, the first ones; a multiple of 16
   int32_t is_interleaved;  // pairs are (2i, 2i + 1) rather than (i, i + rotary_dim / 2)
+};
+
+// Bounds of pages: of each page and KV head the least and the greatest element of each channel of its keys. Elements of 16 bits; rows start
+// on 16-byte boundaries.
+struct PageBounds {
+  void* data;           // [num_pages, 2 (least, greatest), num_kv_heads, head_dim], head_dim contiguous
+  int64_t stride_page;  // elements
+  int64_t stride_side;  // from least to greatest
+  int64_t stride_head;
+};
+
+// Bounds of the pages that hold new tokens, from all their keys (kernels/page_bounds.cuh).
+struct PageBoundsParams {
+  AppendParams append;  // whose lengths, page table, k_cache and shape are looked at
+  PageBounds bounds;
+};
+
+// What the logits of a page's keys can be, at most (kernels/page_scores.cuh). One query token a request.
+struct PageScoresParams {
+  const void* q;  // [num_requests, num_kv_heads * group_size, head_dim], head_dim contiguous
+  int64_t q_stride_token;
+  int64_t q_stride_head;
+  PageBounds bounds;
+  const int32_t* kv_len;           // [num_requests]
+  const int32_t* kv_page_indptr;   // [num_requests + 1]
+  const int32_t* kv_page_indices;  // pages of each request in order
+  float* scores;                   // [num_requests, num_kv_heads, max_pages]; entries behind a request's pages are left alone
+  int64_t scores_stride_request;
+  int64_t scores_stride_head;
+  int32_t num_requests;
+  int32_t num_kv_heads;
+  int32_t group_size;
+  int32_t head_dim;
+  int32_t page_size;
+  int32_t max_pages;
+  int32_t min_pages;      // requests of no more pages are left out
+  int32_t is_sum;         // over the query heads of a KV head; 0: the greatest of theirs
+  int32_t ctas_per_list;  // that share the pages of a request and KV head
+};
+
+// Lists of the best pages, and the plan for lists of their lengths (kernels/select_pages.cuh).
+struct SelectPagesParams {
+  const float* scores;  // as of PageScoresParams
+  int64_t scores_stride_request;
+  int64_t scores_stride_head;
+  const int32_t* kv_len;           // [num_requests]
+  const int32_t* kv_page_indptr;   // [num_requests + 1]
+  const int32_t* kv_page_indices;  // pages of each request in order
+  int32_t* lists;                  // [num_requests, num_kv_heads, budget.num_pages]; entries behind a list are left alone
+  const void* planned;             // a plan for full lists; device memory
+  void* plan;                      // the same, but for works' ends and kv_len, which are written
+  PageBudget budget;
+  int32_t num_requests;
+  int32_t num_kv_heads;
+  int32_t max_pages;
+  int64_t plan_bytes;  // of each of the two plans' memory
 };
 
 // Pages that sequences stop sharing (kernels/copy_pages.cuh).

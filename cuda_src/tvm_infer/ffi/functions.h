@@ -19,6 +19,7 @@
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/matmul_cuda.h"
+#include "tvm_infer/ffi/page_selection.h"
 #include "tvm_infer/ffi/plan.h"
 #include "tvm_infer/ffi/read_ceiling.h"
 #include "tvm_infer/ffi/rope.h"
@@ -38,6 +39,7 @@
   TVM_INFER_KV_DTYPE_FUNCTIONS(V)       \
   TVM_INFER_MATMUL_FUNCTIONS(V)         \
   TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)    \
+  TVM_INFER_PAGE_SELECTION_FUNCTIONS(V) \
   TVM_INFER_READ_CEILING_FUNCTIONS(V)   \
   TVM_INFER_ROPE_FUNCTIONS(V)           \
   TVM_INFER_SCALE_LSE_FUNCTIONS(V)      \

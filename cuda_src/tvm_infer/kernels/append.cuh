@@ -39,8 +39,10 @@ __device__ __forceinline__ AppendLengths LoadLengths(const cuda::AppendParams& p
 }
 
 // The request that `token` belongs to: how many of qo_indptr[1 … num_requests] are <= token; num_requests for padding. By a whole warp,
-// 128 entries a trip to memory: one trip for 128 requests, two for 16,512.
-__device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32_t token) {
+// 128 entries a trip to memory: one trip for 128 requests, two for 16,512. Of other things that requests have in order, `begin_of(r,
+// qo_indptr[r])` is the first of request r's; the last one's end is begin_of(num_requests, …).
+template <typename BeginOf>
+__device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32_t token, const BeginOf& begin_of) {
   constexpr int32_t kProbes = 4;
   const int32_t lane = threadIdx.x % 32;
   int32_t low = 0, open = lengths.num_requests;  // the answer is in [low, low + open]
@@ -48,7 +50,10 @@ __device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32
     const int32_t stride = (open + 32 * kProbes - 1) / (32 * kProbes);
     int32_t entries[kProbes], passed = 0;
 #pragma unroll
-    for (int32_t i = 0; i < kProbes; ++i) entries[i] = __ldg(lengths.qo_indptr + low + min((32 * i + lane + 1) * stride, open));
+    for (int32_t i = 0; i < kProbes; ++i) {
+      const int32_t request = low + min((32 * i + lane + 1) * stride, open);
+      entries[i] = begin_of(request, __ldg(lengths.qo_indptr + request));
+    }
 #pragma unroll
     for (int32_t i = 0; i < kProbes; ++i) passed += __popc(__ballot_sync(0xffffffff, entries[i] <= token));
     const int32_t step = min(passed * stride, open);
@@ -56,6 +61,9 @@ __device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32
     open = min(stride, open - step) - 1;  // -1 where every entry passed
   }
   return low;
+}
+__device__ __forceinline__ int32_t RequestOf(const AppendLengths& lengths, int32_t token) {
+  return RequestOf(lengths, token, [](int32_t, int32_t first_token) { return first_token; });
 }
 
 // A request's lengths and pages, kept while a warp walks its tokens.

@@ -42,6 +42,34 @@ __device__ __forceinline__ float2 Unpack(uint32_t pair) {
   }
 }
 
+// The lesser and the greater of two pairs, each half for itself; NaN where either is. -0 is below 0.
+template <typename Element>
+__device__ __forceinline__ uint32_t PairMin(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  if constexpr (Element::kIsBf16) {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  }
+  return pair;
+}
+template <typename Element>
+__device__ __forceinline__ uint32_t PairMax(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  if constexpr (Element::kIsBf16) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  }
+  return pair;
+}
+// The greater; NaN where either is.
+__device__ __forceinline__ float MaxNan(float a, float b) {
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+
 // 2^x; 0 for -inf.
 __device__ __forceinline__ float Exp2(float x) {
   float y;

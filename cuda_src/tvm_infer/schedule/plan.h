@@ -162,6 +162,8 @@ enum PlanRefusal : int32_t {
   kSharedWithVariant = 8,    // shared works in a launch with a variant
   kHeadListsRefused = 9,     // a list of keys for each KV head, in a launch with a variant or behind an append
   kMaskWithoutVariant = 10,  // sinks or chunks in a launch without a variant
+  kTooManyPages = 11,        // of select_pages: a request has more pages than its table, or than scores have room for; its lists are empty
+  kOtherLists = 12,          // of select_pages: the plan is not for as many lists, or not that of full ones
 };
 
 // Read access to a plan in memory; works on the host and in device code.

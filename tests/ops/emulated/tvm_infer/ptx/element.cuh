@@ -1,4 +1,4 @@
-// Stands in for ptx/element.cuh on the host: bf16 and fp32.
+// Stands in for ptx/element.cuh on the host: bf16 and fp32, and of fp16 what is compared.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,10 @@ namespace tvm_infer::ptx {
 
 struct Bf16 {
   static constexpr bool kIsBf16 = true;
+  uint16_t bits;
+};
+struct Fp16 {
+  static constexpr bool kIsBf16 = false;
   uint16_t bits;
 };
 struct Fp32 {
@@ -22,10 +26,33 @@ template <typename Element>
 uint32_t Pack(float low, float high) {
   return RoundToBf16(low) | RoundToBf16(high) << 16;
 }
+inline float HalfToFloat(uint32_t bits) {
+  const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  if (exponent == 31 && mantissa != 0) return __uint_as_float(0x7fc00000);
+  const float magnitude = std::ldexp(static_cast<float>(exponent == 0 ? mantissa : mantissa | 0x400), (exponent == 0 ? 1 : exponent) - 25);
+  return exponent == 31 ? ((bits & 0x8000) != 0 ? -INFINITY : INFINITY) : (bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
 template <typename Element>
 float2 Unpack(uint32_t pair) {
+  if (!Element::kIsBf16) return make_float2(HalfToFloat(pair & 0xffff), HalfToFloat(pair >> 16));
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
 }
+// Of two numbers in the halves of pairs the one that goes first; NaN goes before all.
+template <typename Element, typename F>
+uint32_t PairChoice(uint32_t a, uint32_t b, const F& goes_first) {
+  const float2 x = Unpack<Element>(a), y = Unpack<Element>(b);
+  const bool low = x.x != x.x || (y.x == y.x && goes_first(x.x, y.x)), high = x.y != x.y || (y.y == y.y && goes_first(x.y, y.y));
+  return ((low ? a : b) & 0xffff) | ((high ? a : b) & 0xffff0000);
+}
+template <typename Element>
+uint32_t PairMin(uint32_t a, uint32_t b) {
+  return PairChoice<Element>(a, b, [](float x, float y) { return x < y; });
+}
+template <typename Element>
+uint32_t PairMax(uint32_t a, uint32_t b) {
+  return PairChoice<Element>(a, b, [](float x, float y) { return x > y; });
+}
+inline float MaxNan(float a, float b) { return a != a || a > b ? a : b; }
 inline float Exp2(float x) { return std::exp2(x); }
 inline float Log2(float x) { return std::log2(x); }
 

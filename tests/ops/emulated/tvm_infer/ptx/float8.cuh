@@ -6,7 +6,21 @@
 
 namespace tvm_infer::ptx {
 
-struct E4m3 {};
+struct E4m3 {
+  // By way of the value; what e4m3 holds fp16 holds.
+  static uint32_t ToHalf(uint32_t byte) {
+    const uint32_t sign = (byte & 0x80) << 8, exponent = byte >> 3 & 15, mantissa = byte & 7;
+    if ((byte & 0x7f) == 0x7f) return sign | 0x7fff;
+    if (exponent == 0 && mantissa == 0) return sign;
+    const double value = std::ldexp(exponent == 0 ? mantissa : mantissa | 8, static_cast<int>(exponent == 0 ? 1 : exponent) - 10);
+    const int power = std::ilogb(value);
+    return sign | (power + 15) << 10 | static_cast<uint32_t>(std::ldexp(value, 10 - power) - 1024);
+  }
+  static void ToHalves(uint32_t four, uint32_t& low, uint32_t& high) {
+    low = ToHalf(four & 0xff) | ToHalf(four >> 8 & 0xff) << 16;
+    high = ToHalf(four >> 16 & 0xff) | ToHalf(four >> 24) << 16;
+  }
+};
 
 // By way of the exponent, and nearbyint for the rounding.
 inline uint32_t RoundToE4m3(float x) {
