@@ -244,6 +244,7 @@ for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None,
     ("arguments", "kind", "message"),
     [
         ({"kv_dtype": "int3"}, errors.DTypeError, "`kv_dtype` is 'int3'; it must be one of float32, .*float8_e5m2"),
+        ({"kv_dtype": "int4"}, errors.DTypeError, "`kv_dtype` is 'int4'; .* No executor has kernels for int4 yet"),
         ({"kv_dtype": "bfloat16"}, errors.DTypeError, "`kv_dtype` is 'bfloat16' and the model's dtype float32; pages"),
         ({"k_scale": 0.5}, errors.ArgumentError, "pages of float32 have no scale"),
         (

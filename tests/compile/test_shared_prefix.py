@@ -53,6 +53,14 @@ def test_samples_of_one_prompt(long):
     assert tokens == [tokens[0]] * 12  # greedy
 
 
+def test_generate_says_it_to_its_cache(long, monkeypatch):
+    asked, new_cache = [], long.new_cache
+    monkeypatch.setattr(long, "new_cache", lambda **settings: (asked.append(settings), new_cache(**settings))[1])
+    texts = [long.generate([PROMPT], max_new_tokens=4, n=12, shared_prefix=shares) for shares in (None, True, False)]
+    assert [settings["shared_prefix"] for settings in asked] == [None, True, False]
+    assert len({tuple(g.tokens) for generations in texts for g in generations}) == 1
+
+
 def test_requests_that_begin_alike(long):
     """Prefixes that the engine finds by their tokens are shared pages, too; a stranger among them reads its own."""
     tails = prompts_of(9, seed=5)

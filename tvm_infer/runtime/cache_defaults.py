@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kv_dtypes import SCALED_DTYPES
 from . import page_type
 
 Scales = tuple[tuple[float, ...], ...]  # [num_layers, num_kv_heads], each a float32
@@ -42,7 +43,7 @@ class CacheDefaults:
         kv_name = page_type.checked_kv_dtype(kv_dtype, dtype)
         k_scale, v_scale = 1.0 if k_scale is None else k_scale, 1.0 if v_scale is None else v_scale
         shares = True if shared_prefix is None else bool(shared_prefix)
-        if kv_name not in page_type.SCALED_DTYPES:
+        if kv_name not in SCALED_DTYPES:
             page_type.check_pair(dtype, kv_name)
             if page_type.are_given(k_scale, v_scale):
                 page_type.check_has_scales(kv_name)

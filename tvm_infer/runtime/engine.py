@@ -102,7 +102,8 @@ class Engine:
 
     Prompts are not computed as far as the cache holds what they begin with (`prefix_reuse`): pages of earlier requests, running or
     ended, that nothing else has needed since. A request that would find at least half of what it has to compute in the pages of
-    another one's prompt, were that step done, begins behind it.
+    another one's prompt, were that step done, begins behind it. Decodes that share pages, found so or as samples of one prompt, read
+    them once where that is shorter, unless the cache was made with ``shared_prefix=False``.
     """
 
     def __init__(self, executable: Executable, cache: PagedKVCache, *, prefix_reuse: bool = True) -> None:

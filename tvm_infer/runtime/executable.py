@@ -162,9 +162,9 @@ class Executable:
             element = {"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
             kernels = model_kernels.kernel_names(m.layers, library.called_functions(self._compiled), ())
             appends = " or ".join(name for name in kernels if "append" in name)
+            attention = model_kernels.attention_kernel(spec, 0)[:-1]
             lines += [
-                f"two launches a layer: {appends}, {model_kernels.attention_kernel(spec, 0)[:-1]}<page_size>; each plan says which "
-                "tiles",
+                f"two launches a layer: {appends}, {attention}<page_size>; each plan says which tiles",
                 f"matrix products of up to 8 rows: gemv_{element} where it fits (docs/relax.md), others: cuBLASLt",
                 f"decode steps of up to {m.decode_rows} sequences are one graph, for {', '.join(map(str, m.buckets))} rows; others run "
                 "kernel by kernel",
@@ -496,6 +496,7 @@ class Executable:
         max_batch: int | None = None,
         page_size: int = 16,
         prefix_reuse: bool = True,
+        shared_prefix: bool | None = None,
     ) -> list[Generation]:
         """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
@@ -503,7 +504,8 @@ class Executable:
         ----------
         prompts : token lists, or texts if the model file had a tokenizer.
         sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
-        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`).
+        prefix_reuse : compute what prompts begin with in common once (:class:`Engine`). shared_prefix : as of :meth:`new_cache`; False
+            for logits that do not depend, in their last bits, on which requests share pages.
         stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
 
         Returns
@@ -517,7 +519,10 @@ class Executable:
             max_batch = self.manifest.decode_rows or DEFAULT_MAX_BATCH
         together = max(1, max_batch // max(n, 1))
         cache = self.new_cache(
-            num_pages=max(1, sum(sorted(needs)[-together:])), page_size=page_size, max_batch=max(max_batch, n)
+            num_pages=max(1, sum(sorted(needs)[-together:])),
+            page_size=page_size,
+            max_batch=max(max_batch, n),
+            shared_prefix=shared_prefix,
         )
         engine = self.engine(cache, prefix_reuse=prefix_reuse)
         generations: list[Generation] = []

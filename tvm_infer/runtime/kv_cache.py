@@ -15,6 +15,7 @@ import tvm_ffi
 
 from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, CacheStateError, DTypeError
+from ..kv_dtypes import DTYPES
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
@@ -202,7 +203,7 @@ class PagedKVCache:
         device: Any = "cpu",
         shared_prefix: bool = True,
     ) -> None:
-        name = page_type.checked_dtype(dtype, "dtype", page_type.DTYPES)
+        name = page_type.checked_dtype(dtype, "dtype", DTYPES)
         kv_name = page_type.checked_kv_dtype(kv_dtype, name)
         layers, heads = _integer(num_layers, "num_layers"), _integer(num_kv_heads, "num_kv_heads")
         has_scales = page_type.are_given(k_scale, v_scale)

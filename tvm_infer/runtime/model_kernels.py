@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ExecutorError
+from ..kv_dtypes import BY_NAME, SCALED_DTYPES
 from ..spec import AttentionSpec
-from . import page_type
 
 # functions that need a BLAS, or cuBLASLt
 _PRODUCTS = frozenset({"matmul", "matmul_add", "linear", "linear_add"})
@@ -32,7 +32,7 @@ def kernel_names(
     from ..jit import parse
 
     codes = digests or {}
-    scaled = [kv_dtype] if kv_dtype in page_type.SCALED_DTYPES else []
+    scaled = [kv_dtype] if kv_dtype in SCALED_DTYPES else []
     names: dict[str, None] = {}
     for pages in (None, *scaled):
         if "attention_with_kv_cache" in functions:
@@ -75,14 +75,10 @@ def _check_8_bits(
             )
 
 
-_ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in kernels' names
-_KV_ELEMENTS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
-
-
 def _elements(spec: AttentionSpec, kv_dtype: str | None) -> str:
     """ "bf16", or with pages of 8 bits "bf16_e4m3"."""
-    own = _ELEMENTS[spec.dtype]
-    return own if kv_dtype is None else f"{own}_{_KV_ELEMENTS[kv_dtype]}"
+    own = BY_NAME[spec.dtype].suffix
+    return own if kv_dtype is None else f"{own}_{BY_NAME[kv_dtype].suffix}"
 
 
 def _widths(spec: AttentionSpec) -> str:

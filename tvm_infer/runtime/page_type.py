@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, DTypeError
-
-DTYPES = ("float32", "float16", "bfloat16")
-SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+from ..kv_dtypes import DTYPES, SCALED_DTYPES, WITHOUT_KERNELS, pairs
 
 
 def checked_dtype(value: Any, name: str, allowed: tuple[str, ...]) -> str:
@@ -18,6 +16,8 @@ def checked_dtype(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     if found in allowed:
         return found
     hint = "; 8-bit floats are for keys and values alone: name them by `kv_dtype`" if found in SCALED_DTYPES else ""
+    if found in WITHOUT_KERNELS and SCALED_DTYPES[0] in allowed:
+        hint = f". No executor has kernels for {found} yet. Queries go with keys and values so: {pairs()}"
     raise DTypeError(f"argument `{name}` is {value!r}; it must be one of {', '.join(allowed)}{hint}")
 
 

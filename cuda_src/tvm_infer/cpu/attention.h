@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/element_type.h"
 #include "tvm_infer/schedule/plan.h"
 #include "tvm_infer/schedule/tile_costs.h"
 #include "tvm_infer/variant/cpu_functions.h"
@@ -10,10 +11,7 @@
 namespace tvm_infer::cpu {
 
 // What elements may be: queries, outputs and new tokens the first three, keys and values in memory any.
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };
-inline constexpr int32_t ElementBits(DType dtype) { return dtype == DType::kFloat32 ? 32 : dtype <= DType::kBFloat16 ? 16 : 8; }
-// Whether a scale turns stored elements into values.
-inline constexpr bool IsScaled(DType dtype) { return dtype > DType::kBFloat16; }
+using DType = ElementType;
 inline constexpr int32_t ScaledIndex(DType dtype) { return static_cast<int32_t>(dtype) - static_cast<int32_t>(DType::kFloat8E4M3); }
 
 // value = element * scale, of keys or of values in memory.

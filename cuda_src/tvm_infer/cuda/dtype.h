@@ -3,29 +3,15 @@
 
 #include <cstdint>
 
+#include "tvm_infer/element_type.h"
+
 namespace tvm_infer::cuda {
 
-enum class DTypeTag : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };  // as cpu::DType
+using DTypeTag = ElementType;
 
-inline constexpr int32_t ElementBytes(DTypeTag dtype) { return dtype == DTypeTag::kFloat32 ? 4 : dtype <= DTypeTag::kBFloat16 ? 2 : 1; }
-// Keys and values that a scale turns into values.
-inline constexpr bool IsScaled(DTypeTag dtype) { return dtype > DTypeTag::kBFloat16; }
-
+// Of types of whole bytes.
+inline constexpr int32_t ElementBytes(DTypeTag dtype) { return ElementBits(dtype) / 8; }
 // "bf16", as in kernel names.
-inline const char* Suffix(DTypeTag dtype) {
-  switch (dtype) {
-    case DTypeTag::kFloat32:
-      return "fp32";
-    case DTypeTag::kFloat16:
-      return "fp16";
-    case DTypeTag::kBFloat16:
-      return "bf16";
-    case DTypeTag::kFloat8E4M3:
-      return "e4m3";
-    case DTypeTag::kFloat8E5M2:
-      return "e5m2";
-  }
-  return "";
-}
+inline constexpr const char* Suffix(DTypeTag dtype) { return RowOf(dtype).suffix; }
 
 }  // namespace tvm_infer::cuda

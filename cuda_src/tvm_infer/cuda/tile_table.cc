@@ -22,6 +22,13 @@ constexpr TileClass kSm90HeadDim192Vo128[kNumSm90Classes] = {{16, 64, 700'000, 1
 constexpr TileClass kSm90EightBits128[kNumSm90Classes] = {{16, 128, 600'000, 10'000, 7'425}, {128, 128, 5'000'000, 0, 24'000}};
 constexpr TileClass kSm90EightBits256[kNumSm90Classes] = {{16, 64, 900'000, 20'000, 18'000}, {128, 64, 8'000'000, 0, 47'000}};
 
+// Of 4 bits, for which there are no kernels yet: decode by the bytes of a key, half of those of 8 bits; prefill widens as many elements.
+constexpr TileClass HalfTheBytes(TileClass decode) {
+  decode.kv /= 2;
+  return decode;
+}
+constexpr TileClass kSm90FourBits128[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits128[0]), kSm90EightBits128[1]};
+constexpr TileClass kSm90FourBits256[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits256[0]), kSm90EightBits256[1]};
 // Merges of shared keys. Those of a tile follow one another, and few CTAs have any: on an H100, over the makespan and the 4.5 us of any
 // launch, 64 merges of a row tile and head took 7.5 to 9 us, 256 of them 15, 512 of them 21. With 6 us a plan, 8 requests of 2048 + 256
 // keys were shared on an H200: 17.8 us where the flat plan takes 14.7. Measured with heads of 128 in 16 bits, and taken for all.
@@ -37,7 +44,8 @@ constexpr Row kRows[] = {{64, 64, kSm90HeadDim64, kNumSm90Classes},        {80, 
                          {192, 192, kSm90HeadDim192, kNumSm90Classes},     {256, 256, kSm90HeadDim256, kNumSm90Classes},
                          {192, 128, kSm90HeadDim192Vo128, kNumSm90Classes}};
 
-constexpr Row kScaledRows[] = {{128, 128, kSm90EightBits128, kNumSm90Classes}, {256, 256, kSm90EightBits256, kNumSm90Classes}};
+constexpr Row kEightBitRows[] = {{128, 128, kSm90EightBits128, kNumSm90Classes}, {256, 256, kSm90EightBits256, kNumSm90Classes}};
+constexpr Row kFourBitRows[] = {{128, 128, kSm90FourBits128, kNumSm90Classes}, {256, 256, kSm90FourBits256, kNumSm90Classes}};
 
 template <int kCount>
 const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim, int32_t head_dim_vo) {
@@ -47,7 +55,14 @@ const Row* FindRow(const Row (&rows)[kCount], int32_t head_dim, int32_t head_dim
   return nullptr;
 }
 const Row* FindRow(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo) {
-  return IsScaled(kv_dtype) ? FindRow(kScaledRows, head_dim, head_dim_vo) : FindRow(kRows, head_dim, head_dim_vo);
+  switch (ElementBits(kv_dtype)) {
+    case 4:
+      return FindRow(kFourBitRows, head_dim, head_dim_vo);
+    case 8:
+      return FindRow(kEightBitRows, head_dim, head_dim_vo);
+    default:
+      return FindRow(kRows, head_dim, head_dim_vo);
+  }
 }
 
 }  // namespace
@@ -68,8 +83,9 @@ void CheckKernelShape(DTypeTag dtype, DTypeTag kv_dtype, int32_t head_dim, int32
                                       "(the cpu executor takes any head_dim_vo up to head_dim)";
   }
   if (IsScaled(kv_dtype)) {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside 8-bit keys and values ("
-                                   << Suffix(kv_dtype) << "), for which the cuda executor has kernels for 128 and 256. Pad the heads "
+    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside " << ElementBits(kv_dtype)
+                                   << "-bit keys and values (" << Suffix(kv_dtype)
+                                   << "), for which the cuda executor has kernels for 128 and 256. Pad the heads "
                                    << "with zeros (and keep sm_scale that of the unpadded width), or pass host tensors (the cpu executor "
                                    << "takes every multiple of 8 up to 256)";
   } else {

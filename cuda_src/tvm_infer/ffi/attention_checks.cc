@@ -93,8 +93,7 @@ CacheShape CheckCache(const TensorView& k_cache, const OptionalTensor& v_cache, 
   source->k = DataPtr<void>(k_cache);
   source->v = DataPtr<void>(v);
   if (combined) {
-    const int64_t bytes = k_cache.dtype().bits / 8;
-    source->v = static_cast<const char*>(source->v) + Stride(k_cache, 1) * bytes;
+    source->v = static_cast<const char*>(source->v) + BytesOf(Stride(k_cache, 1), k_cache.dtype().bits);
   }
   source->k_page_stride = Stride(k_cache, 0);
   source->k_head_stride = Stride(k_cache, head_axis);

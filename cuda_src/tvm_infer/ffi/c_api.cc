@@ -35,11 +35,10 @@ cpu::KVSource DensePages(const void* pages, int32_t dtype, int32_t num_kv_heads,
                          const int32_t* indices) {
   if (page_size < 1) TVM_INFER_THROW(ArgumentError) << "argument `page_size` is " << page_size << "; it must be at least 1";
   const int64_t token = head_dim, head = token * page_size, plane = head * num_kv_heads;
-  const int64_t bytes = cpu::ElementBits(ToDType(dtype)) / 8;
   cpu::KVSource source{};
   source.dtype = ToDType(dtype);
   source.k = pages;
-  source.v = static_cast<const char*>(pages) + plane * bytes;
+  source.v = static_cast<const char*>(pages) + tvm_infer::BytesOf(plane, ElementBits(ToDType(dtype)));
   source.k_page_stride = source.v_page_stride = 2 * plane;
   source.k_head_stride = source.v_head_stride = head;
   source.k_token_stride = source.v_token_stride = token;

@@ -12,10 +12,6 @@
 namespace tvm_infer::ffi_api::on_cuda {
 
 inline cuda::DTypeTag ToTag(cpu::DType dtype) { return static_cast<cuda::DTypeTag>(dtype); }
-static_assert(static_cast<int>(cuda::DTypeTag::kFloat16) == static_cast<int>(cpu::DType::kFloat16));
-static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
-static_assert(static_cast<int>(cuda::DTypeTag::kFloat8E4M3) == static_cast<int>(cpu::DType::kFloat8E4M3));
-static_assert(static_cast<int>(cuda::DTypeTag::kFloat8E5M2) == static_cast<int>(cpu::DType::kFloat8E5M2));
 
 // Returns of how many CTAs the plan's tensor can hold the first works, which stand behind the header.
 int32_t CheckPlanTensor(const TensorView& plan, const Place& place);

@@ -16,6 +16,7 @@
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/kv_cache_like.h"
 #include "tvm_infer/ffi/kv_cache_reuse.h"
+#include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/matmul_cuda.h"
 #include "tvm_infer/ffi/page_selection.h"
@@ -35,6 +36,7 @@
   TVM_INFER_KV_CACHE_FUNCTIONS(V)       \
   TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V)  \
   TVM_INFER_KV_CACHE_REUSE_FUNCTIONS(V) \
+  TVM_INFER_KV_DTYPE_FUNCTIONS(V)       \
   TVM_INFER_MATMUL_FUNCTIONS(V)         \
   TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)    \
   TVM_INFER_PAGE_SELECTION_FUNCTIONS(V) \

@@ -55,13 +55,9 @@ const KVCacheConfig& Checked(const KVCacheConfig& c) {
                                 << "; it must be float32, float16 or bfloat16. 8-bit floats are for keys "
                                    "and values alone: kv_cache_create_scaled has a kv_dtype";
   }
-  const KVDType* const kv_dtype = FindKVDType(c.kv_dtype);
-  if (kv_dtype == nullptr) {
-    TVM_INFER_THROW(DTypeError) << "argument `kv_dtype` is " << DTypeString(c.kv_dtype) << "; it must be one of " << KVDTypeNames();
-  }
-  CheckDTypePair(FindKVDType(c.dtype)->type, "dtype", kv_dtype->type, "kv_dtype");
+  CheckDTypePair(FindKVDType(c.dtype)->type, "dtype", CheckKVDTypeOf(c.kv_dtype, "kv_dtype"), "kv_dtype");
   // In floating point, where it cannot overflow: all sizes below are then sure to fit in 64 bits.
-  const double bytes = 1.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * (c.head_dim + c.head_dim_vo) * c.element_bytes();
+  const double bytes = 1.0 * c.num_layers * c.num_pages * c.num_kv_heads * c.page_size * (c.head_dim + c.head_dim_vo) * c.kv_dtype.bits / 8;
   if (bytes > static_cast<double>(int64_t{1} << 62)) {
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << c.num_pages << ": the cache would have " << bytes
                                    << " bytes, which no address reaches; take fewer pages";
@@ -109,7 +105,7 @@ KVMemory PagedKVCacheObj::AllocateMemory() {
   KVMemory memory;
   const KVCacheConfig& c = config_;
   AllocatePages(&memory);
-  if (cpu::IsScaled(FindKVDType(c.kv_dtype)->type)) {
+  if (IsScaled(FindKVDType(c.kv_dtype)->type)) {
     memory.k_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
     memory.v_scales = executor_->Allocate({c.num_layers, c.num_kv_heads}, kFloat32, "scales");
     const std::vector<float> ones(static_cast<size_t>(c.num_layers * c.num_kv_heads), 1.f);

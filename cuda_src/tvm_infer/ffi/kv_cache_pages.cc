@@ -6,7 +6,7 @@ namespace tvm_infer::ffi_api {
 void PagedKVCacheObj::AllocatePages(KVMemory* memory) const {
   const KVCacheConfig& c = config_;
   const int64_t k_head = c.page_size * c.head_dim, v_head = c.page_size * c.head_dim_vo, page = c.num_kv_heads * (k_head + v_head);
-  memory->page_bytes = page * c.element_bytes();
+  memory->page_bytes = PageBytes(c.num_kv_heads, c.page_size, c.head_dim, c.head_dim_vo, c.kv_dtype.bits);
   if (c.has_equal_widths()) {
     memory->all_pages =
         executor_->Allocate({c.num_layers, c.num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.kv_dtype, "its pages");

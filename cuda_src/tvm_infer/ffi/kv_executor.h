@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "tvm_infer/element_type.h"
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/page_store.h"
 #include "tvm_infer/kv/step_buffer.h"
@@ -31,7 +32,6 @@ struct KVCacheConfig {
   int64_t num_threads;  // of the cpu executor; 0: its default
   DLDevice device;
 
-  int64_t element_bytes() const { return kv_dtype.bits / 8; }  // of the pages
   bool has_equal_widths() const { return head_dim == head_dim_vo; }
 };
 
@@ -42,7 +42,7 @@ struct PagePlanes {
   int64_t plane_bytes;  // a head's
 };
 inline std::array<PagePlanes, 2> PlanesOf(const KVCacheConfig& c) {
-  const int64_t k_row = c.head_dim * c.element_bytes(), v_row = c.head_dim_vo * c.element_bytes();
+  const int64_t k_row = BytesOf(c.head_dim, c.kv_dtype.bits), v_row = BytesOf(c.head_dim_vo, c.kv_dtype.bits);
   return {PagePlanes{0, k_row, c.page_size * k_row}, PagePlanes{c.num_kv_heads * c.page_size * k_row, v_row, c.page_size * v_row}};
 }
 

@@ -127,7 +127,7 @@ cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int6
   }
   source.k = base;
   source.v = base + planes[1].offset;
-  source.k_page_stride = source.v_page_stride = memory.page_bytes / config_.element_bytes();
+  source.k_page_stride = source.v_page_stride = memory.page_bytes * 8 / config_.kv_dtype.bits;
   source.k_head_stride = config_.page_size * config_.head_dim;
   source.v_head_stride = config_.page_size * config_.head_dim_vo;
   source.k_token_stride = config_.head_dim;

@@ -15,8 +15,6 @@
 namespace tvm_infer::ffi_api {
 namespace {
 
-static_assert(static_cast<int>(cuda::DTypeTag::kBFloat16) == static_cast<int>(cpu::DType::kBFloat16));
-
 // Looked up when the first product runs, not when the library is loaded: a compiled model runs without Python.
 void EnsureCublas() {
   if (cuda::FindCublas() != nullptr) return;

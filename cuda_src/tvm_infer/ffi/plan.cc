@@ -227,7 +227,7 @@ tvm::ffi::Shape CpuKVTileTable(tvm::ffi::String dtype, int64_t head_dim, tvm::ff
 tvm::ffi::Shape CpuVOTileTable(tvm::ffi::String dtype, int64_t head_dim, int64_t head_dim_vo, tvm::ffi::String kv_dtype) {
   return Guarded([&] {
     const KVDType* type = FindKVDType(std::string(dtype));
-    if (type == nullptr || cpu::IsScaled(type->type)) {
+    if (type == nullptr || IsScaled(type->type)) {
       TVM_INFER_THROW(DTypeError) << "argument `dtype` is \"" << std::string(dtype)
                                   << "\"; the cpu executor takes float32, float16 and bfloat16";
     }
