@@ -144,8 +144,8 @@ class PageSelection:
     num_pages : pages of a list; a request with no more is read whole. num_sink_pages : first pages, always taken, >= 0.
         num_recent_pages : last pages, always taken, >= 1: the page that is being filled is among them. Both together at most num_pages;
         the other pages are those of the best scores between, the first of equal ones.
-    page_size, num_qo_heads, num_kv_heads, head_dim, dtype, kv_dtype, num_ctas, fixed_split_size, tile_table, device : as of the cache,
-        and in :func:`tvm_infer.plan`.
+    page_size, num_qo_heads, num_kv_heads, head_dim, head_dim_vo, dtype, kv_dtype, num_ctas, fixed_split_size, tile_table, device :
+        as of the cache, and in :func:`tvm_infer.plan`.
     group_reduce : how a KV head's query heads agree on a score, "max" or "sum".
 
     Attributes
@@ -172,6 +172,7 @@ class PageSelection:
         page_size: int = 16,
         dtype: str = "float32",
         kv_dtype: str | None = None,
+        head_dim_vo: int | None = None,
         group_reduce: str = "max",
         num_ctas: int | None = None,
         fixed_split_size: int = 0,
@@ -206,6 +207,7 @@ class PageSelection:
             head_dim=head_dim,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            head_dim_vo=head_dim_vo,
             causal=False,  # the query is behind all keys of its lists
             num_ctas=num_ctas,
             fixed_split_size=fixed_split_size,
@@ -219,7 +221,7 @@ class PageSelection:
                 f"argument `num_pages` is {num_pages} for {num_lists} lists; a page table has at most {_MAX_INT32} entries"
             )
         scores = (num_requests, num_kv_heads, max_pages)
-        rows = self.plan.num_partial_rows * (head_dim + 1)
+        rows = self.plan.num_partial_rows * ((head_dim_vo or head_dim) + 1)
         if target.kind == "cuda":
             self._planned = _array.empty_on(target, self.plan.buffer.shape, "int32")
             _ffi.func("plan_upload")(self.plan.buffer, self._planned)

@@ -16,7 +16,7 @@ from tvm_infer.jit import headers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CUDA, Driver, addresses, index, tensor
-from with_fake_driver import ROW_MASKS, SHARED_WORKS, RopeParams
+from with_fake_driver import RopeParams
 
 ABI = headers.kernel_abi()
 REQUESTS, HQ, HKV, DIM, PAGE, PAGES, BUDGET, MAX_PAGES = 3, 8, 2, 128, 16, 40, 4, 20
@@ -193,9 +193,8 @@ def test_update_by_plan(driver):
     by_plan(bounds(), plan, HQ, cache, None, 0, *table().values())
     p = driver.page_params("page_bounds", BoundsParams)
     append = RopeParams.from_buffer_copy(bytes(p.append) + bytes(ctypes.sizeof(RopeParams) - len(p.append)))
-    # KV heads, group, any tokens, any partial rows, lists, any capture key, what plans may have
-    features = SHARED_WORKS | ROW_MASKS
-    assert list(append.expected) == [HKV, HQ // HKV, 2**31 - 1, 2**31 - 1, REQUESTS, 0, 0, features]
+    # KV heads, group, any tokens, any partial rows, lists, any capture key; shared keys and masks of rows, no lists of heads
+    assert list(append.expected) == [HKV, HQ // HKV, 2**31 - 1, 2**31 - 1, REQUESTS, 0, 0, 6]
     assert append.plan == addresses[id(plan)]
     driver.clear()
     with pytest.raises(errors.ArgumentError, match="`num_qo_heads` is 7"):
@@ -233,7 +232,11 @@ def test_scores_of_long_requests_fill_the_device(driver):
 def test_select_launch(driver):
     a = select()
     (launch,) = driver.launches()
-    assert (launch["name"], launch["grid"], launch["attributes"]) == ("select_pages", "6,1,1", "1,6,1")
+    assert (launch["name"], launch["grid"], launch["attributes"]) == (
+        "select_pages",
+        "8,1,1",
+        "1,6,1",
+    )  # a CTA a list, and two for the plan
     p = driver.page_params("select_pages", SelectParams)
     check_addresses(p, a, "scores", "kv_len", "kv_page_indptr", "kv_page_indices", "page_lists", "planned", "plan")
     assert list(p.scores_strides) == [HKV * MAX_PAGES, MAX_PAGES] and list(p.budget) == [PAGE, BUDGET, 1, 2]

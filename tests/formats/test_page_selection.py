@@ -338,6 +338,27 @@ def test_eight_bit_keys():
     check_attention(requests, selection, pages, chosen)
 
 
+def test_values_narrower_than_keys():
+    """The same lists, and the first columns of what whole values give."""
+    requests = Requests(np.random.default_rng(13), [60, 33, 7])
+    requests.update()
+    whole = requests.selection(5, num_recent_pages=2)
+    expected, expected_lse = attend(requests, whole, requests.select(whole))
+    cache = requests.cache[:, 0].copy(), requests.cache[:, 1, ..., :8].copy()
+    selection, bounds = requests.selection(5, num_recent_pages=2, head_dim_vo=8), np.full_like(requests.bounds, np.nan)
+    tvm_infer.update_page_bounds(
+        bounds, cache, qo_indptr=np.cumsum([0, *requests.kv_len]).astype(np.int32), kv_len=requests.kv_len,
+        **requests.tables,
+    )  # fmt: skip
+    np.testing.assert_array_equal(bounds, requests.bounds)
+    pages = selection.select(requests.q, bounds, kv_len=requests.kv_len, **requests.tables)
+    out, lse = tvm_infer.attention(
+        requests.q, cache, pages.plan, workspace=selection.workspace, return_lse=True, **pages.tables
+    )
+    assert out.shape == (3, 6, 8) and relative_error(out, expected[..., :8]) < 2e-6
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+
+
 def test_no_requests():
     requests = Requests(np.random.default_rng(8), [])
     requests.update()

@@ -13,7 +13,7 @@ command -v "$SANITIZER" >/dev/null || { echo "sanitize: $SANITIZER is not on PAT
 mkdir -p "$LOGS"
 # our kernels alone: torch's, which make the inputs and the reference, run at full speed
 kernels=(--kernel-name kns=attention_ --kernel-name kns=append_b16 --kernel-name kns=rope_append_ --kernel-name kns=merge_states_
-  --kernel-name kns=gemv_)
+  --kernel-name kns=gemv_ --kernel-name kns=page_ --kernel-name kns=select_pages)
 status=0
 for tool in "$@"; do
   case "$tool" in

@@ -181,7 +181,7 @@ SHAPES = [
 ]
 SHAPE = pytest.mark.parametrize(
     ("dtype", "heads", "dim", "page"),
-    [pytest.param(*row, marks=[pytest.mark.subset] if row[2] == 80 else []) for row in SHAPES],
+    [pytest.param(*row, marks=[pytest.mark.subset, pytest.mark.sanitize] if row[2] == 80 else []) for row in SHAPES],
 )
 
 
@@ -233,7 +233,7 @@ def test_scores(dtype, heads, dim, page, reduce, device):
     scores = requests.scores(reduce)
     for r, (expected, size) in enumerate(requests.expected_scores(reduce)):
         n = expected.shape[1]
-        assert ((scores[r, :, :n] - expected).abs() <= 2e-6 * size).all()
+        assert ((scores[r, :, :n] - expected).abs() <= 1e-5 * size).all()
         assert (scores[r, :, n:] == 7).all()
 
 
@@ -266,6 +266,8 @@ def test_room_for_all_is_dense_attention(device):
     assert (out.double() - dense.double()).norm() <= TOLERANCE["bfloat16"] * dense.double().norm()
 
 
+@pytest.mark.sanitize
+@pytest.mark.racecheck
 def test_ties_and_what_is_no_number(device):
     """Equal scores: the first pages. NaN is above all."""
     requests = Requests(device, [16 * 40], heads=(2, 1), dim=64)

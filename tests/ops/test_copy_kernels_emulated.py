@@ -103,7 +103,7 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("select_pages", "i < kSelectPagesHeld ?", "true ?"),
         ("select_pages", "is_refused ? 0 :", "false ? 0 :"),
         ("select_pages", "shared.rest = num_taken - above", "shared.rest = num_taken"),
-        ("select_pages", "WithListLen(*from,", "WithListLen(*to,"),
+        ("select_pages", "WithListLen(from, request.list_len,", "WithListLen(from, request.list_len - 1,"),
         ("select_pages", "__match_any_sync(0xffffffff, counts ? digit : 256)", "__ballot_sync(0xffffffff, counts)"),
         ("scale_lse", "i / p.num_heads * p.stride_row", "i % p.num_heads * p.stride_row"),
         ("scale_lse", "int64_t{gridDim.x} * kScaleLseThreads", "int64_t{kScaleLseThreads}"),

@@ -86,7 +86,7 @@ class CudaDevice:
     def tile_table(self, workload: Workload) -> tuple[int, ...]:
         """What such plans are made with."""
         table = ops.cuda_tile_table if self.torch_device == "cuda" else ops.cpu_tile_table
-        return table(workload.dtype, workload.head_dim, workload.kv_dtype or None)
+        return table(workload.dtype, workload.head_dim, workload.kv_dtype or None, workload.head_dim_vo or None)
 
     def launcher(self, batch: DeviceBatch, plan: Plan, workspace: Any) -> Callable[[], object]:
         """A call of tvm_infer.attention (or ragged_attention) on the batch, everything allocated before."""
@@ -122,6 +122,7 @@ class CudaDevice:
             head_dim=w.head_dim,
             dtype=w.dtype,
             kv_dtype=w.kv_dtype or None,
+            head_dim_vo=w.head_dim_vo or None,
             device=self.torch_device,
         )
         where = {"kv_page_indptr": batch.page_indptr, "kv_page_indices": batch.page_indices, "kv_len": batch.kv_len}

@@ -124,10 +124,12 @@ class DeviceBatch:
     def page_bounds(self) -> Any:
         """Bounds of all pages, of a workload that selects pages."""
         w = self.workload
-        bounds = page_selection.empty_page_bounds(self.kv, kv_layout=w.kv_layout, dtype=w.dtype if w.kv_dtype else None)
+        bounds = page_selection.empty_page_bounds(
+            self.cache, kv_layout=w.kv_layout, dtype=w.dtype if w.kv_dtype else None
+        )
         table = {"kv_page_indptr": self.page_indptr, "kv_page_indices": self.page_indices}
         ops.update_page_bounds(
-            bounds, self.kv, qo_indptr=self.kv_indptr, kv_len=self.kv_len, kv_layout=w.kv_layout, **table
+            bounds, self.cache, qo_indptr=self.kv_indptr, kv_len=self.kv_len, kv_layout=w.kv_layout, **table
         )
         return bounds
 

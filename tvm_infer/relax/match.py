@@ -643,9 +643,9 @@ class Matcher:
         return f"`{self._positions.name}` counts the tokens of a sequence: 0, 1, 2, …"
 
 
-def _fits(width: int | None, head_dim: int) -> bool:
+def _fits(width: int, head_dim: int) -> bool:
     """Whether values may be so wide beside keys of head_dim: as wide, or narrower where kernels count by eights."""
-    return width is not None and (width == head_dim or (0 < width < head_dim and width % 8 == 0 and head_dim % 8 == 0))
+    return width == head_dim or (0 < width < head_dim and width % 8 == 0 and head_dim % 8 == 0)
 
 
 @dataclass(frozen=True)

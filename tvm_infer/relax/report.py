@@ -114,7 +114,7 @@ class RewriteReport:
                 (
                     str(match.layer),
                     f"{match.spec.num_qo_heads}/{match.spec.num_kv_heads}",
-                    str(match.spec.head_dim),
+                    f"{match.spec.head_dim}" + (f" / {match.spec.head_dim_vo}" if match.spec.head_dim_vo else ""),
                     match.spec.dtype,
                     ("causal" if match.spec.causal else "full")
                     + (", variant" if match.spec.variant is not None else ""),

@@ -60,11 +60,11 @@ void LaunchPageScores(int32_t device_id, void* stream, DTypeTag dtype, PageScore
 void LaunchSelectPages(int32_t device_id, void* stream, const SelectPagesParams& params) {
   const int64_t num_lists = int64_t{params.num_requests} * params.num_kv_heads;
   if (num_lists == 0) return;
-  CheckGrid(num_lists, 1);
+  CheckGrid(num_lists + kSelectPagesPlanCtas, 1);
   static auto* const cached = new CachedKernel("select_pages");
   const Kernel& kernel = cached->Get(device_id, stream);
   void* args[] = {const_cast<SelectPagesParams*>(&params)};
-  LaunchKernel(kernel, static_cast<int32_t>(num_lists), stream, args);
+  LaunchKernel(kernel, static_cast<int32_t>(num_lists) + kSelectPagesPlanCtas, stream, args);
 }
 
 }  // namespace tvm_infer::cuda

@@ -178,6 +178,8 @@ struct PageScoresParams {
   int32_t ctas_per_list;  // that share the pages of a request and KV head
 };
 
+inline constexpr int32_t kSelectPagesPlanCtas = 2;  // behind those of the lists, for the plan's works: some hundreds
+
 // Lists of the best pages, and the plan for lists of their lengths (kernels/select_pages.cuh).
 struct SelectPagesParams {
   const float* scores;  // as of PageScoresParams

@@ -180,25 +180,33 @@ __device__ __forceinline__ void MergePairs(const attention::Consumer<Config>& c,
   }
 }
 
-// The same for four rows of at most eight partials each. Lane 8 * r + i has the LSE of row r's partial i.
+// How many partials of a row MergeFew takes. NOTE: of heads that end in a panel eight, since more spill.
+template <typename Config>
+inline constexpr int kFewPartials = Config::kHeadDimVo % 64 == 0 ? 16 : 8;
+
+// The same for four rows of at most eight partials each, or for two of at most sixteen, each by two quarters of the warp and of the
+// registers. Lane 8 * r + i has the LSE of partial i of quarter r.
 template <typename Config>
 __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t step) {
   constexpr float kLog2e = 1.4426950408889634f;
-  constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDimVo <= 128 ? 4 : 2;  // partials of each row in flight
+  constexpr int kRows = 4, kSlots = 8, kBatch = Config::kHeadDimVo <= 128 ? 4 : 2;  // partials of each quarter in flight
   const attention::AttentionParams& params = c.params;
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads, n = job.num_slots;
-  const int32_t lane = c.ThreadAnew() % 32;
-  const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, lane % kSlots);
-  const float lse =
-      lane % kSlots < n ? __ldcg(params.partial_lse + slot + min(first + lane / kSlots * step, total - 1)) : attention::kNegInf;
+  constexpr bool kMayHalve = kFewPartials<Config> > kSlots;
+  const bool halves = kMayHalve && n > kSlots;
+  const auto row_of = [&](int32_t quarter) { return first + (halves ? quarter / 2 : quarter) * step; };
+  const int32_t lane = c.ThreadAnew() % 32, own = lane % (halves ? 2 * kSlots : kSlots);
+  const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, own);
+  const float lse = own < n ? __ldcg(params.partial_lse + slot + min(row_of(lane / kSlots), total - 1)) : attention::kNegInf;
   PartialColumns<Config> v[kRows][kBatch];
   const auto load = [&](int32_t begin) {
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const int32_t from = __shfl_sync(0xffffffff, slot, begin + u);
+      int32_t from = __shfl_sync(0xffffffff, slot, begin + u);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(first + r * step, total - 1)) * Config::kHeadDimVo, lane);
+        if (kMayHalve && r > 0) from = __shfl_sync(0xffffffff, slot, kSlots * r + begin + u);
+        v[r][u].Load(params.partial_o + static_cast<int64_t>(from + min(row_of(r), total - 1)) * Config::kHeadDimVo, lane);
       }
     }
   };
@@ -206,6 +214,7 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
   float max = lse;
 #pragma unroll
   for (int bit = 1; bit < kSlots; bit *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
+  if (halves) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, kSlots));
   const float weight = ptx::Exp2((lse - (max == attention::kNegInf ? 0.f : max)) * kLog2e);
   float sum[kRows] = {}, o[kRows][Columns<Config>::kPieces][Columns<Config>::kVector] = {};
 #pragma unroll 1
@@ -220,14 +229,24 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
       }
     }
     begin += kBatch;
-    if (begin >= n) break;
+    if (begin >= min(n, kSlots)) break;
     load(begin);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int32_t row = first + r * step;
+    if (halves && r % 2 == 0) {
+      sum[r] += sum[r + 1];
+#pragma unroll
+      for (int p = 0; p < Columns<Config>::kPieces; ++p) {
+#pragma unroll
+        for (int i = 0; i < Columns<Config>::kVector; ++i) o[r][p][i] += o[r + 1][p][i];
+      }
+    }
+    const int32_t row = row_of(r);
     const float row_max = __shfl_sync(0xffffffff, max, kSlots * r);
-    if (row < total) StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, row_max, sum[r], o[r]);
+    if (row < total && !(halves && r % 2 == 1)) {
+      StoreMerged(c, job, row / job.merge.num_rows, row % job.merge.num_rows, row_max, sum[r], o[r]);
+    }
   }
 }
 
@@ -243,9 +262,10 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     return;
   }
   if constexpr (!Config::kHasVariant) {  // NOTE: beside variants it spills
-    if (job.num_slots <= 8) {
+    if (job.num_slots <= kFewPartials<Config>) {
+      const int32_t step = (job.num_slots <= 8 ? 4 : 2) * num_warps;
 #pragma unroll 1
-      for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += 4 * num_warps) MergeFew(c, job, i, num_warps);
+      for (int32_t i = warp; i < job.merge.num_rows * job.merge.num_kv_heads; i += step) MergeFew(c, job, i, num_warps);
       return;
     }
   }

@@ -44,40 +44,51 @@ struct RequestPages {
 
 // Whether both plans are for lists of these requests and heads, and in their memory. By one thread of the grid it is said in the plan, if
 // that is one.
+//
+// NOTE: the plan is read past the L1, here and below: lines of it in the L1 would be old when the attention behind this kernel, which may
+// be on the SM already, reads the works that stand in them.
 __device__ __forceinline__ bool AreForTheseLists(const cuda::SelectPagesParams& p) {
   const PlanHeader &planned = *PlanView(p.planned).header, &plan = *PlanView(p.plan).header;
   const auto is_plan = [&](const PlanHeader& x) {
-    return x.magic == kPlanMagic && x.version == kPlanVersion && x.bytes_used <= p.plan_bytes;
+    return __ldcg(&x.magic) == kPlanMagic && __ldcg(&x.version) == kPlanVersion && __ldcg(&x.bytes_used) <= p.plan_bytes;
   };
-  const bool is_right = is_plan(planned) && is_plan(plan) && planned.bytes_used == plan.bytes_used && planned.num_works == plan.num_works &&
-                        planned.num_kv_lists == plan.num_kv_lists && plan.num_kv_lists == p.num_requests * p.num_kv_heads;
-  if (!is_right && is_plan(plan) && blockIdx.x == 0 && threadIdx.x == 0) PlanView(p.plan).tickets()[kRefusalTicket] = kOtherLists;
+  const auto is_same = [&](const int32_t& x, const int32_t& y) { return __ldcg(&x) == __ldcg(&y); };
+  const bool is_right = is_plan(planned) && is_plan(plan) && is_same(planned.bytes_used, plan.bytes_used) &&
+                        is_same(planned.num_works, plan.num_works) && is_same(planned.num_kv_lists, plan.num_kv_lists) &&
+                        __ldcg(&plan.num_kv_lists) == p.num_requests * p.num_kv_heads;
+  if (!is_right && is_plan(plan) && blockIdx.x == 0 && threadIdx.x == 0) {
+    int32_t* const tickets = reinterpret_cast<int32_t*>(static_cast<char*>(p.plan) + __ldcg(&plan.tickets_offset));
+    tickets[kRefusalTicket] = kOtherLists;
+  }
   return is_right;
 }
 
-// Where works end, and how long lists are, by all threads of the grid.
-__device__ __forceinline__ void SetLengths(const cuda::SelectPagesParams& p) {
-  const PlanView planned(p.planned), plan(p.plan);
-  const int32_t num_ctas = planned.header->num_ctas, num_works = planned.header->num_works;
+// Where works end, and how long lists are, by a few CTAs of their own, of which this is number `cta`.
+__device__ __forceinline__ void SetLengths(const cuda::SelectPagesParams& p, int32_t cta) {
+  const PlanView planned(p.planned);
+  const PlanHeader& header = *planned.header;
   const int32_t num_lists = p.num_requests * p.num_kv_heads;
-  const auto set = [&](const Work* from, const Work* to) {
-    if (from->num_rows == 0) return;  // a CTA without works
-    const RequestPages request(p, from->kv_list / p.num_kv_heads);
-    const Work work = WithListLen(*from, request.list_len, planned.kv_len()[from->kv_list]);
-    const_cast<Work*>(to)->kv_end = work.kv_end;
-    const_cast<Work*>(to)->qo_pos_base = work.qo_pos_base;
+  char* const plan = static_cast<char*>(p.plan);
+  const auto set = [&](const Work* works, int32_t i) {
+    const Work& from = works[i];
+    if (from.num_rows == 0) return;  // a CTA without works
+    const RequestPages request(p, from.kv_list / p.num_kv_heads);
+    const Work work = WithListLen(from, request.list_len, planned.kv_len()[from.kv_list]);
+    Work& to = *reinterpret_cast<Work*>(plan + (reinterpret_cast<const char*>(&from) - static_cast<const char*>(p.planned)));
+    to.kv_end = work.kv_end;
+    to.qo_pos_base = work.qo_pos_base;
   };
-  for (int32_t i = blockIdx.x * kSelectPagesThreads + threadIdx.x; i < num_ctas + num_works + num_lists;
-       i += gridDim.x * kSelectPagesThreads) {
-    if (i < num_ctas) {
-      set(planned.first_works() + i, plan.first_works() + i);
-    } else if (i < num_ctas + num_works) {
-      set(planned.works() + i - num_ctas, plan.works() + i - num_ctas);
+  for (int32_t i = cta * kSelectPagesThreads + threadIdx.x; i < header.num_ctas + header.num_works + num_lists;
+       i += cuda::kSelectPagesPlanCtas * kSelectPagesThreads) {
+    if (i < header.num_ctas) {
+      set(planned.first_works(), i);
+    } else if (i < header.num_ctas + header.num_works) {
+      set(planned.works(), i - header.num_ctas);
     } else {
-      const int32_t list = i - num_ctas - num_works;
+      const int32_t list = i - header.num_ctas - header.num_works;
       const RequestPages request(p, list / p.num_kv_heads);
-      const_cast<int32_t*>(plan.kv_len())[list] = request.list_len;
-      if (request.is_refused) plan.tickets()[kRefusalTicket] = kTooManyPages;
+      reinterpret_cast<int32_t*>(plan + header.kv_len_offset)[list] = request.list_len;
+      if (request.is_refused) reinterpret_cast<int32_t*>(plan + header.tickets_offset)[kRefusalTicket] = kTooManyPages;
     }
   }
 }
@@ -186,7 +197,8 @@ __device__ __forceinline__ void SelectPages(const cuda::SelectPagesParams& p) {
   ptx::AllowDependentGrid();
   ptx::WaitForPriorGrid();  // everything may be the prior grid's, and the attention before this one reads the plan and the lists
   if (!AreForTheseLists(p)) return;
-  SetLengths(p);
+  const int32_t num_lists = p.num_requests * p.num_kv_heads;
+  if (static_cast<int32_t>(blockIdx.x) >= num_lists) return SetLengths(p, blockIdx.x - num_lists);
   const int32_t request = blockIdx.x / p.num_kv_heads, head = blockIdx.x % p.num_kv_heads;
   const RequestPages of(p, request);
   if (of.is_refused) return;
@@ -206,7 +218,7 @@ __device__ __forceinline__ void SelectPages(const cuda::SelectPagesParams& p) {
 
 }  // namespace tvm_infer::kernels
 
-// The grid is num_requests * num_kv_heads.
+// The grid is num_requests * num_kv_heads and cuda::kSelectPagesPlanCtas.
 #define TVM_INFER_SELECT_PAGES(NAME)                                                                                               \
   extern "C" __global__ void __launch_bounds__(tvm_infer::kernels::kSelectPagesThreads, tvm_infer::kernels::kSelectPagesCtasPerSm) \
       NAME(const __grid_constant__ tvm_infer::cuda::SelectPagesParams params) {                                                    \

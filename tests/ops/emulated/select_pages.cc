@@ -124,10 +124,10 @@ void RunCase(int32_t number) {
   // Twice: a step's ends are not those that the next one begins with.
   const std::vector<int32_t> lengths = kv_len;
   for (int32_t& length : kv_len) length = length / 2;
-  emulated::Launch(num_lists, tvm_infer::kernels::kSelectPagesThreads, [&] { select_pages(p); });
+  emulated::Launch(num_lists + tvm_infer::cuda::kSelectPagesPlanCtas, tvm_infer::kernels::kSelectPagesThreads, [&] { select_pages(p); });
   kv_len = lengths;
   std::fill(lists.begin(), lists.end(), kLeft);
-  emulated::Launch(num_lists, tvm_infer::kernels::kSelectPagesThreads, [&] { select_pages(p); });
+  emulated::Launch(num_lists + tvm_infer::cuda::kSelectPagesPlanCtas, tvm_infer::kernels::kSelectPagesThreads, [&] { select_pages(p); });
 
   const PlanView of(p.plan), before(p.planned);
   if (is_other) {
