@@ -69,6 +69,7 @@ void UpdatePageBounds(const Place& place, const TensorView& page_bounds, const N
     append.expected.group_size = static_cast<int32_t>(tokens.num_qo_heads / shape.num_kv_heads);
     append.expected.max_tokens = append.expected.max_partial_rows = INT32_MAX;  // no business of this kernel's
     append.expected.max_kv_lists = static_cast<int32_t>(kv_page_indptr.size(0)) - 1;
+    append.expected.features = cuda::kSharedWorks | cuda::kRowMasks;  // as of an append, which sees nothing of them
   } else {
     append.qo_indptr = DataPtr<const int32_t>(*tokens.qo_indptr);
     append.kv_len = DataPtr<const int32_t>(*tokens.kv_len);
