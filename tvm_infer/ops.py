@@ -404,7 +404,7 @@ def append(
     indptr, lengths, page_indptr, page_indices = _tables(
         k, qo_indptr=qo_indptr, kv_len=kv_len, kv_page_indptr=kv_page_indptr, kv_page_indices=kv_page_indices
     )
-    scales = _scales(k_scale, v_scale)
+    scales, bounds = _scales(k_scale, v_scale), _checked_bounds(page_bounds, k_cache, v_cache, layout)
     _ffi.func("append" if scales is None else "scaled_append")(
         _array.as_tensor(k, "k"),
         _array.as_tensor(v, "v"),
@@ -417,13 +417,22 @@ def append(
         page_indices,
         *(scales or ()),
     )
-    if page_bounds is not None:
+    if bounds is not None:
         cache = (k_cache, v_cache, layout, page_indptr, page_indices)
-        _ffi.func("update_page_bounds")(_bounds(page_bounds), indptr, lengths, *cache)
+        _ffi.func("update_page_bounds")(bounds, indptr, lengths, *cache)
 
 
 def _bounds(page_bounds: Any) -> Any:
     return _array.as_tensor(page_bounds, "page_bounds", output=True)
+
+
+def _checked_bounds(page_bounds: Any, k_cache: Any, v_cache: Any, layout: int) -> Any:
+    """`page_bounds` as a tensor, or None. Raises where they do not fit the cache: before an append, which writes."""
+    if page_bounds is None:
+        return None
+    tensor = _bounds(page_bounds)
+    _ffi.func("check_page_bounds")(tensor, k_cache, v_cache, layout)
+    return tensor
 
 
 def update_page_bounds(
@@ -522,10 +531,11 @@ def append_attention(
         _array.as_tensor(out, "out", output=True),
         None if lse is None else _array.as_tensor(lse, "lse", output=True),
     )
+    bounds = _checked_bounds(page_bounds, k_cache, v_cache, layout)
     _run("append_paged_attention", arguments, variant, plan, q, num_lists, _scales(k_scale, v_scale))
-    if page_bounds is not None:
+    if bounds is not None:
         cache = (k_cache, v_cache, layout, page_indptr, page_indices)
-        _ffi.func("update_page_bounds_by_plan")(_bounds(page_bounds), words, int(q.shape[1]), *cache)
+        _ffi.func("update_page_bounds_by_plan")(bounds, words, int(q.shape[1]), *cache)
     return out if lse is None else (out, lse)
 
 
@@ -587,7 +597,7 @@ def rope_append(
     if inv_freq is None:
         inv_freq = _frequencies(rope, device)
     out = _array.empty_like(q, tuple(q.shape)) if out is None else out
-    scales = _scales(k_scale, v_scale)
+    scales, bounds = _scales(k_scale, v_scale), _checked_bounds(page_bounds, k_cache, v_cache, layout)
     _ffi.func("rope_append_paged" if scales is None else "scaled_rope_append")(
         _array.as_tensor(q, "q"),
         _array.as_tensor(k, "k"),
@@ -606,12 +616,12 @@ def rope_append(
         _array.as_tensor(out, "out", output=True),
         *(scales or ()),
     )
-    if page_bounds is not None:
+    if bounds is not None:
         cache = (k_cache, v_cache, layout, page_indptr, page_indices)
         if plan is None:
-            _ffi.func("update_page_bounds")(_bounds(page_bounds), lengths["qo_indptr"], lengths["kv_len"], *cache)
+            _ffi.func("update_page_bounds")(bounds, lengths["qo_indptr"], lengths["kv_len"], *cache)
         else:
-            _ffi.func("update_page_bounds_by_plan")(_bounds(page_bounds), plan, int(q.shape[1]), *cache)
+            _ffi.func("update_page_bounds_by_plan")(bounds, plan, int(q.shape[1]), *cache)
     return out
 
 

@@ -34,6 +34,9 @@ _REFUSALS = {
 }
 
 
+_REFUSED_BY_SELECTION = (11, 12)  # attention runs behind it all the same
+
+
 class WorkspaceSize(NamedTuple):
     """What a batch within given limits needs at most.
 
@@ -521,4 +524,5 @@ def plan_status(plan: Any) -> str:
     if status == 0:
         return "accepted"
     meaning = _REFUSALS.get(status, "this version does not know the reason")
-    raise PlanMismatchError(f"a kernel refused the plan (status {status}) and wrote nothing: {meaning}")
+    result = "" if status in _REFUSED_BY_SELECTION else " and wrote nothing"
+    raise PlanMismatchError(f"a kernel refused the plan (status {status}){result}: {meaning}")

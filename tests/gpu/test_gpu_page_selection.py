@@ -384,6 +384,9 @@ def test_a_graph_of_a_step_serves_all_steps(cuda):
     with pytest.raises(errors.PlanMismatchError, match="a request has more pages than its table"):
         tvm_infer.plan_status(decoding.selection.plan)
     assert not decoding.out[1].any() and decoding.out[0].any()
+    decoding.requests.kv_len[1] = 16 * 80  # the next step is right, and nothing is left of that one
+    graph.replay()
+    assert tvm_infer.plan_status(decoding.selection.plan) == "accepted" and decoding.out[1].any()
 
 
 def test_more_pages_than_scores_have_room_for(cuda):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tvm_infer import jit, variant
@@ -34,6 +36,32 @@ def test_resources(name, cache):
         assert (resources.threads, resources.registers) == (384, 168)
         assert resources.shared_bytes > 100_000  # the ring: dynamic, so that only the kernel's own constant says it
         assert cubin_file.kernel_info(built.path.read_bytes(), name).ctas_per_sm == 1
+
+
+_LOAD, _WAIT, _ALWAYS = (
+    0x981,
+    0x82E,
+    7,
+)  # of sm_90: LDG, ACQBULK (griddepcontrol.wait), the predicate that is always true
+
+
+def loads_before_the_wait(code: bytes) -> int:
+    """Unconditional loads of global memory above the first wait for the kernel ahead: 16 bytes an instruction, opcode in the low 12 bits."""
+    words = [int.from_bytes(code[at : at + 8], "little") for at in range(0, len(code), 16)]
+    opcodes = [word & 0xFFF for word in words]
+    above = words[: opcodes.index(_WAIT)]
+    return sum(word & 0xFFF == _LOAD and word >> 12 & 0xF == _ALWAYS for word in above)
+
+
+PLANNED = [name for name in jit.all_names() if re.match("attention.*_(p1|p16|ragged)$|append|rope|page|select", name)]
+
+
+@pytest.mark.needs_nvcc
+@pytest.mark.parametrize("name", PLANNED)
+def test_nothing_is_read_before_the_kernel_ahead_has_ended(name, cache):
+    """That may write the plan or the page table. What is taken for constant memory (__ldg) compilers move above the wait."""
+    code = cubin_file.code(cubins.build_one(name).path.read_bytes(), name)
+    assert loads_before_the_wait(code) == 0
 
 
 # Bytes that may be spilled. On pages of 16 most standard variants stay in registers. Kernels that gather have eight registers fewer for

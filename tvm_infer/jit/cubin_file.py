@@ -39,12 +39,17 @@ def kernel_info(cubin: bytes, name: str) -> KernelInfo:
     return KernelInfo(*_KERNEL_INFO.unpack(data[: _KERNEL_INFO.size]))
 
 
-def code_bytes(cubin: bytes, name: str) -> int:
-    """Bytes of machine code of kernel `name`; 0 where the cubin has no such kernel. Raises CompileError where it is not whole."""
+def code(cubin: bytes, name: str) -> bytes:
+    """Machine code of kernel `name`; empty where the cubin has no such kernel. Raises CompileError where it is not whole."""
     try:
-        return len(_symbol_bytes(cubin, name.encode()) or b"")
+        return _symbol_bytes(cubin, name.encode()) or b""
     except (struct.error, IndexError) as error:
         raise CompileError(f"the cubin of {name} ({len(cubin)} bytes) is not whole: build it again") from error
+
+
+def code_bytes(cubin: bytes, name: str) -> int:
+    """Bytes of machine code of kernel `name`; 0 where the cubin has no such kernel. Raises CompileError where it is not whole."""
+    return len(code(cubin, name))
 
 
 def _symbol_bytes(cubin: bytes, wanted: bytes) -> bytes | None:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "tvm_infer/ptx/load_store.cuh"
 #include "tvm_infer/schedule/plan.h"
 
 namespace tvm_infer::attention {
@@ -16,6 +17,19 @@ __device__ __forceinline__ Work LoadWork(const Work* works, int32_t index) {
   const int4* source = reinterpret_cast<const int4*>(works + index);
 #pragma unroll
   for (int i = 0; i < 3; ++i) u.words[i] = __ldg(source + i);
+  return u.work;
+}
+
+// The same, of what a kernel ahead may have written: it stays behind the wait for that kernel. NOTE: a load by __ldg does not, since
+// whoever compiles takes its memory for constant.
+__device__ __forceinline__ Work LoadWorkInOrder(const Work* works, int32_t index) {
+  union {
+    int4 words[3];
+    Work work;
+  } u;
+  const int4* source = reinterpret_cast<const int4*>(works + index);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) u.words[i] = ptx::LoadInOrder(source + i);
   return u.work;
 }
 

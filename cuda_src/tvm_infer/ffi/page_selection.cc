@@ -46,6 +46,15 @@ void UpdateOnHost(const TensorView& bounds, const cpu::KVSource& cache, const Ca
 
 }  // namespace
 
+void CheckPageBounds(TensorView page_bounds, TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout) {
+  Guarded([&] {
+    const Place place = PlaceOf(k_cache, "k_cache");
+    cpu::KVSource cache{};
+    CheckBoundsFitCache(page_bounds, CheckCache(k_cache, v_cache, kv_layout, place, &cache), place);
+    if (place.is_cuda()) on_cuda::CheckPageBounds(page_bounds, k_cache);
+  });
+}
+
 void UpdatePageBounds(TensorView page_bounds, TensorView qo_indptr, TensorView kv_len, TensorView k_cache, OptionalTensor v_cache,
                       int64_t kv_layout, TensorView kv_page_indptr, TensorView kv_page_indices) {
   Guarded([&] {
@@ -92,6 +101,9 @@ void PageScores(TensorView q, TensorView page_bounds, TensorView kv_len, TensorV
                 int64_t page_size, int64_t is_sum, int64_t min_pages, TensorView scores) {
   Guarded([&] {
     const Place place = PlaceOf(q, "q");
+    if (min_pages < 0 || min_pages > INT32_MAX) {
+      TVM_INFER_THROW(ArgumentError) << "argument `min_pages` is " << min_pages << "; it must be from 0 to " << INT32_MAX;
+    }
     const int32_t num_kv_heads = CheckScores(q, page_bounds, kv_len, kv_page_indptr, kv_page_indices, page_size, is_sum, scores, place);
     if (place.is_cuda()) {
       return on_cuda::PageScores(place, q, page_bounds, kv_len, kv_page_indptr, kv_page_indices, page_size, is_sum != 0, min_pages, scores);
@@ -127,6 +139,10 @@ void SelectPages(TensorView scores, TensorView kv_len, TensorView kv_page_indptr
     const Place place = PlaceOf(scores, "scores");
     const PageBudget budget = CheckSelection(scores, kv_len, kv_page_indptr, kv_page_indices, page_size, num_pages, num_sink, num_recent,
                                              plan, page_lists, place);
+    if (planned.data_ptr() == plan.data_ptr()) {
+      TVM_INFER_THROW(ArgumentError)
+          << "argument `plan` is the buffer of `planned`, whose works end where the lists end; pass a copy of it";
+    }
     if (place.is_cuda()) {
       return on_cuda::SelectPages(place, scores, kv_len, kv_page_indptr, kv_page_indices, budget, planned, plan, page_lists);
     }

@@ -2,10 +2,9 @@
 // 2406.10774; LServe, arXiv 2502.14866). Host or device, as the tensors lie; no device memory is allocated and nothing synchronises.
 //
 // Shapes
-//   page_bounds      [num_pages, 2, num_kv_heads, head_dim], any strides but the last: the least and the greatest element of each channel
-//   of
-//                    a page's keys. Of the cache's type; beside a cache of 8 bits float32, float16 or bfloat16, elements without their
-//                    scale
+//   page_bounds      [num_pages, 2, num_kv_heads, head_dim], any strides but the last: the least and the greatest element of each
+//                    channel of a page's keys. Of the cache's type; beside a cache of 8 bits float32, float16 or bfloat16, elements
+//                    without their scale
 //   kv_len           int32 [num_requests]: keys of each request
 //   kv_page_indptr, kv_page_indices, k_cache, v_cache, kv_layout: as in attention.h
 //   scores           float32 [num_requests, num_kv_heads, max_pages]
@@ -20,12 +19,16 @@
 #include "tvm_infer/ffi/attention.h"
 
 #define TVM_INFER_PAGE_SELECTION_FUNCTIONS(V)       \
+  V(check_page_bounds, CheckPageBounds)             \
   V(update_page_bounds, UpdatePageBounds)           \
   V(update_page_bounds_by_plan, UpdateBoundsByPlan) \
   V(page_scores, PageScores)                        \
   V(select_pages, SelectPages)
 
 namespace tvm_infer::ffi_api {
+
+// Whether bounds can be kept beside this cache: a typed error if not, before an append writes anything.
+void CheckPageBounds(tvm::ffi::TensorView page_bounds, tvm::ffi::TensorView k_cache, OptionalTensor v_cache, int64_t kv_layout);
 
 // Bounds of the pages that hold new tokens (as AppendPaged places them), anew from all keys of the page. Call it after the append.
 void UpdatePageBounds(tvm::ffi::TensorView page_bounds, tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len,

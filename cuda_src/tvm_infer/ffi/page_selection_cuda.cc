@@ -42,6 +42,11 @@ CacheShape PagesOf(int64_t page_size, int64_t num_pages) {
 
 }  // namespace
 
+void CheckPageBounds(const TensorView& page_bounds, const TensorView& k_cache) {
+  CheckAlignedRows(k_cache, "k_cache");
+  BoundsOf(page_bounds);
+}
+
 void UpdatePageBounds(const Place& place, const TensorView& page_bounds, const NewTokens& tokens, const TensorView& k_cache,
                       const CacheShape& shape, const cpu::KVSource& cache, const TensorView& kv_page_indptr,
                       const TensorView& kv_page_indices) {

@@ -16,6 +16,7 @@ struct NewTokens {
   int64_t num_qo_heads = 0;
 };
 
+void CheckPageBounds(const TensorView& page_bounds, const TensorView& k_cache);
 void UpdatePageBounds(const Place& place, const TensorView& page_bounds, const NewTokens& tokens, const TensorView& k_cache,
                       const CacheShape& shape, const cpu::KVSource& cache, const TensorView& kv_page_indptr,
                       const TensorView& kv_page_indices);

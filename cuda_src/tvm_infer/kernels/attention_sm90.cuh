@@ -107,7 +107,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   // NOTE: the first work has a fixed place, so that it arrives together with the header: from here to the first copy of K are three
   // loads, one after the other (work, kv_indptr, page).
   const PlanView plan(params.plan);
-  const Work first = LoadWork(plan.first_works(), blockIdx.x);
+  const Work first = LoadWorkInOrder(plan.first_works(), blockIdx.x);
   constexpr int kCheckingWarp = 3;
   constexpr bool kHasVariant = !std::is_same_v<typename Config::Variant, NoVariant>;
   bool stops = first.num_rows == 0;

@@ -128,8 +128,10 @@ __device__ __forceinline__ void UpdatePageBounds(const cuda::PageBoundsParams& p
     const int32_t request = RequestOf(lengths, slot, begin_of);
     if (request >= lengths.num_requests) continue;
     const int32_t begin = __ldg(lengths.qo_indptr + request), end = __ldg(lengths.qo_indptr + request + 1);
-    const int32_t kv_len = __ldg(lengths.kv_len + request), position = kv_len - (end - begin);
-    if (begin == end || position < 0) continue;  // as in Append: tokens before a request's first position go nowhere
+    const int32_t kv_len = __ldg(lengths.kv_len + request);
+    if (begin == end) continue;
+    // As in Append: tokens before a request's first position go nowhere.
+    const int32_t position = kv_len < end - begin ? 0 : kv_len - (end - begin);
     const int32_t index = position / a.page_size + slot - begin_of(request, begin);
     const int32_t num_keys = min(a.page_size, kv_len - index * a.page_size);
     const int32_t entry = __ldg(a.kv_page_indptr + request) + index;

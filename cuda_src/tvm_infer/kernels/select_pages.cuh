@@ -88,9 +88,15 @@ __device__ __forceinline__ void SetLengths(const cuda::SelectPagesParams& p, int
       const int32_t list = i - header.num_ctas - header.num_works;
       const RequestPages request(p, list / p.num_kv_heads);
       reinterpret_cast<int32_t*>(plan + header.kv_len_offset)[list] = request.list_len;
-      if (request.is_refused) reinterpret_cast<int32_t*>(plan + header.tickets_offset)[kRefusalTicket] = kTooManyPages;
     }
   }
+  if (cta != 0 || threadIdx.x >= 32) return;
+  // What is said of this step: the plan is the same in all of them.
+  bool is_refused = false;
+  for (int32_t request = threadIdx.x; request < p.num_requests; request += 32) is_refused |= RequestPages(p, request).is_refused;
+  is_refused = __any_sync(0xffffffff, is_refused);
+  if (threadIdx.x == 0)
+    reinterpret_cast<int32_t*>(plan + header.tickets_offset)[kRefusalTicket] = is_refused ? kTooManyPages : kPlanAccepted;
 }
 
 // Scores of a list's candidates, which stand between the sinks and the recent pages.
