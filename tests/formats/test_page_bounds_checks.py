@@ -22,7 +22,7 @@ def call(kind, q, k, v, cache, bounds):
         tvm_infer.append_attention(q, k, v, cache, plan, page_bounds=bounds, **TABLES)
     else:
         rope = tvm_infer.RopeConfig(rotary_dim=16)
-        tvm_infer.rope_append(q, k, v, cache, rope, plan, out=q, page_bounds=bounds, **TABLES)
+        tvm_infer.rope_append(q, k, v, cache, rope=rope, plan=plan, out=q, page_bounds=bounds, **TABLES)
 
 
 @pytest.mark.parametrize("kind", ["append", "append_attention", "rope_append"])
