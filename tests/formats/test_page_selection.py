@@ -68,7 +68,7 @@ class Requests:
     def selection(self, num_pages, **kwargs):
         settings = dict(num_requests=len(self.kv_len), max_pages=max([1, *map(len, self.pages)]), page_size=self.page)
         settings |= dict(num_qo_heads=self.q.shape[1], num_kv_heads=self.heads, head_dim=self.dim)
-        return tvm_infer.PageSelection(num_pages=num_pages, **settings, **({"dtype": self.dtype.name} | kwargs))
+        return tvm_infer.PageSelection(num_pages=num_pages, **(settings | {"dtype": self.dtype.name} | kwargs))
 
     def select(self, selection):
         return selection.select(self.q, self.bounds, kv_len=self.kv_len, **self.tables)
@@ -237,13 +237,18 @@ def test_scores_bound_every_logit():
         assert (logits[:, j] <= scores[0, :, j // 4] + 1e-5).all()
 
 
-def test_a_key_that_is_no_number_is_selected():
-    """NaN and infinite keys make scores of NaN, which are above all; they are read, and seen, as without a selection."""
+@pytest.mark.parametrize("channel", [0.0, 1.0, -1.0])
+def test_a_key_that_is_no_number_is_selected(channel):
+    """NaN and infinite keys make scores of NaN or +inf, above all others; they are read, and seen, as without a selection."""
     requests = Requests(np.random.default_rng(4), [80], heads=1)
     for j, value in ((21, np.nan), (50, np.inf)):
         requests.cache[requests.pages[0][j // 4], 0, 0, j % 4, 3] = value
     requests.update()
-    requests.q[0, :, 3] = 0
+    requests.q[0, :, 3] = channel
+    where = dict(kv_len=requests.kv_len, page_size=4, **requests.tables)
+    scores = tvm_infer.page_scores(requests.q, requests.bounds, **where)[0, 0]
+    assert np.isnan(scores[5]) and (np.isposinf(scores[12]) if channel > 0 else np.isnan(scores[12]))
+    assert np.isfinite(np.delete(scores, [5, 12])).all()
     pages = requests.select(requests.selection(5, num_sink_pages=1, num_recent_pages=2))
     numbers = [requests.pages[0].tolist().index(p) for p in lists_of(requests, pages, 5)[0][0]]
     assert numbers == [0, 5, 12, 18, 19]
@@ -381,9 +386,23 @@ def test_settings_are_checked():
         ({"num_sink_pages": 1.5}, "`num_sink_pages` is 1.5; it must be an integer"),
         ({"num_pages": 2**30}, "positions are of 32 bits: at most 536870911"),
         ({"group_reduce": "mean"}, '`group_reduce` is \'mean\'; it must be "max" or "sum"'),
-    ):
+        ({"group_reduce": ["max"]}, "`group_reduce` is ['max']; it must be"),
+        ({"num_kv_heads": -1}, "`num_kv_heads` is -1; it must be at least 1"),
+        ({"num_kv_heads": "2"}, "`num_kv_heads` is '2'; it must be an integer"),
+        ({"num_qo_heads": None}, "`num_qo_heads` is None; it must be an integer"),
+        ({"head_dim": 0}, "`head_dim` is 0; it must be at least 1"),
+        ({"head_dim": "16", "tile_table": (0, 16, 4, 1, 0)}, "`head_dim` is '16'; it must be an integer"),
+        ({"head_dim_vo": "8"}, "`head_dim_vo` is '8'; it must be an integer"),
+        ({"num_requests": 2**40}, "`num_requests` is 1099511627776; it must fit in 32 bits"),
+        ({"num_requests": 2**30}, "`num_pages` is 4 for 2147483648 lists; a page table has at most 2147483647 entries"),
+        ({"max_pages": np.int32(2**20), "page_size": np.int32(4096)}, "positions are of 32 bits: at most 524287"),
+        ({"num_sink_pages": np.int8(100), "num_recent_pages": np.int8(100)}, "are 100 and 100, more than a list's num_pages"),
+    ):  # fmt: skip
         with refused(ArgumentError, words):
             make(**({"num_pages": 4} | change))
+    for dtype in ("foo", "float8_e4m3fn", ["float32"]):
+        with refused(DTypeError, f"`dtype` is {dtype!r}; it must be one of float32, float16, bfloat16"):
+            make(4, dtype=dtype)
 
 
 def test_tensors_are_checked():
@@ -392,10 +411,18 @@ def test_tensors_are_checked():
     selection = requests.selection(4)
     where = dict(kv_len=requests.kv_len, **requests.tables)
     for kind, change, words in (
-        (ArgumentError, {"q": requests.q[:1]}, "`q` has shape [1, 6, 16]"),
-        (ArgumentError, {"q": requests.q[:, :5]}, "query heads must be a multiple of KV heads"),
-        (ArgumentError, {"page_bounds": requests.bounds[:, :, :1]}, "`scores` has shape [2, 2, 10]"),
-        (ArgumentError, {"page_bounds": requests.bounds[..., :8]}, "`page_bounds`"),
+        (ArgumentError, {"q": requests.q[:1]}, "`q` has shape [1, 6, 16]; the selection was made for [2, 6, 16] (num_requests,"),
+        (ArgumentError, {"q": requests.q[:, :4]}, "`q` has shape [2, 4, 16]; the selection was made for [2, 6, 16]"),
+        (ArgumentError, {"q": requests.q[0]}, "`q` has shape [6, 16]; the selection"),
+        (ArgumentError, {"q": requests.q.tolist()}, "`q` is a list; it must be"),
+        (ArgumentError, {"q": requests.q[..., :8], "page_bounds": requests.bounds[..., :8]}, "`q` has shape [2, 6, 8]; the"),
+        (DTypeError, {"q": requests.q.astype(BF16), "page_bounds": requests.bounds.astype(BF16)},
+         "`q` has dtype bfloat16; the selection was made for float32: pass that, or make a PageSelection with dtype='bfloat16'"),
+        (ArgumentError, {"page_bounds": requests.bounds[:, :, :1]}, "the selection was made for [num_pages, 2, 2, 16] (num_pages, 2,"),
+        (ArgumentError, {"page_bounds": requests.bounds[:, :1]}, "`page_bounds` has shape [15, 1, 2, 16]; the selection"),
+        (ArgumentError, {"page_bounds": requests.bounds[..., :8]}, "`page_bounds` has shape [15, 2, 2, 8]; the selection"),
+        (ArgumentError, {"page_bounds": requests.bounds[0]}, "`page_bounds` has shape [2, 2, 16]; the selection"),
+        (ArgumentError, {"page_bounds": [1]}, "`page_bounds` is a list; it must be"),
         (DTypeError, {"page_bounds": requests.bounds.astype(np.float16)}, "`page_bounds` has dtype float16"),
         (ArgumentError, {"kv_len": requests.kv_len[:1]}, "`kv_page_indptr` has shape [3]"),
         (ArgumentError, {"kv_len": [40, -1]}, "`kv_len` is -1 for request 1; it must not be negative"),
@@ -405,6 +432,55 @@ def test_tensors_are_checked():
         arguments = {"q": requests.q, "page_bounds": requests.bounds, **where} | change
         with refused(kind, words):
             selection.select(**arguments)
+
+
+def test_scores_are_checked():
+    requests = Requests(np.random.default_rng(14), [40, 9])
+    requests.update()
+    good = dict(q=requests.q, page_bounds=requests.bounds, kv_len=requests.kv_len, page_size=4, **requests.tables)
+    for kind, change, words in (
+        (ArgumentError, {"q": [[1]]}, "`q` is a list; it must be a torch tensor"),
+        (ArgumentError, {"q": requests.q[:, :5]}, "query heads must be a multiple of KV heads"),
+        (ArgumentError, {"page_bounds": [1]}, "`page_bounds` is a list; it must be a torch tensor"),
+        (ArgumentError, {"page_bounds": requests.bounds[0, 0]}, "`page_bounds` has shape [2, 16]; it must be [num_pages, 2, num"),
+        (ArgumentError, {"page_bounds": requests.bounds[0, 0], "out": np.zeros((2, 2, 10), np.float32)}, "`page_bounds`"),
+        (ArgumentError, {"max_pages": -1}, "`max_pages` is -1; it must be at least 0"),
+        (ArgumentError, {"max_pages": 2**40}, "`max_pages` is 1099511627776; it must fit in 32 bits"),
+        (ArgumentError, {"max_pages": "3"}, "`max_pages` is '3'; it must be an integer"),
+        (ArgumentError, {"page_size": 0}, "`page_size` is 0; it must be at least 1"),
+        (ArgumentError, {"group_reduce": ["max"]}, "`group_reduce` is ['max']; it must be"),
+        (ArgumentError, {"kv_len": np.array(40, np.int32)}, "`kv_len` has shape []; it must be [num_requests]"),
+        (DTypeError, {"kv_len": np.array([np.nan, 9])}, "`kv_len` has dtype float64; it must be int32"),
+    ):  # fmt: skip
+        with refused(kind, words):
+            tvm_infer.page_scores(**(good | change))
+
+
+def test_room_for_bounds():
+    make = tvm_infer.empty_page_bounds
+    for dtype in (np.float32, np.float16, BF16):
+        cache = np.zeros((3, 2, 4, 16, 8), dtype)
+        bounds = make(cache)
+        assert bounds.shape == (3, 2, 4, 8) and bounds.dtype == dtype
+        halves = make((cache[:, 0], cache[:, 1]), kv_layout="NHD")
+        assert halves.shape == (3, 2, 16, 8) and halves.dtype == dtype
+    small = cache.astype(E4M3)
+    assert make(small, dtype="bfloat16").dtype == BF16
+    for eight in (small, small.astype(ml_dtypes.float8_e5m2), (small[:, 0], small[:, 1])):
+        with refused(ArgumentError, "bounds are of the queries' type: name that, one of float32, float16, bfloat16"):
+            make(eight)
+    for kind, arguments, words in (
+        (ArgumentError, {"kv_cache": ()}, "`kv_cache` is a tuple of 0; it must be a cache of rank 5, or (k_cache, v_cache)"),
+        (ArgumentError, {"kv_cache": [[1], [1]]}, "`kv_cache` is a list; it must be a torch tensor"),
+        (ArgumentError, {"kv_cache": cache[0, 0]}, "`kv_cache` has shape [4, 16, 8]; it must be a cache of rank 5"),
+        (ArgumentError, {"kv_layout": "HDN"}, "`kv_layout` is 'HDN'"),
+        (DTypeError, {"dtype": "foo"}, "`dtype` is 'foo'; it must be one of float32, float16, bfloat16"),
+        (DTypeError, {"dtype": "float8_e4m3fn"}, "`dtype` is 'float8_e4m3fn'; it must be one of"),
+        (DTypeError, {"dtype": ["float32"]}, "`dtype` is ['float32']; it must be one of"),
+        (DTypeError, {"kv_cache": cache.astype(np.int32)}, "`kv_cache` has dtype int32; it must be one of"),
+    ):  # fmt: skip
+        with refused(kind, words):
+            make(**({"kv_cache": cache} | arguments))
 
 
 def test_plans_are_checked():

@@ -408,7 +408,7 @@ def test_refused_before_any_launch(device):
     selection = requests.selection(6)
     for kind, change, words in (
         (errors.ArgumentError, {"q": requests.q[:1]}, "`q` has shape"),
-        (errors.DTypeError, {"q": requests.q.half()}, "`page_bounds` has dtype bfloat16"),
+        (errors.DTypeError, {"q": requests.q.half()}, "`q` has dtype float16"),
         (errors.ArgumentError, {"page_bounds": requests.bounds[..., :64]}, "`page_bounds`"),
         (errors.ArgumentError, {"kv_len": requests.kv_len[:1]}, "`kv_page_indptr` has shape"),
     ):

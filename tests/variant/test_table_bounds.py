@@ -141,6 +141,52 @@ def test_once_a_plan(monkeypatch):
     assert len(seen) == 2
 
 
+def test_once_a_step(monkeypatch):
+    """Layers of a cache share the step's plan; tables may have changed by the next step, though its lengths be the same."""
+    first = np.array([0, 0, 60], np.int32)
+    bound, seen = variant.custom_mask.bind(bits=np.full(18, 255, np.uint8), first_bit=first), []
+    check = table_bounds.check
+    monkeypatch.setattr(table_bounds, "check", lambda *arguments: (seen.append(1), check(*arguments)))
+    cache = PagedKVCache(**HEADS, num_layers=3, num_pages=16, page_size=16, max_batch=3, max_tokens=80)
+    cache.set_variant(bound)
+    for i in range(3):
+        cache.add_sequence(i)
+    causal = bound.band.causal
+
+    def run(on, layers=(0, 1, 2), lengths=KV):
+        rows = np.zeros((sum(lengths), 8, 64), np.float32)
+        for layer in layers:
+            on.attention(layer, rows, rows[:, :2], rows[:, :2], causal=causal)
+
+    small = [3, 0, 4]
+    for begin in (cache.begin_forward, cache.begin_step):
+        seen.clear()
+        begin([0, 1, 2], small, causal=causal)
+        run(cache, lengths=small)
+        assert len(seen) == 1
+        cache.cancel_forward()
+        begin([0, 1, 2], small, causal=causal)  # as before, but for the tables
+        first[2] = 144
+        with pytest.raises(VariantError, match="`bits` has 18 elements"):
+            run(cache, lengths=small)
+        first[2] = 60
+        run(cache, lengths=small)
+        assert len(seen) == 3
+        cache.cancel_forward()
+    with cache.forward([0, 1, 2], small, causal=causal):
+        run(cache, lengths=small)
+    assert len(seen) == 4
+    # steps that another wrapper of the cache ends and begins, of other lengths
+    cache.begin_forward([0], [1], causal=causal)
+    run(cache, (0,), [1])
+    other = PagedKVCache.from_handle(cache.__tvm_ffi_object__())
+    other.cancel_forward()
+    other.begin_forward([0], [2], causal=causal)
+    seen.clear()
+    run(cache, lengths=[2])
+    assert len(seen) == 1
+
+
 def on_device(monkeypatch, bound):
     """Its tables are said to lie on a device, where the host knows nothing but their shapes."""
     monkeypatch.setattr(table_bounds._device, "cuda_index", lambda table: 0)

@@ -253,6 +253,8 @@ class PagedKVCache:
     _by_request: frozenset[int] = frozenset()
     # layers whose variant reads tables by positions -> it
     _with_matrices: Mapping[int, variant_call.Prepared] = MappingProxyType({})
+    # of the step under way, once a table was looked at
+    _step_plan: Plan | None = None
 
     @classmethod
     def from_handle(cls, handle: Any) -> PagedKVCache:
@@ -466,6 +468,7 @@ class PagedKVCache:
         max_batch sequences or max_tokens tokens.
         """
         self._call("begin_forward", _integers(ids, "ids"), _integers(append_lengths, "append_lengths"), int(causal))
+        self._step_plan = None
 
     def begin_step(
         self,
@@ -505,6 +508,7 @@ class PagedKVCache:
     ) -> None:
         rows = sum(append_lengths) if num_rows is None else _integer(num_rows, "num_rows")
         self._call("begin_step", ids, append_lengths, int(causal), rows, token_ids, logit_rows)
+        self._step_plan = None
 
     def step_inputs(self, num_rows: int, num_logits: int = 0) -> tuple[Any, Any, Any]:
         """What :meth:`begin_step` fills: TVM tensors (input_ids [1, num_rows], position_ids [1, num_rows], logit_rows [num_logits]).
@@ -520,6 +524,7 @@ class PagedKVCache:
     def end_forward(self) -> None:
         """End the step and keep its tokens. CacheStateError outside of a step."""
         self._call("end_forward")
+        self._step_plan = None
 
     def cancel_forward(self) -> None:
         """End the step and take its tokens back. CacheStateError outside of a step.
@@ -527,6 +532,7 @@ class PagedKVCache:
         The cache is as it was before, but for pages that no token can see any more, which stay in the pool.
         """
         self._call("cancel_forward")
+        self._step_plan = None
 
     @contextlib.contextmanager
     def forward(
@@ -595,7 +601,15 @@ class PagedKVCache:
     def _check_tables(self, layer: int) -> None:
         prepared = self._with_matrices.get(layer)
         if prepared is not None and self.in_forward:
-            prepared.check_tables(self.plan, self.num_qo_heads)
+            prepared.check_tables(self._plan_of_step(), self.num_qo_heads)
+
+    def _plan_of_step(self) -> Plan:
+        """The plan of the step under way, one object until it ends: tables found to hold its lengths are not looked at again."""
+        words = np.from_dlpack(self._call("plan"))
+        # another wrapper, or a compiled model, may have begun a step since
+        if self._step_plan is None or not np.array_equal(self._step_plan.buffer, words):
+            self._step_plan = Plan(words.copy())
+        return self._step_plan
 
     def set_rope(self, rope: RopeConfig, *, seq_len: int | None = None) -> None:
         """Rotate queries and keys of :meth:`attention_fused_qkv` so, at every layer. Once, before the first sequence.
