@@ -46,7 +46,10 @@ _LOAD, _WAIT, _ALWAYS = (
 
 
 def loads_before_the_wait(code: bytes) -> int:
-    """Unconditional loads of global memory above the first wait for the kernel ahead. An instruction: 16 bytes, opcode in the low 12 bits."""
+    """Unconditional loads of global memory above the first wait for the kernel ahead.
+
+    An instruction is 16 bytes, its opcode the low 12 bits.
+    """
     words = [int.from_bytes(code[at : at + 8], "little") for at in range(0, len(code), 16)]
     opcodes = [word & 0xFFF for word in words]
     above = words[: opcodes.index(_WAIT)]
