@@ -139,7 +139,7 @@ void SelectPages(TensorView scores, TensorView kv_len, TensorView kv_page_indptr
     const Place place = PlaceOf(scores, "scores");
     const PageBudget budget = CheckSelection(scores, kv_len, kv_page_indptr, kv_page_indices, page_size, num_pages, num_sink, num_recent,
                                              plan, page_lists, place);
-    if (planned.data_ptr() == plan.data_ptr()) {
+    if (DataPtr<const void>(planned) == DataPtr<const void>(plan)) {
       TVM_INFER_THROW(ArgumentError)
           << "argument `plan` is the buffer of `planned`, whose works end where the lists end; pass a copy of it";
     }
