@@ -32,7 +32,9 @@ constexpr TileClass kSm90FourBits256[kNumSm90Classes] = {HalfTheBytes(kSm90Eight
 // Merges of shared keys. Those of a tile follow one another, and few CTAs have any: on an H100, over the makespan and the 4.5 us of any
 // launch, 64 merges of a row tile and head took 7.5 to 9 us, 256 of them 15, 512 of them 21. With 6 us a plan, 8 requests of 2048 + 256
 // keys were shared on an H200: 17.8 us where the flat plan takes 14.7. Measured with heads of 128 in 16 bits, and taken for all.
-constexpr SharedMergeCost kSm90SharedMerge = {.each = 2'700'000, .once = 9'000'000};
+// Read again, a key costs 0.6 of what it does from memory: 64 requests of 8192 + 256 keys without sharing, 442 us by the costs above, take
+// 260, 32 of 2048 + 256 42.8 for 63, 16 of them 22.7 for 31.7.
+constexpr SharedMergeCost kSm90SharedMerge = {.each = 2'700'000, .once = 9'000'000, .again = 600};
 
 struct Row {
   int32_t head_dim, head_dim_vo;
