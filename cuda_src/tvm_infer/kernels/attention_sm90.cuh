@@ -12,6 +12,7 @@
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/decode_tile.cuh"
 #include "tvm_infer/attention/kv_producer.cuh"
+#include "tvm_infer/attention/kv_widener.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/plan_check.cuh"
 #include "tvm_infer/attention/prefill_tile.cuh"
@@ -144,7 +145,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
         loader.Run(works.work);
       } while (works.Next());
     }
-  } else {
+  } else if (Config::kWidenerThreads == 0 || warp < 4 + Config::kConsumerWarps) {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
     const WorkQueue queue(plan, blockIdx.x);
     Consumer<Config> consumer{params, variant, plan, shared, ring};
@@ -155,6 +156,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     for (int32_t i = queue.begin; i < queue.end; ++i) {
       // NOTE: the copy of the first work is read again: it is in the L1 now, and its twelve words in registers would spill.
       const Work work = i == queue.begin ? LoadWork(plan.first_works(), blockIdx.x) : LoadWork(queue.works, i);
+      if constexpr (Config::kWidenerThreads > 0) MeetAfterDecode<Config>(queue, i, work);
       if (work.tile_class == kDecodeClass) {
         decode.Run(work);
       } else if (work.kv_end <= work.kv_begin) {
@@ -171,6 +173,17 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       }
       if (done.merge != kNoMerge) ArriveAndMerge(consumer, done.merge);
     }
+  } else if constexpr (Config::kWidenerThreads > 0) {
+    ptx::RegistersDecrease<Config::kWidenerRegisters>();
+    KvWidener<Config> widener(ring);
+    const WorkQueue queue(plan, blockIdx.x);
+#pragma unroll 1
+    for (int32_t i = queue.begin; i < queue.end; ++i) {
+      const Work work = LoadWork(queue.works, i);
+      MeetAfterDecode<Config>(queue, i, work);
+      widener.Run(work);
+    }
+    widener.Flush();
   }
 }
 
