@@ -1,4 +1,4 @@
-"""The append, rope, merge and page selection kernels' own source, and attention's of 8-bit tiles, run on the host, against the definition."""
+"""The source of kernels that copy, merge and select, and of 8-bit tiles, run on the host (emulated/warp.h), against the definition."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ struct ConfigSm90 {
   static constexpr int kKvPanelBytes = cuda::KvPanelBytes(kHeadDim, kIsScaled ? 1 : 2);
   using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns, kKvPanelBytes>;          // of K
   using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns, kKvPanelBytes>;  // of V, from the start of its stage
-  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant), "8-bit elements: in pages, of plain attention");
+  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16), "8-bit elements: in pages, as wide as each other");
+  static_assert(!kIsScaled || (!kChangesQueries && !kChangesKeys), "8-bit elements: variants of logits, mask and output");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
   // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is

@@ -47,6 +47,10 @@ struct Consumer {
   }
 
   __device__ __forceinline__ float SoftmaxScale() const { return attention::SoftmaxScale<typename Config::Variant>(params); }
+  // The same of products with keys that lack their scale. A variant's logits have had it.
+  __device__ __forceinline__ float ProductScale(int32_t kv_head) const {
+    return Config::Variant::kHasLogits ? SoftmaxScale() : SoftmaxScale() * KeyScale(kv_head);
+  }
 
   // NOTE: from the ring's address, which is at hand; the generic one of `shared` would be kept, or spilled.
   __device__ __forceinline__ uint32_t PrefillQuery(uint32_t turn) const {

@@ -18,7 +18,7 @@ __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, c
   using Variant = typename Config::Variant;
   constexpr int kHeadDimVo = Config::kHeadDimVo, kRows = Config::kPanelRows, kOutputs = kHeadDimVo / 2;
   softmax.SumOverQuad();
-  const float scale = c.SoftmaxScale() * c.KeyScale(kv_head), value_scale = c.ValueScale(kv_head);
+  const float scale = c.ProductScale(kv_head), value_scale = c.ValueScale(kv_head);
   float factor[2] = {Normaliser<Variant>(softmax.sum[0]) * value_scale, Normaliser<Variant>(softmax.sum[1]) * value_scale};
   const int32_t thread = c.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
   const int2 head = c.shared.head[query];

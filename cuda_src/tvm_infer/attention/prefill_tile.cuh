@@ -223,12 +223,13 @@ class PrefillTile : private PrefillProducts<Config> {
   // Logits of one tile to weights.
   __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const Work& work,
                                           int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
-    const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
+    const float scale = c_.ProductScale(work.kv_head_begin + head);
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
       // NOTE: a value of its own: what variant and band mask compute of the same one would be kept for both, and spill.
       int32_t kv_pos = tile_key;
       asm volatile("" : "+r"(kv_pos));
-      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, c_.params.sm_scale);
+      const float sm_scale = c_.params.sm_scale * c_.KeyScale(work.kv_head_begin + head);
+      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, {sm_scale, sm_scale});
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);

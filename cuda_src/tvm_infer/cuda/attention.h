@@ -33,8 +33,9 @@ bool HasPageSize(DTypeTag kv_dtype, int32_t page_size);
 const char* PageSizes(DTypeTag kv_dtype);
 // Throws Error("ExecutorError") where there are none; `name`: whose pages they are.
 void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name);
-// The same where keys of this type, or of other widths than values, take no variant.
-void CheckTakesVariant(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name);
+// The same where keys of other widths than values take no variant. What changes queries or keys is refused where its kernel is built, which
+// knows the variant's code (tvm_infer/jit/variants.py).
+void CheckTakesVariant(int32_t head_dim, int32_t head_dim_vo, const char* name);
 
 // The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
 // loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.

@@ -104,7 +104,7 @@ CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, con
   launch->params.expected.features = PlanFeatures(*launch, appends);
   SetKeys(&launch->params, *source);
   cuda::CheckPageSize(launch->kv_dtype, shape.page_size, "k_cache");
-  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, launch->head_dim, launch->head_dim_vo, "k_cache");
+  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->head_dim, launch->head_dim_vo, "k_cache");
   launch->page_size = shape.page_size;
   launch->num_pages = shape.num_pages;
   return shape;
