@@ -1204,6 +1204,7 @@ def test_cache_of_eight_bits(driver):
     rope = variant.rope.bind(inv_freq=np.ones(64, np.float32), magnitude=1.0)
     with pytest.raises(errors.ExecutorError, match=r"changes queries, and the call has keys of 8 bits.*in 16 bits"):
         cache.set_variant(rope)
+    cache.set_variant(variant.soft_cap.bind(cap=20.0), layers=[0])
     cache.set_variant(variant.sliding_window.bind(window=20))  # a band is the plan's business
     with pytest.raises(errors.ExecutorError, match=r"`page_size` is 8; .* 8-bit elements in pages of 16, 32 and 64"):
         tvm_infer.PagedKVCache(**{**sizes, "page_size": 8}, kv_dtype="float8_e5m2")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from .. import _array, _device, _ffi, jit, variant_call
+from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, CacheStateError, DTypeError
 from ..kv_dtypes import DTYPES, SCALED_DTYPES
 from ..rope import RopeConfig
@@ -677,10 +677,9 @@ class PagedKVCache:
                 )
             causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
-                on_cuda = self.device.startswith("cuda")
-                call = prepared.call(on_cuda, self.num_qo_heads, self.max_batch, self.head_dim)
-                if on_cuda:
-                    jit.check_variant(prepared.bound.variant.digest, self.head_dim, self.kv_dtype in SCALED_DTYPES)
+                sizes = (self.num_qo_heads, self.max_batch, self.head_dim)
+                is_scaled = self.kv_dtype in SCALED_DTYPES
+                call = prepared.call(self.device.startswith("cuda"), *sizes, is_scaled=is_scaled)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)
