@@ -50,6 +50,7 @@ FAMILIES = {
             "test_gpu_levels.py",
             "test_gpu_streams.py",
             "test_gpu_float8.py",
+            "test_gpu_float8_formats.py",
             "test_gpu_float8_variants.py",
             "test_gpu_formats.py",
         ),
