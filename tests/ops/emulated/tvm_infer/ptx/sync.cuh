@@ -5,5 +5,6 @@ namespace tvm_infer::ptx {
 
 inline void WaitForPriorGrid() {}
 inline void AllowDependentGrid() {}
+inline uint32_t ThreadAnew() { return threadIdx.x; }
 
 }  // namespace tvm_infer::ptx
