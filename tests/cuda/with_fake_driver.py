@@ -62,12 +62,15 @@ def cubin(name, abi=ABI, threads=THREADS, shared=SHARED, ctas=1):
 
 
 asked: list[tuple[str, str]] = []
+NO_SUCH_VARIANT = "f" * 16  # there are no kernels of
 _ffi.library()  # registers the real one, which this replaces
 
 
 @tvm_ffi.register_global_func("tvm_infer.jit_cubin", override=True)
 def jit_cubin(name, arch):
     asked.append((str(name), str(arch)))
+    if name.endswith(NO_SUCH_VARIANT):
+        raise errors.ExecutorError(f"variant {NO_SUCH_VARIANT} changes keys")
     if "read_ceiling" in str(name):
         return b""
     return cubin(name)
@@ -318,6 +321,13 @@ def test_eight_bit_heads_are_panels_that_the_swizzle_spans(driver, head_dim, col
     assert [m["box"] for m in maps] == [
         f"{panel},32,{panels},1,1", f"{panel},32,{panels},1,1", *([f"{panel},32,1,1,1"] if panels > 1 else [])
     ]  # fmt: skip
+
+
+def test_nothing_is_appended_where_there_is_no_kernel_to_attend(driver):
+    call = _ffi.func("variant_call")(NO_SUCH_VARIANT, 0, [], [])
+    with pytest.raises(errors.ExecutorError, match="changes keys"):
+        scaled("scaled_append_attention", new=[tensor((ROWS, HKV, DIM)) for _ in "kv"], variant=call)
+    assert driver.launches() == []
 
 
 def test_a_variant_goes_with_eight_bits(driver):

@@ -222,13 +222,15 @@ void CheckTakesVariant(int32_t head_dim, int32_t head_dim_vo, const char* name) 
                                     "pass host tensors (the cpu executor takes both)";
 }
 
-void LaunchAttention(const AttentionLaunch& launch) {
-  CachedKernel& cached = KernelFor(launch);
-  const Device& device = GetDevice(launch.device_id);
-  const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
+const Kernel& PrepareAttention(const AttentionLaunch& launch) {
+  const Kernel& kernel = KernelFor(launch).Get(launch.device_id, launch.stream);
+  if (launch.params.expected.max_tokens > 0) CheckSpans(launch);
+  return kernel;
+}
+
+void LaunchAttention(const AttentionLaunch& launch, const Kernel& kernel) {
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
-  CheckSpans(launch);
-  KvTensorMaps maps{};  // gathers take no maps
+  KvTensorMaps maps{};                                 // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
     maps = EncodeMaps(launch, kernel.info);
   }
@@ -237,7 +239,7 @@ void LaunchAttention(const AttentionLaunch& launch) {
   if (launch.variant != nullptr) args = *launch.variant->args;
   void* arguments[] = {&params, &maps, &args};  // a kernel without a variant has two parameters
   // A CTA reads its first work before it knows how many CTAs the plan has: not beyond the plan's tensor.
-  const int32_t grid = std::min(device.num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
+  const int32_t grid = std::min(GetDevice(launch.device_id).num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
   LaunchKernel(kernel, grid, launch.stream, arguments);
 }
 

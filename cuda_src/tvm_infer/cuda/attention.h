@@ -9,6 +9,8 @@
 
 namespace tvm_infer::cuda {
 
+struct Kernel;
+
 inline constexpr int32_t kRagged = 0;  // AttentionLaunch::page_size of keys without pages
 
 // All pointers are device memory. q, o, k and v and their strides are on 16-byte boundaries, partial_o and the plan too (the caller
@@ -37,8 +39,12 @@ void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name);
 // knows the variant's code (tvm_infer/jit/variants.py).
 void CheckTakesVariant(int32_t head_dim, int32_t head_dim_vo, const char* name);
 
-// The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
-// loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.
-void LaunchAttention(const AttentionLaunch& launch);
+// The launch's kernel, loaded: what goes before it on the stream is launched once this has not thrown. The device's context is current.
+// Throws Error("ExecutorError") where no kernel has this shape, none can be built or the device's architecture has none, and
+// Error("ArgumentError") for tensors that it cannot address.
+const Kernel& PrepareAttention(const AttentionLaunch& launch);
+
+// With its kernel. Does not synchronise, allocates nothing, keeps no state: good inside a capture.
+void LaunchAttention(const AttentionLaunch& launch, const Kernel& kernel);
 
 }  // namespace tvm_infer::cuda
