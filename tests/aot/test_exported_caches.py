@@ -13,10 +13,9 @@ from test_embedded_kernels import COMPILER, fake_cubin
 from test_exported_variants import function, weights_of
 from test_exported_variants_cuda import SCRIPT
 from test_library import cuda_model, export_cuda
-from variant_models import GptOss, decoder, exported
 
 import tvm_infer
-from tvm_infer import AttentionSpec, PagedKVCache, errors, jit
+from tvm_infer import AttentionSpec, PagedKVCache, errors, jit, variant
 from tvm_infer.runtime import library, model_kernels
 
 TEXT = [7, 1, 90, 3, 55, 2, 2, 8, 19, 31, 7]
@@ -166,9 +165,9 @@ def test_kernels_of_both_kinds_of_pages():
     ("layer", "page_sizes", "message"),
     [
         (
-            {"head_dim": 64},
+            {"head_dim": 72},
             (16,),
-            r"with head_dim \[64\]; the cuda executor has .* pages of 8 bits with head_dim 128, 256",
+            r"with head_dim \[72\]; the cuda executor has .* pages of 8 bits with head_dim 64, 80, 96, 128, 192, 256",
         ),
         ({"head_dim": 128}, (16, 8), r"with page_sizes \[16, 8\]; the cuda executor has .* with page_sizes 16, 32, 64"),
     ],
@@ -181,14 +180,17 @@ def test_kernels_that_are_none(executable, tmp_path, layer, page_sizes, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_variants_have_no_kernels_of_8_bits(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path / "cache"))
-    model = tvm_infer.compile(exported(decoder(GptOss)), max_tokens=32)
-    weights = [(n, w.shape, str(w.dtype)) for n, w in zip(model.manifest.weights, model._weights, strict=True)]
-    with pytest.raises(
-        errors.ExecutorError, match=r"the layers \[0, 1\] have attention variants, which the cuda executor has"
-    ):
-        export_cuda(cuda_model(model, head_dim=128), tmp_path / "x.so", weights=weights, kv_dtype="float8_e5m2")
+def test_kernels_of_variants_are_of_both_kinds_of_pages():
+    layers, codes = [AttentionSpec(8, 2, 64, "bfloat16")] * 2, {0: "", 1: variant.STANDARD["soft_cap"].digest}
+    jit.register_variant(codes[1], variant.STANDARD["soft_cap"].source())
+    names = model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16,), codes, "float8_e4m3fn")
+    own, scaled = "attention_bf16_h64_p16", "attention_bf16_e4m3_h64_p16"
+    assert names[3:] == (own, scaled, f"{own}_v{codes[1]}", f"{scaled}_v{codes[1]}")
+    turned = variant.STANDARD["rope"]
+    jit.register_variant(turned.digest, turned.source())
+    with pytest.raises(errors.ExecutorError, match=r"layer 1 has a variant without such a kernel: .* changes queries"):
+        codes[1] = turned.digest
+        model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16,), codes, "float8_e4m3fn")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -230,7 +232,8 @@ for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None,
     e4m3, bf16 = "attention_bf16_e4m3_h128_p16", "attention_bf16_h128_p16"
     assert out[0] == f"{[e4m3, e4m3]} {['rope_append_bf16_e4m3', e4m3]} float8_e4m3fn"
     assert out[1] == f"{[bf16, bf16]} {['rope_append_bf16', bf16]}"
-    assert "there is no kernel `rope_append_bf16_e5m2` for sm_90a" in out[2] and "export it with the archs" in out[2]
+    # attention's is asked for first: nothing is appended that nobody reads
+    assert f"there is no kernel `{e4m3.replace('e4m3', 'e5m2')}` for sm_90a" in out[2] and "export it with" in out[2]
     assert (
         "argument `page_size` is 8; the cuda executor has kernels for 8-bit elements in pages of 16, 32 and 64"
         in out[3]

@@ -75,12 +75,13 @@ struct ConfigSm90 {
   static constexpr int kKvPanelBytes = cuda::KvPanelBytes(kHeadDim, kIsScaled ? 1 : 2);
   using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns, kKvPanelBytes>;          // of K
   using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns, kKvPanelBytes>;  // of V, from the start of its stage
-  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant), "8-bit elements: in pages, of plain attention");
+  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16), "8-bit elements: in pages, as wide as each other");
+  static_assert(!kIsScaled || (!kChangesQueries && !kChangesKeys), "8-bit elements: variants of logits, mask and output");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. With heads of 256, and of 192 in 8 bits,
-  // the room is better used for tiles, and prefill drains at the end of a head. Decode has two places even there, rows 0 … 15 and 16 … 31 of
-  // the one buffer.
+  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. With heads of 256, and of 192 in 8
+  // bits, the room is better used for tiles, and prefill drains at the end of a head. Decode has two places even there, rows 0 … 15 and 16
+  // … 31 of the one buffer.
   static constexpr int kQueryTurns = 2;
   static constexpr int kQueryBuffers = kHeadDim > 192 || (kIsScaled && kHeadDim > 128) ? 1 : 2;
   static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;

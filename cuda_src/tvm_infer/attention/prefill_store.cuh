@@ -10,7 +10,7 @@
 
 namespace tvm_infer::attention {
 
-// Stores a head's rows and gives its query buffer back, through which final rows pass.
+// Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its values' scale.
 template <typename Config>
 __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, const VariantRows& at, int32_t kv_head,
                                           SoftmaxState<typename Config::Variant> softmax, float (&o)[Config::kHeadDimVo / 2]) {

@@ -181,7 +181,7 @@ class PrefillTile : private PrefillProducts<Config> {
 
     // A head's state as that of logits which had them.
     __device__ __forceinline__ void Leave(SoftmaxState<Variant>& softmax) const {
-      if constexpr (!Config::kIsScaled) return;
+      if constexpr (!Config::kIsScaled || Variant::kHasLogits) return;
 #pragma unroll
       for (int i = 0; i < 2; ++i) softmax.max[i] *= of[i];
     }
@@ -259,7 +259,8 @@ class PrefillTile : private PrefillProducts<Config> {
       // NOTE: a value of its own: what variant and band mask compute of the same one would be kept for both, and spill.
       int32_t kv_pos = tile_key;
       asm volatile("" : "+r"(kv_pos));
-      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, c_.params.sm_scale);
+      const float sm_scale = c_.params.sm_scale;
+      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, {sm_scale * scales.of[0], sm_scale * scales.of[1]});
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);
@@ -269,7 +270,8 @@ class PrefillTile : private PrefillProducts<Config> {
     if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Operand::kIsBf16) {
       softmax.UpdateSmall(s, scale, rescale);
     } else {
-      softmax.Update(s, {scale * scales.of[0], scale * scales.of[1]}, rescale);
+      const bool lacks_scales = !Variant::kHasLogits;  // a variant's logits have had them
+      softmax.Update(s, {lacks_scales ? scale * scales.of[0] : scale, lacks_scales ? scale * scales.of[1] : scale}, rescale);
     }
   }
 

@@ -189,54 +189,24 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name: what generated source expands, one line for each specialisation. The second form takes a variant's struct, which the
-// source defines before, and the kernel the variant's parameters.
-#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                                          \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>;                        \
+// A kernel by name: what generated source expands, one line for each specialisation, behind the alias NAME##Config; `ARGUMENTS`: the
+// variant's, and after it the kernel's parameter that they are, if it has one.
+#define TVM_INFER_ATTENTION_SM90_OF(NAME, ARGUMENTS, ...)                                                                     \
   extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                     \
       NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                              \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                 \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps __VA_OPT__(, ) __VA_ARGS__) {                      \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, ARGUMENTS);                                                 \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
                                                                          sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
-  TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
 
-// Keys wider than values.
-#define TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE)                                                   \
+// KV_ELEMENT: ELEMENT, or of 8 bits. PAGE_SIZE: or tvm_infer::attention::kRagged.
+#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE)                                          \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
-                                                        tvm_infer::ptx::ELEMENT, HEAD_DIM_VO>;                                         \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
-  }                                                                                                                                    \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO) \
-  TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, tvm_infer::attention::kRagged)
-
-// Keys and values of 8 bits, E4m3 or E5m2.
-#define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
-                                                        tvm_infer::ptx::KV_ELEMENT>;                                                   \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
-  }                                                                                                                                    \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-
-#define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                            \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                     \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps, const __grid_constant__ tvm_infer::variant::Args args) { \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
-  }                                                                                                                                  \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
-  TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)
+                                                        tvm_infer::ptx::KV_ELEMENT, HEAD_DIM_VO>;                                      \
+  TVM_INFER_ATTENTION_SM90_OF(NAME, {})
+// With a variant's struct, which the source defines before.
+#define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE, VARIANT)                          \
+  using NAME##Config =                                                                                                                  \
+      tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT, tvm_infer::ptx::KV_ELEMENT, HEAD_DIM_VO>; \
+  TVM_INFER_ATTENTION_SM90_OF(NAME, args, const __grid_constant__ tvm_infer::variant::Args args)
