@@ -156,10 +156,12 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   return params;
 }
 
-// Whether pages that sequences share may be read once for all in this plan: every layer that uses it sees them alike.
+// Whether pages that sequences share may be read once for all in this plan: every layer that uses it makes the same of them for each.
 bool PagedKVCacheObj::MayShare(int32_t plan) const {
-  return finds_shared_ && bands_[plan].IsSharable() &&
-         std::none_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return layer.plan == plan && layer.variant.has_value(); });
+  const auto shares = [&](const Layer& layer) {
+    return layer.plan != plan || !layer.variant.has_value() || layer.variant.value()->takes_shared_keys();
+  };
+  return finds_shared_ && bands_[plan].IsSharable() && std::all_of(layers_.begin(), layers_.end(), shares);
 }
 
 void PagedKVCacheObj::SetSharedPrefix(bool is_on) {

@@ -112,8 +112,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   // The type index is made at first use: a static object, linked into a model, may register nothing when it is loaded. The key carries
   // the ABI (common.h), so that a model built against another layout gets a type error that names both.
-  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v4";
-  static_assert(kAbiVersion == 4, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v5";
+  static_assert(kAbiVersion == 5, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = true;
   static constexpr int32_t _type_child_slots = 0;
