@@ -733,8 +733,12 @@ class PagedKVCache:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the last step, copied. CacheStateError before the first."""
+        """The plan of the last step, copied; of layer 0, where layers have several. CacheStateError before the first."""
         return Plan(np.from_dlpack(self._call("plan")).copy())
+
+    def plan_of(self, layer: int) -> Plan:
+        """:attr:`plan` of the layers that have the band of this one (:meth:`set_variant`)."""
+        return Plan(np.from_dlpack(self._call("layer_plan", _integer(layer, "layer"))).copy())
 
     # Room
 

@@ -317,12 +317,14 @@ tvm::ffi::Tensor PagedKVCacheObj::LogitRows(int64_t num_rows, int64_t num_logits
   return StepView(memory_.layout->logit_rows(num_rows, num_logits), num_logits, false);
 }
 
-tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
+tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan(int64_t layer) const {
+  Pages(layer);  // throws for what is none
   if (step_.plan_bytes[0] == 0)
     TVM_INFER_THROW(CacheStateError) << "the cache has no plan: no step was begun yet, or the last one failed; call begin_forward() first";
-  const int64_t shape[] = {step_.plan_bytes[0] / 4}, strides[] = {1};
+  const int32_t plan = layers_[layer].plan;
+  const int64_t shape[] = {step_.plan_bytes[plan] / 4}, strides[] = {1};
   return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
-      .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
+      .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan(plan) / 4);
 }
 
 void PagedKVCacheObj::Bind(int64_t token) {

@@ -96,7 +96,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   tvm::ffi::Tensor LogitRows(int64_t num_rows, int64_t num_logits) const;  // [num_logits]
   int64_t num_rows() const { return step_.num_rows; }
   // int32, the bytes used of the last plan, on the host. A view: the next step overwrites it.
-  tvm::ffi::Tensor CurrentPlan() const;
+  tvm::ffi::Tensor CurrentPlan(int64_t layer) const;
   // [num_pages, 2, num_kv_heads, page_size, head_dim]: keys are [:, 0], values [:, 1]. Of two widths keys alone, [num_pages, num_kv_heads,
   // page_size, head_dim].
   const tvm::ffi::Tensor& Pages(int64_t layer) const;
