@@ -202,6 +202,9 @@ def test_what_a_plan_may_have_depends_on_the_call(driver):
     assert features() == HEAD_LISTS | SHARED_WORKS
     _ffi.func("variant_paged_attention")(*made.values(), call)
     assert features() == ROW_MASKS
+    taking = _ffi.func("variant_call")("0123456789abcdef", 0, [], [], 1)
+    _ffi.func("variant_paged_attention")(*made.values(), taking)
+    assert features() == ROW_MASKS | SHARED_WORKS
     arguments = list(made.values())
     _ffi.func("append_paged_attention")(*arguments[:2], *new, *arguments[2:])
     assert features() == SHARED_WORKS  # of both launches: neither runs where the other is refused
