@@ -127,7 +127,9 @@ def test_forests(data):
     group, page_size = data.draw(st.sampled_from([1, 3, 4])), data.draw(st.sampled_from([1, 4, 16]))
     shape = dict(num_qo_heads=2 * group, num_kv_heads=2, head_dim=16, page_size=page_size)
     batch = make_paged_batch(qo_lens, kv_lens, levels=levels, **shape)
-    bound, logits = data.draw(st.sampled_from([(None, None), VARIANTS["soft_cap"], *([VARIANTS["alibi"]] * (group == 4))]))
+    bound, logits = data.draw(
+        st.sampled_from([(None, None), VARIANTS["soft_cap"], *([VARIANTS["alibi"]] * (group == 4))])
+    )
     _, out, lse = run(batch, levels, num_ctas=data.draw(st.sampled_from([1, 3, 16])), variant=bound)
     expected, expected_lse = batch.reference(logits=logits)
     assert relative_error(out, expected) < TOLERANCE["float32"]
@@ -206,10 +208,13 @@ def test_variants_that_see_the_request_are_refused(name):
     qo_lens, kv_lens, levels = BATCHES["one prompt"]
     batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
     plan, _, _ = run(batch, levels)
-    with pytest.raises(ArgumentError, match=r"argument `levels` with the `variant` \w+, which takes all rows.*without levels"):
+    with pytest.raises(
+        ArgumentError, match=r"argument `levels` with the `variant` \w+, which takes all rows.*without levels"
+    ):
         run(batch, levels, variant=REFUSED[name])
     with pytest.raises(
-        PlanMismatchError, match=rf"{plan.num_shared_works} works with rows of several requests.*`variant` \w+ takes.*without levels"
+        PlanMismatchError,
+        match=rf"{plan.num_shared_works} works with rows of several requests.*`variant` \w+ takes.*without levels",
     ):
         tvm_infer.attention(batch.q, batch.kv_cache, plan, variant=REFUSED[name], **batch.tables)
 

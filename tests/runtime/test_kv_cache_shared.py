@@ -161,7 +161,9 @@ def test_it_can_be_switched_off():
 
 CAP = variant.soft_cap.bind(cap=30.0)
 CAP_IN_WINDOW = (variant.soft_cap & variant.sliding_window).bind(cap=30.0, window=99)
-BY_REQUEST = variant.Variant("by_length", logits=lambda value, kv_len: value / kv_len, mask=lambda q_pos, kv_pos: kv_pos <= q_pos)
+BY_REQUEST = variant.Variant(
+    "by_length", logits=lambda value, kv_len: value / kv_len, mask=lambda q_pos, kv_pos: kv_pos <= q_pos
+)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_layers_share_by_their_bands_and_variants(variants, shares):
     with model.cache.forward(ids, ones):
         plans = [model.cache.plan_of(layer) for layer in range(2)]
         assert [plan.num_shared_works > 0 for plan in plans] == shares
-        assert (plans[0].buffer.tobytes() == model.cache.plan.buffer.tobytes())
+        assert plans[0].buffer.tobytes() == model.cache.plan.buffer.tobytes()
         with pytest.raises(ArgumentError, match="`layer` is 2"):
             model.cache.plan_of(2)
     model.cache.set_variant(None)

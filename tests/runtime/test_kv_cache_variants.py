@@ -133,9 +133,9 @@ def test_the_plan_of_a_window_reads_no_page_that_it_hides():
 
 def test_full_layers_share_beside_windows():
     """A prompt of 400 tokens and its answers: capped layers, by turns in a window and not; the others' keys are read once."""
-    cap, window, logits, output = LAYERS[2][0], 5, LAYERS[2][2], same
-    layers = [((variant.soft_cap & variant.sliding_window).bind(cap=1.5, window=window), window, logits, output), (cap, None, logits, output)]
-    c = Cache(layers * 2, num_pages=200, max_batch=16, max_tokens=400)
+    full = LAYERS[2]
+    local = ((variant.soft_cap & variant.sliding_window).bind(cap=1.5, window=5), 5, *full[2:])
+    c = Cache([local, full] * 2, num_pages=200, max_batch=16, max_tokens=400)
     c.set_variants()
     c.add(0)
     c.step([0], [400])

@@ -147,8 +147,11 @@ class Variant:
 
     @property
     def takes_shared_keys(self) -> bool:
-        """Whether it goes with `levels`, keys that requests share and that are read once: it has no mask but a band's and no rotation, and
-        `logits`, `query` and `key` do not read `batch`, `q_len` or `kv_len`."""
+        """Whether it goes with `levels`, keys that requests share and that are read once.
+
+        That is where it has no mask but a band's and no rotation, and its `logits`, `query` and `key` do not read `batch`, `q_len` or
+        `kv_len`.
+        """
         return takes_shared_keys({**self._holes, "mask": self.residual_mask})
 
     def tir(self, hole: str) -> Any:

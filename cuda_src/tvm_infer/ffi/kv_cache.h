@@ -93,7 +93,7 @@ void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Option
                        tvm::ffi::Shape band);
 
 // Whether a step's plan may read pages that several of its sequences share once for all, from the next step on; 1 at first. Layers with a
-// window, a chunk or a variant never do.
+// window or a chunk never do, nor those that stand in one plan with a layer whose variant does not take such works (variant.h).
 void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).

@@ -121,8 +121,7 @@ const variant::Call* VariantCallObj::At(const Place& place) const {
   return &call_;
 }
 
-VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t> scalars, Array<Tensor> tables,
-                            int64_t takes_shared_keys) {
+VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t> scalars, Array<Tensor> tables, int64_t takes_shared_keys) {
   return Guarded([&] {
     return VariantCall(
         tvm::ffi::make_object<VariantCallObj>(std::move(digest), cpu_functions, scalars, std::move(tables), takes_shared_keys));
