@@ -24,7 +24,7 @@ _REFUSALS = {
     4: "it has more query tokens than q has rows: plan with this batch's qo_indptr",
     5: "it has more partial rows than the workspace holds: size the workspace with tvm_infer.workspace_size",
     6: "it has more requests (or lists of their KV heads) than the page table: pass the table of the batch that was planned",
-    8: "it has works with rows of several requests, and the launch a variant, which runs without any: plan without levels",
+    8: "it has works with rows of several requests, and the launch a variant that does not take them: plan without levels",
     9: "it has a list of keys for each KV head, and the launch a variant, or an append before it, which are told positions in a "
     "request: plan with one kv_len for each request",
     10: "it has sinks or chunks, which a variant's mask tests, and the launch has no variant: pass the one that it was made for",
@@ -387,8 +387,8 @@ def plan(
     levels : requests that begin with the same keys, as in pages that they share. Outermost level first, each a list of groups
         ``(requests, num_keys)``: the first num_keys keys of these requests are the same, whichever of them is read. A group of a level
         lies within one of the level before, and shares more keys: ``[[(range(8), 512)], [([0, 1, 2], 700), ([5, 6], 900)]]``. The keys
-        are read once for all where that shortens the plan (``plan.num_shared_works``). Not with windows, sinks, chunks, variants or a
-        fixed split size.
+        are read once for all where that shortens the plan (``plan.num_shared_works``). Not with windows, sinks, chunks, a fixed split
+        size, or a variant that has more of a mask, a rotation, or a look at the request (``Variant.takes_shared_keys`` says it).
 
     Returns
     -------
@@ -417,9 +417,10 @@ def plan(
     num_ctas, tile_table = _settings(target, num_ctas, tile_table, dtype, head_dim, kv_dtype, head_dim_vo)
     settings = (num_qo_heads, num_kv_heads, num_ctas, band, fixed_split_size, tile_table)
     words = level_words(levels)
-    if len(words) and variant is not None:
+    if len(words) and variant is not None and not variant_call.prepare(variant).takes_shared_keys:
         raise ArgumentError(
-            "argument `levels` with a `variant`: shared keys run without variants so far. Plan without levels"
+            f"argument `levels` with the `variant` {variant_call.prepare(variant).bound.variant.name}, which "
+            f"{variant_call.TAKES_NO_LEVELS}. Plan without levels"
         )
     if head_lists:
         _check_head_lists(len(words) > 0, variant, band)

@@ -12,6 +12,11 @@ from . import _array, _ffi, jit
 from .errors import ArgumentError, PlanMismatchError
 from .schedule import Band, Plan
 
+# What is said of a variant that does not go with shared keys (Variant.takes_shared_keys).
+TAKES_NO_LEVELS = (
+    "takes all rows of a work for one request's, since it has a rotation, a mask that is more than a band, or reads batch, q_len or "
+    "kv_len"
+)
 _KEY = "_tvm_infer_prepared"  # in the __dict__ of the variant that was passed: the second call finds everything made
 
 
@@ -24,26 +29,20 @@ class Prepared:
     """A bound variant and the objects that packed functions take, by executor.
 
     bound : tvm_infer.variant.BoundVariant. band : of its mask, as ``Plan.band`` has it. is_plain : the band is all of it, and the
-    kernels without a variant do.
+    kernels without a variant do. takes_shared_keys : of a plan with levels.
     """
 
     __slots__ = (
-        "_checked_kernels",
-        "_checked_plan",
-        "_sizes",
-        "band",
-        "bound",
-        "calls",
-        "has_matrices",
-        "is_plain",
-        "rotates",
-    )
+        "_checked_kernels", "_checked_plan", "_sizes", "band", "bound", "calls", "has_matrices", "is_plain", "rotates",
+        "takes_shared_keys",
+    )  # fmt: skip
 
     def __init__(self, bound: Any) -> None:
         self.bound = bound
         self.band: Band = bound.band
         self.is_plain = bool(bound.variant.is_plain)
         self.rotates = bool(getattr(bound.variant, "rotates", False))
+        self.takes_shared_keys = bool(getattr(bound.variant, "takes_shared_keys", False))
         # read by positions, so that lengths decide how large they must be
         self.has_matrices = any(p.sort == "tensor" for p in getattr(bound.variant, "parameters", {}).values())
         self.calls: dict[bool, Any] = {}
@@ -76,7 +75,9 @@ class Prepared:
             else:
                 functions = _package().cpu_functions(bound.variant)
             tables = [_array.as_tensor(x, f"variant.tables[{i}]") for i, x in enumerate(bound.tables)]
-            call = _ffi.func("variant_call")(digest, functions, list(bound.scalars), tables)
+            call = _ffi.func("variant_call")(
+                digest, functions, list(bound.scalars), tables, int(self.takes_shared_keys)
+            )
             self.calls[is_cuda] = call
         if is_cuda and (head_dim, is_scaled) not in self._checked_kernels:
             jit.check_variant(self.bound.cuda_struct[0], head_dim, is_scaled)
@@ -150,10 +151,10 @@ def check_plan(variant: Any, plan: Plan) -> None:
             f"argument `plan` has a list of keys for each KV head, {plan.num_kv_lists} lists of {plan.num_requests} requests, and the "
             "call a variant, which is told positions in a request: plan with one kv_len for each request"
         )
-    if plan.num_shared_works:
+    if plan.num_shared_works and not prepared.takes_shared_keys:
         raise PlanMismatchError(
-            f"argument `plan` has {plan.num_shared_works} works with rows of several requests (levels), and the call a variant, which "
-            "runs without any: plan without levels"
+            f"argument `plan` has {plan.num_shared_works} works with rows of several requests (levels), and `variant` "
+            f"{prepared.bound.variant.name} {TAKES_NO_LEVELS}: plan without levels"
         )
 
 

@@ -27,19 +27,19 @@ def long(llama, cache_folder):
 class Plans:
     """Works of several requests in the plan of each step that an engine makes; levels, at most."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine, layer) -> None:
         self.shared, self.levels = [], 0
         while engine.step():
-            plan = engine.cache.plan
+            plan = engine.cache.plan_of(layer)
             self.shared.append(plan.num_shared_works)
             self.levels = max(self.levels, plan.header["num_levels"])
 
 
-def run(executable, requests, **settings):
-    """(tokens of each generation, plans). requests : arguments of Engine.submit."""
+def run(executable, requests, layer=0, **settings):
+    """(tokens of each generation, plans of a layer). requests : arguments of Engine.submit."""
     engine = executable.engine(executable.new_cache(**SIZES, **settings))
     generations = [g for request in requests for g in engine.submit(**request)]
-    plans = Plans(engine)
+    plans = Plans(engine, layer)
     return [g.tokens for g in generations], plans
 
 
@@ -96,14 +96,17 @@ def test_8_bit_pages_are_shared_alike(long):
     assert tokens == run(long, request, **in_8_bits, shared_prefix=False)[0]
 
 
-def test_layers_with_a_variant_read_their_own():
-    """Asked to share or not: a soft cap's rows are one request's."""
+def test_capped_layers_share_and_windows_do_not(tmp_path):
+    """Gemma 2: a cap in every layer, a window in every other; compiled, and as an exported library makes its caches."""
     model = tvm_infer.compile(exported(decoder(Gemma2)), max_tokens=1024)
-    prompt = [token % 60 for token in PROMPT]
-    request = [{"prompt": prompt, "max_new_tokens": 3, "n": 12}]
-    tokens, plans = run(model, request, shared_prefix=True)
-    assert set(plans.shared) == {0}
-    assert tokens == run(model, request, shared_prefix=False)[0]
+    model.save(tmp_path)
+    request = [{"prompt": [token % 60 for token in PROMPT], "max_new_tokens": 3, "n": 12}]
+    flat, without = run(model, request, 1, shared_prefix=False)
+    assert set(without.shared) == {0}
+    for executable in (model, tvm_infer.load(tmp_path)):
+        tokens, plans = run(executable, request, 1)
+        assert tokens == flat and max(plans.shared) > 0
+        assert set(run(executable, request, 0)[1].shared) == {0}
 
 
 def test_a_step_under_way_is_planned_already(long):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tvm_infer
-from tvm_infer import variant
-from tvm_infer.errors import PlanMismatchError
+from tvm_infer import _ffi, variant
+from tvm_infer.errors import ArgumentError, PlanMismatchError
 from tvm_infer.testing import make_paged_batch, relative_error
 from tvm_infer.testing.plan_checks import check_levels, check_plan
 
@@ -28,9 +28,23 @@ BATCHES = {
 }  # fmt: skip
 
 
+SLOPES = np.linspace(0.01, 0.3, 8, dtype=np.float32)
+# name -> (variant, its logits in float64): of values alone, of positions besides, of a table by the key's position
+VARIANTS = {
+    "soft_cap": (variant.soft_cap.bind(cap=1.5), lambda s, h, i, j: 1.5 * np.tanh(s / 1.5)),
+    "alibi": (variant.alibi.bind(slopes=SLOPES), lambda s, h, i, j: s + np.float64(SLOPES[h]) * (j - i)),
+    "bias by key": (
+        variant.Variant("by_key", logits=lambda value, kv_pos, bias: value + bias[kv_pos], mask=lambda q_pos, kv_pos: kv_pos <= q_pos,
+                        bias=variant.tensor(1)).bind(bias=np.sin(np.arange(800, dtype=np.float32))),
+        lambda s, h, i, j: s + np.sin(np.arange(800, dtype=np.float32)).astype(np.float64)[j],
+    ),
+}  # fmt: skip
+
+
 def run(batch, levels, **kwargs):
     """(plan, o, lse) of the batch by a plan with levels, into poisoned outputs and a poisoned workspace."""
-    causal, dtype = kwargs.pop("causal", True), kwargs.pop("dtype", "float32")
+    bound, dtype = kwargs.pop("variant", None), kwargs.pop("dtype", "float32")
+    causal = kwargs.pop("causal", True) if bound is None else None
     settings = {"num_ctas": 5, "tile_table": TILES} | kwargs
     plan = tvm_infer.plan(
         batch.qo_indptr,
@@ -41,6 +55,7 @@ def run(batch, levels, **kwargs):
         dtype=dtype,
         causal=causal,
         levels=levels,
+        variant=bound,
         **settings,
     )
     check_plan(plan)
@@ -48,7 +63,8 @@ def run(batch, levels, **kwargs):
     out = np.full_like(batch.q, np.nan)
     lse = np.full(batch.q.shape[:2], np.nan, np.float32)
     workspace = np.full(plan.num_partial_rows * (batch.q.shape[2] + 1), np.nan, np.float32)
-    tvm_infer.attention(batch.q, batch.kv_cache, plan, out=out, lse=lse, workspace=workspace, **batch.tables)
+    buffers = dict(out=out, lse=lse, workspace=workspace)
+    tvm_infer.attention(batch.q, batch.kv_cache, plan, variant=bound, **buffers, **batch.tables)
     return plan, out, lse
 
 
@@ -111,10 +127,13 @@ def test_forests(data):
     group, page_size = data.draw(st.sampled_from([1, 3, 4])), data.draw(st.sampled_from([1, 4, 16]))
     shape = dict(num_qo_heads=2 * group, num_kv_heads=2, head_dim=16, page_size=page_size)
     batch = make_paged_batch(qo_lens, kv_lens, levels=levels, **shape)
-    _, out, lse = run(batch, levels, num_ctas=data.draw(st.sampled_from([1, 3, 16])))
-    expected, expected_lse = batch.reference()
+    bound, logits = data.draw(
+        st.sampled_from([(None, None), VARIANTS["soft_cap"], *([VARIANTS["alibi"]] * (group == 4))])
+    )
+    _, out, lse = run(batch, levels, num_ctas=data.draw(st.sampled_from([1, 3, 16])), variant=bound)
+    expected, expected_lse = batch.reference(logits=logits)
     assert relative_error(out, expected) < TOLERANCE["float32"]
-    flat, flat_out, _ = run(batch, [])
+    flat, flat_out, _ = run(batch, [], variant=bound)
     assert flat.num_shared_works == 0 and relative_error(out, flat_out) < 2 * TOLERANCE["float32"]
     assert np.abs(lse - expected_lse).max(initial=0) < 2e-5
 
@@ -134,12 +153,96 @@ def test_shared_keys_are_read_from_one_of_the_group():
     assert again.tobytes() == out.tobytes()
 
 
-def test_variants_are_refused():
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_against_float64(name):
+    """Rows of a shared work are told their own request's position."""
+    bound, logits = VARIANTS[name]
+    for qo_lens, kv_lens, levels in BATCHES.values():
+        batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
+        plan, out, lse = run(batch, levels, variant=bound)
+        assert plan.num_shared_works > 0
+        expected, expected_lse = batch.reference(logits=logits)
+        seen = np.isfinite(expected_lse)
+        assert relative_error(out, expected) < 2 * TOLERANCE["float32"]
+        assert np.abs(lse - expected_lse)[seen].max() < 2e-5 and np.isneginf(lse[~seen]).all()
+
+
+def test_an_output_is_computed_of_what_was_merged():
+    sink = np.linspace(-1, 2, 8, dtype=np.float32)
+    qo_lens, kv_lens, levels = BATCHES["a tree"]
+    batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
+    plan, out, _ = run(batch, levels, variant=variant.attention_sink.bind(sink=sink))
+    assert plan.num_shared_works > 0
+    expected, lse = batch.reference()
+    assert relative_error(out, expected / (1 + np.exp(sink - lse))[..., None]) < 2 * TOLERANCE["float32"]
+
+
+def test_keys_that_are_changed_are_shared():
+    """Each key over its root mean square, the same for all requests; NaN behind the last of a page is none of theirs."""
+    weight = np.linspace(0.5, 1.5, 24, dtype=np.float32)
+    bound = variant.qk_norm.bind(q_weight=weight, k_weight=weight[::-1].copy(), eps=1e-6)
+    qo_lens, kv_lens, levels = BATCHES["appends"]
+    batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
+    plan, out, _ = run(batch, levels, variant=bound)
+    assert plan.num_shared_works > 0
+    normed = lambda x, w: x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * w  # noqa: E731
+    batch.q, batch.keys = normed(batch.q, weight), [normed(k, weight[::-1]) for k in batch.keys]
+    assert relative_error(out, batch.reference()[0]) < 2 * TOLERANCE["float32"]
+
+
+REFUSED = {
+    "a mask of its own": variant.Variant("even", mask=lambda q_pos, kv_pos: (kv_pos <= q_pos) & (kv_pos % 2 == 0)),
+    "the request's length": variant.Variant(
+        "by_length", logits=lambda value, kv_len: value / kv_len, mask=lambda q_pos, kv_pos: kv_pos <= q_pos
+    ),
+    "a number of each request": variant.Variant(
+        "temperature", logits=lambda value, t: value * t, mask=lambda q_pos, kv_pos: kv_pos <= q_pos, t=variant.per_request()
+    ).bind(t=np.ones(20, np.float32)),
+    "a rotation": variant.rope.bind(inv_freq=np.ones(12, np.float32), magnitude=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_variants_that_see_the_request_are_refused(name):
+    """By plan, by the call with a plan of the same band, and by the packed function."""
     qo_lens, kv_lens, levels = BATCHES["one prompt"]
     batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
     plan, _, _ = run(batch, levels)
-    soft_cap = variant.soft_cap.bind(cap=30.0)
     with pytest.raises(
-        PlanMismatchError, match=f"{plan.num_shared_works} works with rows of several requests.*without levels"
+        ArgumentError, match=r"argument `levels` with the `variant` \w+, which takes all rows.*without levels"
     ):
-        tvm_infer.attention(batch.q, batch.kv_cache, plan, variant=soft_cap, **batch.tables)
+        run(batch, levels, variant=REFUSED[name])
+    with pytest.raises(
+        PlanMismatchError,
+        match=rf"{plan.num_shared_works} works with rows of several requests.*`variant` \w+ takes.*without levels",
+    ):
+        tvm_infer.attention(batch.q, batch.kv_cache, plan, variant=REFUSED[name], **batch.tables)
+
+
+def test_windows_are_refused_with_a_variant_as_without():
+    qo_lens, kv_lens, levels = BATCHES["one prompt"]
+    batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
+    with pytest.raises(ArgumentError, match="`levels` with window_left 40"):
+        run(batch, levels, variant=(variant.soft_cap & variant.sliding_window).bind(cap=1.5, window=40))
+
+
+def test_the_executor_refuses_what_the_variant_says_of_itself():
+    """Packed functions without a look at the variant: the call object says it."""
+    qo_lens, kv_lens, levels = BATCHES["one prompt"]
+    batch = make_paged_batch(qo_lens, kv_lens, levels=levels, num_qo_heads=8, num_kv_heads=2, head_dim=24)
+    plan, _, _ = run(batch, levels)
+    functions = _ffi.func("standard_variant")(variant.soft_cap.digest)
+    cap, out = int(np.float32(1.5).view(np.uint32)), np.full_like(batch.q, np.nan)
+    workspace = np.empty(plan.num_partial_rows * 25, np.float32)
+    rest = (batch.kv_cache, None, 0, batch.kv_page_indptr, batch.kv_page_indices, batch.sm_scale, workspace, out, None)
+    for takes in (1, 0):
+        call = _ffi.func("variant_call")(variant.soft_cap.digest, functions, [cap], [], takes)
+        attend = lambda: _ffi.func("variant_paged_attention")(plan.buffer, batch.q, *rest, call)  # noqa: E731, B023
+        if takes:
+            attend()
+            assert relative_error(out, batch.reference(logits=VARIANTS["soft_cap"][1])[0]) < TOLERANCE["float32"] * 2
+            continue
+        with pytest.raises(PlanMismatchError, match="a variant that takes all rows of a work for one request's"):
+            attend()
+    with pytest.raises(ArgumentError, match="`takes_shared_keys` is 2; it must be 0 or 1"):
+        _ffi.func("variant_call")(variant.soft_cap.digest, functions, [cap], [], 2)

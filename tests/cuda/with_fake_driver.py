@@ -181,7 +181,7 @@ def test_paged_launch(driver):
 
 def test_a_variant_is_part_of_the_name_and_a_third_parameter(driver):
     made, table = paged(), tensor((4, 6), "float32", offset=2)
-    call = _ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB, -1], [table])
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB, -1], [table], 0)
     _ffi.func("variant_paged_attention")(*made.values(), call)
     (launch,) = driver.launches()
     assert launch["name"] == "attention_bf16_h128_p16_v0123456789abcdef"
@@ -197,7 +197,7 @@ def test_a_variant_is_part_of_the_name_and_a_third_parameter(driver):
 def test_what_a_plan_may_have_depends_on_the_call(driver):
     """Kernels refuse other plans: what they would make of them is not what was meant (attention/plan_check.cuh)."""
     made, new = paged(), [tensor((ROWS, HKV, DIM)) for _ in "kv"]
-    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [], 0)
     features = lambda: driver.params(Params).features  # noqa: E731
     attend()
     assert features() == HEAD_LISTS | SHARED_WORKS
@@ -205,13 +205,16 @@ def test_what_a_plan_may_have_depends_on_the_call(driver):
     assert features() == HEAD_LISTS | SHARED_WORKS
     _ffi.func("variant_paged_attention")(*made.values(), call)
     assert features() == ROW_MASKS
+    taking = _ffi.func("variant_call")("0123456789abcdef", 0, [], [], 1)
+    _ffi.func("variant_paged_attention")(*made.values(), taking)
+    assert features() == ROW_MASKS | SHARED_WORKS
     arguments = list(made.values())
     _ffi.func("append_paged_attention")(*arguments[:2], *new, *arguments[2:])
     assert features() == SHARED_WORKS  # of both launches: neither runs where the other is refused
 
 
 def test_a_variant_with_tables_elsewhere_is_refused_before_any_launch(driver):
-    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [tensor((4,), "float32", device=(CUDA, 1))])
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [tensor((4,), "float32", device=(CUDA, 1))], 0)
     with pytest.raises(errors.ArgumentError, match=r"`variant` has tables on cuda:1, `q` is on cuda:0"):
         _ffi.func("variant_paged_attention")(*paged().values(), call)
     assert driver.launches() == []
@@ -631,7 +634,7 @@ def unequal_variant():
         k_cache=tensor((PAGES, HKV, PAGE, 192)),
         v_cache=tensor((PAGES, HKV, PAGE, 128)),
     )
-    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [])
+    call = _ffi.func("variant_call")("0123456789abcdef", 0, [], [], 0)
     _ffi.func("variant_paged_attention")(*made.values(), call)
 
 

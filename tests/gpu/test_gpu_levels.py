@@ -156,14 +156,75 @@ def test_a_graph_is_replayed_with_other_trees(cuda):
     assert len(keys) == 1
 
 
+def variants_of(device, heads):
+    """name -> (variant, its logits in float64, its output in float64); None: as they are."""
+    slopes, sink = (torch.linspace(*ends, heads, device=device) for ends in ((0.01, 0.2), (-1, 3)))
+    bias = torch.sin(torch.arange(2048, device=device, dtype=torch.float32))
+    slope, logit, shift = (x.cpu().double().numpy() for x in (slopes, sink, bias))
+    by_key = variant.Variant(
+        "by_key", logits=lambda value, kv_pos, bias: value + bias[kv_pos], mask=lambda q_pos, kv_pos: kv_pos <= q_pos,
+        bias=variant.tensor(1),
+    )  # fmt: skip
+    return {
+        "soft_cap": (variant.soft_cap.bind(cap=1.5), lambda s, h, i, j: 1.5 * np.tanh(s / 1.5), None),
+        "alibi": (variant.alibi.bind(slopes=slopes), lambda s, h, i, j: s + slope[h] * (j - i), None),
+        "sink": (variant.attention_sink.bind(sink=sink), None, lambda o, lse: o / (1 + np.exp(logit - lse))[..., None]),
+        "by key": (by_key.bind(bias=bias), lambda s, h, i, j: s + shift[j], None),
+    }
+
+
 @pytest.mark.family("attention_sm90")
-def test_variants_are_refused(cuda):
+@pytest.mark.parametrize("which", ["soft_cap", "alibi", "sink", "by key"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_size", "dtype"),
+    [((8, 2), 128, 16, "bfloat16"), ((8, 2), 64, 1, "float16"), ((30, 1), 128, 32, "bfloat16")],
+)
+def test_levels_with_a_variant(which, heads, head_dim, page_size, dtype, device):
+    """Rows of a shared work have their own positions; merges of few and many partials. The same bits each time."""
+    bound, logits, output = variants_of(device, heads[0])[which]
+    for name in ("chats of a prompt", "appends", "a deep chain", "strangers between"):
+        batch = Batch(name, device, heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+        plan = batch.plan(variant=bound)
+        assert plan.num_shared_works > 0
+        out, lse = batch.attend(plan, variant=bound)
+        expected, expected_lse = batch.host.reference(logits=logits)
+        if output is not None:
+            expected = output(expected, expected_lse)
+        assert relative_error(out.cpu().double().numpy(), expected) < 1.5 * TOLERANCE[dtype]
+        seen = np.isfinite(expected_lse)
+        assert np.abs(lse.cpu().numpy() - expected_lse)[seen].max() < 4e-3
+        assert np.isneginf(lse.cpu().numpy()[~seen]).all()
+        again, lse_again = batch.attend(plan, variant=bound)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.family("attention_sm90")
+def test_keys_that_a_variant_changes_are_shared(device):
+    """Queries and keys over their root mean square, in decode and in prefill tiles."""
+    weight = torch.linspace(1.5, 0.5, 128, device=device)
+    bound = variant.qk_norm.bind(q_weight=weight, k_weight=weight, eps=1e-6)
+    scale = weight.cpu().double().numpy()
+    normed = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale  # noqa: E731
+    for name in ("one prompt", "appends", "prefills behind a prompt"):
+        batch = Batch(name, device)
+        plan = batch.plan(variant=bound)
+        assert plan.num_shared_works > 0
+        outs = [batch.attend(p, variant=bound)[0] for p in (plan, batch.plan(levels=(), variant=bound))]
+        host = batch.host
+        host.q, host.keys = normed(host.q.astype(np.float64)), [normed(k.astype(np.float64)) for k in host.keys]
+        expected = host.reference()[0]
+        shared, flat = (relative_error(out.cpu().double().numpy(), expected) for out in outs)
+        assert flat < 1e-2 and shared < 1.2 * flat + 1e-3
+
+
+@pytest.mark.family("attention_sm90")
+def test_variants_that_see_the_request_are_refused(cuda):
     """By the host, and by the kernel, to which a graph may bring any plan."""
     batch = Batch("one prompt", cuda)
-    cap = variant.soft_cap.bind(cap=30.0)
+    turned = variant.rope.bind(inv_freq=torch.ones(64, device=cuda), magnitude=1.0)
     shared, flat = batch.plan(), batch.plan(levels=())
     with pytest.raises(PlanMismatchError, match=r"works with rows of several requests.*without levels"):
-        batch.attend(shared, variant=cap)
+        batch.attend(shared, variant=turned)
     words = max(len(shared.buffer), len(flat.buffer))
     buffer = torch.zeros(words, dtype=torch.int32, device=cuda)
     buffer[: len(flat.buffer)].copy_(torch.from_numpy(flat.buffer))
@@ -172,7 +233,7 @@ def test_variants_are_refused(cuda):
     rows = max(shared.num_partial_rows, flat.num_partial_rows)
     workspace = torch.full((rows * 129,), math.nan, device=cuda)
     run = lambda: tvm_infer.attention(  # noqa: E731
-        batch.q, batch.cache, moved, out=out, workspace=workspace, variant=cap, **batch.tables
+        batch.q, batch.cache, moved, out=out, workspace=workspace, variant=turned, **batch.tables
     )
     run()
     torch.cuda.synchronize()

@@ -77,10 +77,11 @@ def test_nothing_is_read_before_the_kernel_ahead_has_ended(name, cache):
 VARIANT_SPILLS = {"attention_bf16_h128_p16": 0, "attention_bf16_h128_p1": 32}
 PREBUILT = {name: v for name, v in (variant.STANDARD | CACHE_MASKS).items() if not v.is_plain}
 SPILLS = {
-    "alibi": (52, 24),
+    "alibi": (56, 68),
+    "attention_sink": (0, 44),
     "chunked_local": (16, 24),
     "logit_bias": (12, 52),
-    "qk_norm": (52, 44),
+    "qk_norm": (72, 72),
     "rope": (44, 36),
     "rope_interleaved": (32, 24),
     "rope_by_length": (44, 36),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_infer import _ffi, variant
-from tvm_infer.errors import CacheStateError
+from tvm_infer.errors import ArgumentError, CacheStateError
 from tvm_infer.runtime import PagedKVCache
 from tvm_infer.testing import attention_reference, relative_error
 from tvm_infer.testing.plan_checks import check_plan
@@ -159,12 +159,34 @@ def test_it_can_be_switched_off():
         _ffi.func("kv_cache_set_shared_prefix")(on.cache, 0)
 
 
-def test_windows_and_variants_read_their_own():
+CAP = variant.soft_cap.bind(cap=30.0)
+CAP_IN_WINDOW = (variant.soft_cap & variant.sliding_window).bind(cap=30.0, window=99)
+BY_REQUEST = variant.Variant(
+    "by_length", logits=lambda value, kv_len: value / kv_len, mask=lambda q_pos, kv_pos: kv_pos <= q_pos
+)
+
+
+@pytest.mark.parametrize(
+    ("variants", "shares"),
+    [
+        ([None, CAP], [True, True]),  # of one band, and so of one plan
+        ([CAP_IN_WINDOW, CAP], [False, True]),  # Gemma 2's: the windows' plan is flat, the other layers' is not
+        ([variant.sliding_window.bind(window=99), None], [False, True]),
+        ([CAP, BY_REQUEST], [False, False]),  # one layer that looks at the request is enough for all of its plan
+        ([CAP_IN_WINDOW, BY_REQUEST], [False, False]),
+    ],
+)
+def test_layers_share_by_their_bands_and_variants(variants, shares):
     model = prompt_and_forks(make_cache(num_layers=2), 1000, 16)
     ids, ones = list(range(16)), [1] * 16
-    model.cache.set_variant(variant.soft_cap.bind(cap=30.0), layers=[1])
-    with model.cache.forward(ids, ones) as step:
-        assert step.plan.num_shared_works == 0
+    for layer, bound in enumerate(variants):
+        model.cache.set_variant(bound, layers=[layer])
+    with model.cache.forward(ids, ones):
+        plans = [model.cache.plan_of(layer) for layer in range(2)]
+        assert [plan.num_shared_works > 0 for plan in plans] == shares
+        assert plans[0].buffer.tobytes() == model.cache.plan.buffer.tobytes()
+        with pytest.raises(ArgumentError, match="`layer` is 2"):
+            model.cache.plan_of(2)
     model.cache.set_variant(None)
     with model.cache.forward(ids, ones) as step:
         assert step.plan.num_shared_works > 0

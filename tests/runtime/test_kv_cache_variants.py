@@ -131,6 +131,21 @@ def test_the_plan_of_a_window_reads_no_page_that_it_hides():
     c.step([0], [1])
 
 
+def test_full_layers_share_beside_windows():
+    """A prompt of 400 tokens and its answers: capped layers, by turns in a window and not; the others' keys are read once."""
+    full = LAYERS[2]
+    local = ((variant.soft_cap & variant.sliding_window).bind(cap=1.5, window=5), 5, *full[2:])
+    c = Cache([local, full] * 2, num_pages=200, max_batch=16, max_tokens=400)
+    c.set_variants()
+    c.add(0)
+    c.step([0], [400])
+    for seq in range(1, 16):
+        c.add(seq, parent=0)
+    for lengths in ([1] * 16, [1, 3] * 8):
+        c.step(list(range(16)), lengths)
+        assert [c.cache.plan_of(layer).num_shared_works > 0 for layer in range(4)] == [False, True] * 2
+
+
 def far(num, left):
     """Hides what is neither among the first `num` keys nor among the last."""
     return lambda s, i, j: np.where((j >= num) & (j < i - left), -np.inf, s)

@@ -42,7 +42,7 @@ def batch():
 
 def call(digest=DIGEST, functions=None, scalars=(), tables=()):
     functions = cpu_variants.address(digest) if functions is None else functions
-    return _ffi.func("variant_call")(digest, functions, list(scalars), list(tables))
+    return _ffi.func("variant_call")(digest, functions, list(scalars), list(tables), 0)
 
 
 @pytest.mark.parametrize(

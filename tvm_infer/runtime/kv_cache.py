@@ -143,7 +143,7 @@ class PagedKVCache:
     ...         o = step.attention(layer, q[layer], k[layer], v[layer])      # [6, num_qo_heads, head_dim]
 
     Pages that sequences of a step share are read once for all of them where that shortens the plan, in trees of any depth
-    (docs/plan.md); layers with a window, a chunk or a variant read their own.
+    (docs/plan.md); layers with a window or a chunk read their own, and those of variants without `takes_shared_keys`.
 
     Where every layer has a window (:meth:`set_variant`), a sequence needs the pages of its window only: a step gives those back that
     none of its tokens can see any more. Sequences may then be much longer than the pool.
@@ -735,8 +735,12 @@ class PagedKVCache:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the last step, copied. CacheStateError before the first."""
+        """The plan of the last step, copied; of layer 0, where layers have several. CacheStateError before the first."""
         return Plan(np.from_dlpack(self._call("plan")).copy())
+
+    def plan_of(self, layer: int) -> Plan:
+        """:attr:`plan` of the layers that have the band of this one (:meth:`set_variant`)."""
+        return Plan(np.from_dlpack(self._call("layer_plan", _integer(layer, "layer"))).copy())
 
     # Room
 

@@ -39,6 +39,7 @@ class VariantCode:
             "digest": self.digest,
             "scalars": self.bound.scalars,
             "tables": tables,
+            "takes_shared_keys": int(self.bound.variant.takes_shared_keys),
             "causal": int(self.bound.band.causal),
             "band": list(self.bound.band),
         }

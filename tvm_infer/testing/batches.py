@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,10 @@ class PagedBatch:
         """The keyword arguments of attention() that name pages."""
         return {"kv_page_indptr": self.kv_page_indptr, "kv_page_indices": self.kv_page_indices}
 
-    def reference(self, *, causal: bool = True, window_left: int = -1) -> tuple[np.ndarray, np.ndarray]:
-        """(o, lse) of the whole batch in float64."""
+    def reference(
+        self, *, causal: bool = True, window_left: int = -1, logits: Callable[..., np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(o, lse) of the whole batch in float64, as of :func:`attention_reference`."""
         o, lse = np.zeros(self.q.shape), np.full(self.q.shape[:2], -np.inf)
         for r in range(len(self.kv_len)):
             rows = slice(self.qo_indptr[r], self.qo_indptr[r + 1])
@@ -73,6 +75,7 @@ class PagedBatch:
                 sm_scale=self.sm_scale,
                 causal=causal,
                 window_left=window_left,
+                logits=logits,
             )
         return o, lse
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -13,6 +15,7 @@ def attention_reference(
     sm_scale: float,
     causal: bool = True,
     window_left: int = -1,
+    logits: Callable[..., np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Softmax attention of one request in float64.
 
@@ -20,6 +23,8 @@ def attention_reference(
     ----------
     q : [qo_len, num_qo_heads, head_dim]; the queries are the last qo_len of kv_len positions.
     k, v : [kv_len, num_kv_heads, head_dim]; query head h uses KV head h // (num_qo_heads / num_kv_heads). v, and o, may be narrower.
+    logits : of a variant: function of the scores [qo_len, kv_len] of a query head, its number, and the positions of queries
+        [qo_len, 1] and keys [1, kv_len]; returns what the softmax is of.
 
     Returns
     -------
@@ -40,6 +45,8 @@ def attention_reference(
     o, lse = np.zeros((qo_len, num_qo_heads, v.shape[2])), np.full(q.shape[:2], -np.inf)
     for h in range(num_qo_heads):
         s = q[:, h] @ k[:, h // group].T * sm_scale
+        if logits is not None:
+            s = logits(s, h, position, key)
         s = np.where(visible, s, -np.inf)
         some = visible.any(axis=1)
         m = s[some].max(axis=1, keepdims=True, initial=-np.inf)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .code import Code, Node
 from .operations import BOOL, FLOAT, INT, OPERATIONS
-from .parameters import POSITIONS, Parameter
+from .parameters import OF_A_REQUEST, POSITIONS, Parameter
 from .score import SCALE, SCORE, of_score, reads_by_key_of
 from .sees_all import FIRST, LAST, sees_all
 from .text import number
@@ -72,6 +72,21 @@ class Struct(NamedTuple):
 _PLAIN = Settings()
 
 
+def takes_shared_keys(holes: Mapping[str, Code | None]) -> bool:
+    """Whether rows of several requests may go against keys that these share: of a row nothing counts but its heads and position.
+
+    Masks that no band says, and rotations, are left out: kernels would tell rows apart in registers that they do not have. An `output`
+    is computed row by row, whatever it reads.
+    """
+    is_bare = holes.get("mask") is None and holes.get("rope_rate") is None
+    return is_bare and not _reads(holes, ("logits", "query", "key"), OF_A_REQUEST)
+
+
+def _reads(holes: Mapping[str, Code | None], names: Iterable[str], variables: Iterable[str]) -> bool:
+    codes = [holes.get(name) for name in names]
+    return any(code is not None and not code.names.isdisjoint(variables) for code in codes)
+
+
 def lower(
     holes: Mapping[str, Code | None],
     parameters: Mapping[str, Parameter],
@@ -121,8 +136,11 @@ def _settings(present: Mapping[str, Code], settings: Settings) -> list[str]:
         if hole in present and "mean_square" in present[hole].names
     ]
     flags += ["kIsInterleaved"] if settings.interleaved else []
+    takes_shared = takes_shared_keys(present)
+    flags += ["kReadsPosition"] if takes_shared and _reads(present, ("logits", "query"), ("q_pos",)) else []
     lines = [f"  static constexpr bool {', '.join(f'{flag} = true' for flag in flags)};\n"] if flags else []
     lines += ["  static constexpr bool kHasSoftmax = false;\n"] if not settings.softmax else []
+    lines += ["  static constexpr bool kTakesSharedKeys = false;\n"] if not takes_shared else []
     lines += [f"  static constexpr int kRotaryDim = {settings.rotary_dim};\n"] if settings.rotary_dim else []
     return lines
 

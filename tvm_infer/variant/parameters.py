@@ -10,7 +10,7 @@ from .operations import BOOL, FLOAT, INT
 POSITIONS = ("batch", "qo_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len")
 _OF_A_ROW = tuple(name for name in POSITIONS if name != "kv_pos")
 _OF_A_KEY = ("batch", "kv_head", "kv_pos", "q_len", "kv_len")
-_OF_A_REQUEST = ("batch", "q_len", "kv_len")
+OF_A_REQUEST = ("batch", "q_len", "kv_len")
 # hole -> the variables that its function may take, besides the parameters
 VARIABLES = {
     "logits": ("value", *POSITIONS),
@@ -18,8 +18,8 @@ VARIABLES = {
     "output": ("value", "lse", *_OF_A_ROW),
     "query": ("value", "channel", "mean_square", *_OF_A_ROW),
     "key": ("value", "channel", "mean_square", *_OF_A_KEY),
-    "rope_rate": ("pair", *_OF_A_REQUEST),
-    "rope_position": ("pos", *_OF_A_REQUEST),
+    "rope_rate": ("pair", *OF_A_REQUEST),
+    "rope_position": ("pos", *OF_A_REQUEST),
 }
 RESULTS = {
     "logits": FLOAT,

@@ -16,7 +16,7 @@ from . import text
 from .band import Split, split
 from .code import Code
 from .location import error_here
-from .lower import Settings, Struct, lower
+from .lower import Settings, Struct, lower, takes_shared_keys
 from .parameters import KIND_OF_VARIABLE, MAX_SCALARS, MAX_TABLES, VARIABLES, Parameter
 from .trace import trace
 
@@ -144,6 +144,15 @@ class Variant:
     def rotates(self) -> bool:
         """Whether it turns queries and keys by their positions: caches hold keys that are not turned then."""
         return "rope_rate" in self._holes
+
+    @property
+    def takes_shared_keys(self) -> bool:
+        """Whether it goes with `levels`, keys that requests share and that are read once.
+
+        That is where it has no mask but a band's and no rotation, and its `logits`, `query` and `key` do not read `batch`, `q_len` or
+        `kv_len`.
+        """
+        return takes_shared_keys({**self._holes, "mask": self.residual_mask})
 
     def tir(self, hole: str) -> Any:
         """The TIR expression of a hole ("logits", "mask", …), or None: variables and scalars are tirx.Var of their names."""

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "tvm_infer/attention/rows.cuh"
+#include "tvm_infer/attention/variant.cuh"
 #include "tvm_infer/ptx/element.cuh"
 #include "tvm_infer/ptx/load_store.cuh"
 #include "tvm_infer/ptx/sync.cuh"
@@ -183,8 +184,12 @@ __device__ __forceinline__ void ChangeQueries(const variant::Args& args, const P
     const Head head;
     const uint32_t row = first + head.row;
     const int32_t own = min(first_row + static_cast<int32_t>(row), work.num_rows - 1), of_token = token(own);
-    const int32_t positions[1] = {work.qo_pos_base + of_token};
-    const variant::Row rows[1] = {{batch, kv_head * group + first_head + own - of_token * group, kv_head, positions[0], q_len, kv_len}};
+    variant::Row rows[1] = {
+        {batch, kv_head * group + first_head + own - of_token * group, kv_head, work.qo_pos_base + of_token, q_len, kv_len}};
+    if constexpr (kLooksUpRequests<typename Config::Variant>) {
+      if (work.merge_tiles > 0) rows[0] = VariantRowOf(plan, work.row_begin + own, kv_head);
+    }
+    const int32_t positions[1] = {rows[0].q_pos};
     ChangeRows<typename Config::Element, typename Config::Variant, Config::kHeadDim, false, 1>(
         head, args, rows, positions, [&](int, uint32_t chunk) {
           return panel + chunk / 8 * Config::kPanelRows * tile::kPanelRowBytes + tile::SwizzledOffset(row, chunk % 8);

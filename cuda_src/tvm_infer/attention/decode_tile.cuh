@@ -45,7 +45,7 @@ class DecodeTile {
     const KeyRange keys[2] = {VisibleKeys(work, band, token, row), VisibleKeys(work, band, token, row + 8)};
     const KeyRange seen_by_all{VisibleKeys(work, band, token, work.num_rows - 1).begin, VisibleKeys(work, band, token, 0).end};
     VariantRows rows;
-    if constexpr (Config::kHasVariant) rows.Enter(c_.plan, work, c_.params.expected.group_size, row);
+    if constexpr (Config::kHasVariant) rows.template Enter<Variant>(c_.plan, work, c_.params.expected.group_size, row);
     for (int32_t h = 0; h < work.num_kv_heads; ++h) {
       float o[kOwnColumns / 8][4];
       SoftmaxState<Variant> softmax;

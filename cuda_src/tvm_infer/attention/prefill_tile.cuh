@@ -230,7 +230,7 @@ class PrefillTile : private PrefillProducts<Config> {
   __device__ __forceinline__ void EnterVariant(VariantRows& rows, const Work& work, int32_t head) const {
     const int32_t thread = c_.ThreadAnew(), group = c_.params.expected.group_size;
     if constexpr (Config::kHasVariant) {
-      rows.Enter(c_.plan, work, group, thread / 32 * 16 + thread % 32 / 4);
+      rows.template Enter<Variant>(c_.plan, work, group, thread / 32 * 16 + thread % 32 / 4);
       if constexpr (Config::kQueryBuffers == 1) {
         for (int32_t h = 0; h < head; ++h) rows.NextHead(group);
       }

@@ -31,6 +31,10 @@ inline constexpr bool kChangesQueries = Variant::kHasQuery || Variant::kHasRate;
 template <typename Variant>
 inline constexpr bool kChangesKeys = Variant::kHasKey || Variant::kHasRate;
 
+// Whether rows of works of shared keys, which are of several requests, are to be told apart.
+template <typename Variant>
+inline constexpr bool kLooksUpRequests = Variant::kTakesSharedKeys && Variant::kReadsPosition;
+
 // A row's state over its keys so far, and what becomes of it at the end.
 template <typename Variant>
 using SoftmaxState = std::conditional_t<Variant::kHasSoftmax, OnlineSoftmax, PlainWeights>;
@@ -51,14 +55,41 @@ __device__ __forceinline__ float SoftmaxScale(const AttentionParams& p) {
   return Variant::kHasLogits ? kLog2E : p.sm_scale_log2;
 }
 
+// The variant's row of a packed row whose request is not known: of merged partials, and of works of several requests.
+__device__ __forceinline__ variant::Row VariantRowOf(const PlanView& plan, int32_t packed_row, int32_t kv_head) {
+  const RowAddress at = AddressOf(plan, packed_row);
+  const int32_t* qo_indptr = plan.qo_indptr();
+  int32_t low = 0, high = plan.header->num_requests - 1;  // the last request whose first token is not behind the row's
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (__ldg(qo_indptr + middle) <= at.token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int32_t begin = __ldg(qo_indptr + low), end = __ldg(qo_indptr + low + 1), kv_len = __ldg(plan.kv_len() + low);
+  return {low, kv_head * plan.header->group_size + at.head, kv_head, kv_len - (end - at.token), end - begin, kv_len};
+}
+
 // A thread's two rows of a work, `row` and `row` + 8. What the variant does not ask for is never loaded.
 struct VariantRows {
   variant::Row rows[2];
 
   // For the first of the work's KV heads. Rows behind the last repeat it, so that tables are read where they have entries.
+  template <typename Variant>
   __device__ __forceinline__ void Enter(const PlanView& plan, const Work& work, int32_t group, int32_t row) {
+    if constexpr (kLooksUpRequests<Variant>) {
+      if (work.merge_tiles > 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          rows[i] = VariantRowOf(plan, work.row_begin + min(row + 8 * i, work.num_rows - 1), work.kv_head_begin);
+        }
+        return;
+      }
+    }
     const TokenOfRow token(work, group);
-    // NOTE: all rows of a work are of the request whose list it reads: there are no shared lists yet, and no token order.
+    // All rows are of the request whose list the work reads; or of several, which are the same to the variant.
     const int32_t batch = work.kv_list, first_head = work.row_begin % group;
     const int32_t q_len = __ldg(plan.qo_indptr() + batch + 1) - __ldg(plan.qo_indptr() + batch), kv_len = __ldg(plan.kv_len() + batch);
 #pragma unroll
@@ -75,6 +106,12 @@ struct VariantRows {
   }
 };
 
+// The last key of both rows: keys that requests share lie before it.
+template <typename Variant>
+__device__ __forceinline__ int32_t LastKey(const VariantRows& at) {
+  return (kLooksUpRequests<Variant> ? min(at.rows[0].kv_len, at.rows[1].kv_len) : at.rows[0].kv_len) - 1;
+}
+
 // Positions behind the last key are taken for it where the variant reads tables by position. Their logits are masked afterwards.
 template <typename Variant>
 __device__ __forceinline__ int32_t Position(int32_t kv_pos, int32_t last) {
@@ -86,7 +123,7 @@ __device__ __forceinline__ int32_t Position(int32_t kv_pos, int32_t last) {
 template <typename Variant, int kCount>
 __device__ __forceinline__ void ApplyLogits(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos,
                                             const float (&sm_scale)[2]) {
-  const int32_t first = kv_pos + static_cast<int32_t>(threadIdx.x % 4) * 2, last = at.rows[0].kv_len - 1;
+  const int32_t first = kv_pos + static_cast<int32_t>(threadIdx.x % 4) * 2, last = LastKey<Variant>(at);
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
@@ -109,7 +146,7 @@ template <typename Variant, int kCount>
 __device__ __forceinline__ void ApplyMask(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos) {
   constexpr int kColumns = kCount / 2;  // of a thread in a row
   static_assert(kColumns <= 32);
-  const int32_t last = at.rows[0].kv_len - 1;
+  const int32_t last = LastKey<Variant>(at);
   const bool sees_all = Variant::SeesAll(args, at.rows[0], kv_pos, min(kv_pos + 4 * kColumns - 1, last)) &&
                         Variant::SeesAll(args, at.rows[1], kv_pos, min(kv_pos + 4 * kColumns - 1, last));
   if (__all_sync(0xffffffff, sees_all)) return;
@@ -144,23 +181,6 @@ __device__ __forceinline__ void ApplyVariant(float (&s)[kCount], const variant::
                                              const float (&sm_scale)[2]) {
   if constexpr (Variant::kHasLogits) ApplyLogits<Variant>(s, args, at, kv_pos, sm_scale);
   if constexpr (Variant::kHasMask) ApplyMask<Variant>(s, args, at, kv_pos);
-}
-
-// The variant's row of a final row of merged partials.
-__device__ __forceinline__ variant::Row VariantRowOf(const PlanView& plan, int32_t packed_row, int32_t kv_head) {
-  const RowAddress at = AddressOf(plan, packed_row);
-  const int32_t* qo_indptr = plan.qo_indptr();
-  int32_t low = 0, high = plan.header->num_requests - 1;  // the last request whose first token is not behind the row's
-  while (low < high) {
-    const int32_t middle = (low + high + 1) / 2;
-    if (__ldg(qo_indptr + middle) <= at.token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const int32_t begin = __ldg(qo_indptr + low), end = __ldg(qo_indptr + low + 1), kv_len = __ldg(plan.kv_len() + low);
-  return {low, kv_head * plan.header->group_size + at.head, kv_head, kv_len - (end - at.token), end - begin, kv_len};
 }
 
 // Elements of a final row; a row without keys stays 0.

@@ -257,10 +257,10 @@ void CheckArgs(const AttentionArgs& args, const PlanHeader& header, int num_thre
                                        << ", which only the mask of a variant tests row by row, and the call has none. Pass the variant "
                                           "that it was planned for, or plan without sinks and chunks.";
   }
-  if (header.num_shared_works > 0 && args.variant != nullptr) {
+  if (header.num_shared_works > 0 && args.variant != nullptr && !args.variant->takes_shared_keys) {
     TVM_INFER_THROW(PlanMismatchError) << "the plan has " << header.num_shared_works
-                                       << " works with rows of several requests, and the call a variant, which runs without any. Plan "
-                                          "without levels.";
+                                       << " works with rows of several requests, and the call a variant that takes all rows of a work for "
+                                          "one request's. Plan without levels.";
   }
   if (header.num_kv_lists != header.num_requests && args.variant != nullptr) {
     TVM_INFER_THROW(PlanMismatchError) << "the plan has a list of keys for each KV head, where positions say nothing of a request, and the "

@@ -24,12 +24,12 @@ struct KernelInfo {
   int32_t ctas_per_sm;   // of a persistent kernel; 0: the grid follows the problem
   int32_t tile_keys;     // keys of a tile, of an attention kernel: what a copy of ragged keys brings
 };
-inline constexpr int32_t kKernelAbi = 9;  // bumped when a struct of this file or the Plan changes
+inline constexpr int32_t kKernelAbi = 10;  // bumped when a struct of this file or the Plan changes
 
 // What a plan may have that not every launch can execute.
 enum PlanFeature : int32_t {
   kHeadLists = 1,    // a list of keys for each KV head: positions are those in the list, which tell appends and variants nothing
-  kSharedWorks = 2,  // works with rows of several requests: a variant takes all rows of a work for one request's
+  kSharedWorks = 2,  // works with rows of several requests: not with every variant (kTakesSharedKeys)
   kRowMasks = 4,     // sinks or chunks, which a variant's mask tests of each row
 };
 

@@ -69,7 +69,7 @@ cuda::AttentionLaunch QueryLaunch(const Place& place, const TensorView& plan, co
 
 // What plans of the launch may have; behind an append of the same plan, both may have the same.
 int32_t PlanFeatures(const cuda::AttentionLaunch& launch, bool appends) {
-  if (launch.variant != nullptr) return cuda::kRowMasks;
+  if (launch.variant != nullptr) return cuda::kRowMasks | (launch.variant->takes_shared_keys ? cuda::kSharedWorks : 0);
   return cuda::kSharedWorks | (appends ? 0 : cuda::kHeadLists);
 }
 

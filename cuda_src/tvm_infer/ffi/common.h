@@ -19,7 +19,7 @@ using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
 // Bumped when a packed function's arguments, the Plan or an object's layout change. A compiled model carries the number.
-inline constexpr int64_t kAbiVersion = 4;
+inline constexpr int64_t kAbiVersion = 5;
 
 // The tensor's first element. TVM passes views by byte_offset, which TensorView::data_ptr() ignores: never call that one.
 template <typename T = void>

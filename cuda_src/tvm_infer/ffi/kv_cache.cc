@@ -208,7 +208,10 @@ Tensor KVCachePositionIds(PagedKVCache kv) {
   return Guarded([&] { return kv->manager().step(), kv->PositionIds(kv->num_rows()); });
 }
 Tensor KVCachePlan(PagedKVCache kv) {
-  return Guarded([&] { return kv->CurrentPlan(); });
+  return Guarded([&] { return kv->CurrentPlan(0); });
+}
+Tensor KVCacheLayerPlan(PagedKVCache kv, int64_t layer) {
+  return Guarded([&] { return kv->CurrentPlan(layer); });
 }
 
 int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id) {

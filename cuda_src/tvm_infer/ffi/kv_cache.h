@@ -42,6 +42,7 @@
   V(kv_cache_begin_step, KVCacheBeginStep)                           \
   V(kv_cache_step_inputs, KVCacheStepInputs)                         \
   V(kv_cache_plan, KVCachePlan)                                      \
+  V(kv_cache_layer_plan, KVCacheLayerPlan)                           \
   V(kv_cache_seq_len, KVCacheSeqLen)                                 \
   V(kv_cache_sequences, KVCacheSequences)                            \
   V(kv_cache_num_free_pages, KVCacheNumFreePages)                    \
@@ -92,7 +93,7 @@ void KVCacheSetVariant(PagedKVCache kv, tvm::ffi::Shape layers, tvm::ffi::Option
                        tvm::ffi::Shape band);
 
 // Whether a step's plan may read pages that several of its sequences share once for all, from the next step on; 1 at first. Layers with a
-// window, a chunk or a variant never do.
+// window or a chunk never do, nor those that stand in one plan with a layer whose variant does not take such works (variant.h).
 void KVCacheSetSharedPrefix(PagedKVCache kv, int64_t is_on);
 
 // max_batch: sequences in one step; max_tokens: new tokens in one step, all sequences together (a longer prompt goes in chunks).
@@ -146,7 +147,8 @@ bool KVCacheInForward(PagedKVCache kv);
 // Positions of the step's tokens in their sequences: int64 [num_tokens] on the host; position_ids: [1, num_rows] on the device. Views.
 tvm::ffi::Tensor KVCacheQueryPositions(PagedKVCache kv);
 tvm::ffi::Tensor KVCachePositionIds(PagedKVCache kv);
-tvm::ffi::Tensor KVCachePlan(PagedKVCache kv);  // of the last step, int32; a view
+tvm::ffi::Tensor KVCachePlan(PagedKVCache kv);  // of the last step and layer 0, int32; a view
+tvm::ffi::Tensor KVCacheLayerPlan(PagedKVCache kv, int64_t layer);
 
 int64_t KVCacheSeqLen(PagedKVCache kv, int64_t id);
 tvm::ffi::Shape KVCacheSequences(PagedKVCache kv);  // ids, ascending

@@ -156,10 +156,12 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   return params;
 }
 
-// Whether pages that sequences share may be read once for all in this plan: every layer that uses it sees them alike.
+// Whether pages that sequences share may be read once for all in this plan: every layer that uses it makes the same of them for each.
 bool PagedKVCacheObj::MayShare(int32_t plan) const {
-  return finds_shared_ && bands_[plan].IsSharable() &&
-         std::none_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return layer.plan == plan && layer.variant.has_value(); });
+  const auto shares = [&](const Layer& layer) {
+    return layer.plan != plan || !layer.variant.has_value() || layer.variant.value()->takes_shared_keys();
+  };
+  return finds_shared_ && bands_[plan].IsSharable() && std::all_of(layers_.begin(), layers_.end(), shares);
 }
 
 void PagedKVCacheObj::SetSharedPrefix(bool is_on) {
@@ -315,12 +317,14 @@ tvm::ffi::Tensor PagedKVCacheObj::LogitRows(int64_t num_rows, int64_t num_logits
   return StepView(memory_.layout->logit_rows(num_rows, num_logits), num_logits, false);
 }
 
-tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan() const {
+tvm::ffi::Tensor PagedKVCacheObj::CurrentPlan(int64_t layer) const {
+  Pages(layer);  // throws for what is none
   if (step_.plan_bytes[0] == 0)
     TVM_INFER_THROW(CacheStateError) << "the cache has no plan: no step was begun yet, or the last one failed; call begin_forward() first";
-  const int64_t shape[] = {step_.plan_bytes[0] / 4}, strides[] = {1};
+  const int32_t plan = layers_[layer].plan;
+  const int64_t shape[] = {step_.plan_bytes[plan] / 4}, strides[] = {1};
   return AsWords(memory_.host_step, memory_.layout->bytes() / 4)
-      .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan() / 4);
+      .as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), memory_.layout->plan(plan) / 4);
 }
 
 void PagedKVCacheObj::Bind(int64_t token) {

@@ -96,7 +96,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   tvm::ffi::Tensor LogitRows(int64_t num_rows, int64_t num_logits) const;  // [num_logits]
   int64_t num_rows() const { return step_.num_rows; }
   // int32, the bytes used of the last plan, on the host. A view: the next step overwrites it.
-  tvm::ffi::Tensor CurrentPlan() const;
+  tvm::ffi::Tensor CurrentPlan(int64_t layer) const;
   // [num_pages, 2, num_kv_heads, page_size, head_dim]: keys are [:, 0], values [:, 1]. Of two widths keys alone, [num_pages, num_kv_heads,
   // page_size, head_dim].
   const tvm::ffi::Tensor& Pages(int64_t layer) const;
@@ -112,8 +112,8 @@ class PagedKVCacheObj : public tvm::ffi::Object {
 
   // The type index is made at first use: a static object, linked into a model, may register nothing when it is loaded. The key carries
   // the ABI (common.h), so that a model built against another layout gets a type error that names both.
-  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v4";
-  static_assert(kAbiVersion == 4, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.PagedKVCache.v5";
+  static_assert(kAbiVersion == 5, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = true;
   static constexpr int32_t _type_child_slots = 0;

@@ -180,7 +180,7 @@ BoundLayers Bind(const PagedKVCache& kv, const JsonObject& row, const JsonObject
   const std::vector<int64_t> scalars = Integers(Field<JsonArray>(row, "scalars"));
   const bool is_cuda = kv->config().device.device_type == kDLCUDA;
   bound.call = MakeVariantCall(digest, is_cuda ? 0 : CpuFunctionsOf(digest, bound.layers), Array<int64_t>(scalars.begin(), scalars.end()),
-                               std::move(tables));
+                               std::move(tables), Field<int64_t>(row, "takes_shared_keys"));
   return bound;
 }
 

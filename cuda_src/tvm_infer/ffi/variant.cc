@@ -82,7 +82,8 @@ int32_t VariantCallObj::_GetOrAllocRuntimeTypeIndex() {
   return index;
 }
 
-VariantCallObj::VariantCallObj(String digest, int64_t cpu_functions, const Array<int64_t>& scalars, Array<Tensor> tables)
+VariantCallObj::VariantCallObj(String digest, int64_t cpu_functions, const Array<int64_t>& scalars, Array<Tensor> tables,
+                               int64_t takes_shared_keys)
     : digest_(CheckedDigest(std::move(digest))), tables_(std::move(tables)) {
   CheckCount(scalars.size(), variant::kMaxScalars, "scalars", "Put values that go together into a table");
   CheckCount(tables_.size(), variant::kMaxTables, "tables", "Stack tables of one shape into one");
@@ -100,7 +101,10 @@ VariantCallObj::VariantCallObj(String digest, int64_t cpu_functions, const Array
     }
     args_.tables[i] = ToTable(view, i);
   }
-  call_ = {digest_.data(), CheckedFunctions(cpu_functions), &args_};
+  if (takes_shared_keys != 0 && takes_shared_keys != 1) {
+    TVM_INFER_THROW(ArgumentError) << "argument `takes_shared_keys` is " << takes_shared_keys << "; it must be 0 or 1";
+  }
+  call_ = {digest_.data(), CheckedFunctions(cpu_functions), &args_, takes_shared_keys != 0};
 }
 
 const variant::Call* VariantCallObj::At(const Place& place) const {
@@ -117,9 +121,11 @@ const variant::Call* VariantCallObj::At(const Place& place) const {
   return &call_;
 }
 
-VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t> scalars, Array<Tensor> tables) {
-  return Guarded(
-      [&] { return VariantCall(tvm::ffi::make_object<VariantCallObj>(std::move(digest), cpu_functions, scalars, std::move(tables))); });
+VariantCall MakeVariantCall(String digest, int64_t cpu_functions, Array<int64_t> scalars, Array<Tensor> tables, int64_t takes_shared_keys) {
+  return Guarded([&] {
+    return VariantCall(
+        tvm::ffi::make_object<VariantCallObj>(std::move(digest), cpu_functions, scalars, std::move(tables), takes_shared_keys));
+  });
 }
 
 int64_t FindStandardVariant(String digest) {

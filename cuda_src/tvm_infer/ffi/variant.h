@@ -23,17 +23,18 @@ class VariantCallObj : public tvm::ffi::Object {
  public:
   // Throws ArgumentError, AbiError: see MakeVariantCall.
   VariantCallObj(tvm::ffi::String digest, int64_t cpu_functions, const tvm::ffi::Array<int64_t>& scalars,
-                 tvm::ffi::Array<tvm::ffi::Tensor> tables);
+                 tvm::ffi::Array<tvm::ffi::Tensor> tables, int64_t takes_shared_keys);
   VariantCallObj(const VariantCallObj&) = delete;  // call_ points into the object
   VariantCallObj& operator=(const VariantCallObj&) = delete;
 
   // For the executor of `place`, where q lies; valid as long as this object. Throws ArgumentError where the tables lie on another device,
   // or where there are no CPU functions for tensors on the host.
   const variant::Call* At(const Place& place) const;
+  bool takes_shared_keys() const { return call_.takes_shared_keys; }
 
   // Made at first use, with the ABI in the key: as for the cache (kv_cache_object.h).
-  static constexpr const char* _type_key = "tvm_infer.VariantCall.v4";
-  static_assert(kAbiVersion == 4, "a new ABI needs a new type key");
+  static constexpr const char* _type_key = "tvm_infer.VariantCall.v5";
+  static_assert(kAbiVersion == 5, "a new ABI needs a new type key");
   static constexpr bool _type_final = true;
   static constexpr bool _type_mutable = false;
   static constexpr int32_t _type_child_slots = 0;
@@ -62,9 +63,10 @@ class VariantCall : public tvm::ffi::ObjectRef {
 //   scalars        at most kMaxScalars: the 32 bits of each, of a float or an int, as a number from -2^31 to 2^32 - 1
 //   tables         at most kMaxTables of rank <= kMaxRank, any strides that fit in 32 bits, all on one device. Their data types are what
 //                  the code was generated for: nobody else knows.
+//   takes_shared_keys  kTakesSharedKeys of the generated struct, 1 or 0: whether plans may have works with rows of several requests
 // ArgumentError: one of these is not so. AbiError: the CPU functions were compiled against structs of another tvm_infer.
 VariantCall MakeVariantCall(tvm::ffi::String digest, int64_t cpu_functions, tvm::ffi::Array<int64_t> scalars,
-                            tvm::ffi::Array<tvm::ffi::Tensor> tables);
+                            tvm::ffi::Array<tvm::ffi::Tensor> tables, int64_t takes_shared_keys);
 
 // The `cpu_functions` of a standard variant, or of one that this exported model embeds, compiled into this library: for the instruction set
 // that the executor runs, good for as long as the library is loaded. 0: none has this digest. ArgumentError: `digest` is no digest, or

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/decode_tile.cuh"
@@ -41,7 +40,7 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (!c.shared.is_last_arrival) return;
-  MergeRows(c, job, c.Warp(), Config::kConsumerWarps);
+  MergeRows<Config, !Config::kHasVariant>(c, job, c.Warp(), Config::kConsumerWarps);  // NOTE: beside variants more spills
 }
 
 // The same after a work of shared keys, or beside such: it is of a merge for each of its heads and of the tiles in its rows
@@ -66,7 +65,7 @@ __device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>&
     uint32_t complete = __ballot_sync(0xffffffff, is_last);
 #pragma unroll 1
     for (; complete != 0; complete &= complete - 1) {
-      MergeRows(c, MergeJob(c.plan, merge_of(first + (__ffs(complete) - 1) * Config::kConsumerWarps)), 0, 1);
+      MergeRows<Config, true>(c, MergeJob(c.plan, merge_of(first + (__ffs(complete) - 1) * Config::kConsumerWarps)), 0, 1);
     }
   }
 }
@@ -110,7 +109,6 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
   const PlanView plan(params.plan);
   const Work first = LoadWorkInOrder(plan.first_works(), blockIdx.x);
   constexpr int kCheckingWarp = 3;
-  constexpr bool kHasVariant = !std::is_same_v<typename Config::Variant, NoVariant>;
   bool stops = first.num_rows == 0;
   if (warp == kCheckingWarp) stops |= PlanCheck(plan, params.expected, gridDim.x).Stops(blockIdx.x);
   // NOTE: the vote tells the compiler that all of a warp leave or stay; it gives up its uniform registers otherwise.
@@ -165,7 +163,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
         i = prefill.Run(queue, i, work);
       }
       const Work done = LoadWork(queue.works, i);
-      if constexpr (!kHasVariant) {  // plans with such works run without variants
+      if constexpr (Config::Variant::kTakesSharedKeys) {  // else plans have no such works
         if (done.merge_tiles > 0) {
           ArriveAndMergeTiles(consumer, queue.works + i);
           continue;

@@ -250,8 +250,8 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
   }
 }
 
-// All rows of a merge, shared out among `num_warps` warps.
-template <typename Config>
+// All rows of a merge, shared out among `num_warps` warps. kHasFew: several rows of more than two partials at once.
+template <typename Config, bool kHasFew>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t warp, int32_t num_warps) {
   if (job.num_slots == 2) {
     constexpr int kAtOnce = Config::kHeadDimVo <= 128 ? 4 : 2;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, 
     }
     return;
   }
-  if constexpr (!Config::kHasVariant) {  // NOTE: beside variants it spills
+  if constexpr (kHasFew) {
     if (job.num_slots <= kFewPartials<Config>) {
       const int32_t step = (job.num_slots <= 8 ? 4 : 2) * num_warps;
 #pragma unroll 1

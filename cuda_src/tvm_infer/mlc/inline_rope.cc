@@ -57,7 +57,7 @@ InlineRope::InlineRope(const RopeArgs& args, const Config& config) {
   if (config.sliding_layers.empty()) return;
   const RopeTables sliding = MakeRopeTables(args, kSlidingTheta, kSlidingScale);
   sliding_call_ = Library().variant_call(code.digest, code.cpu_functions, Array<int64_t>({magnitude_bits_}),
-                                         Array<Tensor>({OnDevice(sliding.few_tokens, config.device)}));
+                                         Array<Tensor>({OnDevice(sliding.few_tokens, config.device)}), 0);
 }
 
 Any InlineRope::Call(const VariantCode& code, Array<int64_t> scalars, Array<Tensor> tables) const {
@@ -65,7 +65,7 @@ Any InlineRope::Call(const VariantCode& code, Array<int64_t> scalars, Array<Tens
     scalars.push_back(magnitude_bits_);
     tables.push_back(inv_freq_);
   }
-  return Library().variant_call(code.digest, code.cpu_functions, scalars, tables);
+  return Library().variant_call(code.digest, code.cpu_functions, scalars, tables, 0);
 }
 
 }  // namespace tvm_infer::mlc

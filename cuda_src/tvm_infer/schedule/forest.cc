@@ -45,9 +45,10 @@ void Forest::MakeTiles(const PlanParams& p, const int32_t* qo_indptr, const int3
     for (int32_t row = 0; row < num_rows;) {
       const int32_t rows = std::min(t.rows, num_rows - row);
       const int32_t position = rows == num_rows ? first_position : first_position + row / group;
-      tiles_[num_tiles_++] = {row_begin + row, rows, r, kv_len[r], position, tile_class, 0, -1};
       const int32_t last = rows == num_rows ? kv_len[r] - 1 : first_position + (row + rows - 1) / group;
-      flat_cost_ += CostOf(t, t.fixed + t.row * rows, KeysSeen(p.band, position, last, kv_len[r]).end);
+      const int32_t kv_end = KeysSeen(p.band, position, last, kv_len[r]).end;
+      tiles_[num_tiles_++] = {row_begin + row, rows, r, kv_len[r], position, kv_end, tile_class, 0, -1};
+      flat_cost_ += CostOf(t, t.fixed + t.row * rows, kv_end);
       row += rows;
     }
     row_begin += num_rows;
@@ -192,7 +193,6 @@ void Forest::CutTiles(const PlanParams& p) {
 void Forest::MakeItems(const PlanParams& p, Items* items) const {
   items->Start(p, int64_t{num_shared_items_} + num_tiles_);
   items->num_tree_merges = num_merge_tiles_ * p.num_kv_heads;
-  const int32_t group = p.num_qo_heads / p.num_kv_heads;
   Work work{};
   work.num_kv_heads = p.num_kv_heads;
   work.out = kFinalRows;
@@ -214,12 +214,11 @@ void Forest::MakeItems(const PlanParams& p, Items* items) const {
   }
   for (int32_t t = 0; t < num_tiles_; ++t) {
     const Tile& tile = tiles_[t];
-    const int64_t last = tile.first_position + (tile.num_rows + tile.row_begin % group - 1) / group;
     work.row_begin = tile.row_begin;
     work.num_rows = tile.num_rows;
     work.kv_list = tile.request;
     work.kv_begin = tile.kv_begin;
-    work.kv_end = KeysSeen(p.band, tile.first_position, last, tile.kv_len).end;
+    work.kv_end = tile.kv_end;
     work.qo_pos_base = tile.first_position;
     work.tile_class = tile.tile_class;
     work.merge = tile.merge;  // kNoMerge where there is none
@@ -275,15 +274,16 @@ int64_t Forest::CountSlots(const Items& items, const Layout& layout, int32_t num
 void Forest::WriteMerges(const Items& items, const Layout& layout, int32_t num_kv_heads, Merge* merges, int32_t* merge_indptr,
                          int32_t* merge_slots) {
   int32_t sum = 0;
-  for (int32_t m = 0; m < items.num_tree_merges; ++m) {
-    const int32_t count = cursor_[m];
-    merge_indptr[m] = cursor_[m] = sum;
-    sum += count;
+  for (int32_t t = 0, m = 0; t < num_merge_tiles_; ++t) {
+    const MergeTile tile = merge_tiles_[t];
+    for (int32_t h = 0; h < num_kv_heads; ++h, ++m) {
+      const int32_t count = cursor_[m];
+      merge_indptr[m] = cursor_[m] = sum;
+      sum += count;
+      merges[m] = {tile.row_begin, tile.num_rows, h, 1};
+    }
   }
   merge_indptr[items.num_tree_merges] = sum;
-  for (int32_t t = 0; t < num_merge_tiles_; ++t) {
-    for (int32_t h = 0; h < num_kv_heads; ++h) *merges++ = {merge_tiles_[t].row_begin, merge_tiles_[t].num_rows, h, 1};
-  }
   pieces_.Reserve(max_pieces_);
   // In the order of items: outer runs, inner ones, requests.
   for (int32_t item = 0; item < items.count; ++item) {

@@ -44,6 +44,7 @@ class Forest {
     int32_t row_begin, num_rows;
     int32_t request, kv_len;
     int32_t first_position;
+    int32_t kv_end;  // of the keys that some row sees
     int32_t tile_class;
     int32_t kv_begin;  // of its own keys: behind the innermost used run
     int32_t merge;     // its number among those that merge, or -1

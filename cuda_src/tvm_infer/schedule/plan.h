@@ -111,7 +111,7 @@ struct PlanHeader {
   int32_t num_merges;
   int32_t num_merge_slots;
   int32_t num_partial_rows;  // rows of the fp32 partial buffers (O: [num_partial_rows, head_dim], LSE: [num_partial_rows])
-  int32_t num_shared_works;  // works with rows of several requests; a plan that has any runs without a variant
+  int32_t num_shared_works;  // works with rows of several requests: not every variant runs with such
   Band band;                 // MaskBand::Tested()
   int32_t num_tile_classes;
   // Offsets from the header, in bytes, multiples of 16. 0: the array is absent.
@@ -159,7 +159,7 @@ enum PlanRefusal : int32_t {
   kTooManyPartials = 5,      // more partial rows than the workspace holds
   kTooManyLists = 6,         // more KV lists than the page table has
   kOtherCaptureKey = 7,      // not the capture key that the launch was captured with
-  kSharedWithVariant = 8,    // shared works in a launch with a variant
+  kSharedWithVariant = 8,    // shared works in a launch with a variant that does not take them
   kHeadListsRefused = 9,     // a list of keys for each KV head, in a launch with a variant or behind an append
   kMaskWithoutVariant = 10,  // sinks or chunks in a launch without a variant
   kTooManyPages = 11,        // of select_pages: a request has more pages than its table, or than scores have room for; its lists are empty

@@ -120,6 +120,7 @@ struct Call {
   const char* digest;       // of the generated struct: part of the kernel's name on CUDA
   const CpuFunctions* cpu;  // null: the call is for CUDA
   const Args* args;
+  bool takes_shared_keys;  // the struct's kTakesSharedKeys: of works with rows of several requests
 };
 
 }  // namespace tvm_infer::variant

@@ -69,6 +69,9 @@ struct Defaults {
   static constexpr int kRotaryDim = 0;                                       // channels that turn, a multiple of 16; 0: all
   static constexpr bool kHasSoftmax = true;                                  // false: logits are the weights
   static constexpr bool kHasSmallLogits = false;  // they stay within [-64, 64]: their exponentials need no maximum taken off
+  // Works with rows of several requests, against keys that these share: not where there is a mask or a rotation, or where Logits, Query or
+  // Key read a row's batch, q_len or kv_len. kReadsPosition: Logits or Query read its q_pos.
+  static constexpr bool kTakesSharedKeys = true, kReadsPosition = false;
 };
 
 // Functions of expressions. tanh on CUDA is the hardware's (relative error 2^-11); the others have relative errors of 2e-6 at most.
