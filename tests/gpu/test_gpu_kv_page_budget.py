@@ -1,4 +1,4 @@
-"""PagedKVCache whose layers select pages: attention over the chosen pages alone, graphs that serve every step, bounds that follow pages."""
+"""PagedKVCache whose layers select pages: attention over the chosen pages alone, bounds that follow, a graph for all steps."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def prefill(cache, lengths):
 
 
 def keys_of(cache, seq, layer):
-    """Keys and values, [2, tokens, KV heads, head_dim], without scales."""
-    pages = memory(cache, "pages", layer)[list(cache.page_table(seq))]
-    return pages.permute(1, 0, 3, 2, 4).reshape(2, -1, HKV, cache.head_dim)[:, : cache.seq_len(seq)]
+    """Keys and values, float32 [2, tokens, KV heads, head_dim], without scales."""
+    pages = memory(cache, "pages", layer)
+    taken = pages.view(torch.uint8)[list(cache.page_table(seq))].permute(1, 0, 3, 2, 4).contiguous().view(pages.dtype)
+    return taken.to(torch.float32).view(2, -1, HKV, cache.head_dim)[:, : cache.seq_len(seq)]
 
 
 def scores_of(cache, layer, ids, q):
@@ -82,8 +83,8 @@ def check_step(cache, ids, num_rows):
         assert cache.selects_pages
         for layer in range(cache.num_layers):
             q, k, v = random(cache, num_rows)
-            pages = memory(cache, "pages", layer)
-            hidden, kept = torch.ones(pages.shape[0], HKV, dtype=torch.bool), pages.clone()
+            raw = memory(cache, "pages", layer).view(torch.uint8)  # bytes 0xFF are NaN in every type
+            hidden = torch.ones(raw.shape[0], HKV, dtype=torch.bool)
             dense, lists = layer in budget.dense_layers, {}
             if not dense:
                 scores = torch.as_tensor(scores_of(cache, layer, ids, q[: len(ids)])).cpu().double().numpy()
@@ -93,26 +94,17 @@ def check_step(cache, ids, num_rows):
                     lists[r, h] = list(range(len(table))) if dense else chosen_by(budget, scores[r, h], len(table))
                     hidden[[table[i] for i in lists[r, h]], h] = False
                     selected += len(lists[r, h]) < len(table)
-            mask = hidden.to(cache.device)[:, None, :, None, None].expand_as(pages)
-            poison = torch.full_like(kept.view(torch.uint8), 0x7F) if pages.element_size() == 1 else None
-            pages.view(torch.uint8).copy_(
-                torch.where(mask, poison, kept.view(torch.uint8))
-            ) if poison is not None else (pages.masked_fill_(mask, math.nan))
+            mask, kept = hidden.to(cache.device)[:, None, :, None, None], raw.clone()
+            raw.masked_fill_(mask, 0xFF)
             o = torch.as_tensor(step.attention(layer, q, k, v)).double()
-            if poison is None:
-                pages.copy_(torch.where(mask, kept, pages))
-            else:
-                pages.view(torch.uint8).copy_(torch.where(mask, kept.view(torch.uint8), pages.view(torch.uint8)))
+            raw.copy_(torch.where(mask, kept, raw))
             assert not o[len(ids) :].any()
             for (r, h), numbers in lists.items():
                 length = cache.seq_len(ids[r])
                 at = torch.arange(length)
                 at = at[torch.isin(at // 16, torch.tensor(numbers))].to(cache.device)
-                keys, values = (
-                    (x[at, h].to(torch.float32).double() * 0.01 for x in keys_of(cache, ids[r], layer))
-                    if (poison is not None)
-                    else (x[at, h].double() for x in keys_of(cache, ids[r], layer))
-                )
+                scale = 1.0 if cache.kv_dtype == cache.dtype else 0.01
+                keys, values = (x[at, h].double() * scale for x in keys_of(cache, ids[r], layer))
                 heads = slice(h * HQ // HKV, (h + 1) * HQ // HKV)
                 expected = torch.softmax(q[r, heads].double() @ keys.T / cache.head_dim**0.5, 1) @ values
                 assert (o[r, heads] - expected).norm() <= TOLERANCE[cache.kv_dtype] * expected.norm()
