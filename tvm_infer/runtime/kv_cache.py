@@ -656,8 +656,10 @@ class PagedKVCache:
         )
         self._call("set_scales", *scales)
 
-    def set_page_budget(self, page_budget: PageBudget) -> None:
-        """Let layers select pages in decode steps from now on (`page_budget` of the constructor). Before the first sequence.
+    def set_page_budget(self, page_budget: PageBudget | None) -> None:
+        """Let layers select pages in decode steps from now on (`page_budget` of the constructor); None: read all keys again.
+
+        Before the first sequence.
 
         The cache then keeps bounds of its pages by itself: through forks, pops, swaps, moves of tokens and reuse of prefixes. They
         count in `bytes_per_page`. In a decode step some of whose sequences have more pages than the budget, a layer that selects
@@ -671,8 +673,10 @@ class PagedKVCache:
         is not among `dense_layers`. CacheStateError : in a step; on a cache that holds sequences, or that ran steps for an
         executable. A decode step with a sequence of more than `max_pages` pages is a WorkspaceError.
         """
-        budget = page_budgets.checked(page_budget)
-        *numbers, dense = budget.arguments(self.page_size, self.num_layers)
+        arguments = (0, 0, 1, 0, 0, ())
+        if page_budget is not None:
+            arguments = page_budgets.checked(page_budget).arguments(self.page_size, self.num_layers)
+        *numbers, dense = arguments
         self._call("set_page_budget", *numbers, tvm_ffi.Shape(dense))
         self._take(self._handle)  # a page has more bytes now
 

@@ -90,6 +90,16 @@ class PageBudget:
             )
         return dense
 
+    def check_variants(self, varied: Iterable[int]) -> None:
+        """ArgumentError if a layer of these, which have a variant, a window or chunks, would select."""
+        assert not isinstance(self.dense_layers, int)
+        missing = sorted(set(varied) - set(self.dense_layers))
+        if missing:
+            raise ArgumentError(
+                f"argument `dense_layers` is {self.dense_layers}, without {missing}: layers of the model that have an attention "
+                "variant, a window or chunks, which know positions; lists of pages have none. Let these layers stay dense"
+            )
+
     def arguments(self, page_size: int, num_layers: int) -> tuple[Any, ...]:
         """Of the packed function kv_cache_set_page_budget, behind the cache."""
         return (

@@ -79,9 +79,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
   void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, MaskBand band);
   // Layers but those that stay dense keep bounds of their pages from now on, and in steps of one token a sequence each KV head reads
-  // budget.num_pages of them at most (kv_cache_selection.h). max_pages: of a sequence in such a step; 0: all of the cache. CacheStateError
-  // in a step, where the cache holds sequences, and once steps ran for an executable; ArgumentError for numbers out of their ranges and for
-  // layers with a variant or a band.
+  // budget.num_pages of them at most (kv_cache_selection.h); 0: all read all keys. max_pages: of a sequence in such a step; 0: all of the
+  // cache. CacheStateError in a step, where the cache holds sequences, and once steps ran for an executable; ArgumentError for numbers out
+  // of their ranges and for layers with a variant or a band.
   void SetPageBudget(const PageBudget& budget, bool is_sum, int64_t max_pages, const tvm::ffi::Shape& dense_layers);
   const KVSelection& selection() const { return memory_.selection; }
   // Whether the layers that may select pages did in the step under way, or the last one.

@@ -34,18 +34,20 @@ void PagedKVCacheObj::SetPageBudget(const PageBudget& budget, bool is_sum, int64
     TVM_INFER_THROW(ArgumentError) << "argument `max_pages` is " << max_pages << "; it must be at least 1, or 0 for all pages of the cache";
   }
   const int64_t num_lists = config_.max_batch * config_.num_kv_heads;
-  if (num_lists > kMaxListEntries / budget.num_pages) {
+  if (num_lists * budget.num_pages > kMaxListEntries) {
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << budget.num_pages << " for lists of " << config_.max_batch
                                    << " sequences and " << config_.num_kv_heads << " KV heads; a step's lists have at most "
                                    << kMaxListEntries << " pages: take fewer, or a smaller max_batch";
   }
-  executor_->PrepareSelection();
+  if (budget.num_pages > 0) executor_->PrepareSelection();
   KVMemory memory;  // what cannot be allocated changes nothing
   KVSelection& selection = memory.selection;
-  selection.budget = budget;
-  selection.is_sum = is_sum;
-  selection.max_pages = static_cast<int32_t>(max_pages == 0 ? config_.num_pages : std::min(max_pages, config_.num_pages));
-  AllocateBounds(&selection, dense_layers);
+  if (budget.num_pages > 0) {
+    selection.budget = budget;
+    selection.is_sum = is_sum;
+    selection.max_pages = static_cast<int32_t>(max_pages == 0 ? config_.num_pages : std::min(max_pages, config_.num_pages));
+    AllocateBounds(&selection, dense_layers);
+  }
   AllocateStep(&memory, bands_);
   TakeStep(std::move(memory));
   if (manager_.reuses_prefixes()) manager_.ForgetTokens();  // pages that were filled before have no bounds
@@ -175,7 +177,10 @@ void PagedKVCacheObj::UpdateBoundsAt(const int64_t* ids, const int64_t* position
 void KVCacheSetPageBudget(PagedKVCache kv, int64_t num_pages, int64_t num_sink, int64_t num_recent, int64_t is_sum, int64_t max_pages,
                           tvm::ffi::Shape dense_layers) {
   Guarded([&] {
-    if (num_pages < 1) TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << num_pages << "; a list has at least 1 page";
+    if (num_pages == 0) return kv->SetPageBudget({}, false, 0, {});
+    if (num_pages < 0) {
+      TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << num_pages << "; a list has at least 1 page (0: no lists)";
+    }
     if (is_sum != 0 && is_sum != 1) {
       TVM_INFER_THROW(ArgumentError) << "argument `is_sum` is " << is_sum
                                      << "; it must be 0 (the greatest of a KV head's query heads) or 1";
