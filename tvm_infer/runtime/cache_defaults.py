@@ -90,7 +90,8 @@ class CacheDefaults:
             name: None if row[name] is None else _frozen(np.asarray(row[name], np.float32))
             for name in ("k_scales", "v_scales")
         }
-        budget = None if row["page_budget"] is None else PageBudget.from_row(row["page_budget"])
+        stored = row.get("page_budget")  # libraries that are older than it have none
+        budget = None if stored is None else PageBudget.from_row(stored)
         return cls(kv_dtype=row["kv_dtype"], shared_prefix=row["shared_prefix"], page_budget=budget, **scales)
 
 
