@@ -276,18 +276,22 @@ def test_a_step_launches_the_kernels_of_8_bits(executable, tmp_path, tmp_path_fa
         (n, w.shape, str(w.dtype)) for n, w in zip(executable.manifest.weights, executable._weights, strict=True)
     ]
     model = cuda_model(executable, **heads)
-    export_cuda(model, tmp_path / "model.so", page_sizes=(16,), weights=weights, kv_dtype="float8_e4m3fn", k_scale=0.5)
+    arguments = {"kv_dtype": "float8_e4m3fn", "k_scale": 0.5, "page_budget": PageBudget(num_pages=2, dense_layers=1)}
+    export_cuda(model, tmp_path / "model.so", page_sizes=(16,), weights=weights, **arguments)
     code = (
         SCRIPT.replace("heads, 64)", "heads, 128)")
         .replace("(32,)", "(64,)")
         .replace("driver.variant_args(Args)", "None")
         + """
 def launched(cache):
-    call("kv_cache_add", cache, 0)
+    call("kv_cache_add", cache, 0)  # the last layer's launches
     kernels = [kernel for kernel, _ in step(cache)]
     return kernels, [l["name"] for l in driver.launches()]
 print(*launched(create()), str(call("kv_cache_pages", create(), 0).dtype))
 other = call("model_create_scaled_cache", weights, "bfloat16", None, None, 16, 8, 2, 0, tvm_ffi.device("cuda:1"))
+print(*launched(other))
+other = call("model_create_scaled_cache", weights, "bfloat16", None, None, 16, 8, 2, 0, tvm_ffi.device("cuda:1"))
+call("kv_cache_set_page_budget", other, 0, 0, 0, 0, 0, ())
 print(*launched(other))
 for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None, 8)):
     try:
@@ -301,9 +305,14 @@ for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None,
     )
     out = run_python(code, tmp_path / "model.so", LD_LIBRARY_PATH=libraries).splitlines()
     e4m3, bf16 = "attention_bf16_e4m3_h128_p16", "attention_bf16_h128_p16"
-    assert out[0] == f"{[e4m3, e4m3]} {['rope_append_bf16_e4m3', e4m3]} float8_e4m3fn"
-    assert out[1] == f"{[bf16, bf16]} {['rope_append_bf16', bf16]}"
-    assert "there is no kernel `rope_append_bf16_e5m2` for sm_90a" in out[2] and "export it with the archs" in out[2]
+    selects = ["page_scores_bf16", "select_pages"]
+    assert (
+        out[0] == f"{[e4m3, e4m3]} {['rope_append_bf16_e4m3', 'page_bounds_bf16_e4m3', *selects, e4m3]} float8_e4m3fn"
+    )
+    assert out[1] == f"{[bf16, bf16]} {['rope_append_bf16', 'page_bounds_bf16', *selects, bf16]}"
+    assert out[2] == f"{[bf16, bf16]} {['rope_append_bf16', bf16]}"
+    del out[2]
+    assert "there is no kernel `page_bounds_bf16_e5m2` for sm_90a" in out[2] and "export it with the archs" in out[2]
     assert (
         "argument `page_size` is 8; the cuda executor has kernels for 8-bit elements in pages of 16, 32 and 64"
         in out[3]
