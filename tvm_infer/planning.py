@@ -76,9 +76,9 @@ def _tile_table(
 def cpu_tile_table(
     dtype: str = "float32", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
 ) -> tuple[int, ...]:
-    """The CPU executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+    """The CPU executor's measured costs, picoseconds: five integers for each tile class, and three for shared keys.
 
-    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once, again`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 
@@ -92,9 +92,9 @@ def cpu_tile_table(
 def cuda_tile_table(
     dtype: str = "bfloat16", head_dim: int = 128, kv_dtype: str | None = None, head_dim_vo: int | None = None
 ) -> tuple[int, ...]:
-    """The CUDA executor's measured costs, picoseconds: five integers for each tile class, and two for merges of shared keys.
+    """The CUDA executor's measured costs, picoseconds: five integers for each tile class, and three for shared keys.
 
-    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once`` (tile_costs.h, SharedMergeCost).
+    ``rows, kv_granule, fixed, row, kv`` (plan.h, TileClass) each, then ``each, once, again`` (tile_costs.h, SharedMergeCost).
 
     dtype : of queries. kv_dtype : of keys and values in memory; None: the same. head_dim_vo : of values and outputs; None: head_dim.
 

@@ -28,7 +28,7 @@ void Print(const char* executor, const ElementRow& row, int head_dim, const Tile
 
 int main() {
   for (const ElementRow& row : tvm_infer::kElementRows) {
-    for (int head_dim : {128, 256}) {
+    for (int head_dim : {64, 80, 96, 128, 192, 256}) {
       Print("cpu", row, head_dim, tvm_infer::cpu::TileTable(ElementType::kBFloat16, row.type, head_dim, head_dim));
       if (row.type == ElementType::kFloat32) continue;
       Print("cuda", row, head_dim, tvm_infer::cuda::TileTable(ElementType::kBFloat16, row.type, head_dim, head_dim));

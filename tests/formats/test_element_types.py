@@ -78,7 +78,7 @@ def test_bytes_of_elements(printed):
             assert printed[("bytes", row.name, str(elements))] == [str(-(-elements * row.bits // 8))]
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_costs_follow_bits(printed, head_dim):
     """On a GPU decode is bound by bytes, and prefill by what widening takes; the CPU spends on widening what it saves in bytes."""
     tables = {

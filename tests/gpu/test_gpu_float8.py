@@ -96,24 +96,25 @@ def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def cases() -> list[Float8Case]:
     """Every kernel twice at least, other settings in turn."""
-    kernels = list(itertools.product((128, 256), (16, 32, 64), DTYPES, FLOAT8))
+    kernels = list(itertools.product((64, 80, 96, 128, 192, 256), (16, 32, 64), DTYPES, FLOAT8))
     masks, groups = ("causal", "w15", "w100", "full", "causal"), list(HEADS)
     made = [
         Float8Case(
             shape=[s for s in SHAPES if s != "no-keys"][i % 7],
             mask=masks[i % 5],
-            split=("auto", "cut96", "whole", "auto")[i % 4],
+            split=("auto", "cut96", "whole", "auto")[(i + turn) % 4],
             dtype=dtype,
             head_dim=head_dim,
             page_size=page_size,
             layout=("HND", "NHD", "HND2", "NHD2")[(i + i // 4) % 4],
             group=groups[(5 * i + 3) % len(groups)],
-            views=("plain", "strided")[i // 2 % 2],
-            scale=("", "", "sharp")[i % 3],
+            views=("plain", "strided")[(i // 2 + turn) % 2],
+            scale=("", "", "sharp")[(i + turn) % 3],
             float8=kv,
             by_head=i % 3 != 1,
         )
-        for i, (head_dim, page_size, dtype, kv) in enumerate(kernels * 3)
+        for turn in range(2)
+        for i, (head_dim, page_size, dtype, kv) in enumerate(kernels, turn * len(kernels))
     ]
     longs = ((1, 2, 400), (40000, 9000, 12345))
     made += [
@@ -123,6 +124,8 @@ def cases() -> list[Float8Case]:
         Float8Case("one-key", lengths=((1,), (1,))),
         Float8Case("one-prompt", lengths=((1025,), (3073,)), group=5, page_size=32, layout="NHD", head_dim=256),
         Float8Case("no-keys", mask="full", group=3, float8="e5m2"),
+        *(Float8Case("long", lengths=longs, group=8, head_dim=head_dim) for head_dim in (64, 96, 192)),
+        *(Float8Case("alike", lengths=((1,) * 133, (300,) * 133), head_dim=head_dim) for head_dim in (64, 80, 192)),
     ]
     return list({c.name + str(c.lengths): c for c in made}.values())
 
@@ -137,7 +140,7 @@ def params(made: list[Float8Case]) -> list:
 
 @pytest.mark.subset
 def test_cases_meet_every_kernel():
-    assert len({c.kernel for c in CASES}) == 24 and len({c.name + str(c.lengths) for c in CASES}) == len(CASES) >= 70
+    assert len({c.kernel for c in CASES}) == 72 and len({c.name + str(c.lengths) for c in CASES}) == len(CASES) >= 150
 
 
 @pytest.mark.family("attention_sm90")
@@ -160,6 +163,9 @@ def appending() -> list[Float8Case]:
             ("fp16", "e4m3", 32, "NHD2", 1, "strided", 256, False),
             ("bf16", "e5m2", 64, "NHD", 71, "strided", 128, True),
             ("fp16", "e5m2", 16, "HND2", 8, "plain", 128, True),
+            ("bf16", "e4m3", 16, "NHD", 7, "strided", 64, True),
+            ("fp16", "e4m3", 64, "HND", 4, "plain", 80, False),
+            ("bf16", "e5m2", 32, "NHD2", 3, "strided", 192, True),
         )
     ]  # fmt: skip
 
@@ -262,7 +268,8 @@ def test_rope_append(case, interleaved, device):
 
 @pytest.mark.family("kv_cache")
 @pytest.mark.parametrize(
-    ("kv", "dtype", "head_dim", "page_size"), [("e4m3", "bf16", 128, 16), ("e5m2", "fp16", 256, 64)]
+    ("kv", "dtype", "head_dim", "page_size"),
+    [("e4m3", "bf16", 128, 16), ("e5m2", "fp16", 256, 64), ("e4m3", "bf16", 64, 16), ("e5m2", "bf16", 96, 32)],
 )
 def test_a_cache_is_that_of_the_host(cuda, kv, dtype, head_dim, page_size):
     """Prefill, decode, forks and copies: the same bytes in the pages, outputs as far apart as two kernels' may be."""

@@ -29,7 +29,9 @@ def test_the_matrix():
     expected |= {f"{name}_{e}_{kv}" for name, e, kv in itertools.product(scaled, ("bf16", "fp16"), ("e4m3", "e5m2"))}
     expected |= {
         f"attention_{e}_{kv}_h{d}_p{p}"
-        for e, kv, d, p in itertools.product(("bf16", "fp16"), ("e4m3", "e5m2"), (128, 256), (16, 32, 64))
+        for e, kv, d, p in itertools.product(
+            ("bf16", "fp16"), ("e4m3", "e5m2"), (64, 80, 96, 128, 192, 256), (16, 32, 64)
+        )
     }
     expected |= {f"merge_states_{e}" for e in ("bf16", "fp16", "fp32")}
     expected |= {"scale_lse"}

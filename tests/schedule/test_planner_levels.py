@@ -14,10 +14,10 @@ from tvm_infer.errors import ArgumentError
 from tvm_infer.schedule import Plan, reference
 from tvm_infer.testing.plan_checks import check_levels, check_plan, visible_ranges
 
-H200 = (16, 128, 600_000, 10_000, 13_500, 128, 128, 3_600_000, 0, 14_000, 2_700_000, 9_000_000)
+H200 = (16, 128, 600_000, 10_000, 13_500, 128, 128, 3_600_000, 0, 14_000, 2_700_000, 9_000_000, 600)
 CPU = tuple(tvm_infer.cpu_tile_table("float32", 128))
 # Merging is free in the last two: whatever can be shared is.
-TABLES = [H200, CPU, (16, 16, 0, 0, 1000, 0, 0), (4, 8, 0, 0, 3000, 24, 8, 0, 0, 5000, 0, 0)]
+TABLES = [H200, CPU, (16, 16, 0, 0, 1000, 0, 0, 1000), (4, 8, 0, 0, 3000, 24, 8, 0, 0, 5000, 0, 0, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,12 +363,12 @@ def test_settings_that_do_not_share(arguments):
 
 
 def test_what_merges_cost_is_the_tables_word():
-    """16 requests of 2048 + 256 keys are shared at the executor's price of merges, and not at four times the price for a plan or for a
+    """32 requests of 2048 + 256 keys are shared at the executor's price of merges, and not at four times the price for a plan or for a
     merge; the price is not part of what a graph is captured for."""
-    case = batch(16, 2048, 256)
-    *classes, each, once = H200
+    case = batch(32, 2048, 256)
+    *classes, each, once, again = H200
     assert case.check().num_shared_works > 0
-    for prices in ((each, 4 * once), (16 * each, once)):
+    for prices in ((each, 4 * once, again), (16 * each, once, again)):
         dear = dataclasses.replace(case, tile_table=(*classes, *prices))
         assert dear.check().num_shared_works == 0
         assert (dear.plan().header["capture_key"] == case.plan().header["capture_key"]).all()
@@ -376,6 +376,14 @@ def test_what_merges_cost_is_the_tables_word():
         ArgumentError, match=r"`levels` with a `tile_table` that does not say what merges of shared keys cost; end"
     ):
         case.plan(tile_table=tuple(classes))
+
+
+@pytest.mark.parametrize(("again", "is_shared"), [(0, False), (600, False), (1000, True)])
+def test_keys_read_again_cost_what_the_table_says(again, is_shared):
+    """Without sharing, 16 requests of 2048 + 256 keys read 15 of 16 shared keys from a cache: cheaper than the merges, unless the table
+    takes them for keys from memory."""
+    case = dataclasses.replace(batch(16, 2048, 256), tile_table=(*H200[:-1], again))
+    assert (case.check().num_shared_works > 0) == is_shared
 
 
 def test_queries_that_are_not_causal_may_share_all_keys():

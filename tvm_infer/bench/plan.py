@@ -18,7 +18,7 @@ from ..schedule import Band, Plan
 NUM_CTAS, NUM_QO_HEADS, NUM_KV_HEADS = 132, 32, 8
 # An H200-like table (rows, kv_granule, fixed, row, kv): a decode tile reads 512 bytes a key at 1/132 of 4.4 TB/s, a prefill tile of
 # 128 rows does 65,536 FLOP a key at 1/132 of 790 TFLOP/s; a work starts and ends in 1.5 to 2.5 us. The last two are of merges.
-TILE_TABLE = (64, 64, 1_500_000, 5_000, 15_300, 128, 128, 2_500_000, 10_000, 11_000, 2_700_000, 9_000_000)
+TILE_TABLE = (64, 64, 1_500_000, 5_000, 15_300, 128, 128, 2_500_000, 10_000, 11_000, 2_700_000, 9_000_000, 600)
 _CAUSAL = Band(window_right=0)
 _DISTINCT = 20  # batches of a workload, planned in turn: no branch predictor learns one batch by heart
 

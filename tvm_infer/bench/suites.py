@@ -175,7 +175,10 @@ _FP8_BASES = (
 FP8 = (
     *(row for w in _FP8_BASES for row in (w, _eight_bits(w))),
     _eight_bits(_decode(64, 2048), "float8_e5m2"),
-    replace(_eight_bits(_decode(64, 2048)), name="decode h32/8 b64 kv2048 d256 e4m3fn", head_dim=256),
+    *(
+        replace(_eight_bits(_decode(64, 2048)), name=f"decode h32/8 b64 kv2048 d{head_dim} e4m3fn", head_dim=head_dim)
+        for head_dim in (64, 80, 96, 192, 256)
+    ),
 )
 _QUICK = (
     "decode h32/8 b1 kv2048",

@@ -24,7 +24,7 @@ HEAD_DIM_PAIRS = ("h192_v128",)  # keys wider than values: head_dim and head_dim
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
 # keys and values of 8 bits, in names -> in source (ptx/float8.cuh), and the shapes of attention over them
 KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}
-KV_HEAD_DIMS = (128, 256)
+KV_HEAD_DIMS = HEAD_DIMS
 KV_PAGE_SIZES = (16, 32, 64)
 
 

@@ -46,6 +46,7 @@ class SharedMergeCost(NamedTuple):
 
     each: int
     once: int
+    again: int
 
 
 class Item(NamedTuple):
@@ -340,10 +341,10 @@ def choose_shared(
     """The layout with shared works, if it is shorter than the flat one by more than its merges cost."""
     layout = choose(forest.items, classes, heads, num_ctas, 0, True)
     merges = -(-(forest.merge_price + price.each * len(forest.tiles)) * heads // num_ctas) + price.once
-    makespan = max(flat.load)
-    return (
-        (forest.items, layout) if max(layout.load) + merges < makespan - makespan // _MIN_SHARED_GAIN_FRACTION else None
-    )
+    saved = -(-(forest.reread_cost // 1000 * (1000 - price.again) * heads) // num_ctas)
+    makespan = max(flat.load) - saved
+    limit = makespan - makespan // _MIN_SHARED_GAIN_FRACTION - merges
+    return (forest.items, layout) if max(layout.load) < limit else None
 
 
 def tree_merges(forest: Forest, layout: Layout, heads: int) -> list[tuple[int, int, int, int, list[int]]]:
@@ -386,7 +387,7 @@ def plan(
 ) -> np.ndarray:
     """The plan of a batch as int32 words, exactly its bytes_used. Arguments as in :func:`tvm_infer.plan`; they are not checked.
 
-    tile_table : five integers per class: rows, kv_granule, fixed, row, kv; with levels two more, a SharedMergeCost.
+    tile_table : five integers per class: rows, kv_granule, fixed, row, kv; with levels three more, a SharedMergeCost.
     """
     has_head_lists = np.ndim(kv_len) == 2
     qo_indptr, kv_len = [int(x) for x in qo_indptr], [int(x) for x in np.ravel(kv_len)]

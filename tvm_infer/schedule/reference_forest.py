@@ -44,7 +44,8 @@ class Tile:
 
 @dataclass
 class Forest:
-    """Items of a plan with shared works, those first; `merge_price` is of merges as of any, one KV head."""
+    """Items of a plan with shared works, those first; `merge_price` is of merges as of any, one KV head, and `reread_cost` of the
+    shared keys that a flat plan's works of the narrowest class read after another has."""
 
     items: list[Item]
     num_shared: int
@@ -53,6 +54,7 @@ class Forest:
     order: list[int]
     flat_cost: int
     merge_price: int
+    reread_cost: int
 
 
 def make_forest(
@@ -140,6 +142,10 @@ def make_forest(
                 Item(first.kv_list, c, first.row_begin, rows, *keys, merge_tile=ts[0].merge, merge_tiles=len(ts))
             )
     num_shared = len(items)
+    reread = sum(own_begin[t.item.tile] for t in merging if t.item.tile_class == 0)
+    for k in used:
+        if within[k][0].item.tile_class == 0:
+            reread -= kv_end[k] - max([0, *(kv_end[j] for j in around[k] if j in used)])
     for t in tiles:
         own = t.item._replace(kv_begin=own_begin[t.item.tile], tile=len(items), merge_tile=t.merge)
         items.append(own._replace(merge_tiles=int(t.merge >= 0)))
@@ -151,4 +157,5 @@ def make_forest(
         order,
         sum(t.item.cost(classes[t.item.tile_class]) for t in tiles),
         sum(map(price, merging)),
+        max(0, reread) * classes[0].kv,
     )

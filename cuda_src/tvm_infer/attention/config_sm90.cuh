@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "tvm_infer/attention/variant.cuh"
+#include "tvm_infer/cuda/params.h"
 #include "tvm_infer/ptx/element.cuh"
 #include "tvm_infer/tile/ring.cuh"
 #include "tvm_infer/tile/swizzle.cuh"
@@ -59,16 +60,17 @@ struct ConfigSm90 {
 
   static constexpr int kPanels = tile::Panels(kHeadDim);
   static constexpr int kRowWidth =
-      kPanels * tile::kPanelElements;                       // elements of a row in shared memory; those behind kHeadDim are not used
-  static constexpr bool kIsPadded = kRowWidth != kHeadDim;  // copies fill whole panels, one by one
+      kPanels * tile::kPanelElements;  // elements of a row in shared memory; those behind kHeadDim are not used
+  static constexpr bool kIsPadded = !kIsScaled && kRowWidth != kHeadDim;  // copies fill whole panels, one by one
   static constexpr int kLoadLanes = tile::RowLanes(kHeadDim);
-  // Keys and values in the ring: 8-bit rows lie as 16-bit rows of half as many columns.
+  // Keys and values in the ring: 8-bit rows lie as 16-bit rows of half as many columns. Those of 64 and 192 are whole panels of 64 bytes,
+  // those of 80 and 96 begin one panel of 128, whose end arrives as zeros.
   static constexpr int kKvColumns = kIsScaled ? kHeadDim / 2 : kHeadDim;
   static constexpr int kValueColumns = kIsScaled ? kHeadDimVo / 2 : kHeadDimVo;
-  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns>;          // of K
-  using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns>;  // of V, from the start of its stage
-  static_assert(!kIsScaled || (kHeadDim % 128 == 0 && kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant),
-                "8-bit elements: panels are 128 of them");
+  static constexpr int kKvPanelBytes = cuda::KvPanelBytes(kHeadDim, kIsScaled ? 1 : 2);
+  using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns, kKvPanelBytes>;          // of K
+  using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns, kKvPanelBytes>;  // of V, from the start of its stage
+  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant), "8-bit elements: in pages, of plain attention");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
   // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is
@@ -83,7 +85,7 @@ struct ConfigSm90 {
   // One stage is a tile of K or of V of one head (of narrower values not all of it). Prefill takes all the room there is, since its tiles
   // of K and V pass in bursts. Decode keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more
   // than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
-  static constexpr int kStageBytes = kTileKeys * tile::Panels(kKvColumns) * tile::kPanelRowBytes;
+  static constexpr int kStageBytes = kBoxesPerTile * Boxes::kPageBytes;
   static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
   static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;
   static constexpr int kDecodeBytes = 131072;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/ptx/mma.cuh"
 #include "tvm_infer/tile/swizzle.cuh"
 

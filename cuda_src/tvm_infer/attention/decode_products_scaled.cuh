@@ -31,20 +31,23 @@ struct ScaledDecodeProducts {
   // Rows 2 * warp and 2 * warp + 1 of the 16 at `address` to float16, in place, their columns where the products want them; `unscale`:
   // what each row's logits are to be multiplied by. All warps together, before LoadQuery, and a barrier between.
   __device__ __forceinline__ static void PrepareQuery(uint32_t address, float* unscale, uint32_t warp) {
-    constexpr uint32_t kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks;  // 16 bytes a lane
-    static_assert(kChunks == 16 || kChunks == 32);
+    constexpr uint32_t kChunks = kHeadDim / 8;                                       // 16 bytes a lane, of which there may be more
+    constexpr uint32_t kLanes = kChunks <= 16 ? 16 : 32, kRowsAtOnce = 32 / kLanes;  // at most a warp's two rows
 #pragma unroll
     for (uint32_t i = 0; i < 2; i += kRowsAtOnce) {
-      const uint32_t row = 2 * warp + i + Lane() / kChunks, chunk = Lane() % kChunks;
+      const uint32_t row = 2 * warp + i + Lane() / kLanes, chunk = Lane() % kLanes;
+      const bool has_chunk = kChunks == kLanes || chunk < kChunks;
       const uint32_t at = address + chunk / 8 * Config::kPanelRows * tile::kPanelRowBytes + tile::SwizzledOffset(row, chunk % 8);
-      const uint4 words = ptx::LoadShared16(at);
+      const uint4 words = has_chunk ? ptx::LoadShared16(at) : uint4{};
       uint32_t x[4] = {words.x, words.y, words.z, words.w};
-      const float factor = Element::kIsBf16 ? ToHalf(x, kChunks) : 1.f;
+      const float factor = Element::kIsBf16 ? ToHalf(x, kLanes) : 1.f;
       // Of 16 columns, two lanes': the first keeps pairs 0, 2, 4, 6 and the second 1, 3, 5, 7.
       const bool second = chunk % 2 != 0;
       const uint32_t theirs[2] = {__shfl_xor_sync(0xffffffff, second ? x[0] : x[1], 1),
                                   __shfl_xor_sync(0xffffffff, second ? x[2] : x[3], 1)};
-      ptx::StoreShared16(at, second ? make_uint4(theirs[0], theirs[1], x[1], x[3]) : make_uint4(x[0], x[2], theirs[0], theirs[1]));
+      if (has_chunk) {
+        ptx::StoreShared16(at, second ? make_uint4(theirs[0], theirs[1], x[1], x[3]) : make_uint4(x[0], x[2], theirs[0], theirs[1]));
+      }
       if (chunk == 0) unscale[row] = factor;
     }
   }
@@ -61,11 +64,12 @@ struct ScaledDecodeProducts {
   __device__ __forceinline__ static void Logits(float (&s)[8], const Query& query, uint32_t address) {
     float s0[4] = {0.f, 0.f, 0.f, 0.f}, s1[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 32; ++d) {
+    for (int d = 0; d < (kHeadDim + 31) / 32; ++d) {
       uint32_t k[4];  // 16 columns of keys 0 … 7, the next 16, the same of keys 8 … 15
       ptx::LoadMatrixX4(k, Boxes::Columns(address, 16 * d));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        if (32 * d + 16 * i >= kHeadDim) break;  // of 80 columns the last 16 are alone
         uint32_t b[2];
         const uint32_t(&q)[4] = query.rows.q[2 * d + i];
         KvElement::ToHalves(k[i], b[0], b[1]);
@@ -88,11 +92,12 @@ struct ScaledDecodeProducts {
     const bool is_edge = begin > 0 || end < kWarpKeys;
     if (is_edge) Plain::KeepKeys(keep, begin, end);
 #pragma unroll
-    for (int d = 0; d < kOwnColumns / 32; ++d) {
+    for (int d = 0; d < (kOwnColumns + 31) / 32; ++d) {
       uint32_t v[4];  // 16 columns of keys 0 … 7, of keys 8 … 15, then the next 16
       ptx::LoadMatrixX4Transposed(v, Boxes::Columns(address, (kOwnColumns == kHeadDim ? 0 : first_column / 2) + 16 * d));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        if (32 * d + 16 * i >= kOwnColumns) break;
         uint32_t even[2], odd[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -27,13 +27,14 @@ __device__ __forceinline__ uint4 Widened(uint32_t low, uint32_t high) {
 // All computing threads, `thread` of them each its part; from a stage of the ring to `to`. Keys outside [begin, end) become 0: they may be
 // NaN, and a weight of 0 times NaN is NaN.
 //
-// NOTE: eight lanes have four chunks each of keys k and k ^ 5: neither their loads nor their stores meet in a bank.
+// NOTE: eight lanes have four chunks each of keys k and k ^ 5: neither their loads nor their stores meet in a bank. In lines of 128 bytes,
+// as both keys differ in bit 2, which the swizzle puts four chunks apart; in lines of two keys, as one of both is odd.
 template <typename Config>
 __device__ __forceinline__ void WidenTile(uint32_t from, uint32_t to, int32_t thread, int32_t begin, int32_t end) {
   using Source = typename Config::Boxes;
   using Target = tile::PageBoxes<Config::kTileKeys, Config::kHeadDim>;
-  constexpr int kGroups = Config::kHeadDim / 64;  // of four chunks of a key
-  constexpr int kAtOnce = 2, kSteps = Config::kTileKeys * Config::kHeadDim / 16 / Config::kConsumerThreads;
+  constexpr int kGroups = tile::Panels(Config::kHeadDim);  // of four chunks of a key; what lies behind the head's end is widened, too
+  constexpr int kSteps = Config::kTileKeys * kGroups * 4 / Config::kConsumerThreads, kAtOnce = kSteps % 2 == 0 ? 2 : 1;
 #pragma unroll 1
   for (int first = 0; first < kSteps; first += kAtOnce) {
     uint4 words[kAtOnce];

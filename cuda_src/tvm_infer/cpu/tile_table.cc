@@ -21,7 +21,7 @@ constexpr Measured kSixteenBit[kNumClasses] = {{4, 54'000, 15'000, 26'000},   {8
 // 31 from e4m3; of 64 rows 188, 180, 184).
 // A merge of shared keys takes 0.1 to 0.7 us for 4 and 8 rows. Of such numbers 0.7 and 2 us chose best between the plans with and without
 // shared keys of 2 to 64 requests, groups of 1, 4 and 8, both types: 1 % slower than always the faster one (2.7 and 9 us: 5 %).
-constexpr SharedMergeCost kSharedMerge = {.each = 700'000, .once = 2'000'000};
+constexpr SharedMergeCost kSharedMerge = {.each = 700'000, .once = 2'000'000, .again = 1000};
 constexpr int32_t kKvGranule = 64;  // cuts between blocks of keys
 
 // Work per key grows with head_dim, but for the softmax, which weighs as much as 16 of it.
@@ -35,7 +35,7 @@ Scaled Scale(const Measured (&measured)[kNumClasses], int32_t head_dim) {
     const Measured& m = measured[i];
     scaled.classes[i] = {m.rows, kKvGranule, m.fixed, m.row * head_dim / 128, m.kv * (head_dim + 16) / 144};
   }
-  scaled.shared_merge = {kSharedMerge.each * head_dim / 128, kSharedMerge.once};
+  scaled.shared_merge = {kSharedMerge.each * head_dim / 128, kSharedMerge.once, kSharedMerge.again};
   return scaled;
 }
 

@@ -13,8 +13,6 @@
 namespace tvm_infer::cuda {
 namespace {
 
-constexpr int32_t kPanelBytes = 128;  // the swizzle's span
-
 constexpr int32_t kMinBoxTokens = 8;  // smaller pages are gathered by token
 
 // Shapes with a kernel, as rows of one table each; a new one is a new entry.
@@ -25,7 +23,8 @@ constexpr DTypeTag kDTypes[] = {DTypeTag::kFloat16, DTypeTag::kBFloat16};
 // Of scaled keys and values.
 constexpr DTypeTag kScaledDTypes[] = {DTypeTag::kFloat8E4M3, DTypeTag::kFloat8E5M2};
 constexpr int32_t kScaledPageSizes[] = {16, 32, 64};
-constexpr int32_t kScaledHeadDims[] = {128, 256};
+constexpr int kNumScaledDTypes = sizeof(kScaledDTypes) / sizeof(kScaledDTypes[0]);
+constexpr int kNumScaledPageSizes = sizeof(kScaledPageSizes) / sizeof(kScaledPageSizes[0]);
 constexpr int kNumPageSizes = sizeof(kPageSizes) / sizeof(kPageSizes[0]);
 constexpr int kNumHeadDims = sizeof(kHeadDims) / sizeof(kHeadDims[0]);
 constexpr int kNumDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
@@ -76,13 +75,13 @@ bool Has(const T (&values)[kCount], T value) {
 
 // One CachedKernel for each shape with scaled keys; never destroyed.
 struct ScaledKernelTable {
-  CachedKernel* of[kNumDTypes][2][2][3];
+  CachedKernel* of[kNumDTypes][kNumScaledDTypes][kNumHeadDims][kNumScaledPageSizes];
   ScaledKernelTable() {
     for (int d = 0; d < kNumDTypes; ++d) {
-      for (int kv = 0; kv < 2; ++kv) {
-        for (int h = 0; h < 2; ++h) {
-          for (int p = 0; p < 3; ++p)
-            of[d][kv][h][p] = new CachedKernel(KernelName(kDTypes[d], kScaledDTypes[kv], kScaledHeadDims[h], kScaledPageSizes[p]));
+      for (int kv = 0; kv < kNumScaledDTypes; ++kv) {
+        for (int h = 0; h < kNumHeadDims; ++h) {
+          for (int p = 0; p < kNumScaledPageSizes; ++p)
+            of[d][kv][h][p] = new CachedKernel(KernelName(kDTypes[d], kScaledDTypes[kv], kHeadDims[h], kScaledPageSizes[p]));
         }
       }
     }
@@ -107,7 +106,7 @@ CachedKernel& KernelFor(const AttentionLaunch& launch) {
   if (IsScaled(launch.kv_dtype)) {
     if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "k_cache");
     static const ScaledKernelTable& table = *new ScaledKernelTable;
-    return *table.of[dtype][IndexOf(kScaledDTypes, launch.kv_dtype)][IndexOf(kScaledHeadDims, launch.head_dim)]
+    return *table.of[dtype][IndexOf(kScaledDTypes, launch.kv_dtype)][IndexOf(kHeadDims, launch.head_dim)]
                     [IndexOf(kScaledPageSizes, launch.page_size)];
   }
   if (launch.head_dim != launch.head_dim_vo) {
@@ -135,9 +134,14 @@ uint64_t StrideBytes(const AttentionLaunch& launch, const KvView& view, int64_t 
 }
 
 // Heads of whole panels have an axis of them; others are one axis, whose end the copy engine knows (cuda/params.h).
-uint32_t PanelElements(const AttentionLaunch& launch) { return static_cast<uint32_t>(kPanelBytes / ElementBytes(launch.kv_dtype)); }
+uint32_t PanelBytes(const AttentionLaunch& launch, const KvView& view) {
+  return static_cast<uint32_t>(KvPanelBytes(view.head_dim, ElementBytes(launch.kv_dtype)));
+}
+uint32_t PanelElements(const AttentionLaunch& launch, const KvView& view) {
+  return PanelBytes(launch, view) / static_cast<uint32_t>(ElementBytes(launch.kv_dtype));
+}
 uint32_t NumPanels(const AttentionLaunch& launch, const KvView& view) {
-  const auto head_dim = static_cast<uint32_t>(view.head_dim), panel = PanelElements(launch);
+  const auto head_dim = static_cast<uint32_t>(view.head_dim), panel = PanelElements(launch, view);
   return head_dim % panel == 0 ? head_dim / panel : 1;
 }
 
@@ -150,11 +154,11 @@ TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, cons
   const uint64_t pages = ragged ? 1 : num_pages;
   // A pool without pages has no address; no key is read then, but a map must have one.
   const void* base = launch.num_pages > 0 ? view.base : launch.params.q;
-  const uint32_t panel = std::min(PanelElements(launch), static_cast<uint32_t>(view.head_dim));
-  return EncodeTensorMap(launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
-                         {StrideBytes(launch, view, view.stride_token, tokens), kPanelBytes,
-                          StrideBytes(launch, view, view.stride_head, heads), StrideBytes(launch, view, view.stride_page, pages)},
-                         {panel, static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
+  return EncodeTensorMap(
+      launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
+      {StrideBytes(launch, view, view.stride_token, tokens), PanelBytes(launch, view), StrideBytes(launch, view, view.stride_head, heads),
+       StrideBytes(launch, view, view.stride_page, pages)},
+      {PanelElements(launch, view), static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
 }
 
 KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {

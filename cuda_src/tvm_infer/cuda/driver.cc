@@ -123,9 +123,10 @@ TensorMap EncodeTensorMap(DTypeTag dtype, const void* base, const uint64_t (&siz
                           const uint32_t (&box)[5]) {
   constexpr uint32_t kElementStrides[5] = {1, 1, 1, 1, 1};
   const int type = IsScaled(dtype) ? kTensorMapUInt8 : dtype == DTypeTag::kBFloat16 ? kTensorMapBFloat16 : kTensorMapFloat16;
+  const int swizzle = box[0] * ElementBytes(dtype) == 64 ? kTensorMapSwizzle64 : kTensorMapSwizzle128;
   TensorMap map;
   CheckDriver(Driver().cuTensorMapEncodeTiled(&map, type, 5, const_cast<void*>(base), sizes, strides, box, kElementStrides,
-                                              kTensorMapInterleaveNone, kTensorMapSwizzle128, kTensorMapPromotion128, kTensorMapZeroFill),
+                                              kTensorMapInterleaveNone, swizzle, kTensorMapPromotion128, kTensorMapZeroFill),
               "cuTensorMapEncodeTiled");
   return map;
 }

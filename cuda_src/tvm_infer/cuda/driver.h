@@ -58,8 +58,8 @@ struct Kernel;
 // `params`: addresses of the kernel's parameters. PDL: its prologue may overlap the launch before it on the stream.
 void LaunchKernel(const Kernel& kernel, int32_t grid, void* stream, void* const* params, bool programmatic_dependent = true);
 
-// Five axes, innermost first; sizes and boxes in elements, strides in bytes (of axes 1 … 4). Elements of 16 or 8 bits; 128-byte
-// swizzle, 128-byte L2 promotion (256 bytes reads 6 % slower), zeros outside.
+// Five axes, innermost first; sizes and boxes in elements, strides in bytes (of axes 1 … 4). Elements of 16 or 8 bits; the swizzle
+// that spans box[0], 128 or 64 bytes, 128-byte L2 promotion (256 bytes reads 6 % slower), zeros outside.
 TensorMap EncodeTensorMap(DTypeTag dtype, const void* base, const uint64_t (&sizes)[5], const uint64_t (&strides)[4],
                           const uint32_t (&box)[5]);
 

@@ -12,6 +12,10 @@ struct alignas(64) TensorMap {
   uint8_t bytes[128];
 };
 
+// Rows of keys and values are copied by panels of this many bytes, the span of the swizzle that they get in shared memory
+// (tile/swizzle.cuh). 8-bit rows of 64 and 192 bytes would leave half of a panel of 128 empty.
+constexpr int KvPanelBytes(int head_dim, int element_bytes) { return element_bytes == 1 && head_dim % 128 == 64 ? 64 : 128; }
+
 // What a kernel says of itself: every kernel NAME has a device constant NAME_info of this type in its cubin.
 struct KernelInfo {
   int32_t abi;           // kKernelAbi of the sources it was compiled from

@@ -14,7 +14,7 @@
 namespace tvm_infer::ffi_api {
 namespace {
 
-constexpr int kTileFields = 5, kSharedMergeFields = 2;
+constexpr int kTileFields = 5, kSharedMergeFields = 3;
 constexpr int kBandFields = 4;
 
 int32_t CheckedInt32(int64_t value, const char* name) {
@@ -31,9 +31,11 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
   const int64_t num_values = static_cast<int64_t>(tile_table.size());
   const bool has_shared_merge = num_values % kTileFields == kSharedMergeFields;
   if (num_values < kTileFields || (num_values % kTileFields != 0 && !has_shared_merge)) {
-    TVM_INFER_THROW(ArgumentError) << "argument `tile_table` has " << num_values
-                                   << " values; it must have 5 for each class, rows, kv_granule, fixed, row, kv, and may end with 2, what "
-                                      "each merge of shared keys costs and a plan that has any";
+    TVM_INFER_THROW(ArgumentError)
+        << "argument `tile_table` has " << num_values
+        << " values; it must have 5 for each class, rows, kv_granule, fixed, row, kv, and may end with 3, what "
+           "each merge of shared keys costs, what a plan that has any does, and thousandths of a key's cost when it "
+           "is read again";
   }
   classes.resize(num_values / kTileFields);
   for (size_t i = 0; i < classes.size(); ++i) {
@@ -54,7 +56,8 @@ PlanParams MakeParams(int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ct
   params.fixed_split_size = CheckedInt32(fixed_split_size, "fixed_split_size");
   params.tile_classes = classes.data();
   params.num_tile_classes = static_cast<int32_t>(classes.size());
-  if (has_shared_merge) params.shared_merge = SharedMergeCost{tile_table[num_values - 2], tile_table[num_values - 1]};
+  if (has_shared_merge)
+    params.shared_merge = SharedMergeCost{tile_table[num_values - 3], tile_table[num_values - 2], tile_table[num_values - 1]};
   return params;
 }
 
@@ -214,7 +217,7 @@ tvm::ffi::Shape FlatCosts(const TileCosts& costs) {
     const TileClass& c = costs.classes[i];
     flat.insert(flat.end(), {c.rows, c.kv_granule, c.fixed, c.row, c.kv});
   }
-  flat.insert(flat.end(), {costs.shared_merge.each, costs.shared_merge.once});
+  flat.insert(flat.end(), {costs.shared_merge.each, costs.shared_merge.once, costs.shared_merge.again});
   return tvm::ffi::Shape(flat.begin(), flat.end());
 }
 

@@ -35,8 +35,8 @@ MaskBand MakeBand(const tvm::ffi::Shape& band);
 //                  it); num_sink: first keys that it sees besides; chunk: positions a chunk, outside of which it sees none, 0 for no
 //                  chunks. With sinks or chunks the plan runs with a variant that masks them
 //   fixed_split_size  0 automatic, -1 never, > 0: KV is cut at its multiples
-//   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds); then, where keys are to be shared, the 2 of
-//                  SharedMergeCost: each, once
+//   tile_table     5 integers a class: rows, kv_granule, fixed, row, kv (picoseconds); then, where keys are to be shared, the 3 of
+//                  SharedMergeCost: each, once, again
 //   max_partial_rows  rows of the partial buffers that this plan will run with
 //   plan_out       int32, contiguous: receives the plan
 int64_t MakePlan(tvm::ffi::TensorView qo_indptr, tvm::ffi::TensorView kv_len, int64_t num_qo_heads, int64_t num_kv_heads, int64_t num_ctas,

@@ -10,7 +10,7 @@ bool Forest::Build(const PlanParams& p, const int32_t* qo_indptr, const int32_t*
   MakeTiles(p, qo_indptr, kv_len, num_requests, shared);
   PlaceRuns(p, shared, num_requests);
   if (!ChooseRuns(p)) return false;
-  CutTiles();
+  CutTiles(p);
   if (int64_t{num_merge_tiles_} * p.num_kv_heads * (num_levels_ + 1) > std::numeric_limits<int32_t>::max()) return false;
   if (has_order_) {
     token_order_.Reserve(qo_indptr[num_requests]);
@@ -167,9 +167,14 @@ bool Forest::ChooseRuns(const PlanParams& p) {
 }
 
 // Where each tile's own keys begin, and which tiles merge.
-void Forest::CutTiles() {
+void Forest::CutTiles(const PlanParams& p) {
   num_merge_tiles_ = 0;
   merge_tiles_.Reserve(num_tiles_);
+  int64_t reread = 0;
+  for (int32_t k = 0; k < num_runs_; ++k) {
+    const Run& run = runs_[k];
+    if (run.is_used && tiles_[run.first_tile].tile_class == 0) reread -= run.kv_end - run.kv_begin;
+  }
   for (int32_t i = 0; i < num_places_; ++i) {
     if (run_of_[i] < 0) continue;
     const Run& run = runs_[run_of_[i]];
@@ -177,9 +182,11 @@ void Forest::CutTiles() {
     for (int32_t t = first_tile_[i]; t < first_tile_[i + 1]; ++t) {
       tiles_[t].kv_begin = run.is_used ? run.kv_end : run.kv_begin;
       tiles_[t].merge = num_merge_tiles_;
+      if (tiles_[t].tile_class == 0) reread += tiles_[t].kv_begin;
       merge_tiles_[num_merge_tiles_++] = {tiles_[t].row_begin, tiles_[t].num_rows};
     }
   }
+  reread_cost_ = std::max<int64_t>(0, reread) * p.tile_classes[0].kv;
 }
 
 void Forest::MakeItems(const PlanParams& p, Items* items) const {

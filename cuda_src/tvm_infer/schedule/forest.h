@@ -30,6 +30,8 @@ class Forest {
   const int32_t* token_order() const { return has_order_ ? token_order_.data() : nullptr; }
   int64_t flat_cost() const { return flat_cost_; }      // of all requests' tiles with all their keys, one KV head
   int64_t merge_price() const { return merge_price_; }  // of merging each tile once, one KV head
+  // Of the shared keys that a flat plan's works of the narrowest class would read after another has, one KV head.
+  int64_t reread_cost() const { return reread_cost_; }
 
   int64_t CountSlots(const Items& items, const Layout& layout, int32_t num_kv_heads);
   // Merges of the tiles, int32[num_merge_tiles * num_kv_heads + 1] ends of their slots, and the slots. After CountSlots of the same.
@@ -73,7 +75,7 @@ class Forest {
   int64_t SharedCost(const PlanParams& p, const Run& run, int32_t max_rows, int64_t num_keys, int64_t* key_cost) const;
   void ChooseRun(const PlanParams& p, Run* run) const;
   bool ChooseRuns(const PlanParams& p);
-  void CutTiles();
+  void CutTiles(const PlanParams& p);
 
   ScratchArray<Tile> tiles_;
   ScratchArray<int32_t> first_tile_;  // [num_requests + 1], by place in the order
@@ -88,7 +90,7 @@ class Forest {
   int32_t num_tiles_ = 0, num_places_ = 0, num_runs_ = 0, num_merge_tiles_ = 0, num_levels_ = 0, num_shared_items_ = 0;
   int32_t max_pieces_ = 0;  // of an item of several tiles, all heads
   bool has_order_ = false, has_end_ = false;
-  int64_t flat_cost_ = 0, merge_price_ = 0;
+  int64_t flat_cost_ = 0, merge_price_ = 0, reread_cost_ = 0;
 };
 
 }  // namespace tvm_infer

@@ -52,9 +52,12 @@ void CheckParams(const PlanParams& p) {
   }
   constexpr int64_t kMaxCost = int64_t{1} << 40;
   if (p.shared_merge.has_value()) {
-    const auto [each, once] = *p.shared_merge;
+    const auto [each, once, again] = *p.shared_merge;
     if (std::min(each, once) < 0 || std::max(each, once) > kMaxCost) {
       TVM_INFER_THROW(ArgumentError) << "shared_merge is (each " << each << ", once " << once << "); costs must be from 0 to 2^40 ps";
+    }
+    if (again < 0 || again > 1000) {
+      TVM_INFER_THROW(ArgumentError) << "shared_merge has again " << again << "; it must be from 0 to 1000 thousandths of a key's cost";
     }
   }
   for (int32_t c = 0; c < p.num_tile_classes; ++c) {
@@ -86,11 +89,13 @@ void Planner::Scratch::LayFlat(const PlanParams& p, const Batch& batch, int64_t 
   flat.Lay(p);
 }
 
-// What a plan with shared works must be shorter than, beside a flat one of this makespan. It never falls as that grows: a bound of the
-// makespan gives a bound of it.
+// What a plan with shared works must be shorter than, beside a flat one of this makespan, which takes less where requests read the same
+// keys. It never falls as the makespan grows: a bound of that gives a bound of it.
 int64_t Planner::Scratch::SharedLimit(const PlanParams& p, int64_t flat_makespan) const {
   const int64_t merges = CeilDiv(forest.merge_price() * p.num_kv_heads, p.num_ctas) + p.shared_merge->once;
-  return flat_makespan - flat_makespan / kMinSharedGainFraction - merges;
+  const int64_t saved = CeilDiv(forest.reread_cost() / 1000 * (1000 - p.shared_merge->again) * p.num_kv_heads, p.num_ctas);
+  const int64_t flat = flat_makespan - saved;
+  return flat - flat / kMinSharedGainFraction - merges;
 }
 
 namespace {

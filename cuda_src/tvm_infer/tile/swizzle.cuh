@@ -1,7 +1,11 @@
-// Shared-memory tiles of 16-bit elements in the 128-byte swizzle that TMA writes and wgmma and ldmatrix read.
+// Shared-memory tiles of 16-bit elements in the swizzles that TMA writes and wgmma and ldmatrix read.
 //
 // A panel is 64 elements (128 bytes) wide; the 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that 8 rows of one column hit all
 // banks. Rows of head_dim 128 are two panels, those of 80 and 96 as well. Panels start on 1024-byte boundaries.
+//
+// Rows of 8-bit heads of 64 and 192 are panels of 64 bytes: nothing of a stage is empty. Two rows share 128 bytes, and chunk c of row r
+// lies at chunk c ^ (r / 2 % 4) of its half: of 8 rows of one column those at even r have the four places of one half, those at odd r of
+// the other.
 #pragma once
 
 #include <cstdint>
@@ -24,20 +28,25 @@ __device__ __forceinline__ uint32_t SwizzledOffset(uint32_t row, uint32_t chunk)
 }
 
 // kTileKeys keys of one head, as the copies of whole pages leave them: page after page, each page its panels, each panel its tokens.
-template <int kPageSize, int kHeadDim>
+// kRowBytes: of a panel, 128 or 64.
+template <int kPageSize, int kHeadDim, int kRowBytes = kPanelRowBytes>
 struct PageBoxes {
-  static constexpr int kPanelBytes = kPageSize * kPanelRowBytes;
-  static constexpr int kPageBytes = kPanelBytes * Panels(kHeadDim);
+  static_assert(kRowBytes == kPanelRowBytes || kRowBytes == kPanelRowBytes / 2);
+  static constexpr int kColumns = kRowBytes / 2, kChunks = kRowBytes / 16;  // of a panel
+  static constexpr int kRowsOfLine = kPanelRowBytes / kRowBytes;
+  static constexpr int kPanelBytes = kPageSize * kRowBytes;
+  static constexpr int kPageBytes = kPanelBytes * ((kHeadDim + kColumns - 1) / kColumns);
 
   // Byte offset of 16-byte chunk `chunk` (0 … head_dim / 8 - 1) of key `key`.
   __device__ __forceinline__ static uint32_t Offset(uint32_t key, uint32_t chunk) {
     const uint32_t token = key % kPageSize;
-    return key / kPageSize * kPageBytes + chunk / 8 * kPanelBytes + token * kPanelRowBytes + ((chunk % 8 ^ (key % kSwizzleRows)) << 4);
+    const uint32_t place = chunk % kChunks ^ key / kRowsOfLine % kChunks;
+    return key / kPageSize * kPageBytes + chunk / kChunks * kPanelBytes + token * kRowBytes + (place << 4);
   }
   // From the address of chunk 0 or 1 of a key (a page box starts on 1024 bytes) to the chunk `columns` / 8 further on; `columns` is a
   // multiple of 16. Two instructions where the offset would be ten.
   __device__ __forceinline__ static uint32_t Columns(uint32_t address, uint32_t columns) {
-    return (address ^ (columns % kPanelElements * 2)) + columns / kPanelElements * kPanelBytes;
+    return (address ^ (columns % kColumns * 2)) + columns / kColumns * kPanelBytes;
   }
 };
 
