@@ -239,9 +239,9 @@ def test_kernels_of_both_kinds_of_pages():
     ("layer", "page_sizes", "message"),
     [
         (
-            {"head_dim": 64},
+            {"head_dim": 72},
             (16,),
-            r"with head_dim \[64\]; the cuda executor has .* pages of 8 bits with head_dim 128, 256",
+            r"with head_dim \[72\]; the cuda executor has .* pages of 8 bits with head_dim 64, 80, 96, 128, 192, 256",
         ),
         ({"head_dim": 128}, (16, 8), r"with page_sizes \[16, 8\]; the cuda executor has .* with page_sizes 16, 32, 64"),
     ],
