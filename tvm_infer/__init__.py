@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from .page_selection import PageSelection, SelectedPages, empty_page_bounds, page_scores
     from .planning import cpu_tile_table, cuda_tile_table, plan, plan_status, workspace_size
     from .rope import RopeConfig
-    from .runtime import PagedKVCache
+    from .runtime import PageBudget, PagedKVCache
     from .runtime.loading import load as load
     from .schedule import Plan
 
 __all__ = [
     "AttentionSpec",
     "BlockSparsePlan",
+    "PageBudget",
     "PageSelection",
     "PagedKVCache",
     "Plan",
@@ -69,6 +70,7 @@ __all__ = [
 # Loaded at first use, so that `import tvm_infer` costs neither TVM nor a C++ library.
 _LAZY = {
     "BlockSparsePlan": "block_sparse",
+    "PageBudget": "runtime",
     "PageSelection": "page_selection",
     "PagedKVCache": "runtime",
     "Plan": "schedule",

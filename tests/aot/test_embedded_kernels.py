@@ -101,7 +101,7 @@ def test_a_kernel_that_is_not_in_the_library(library_of, run):
     assert len(out) == 1
     assert "there is no kernel `append_b16` for sm_90a" in out[0]
     assert "holds merge_states_fp32 for sm_90a, attention_bf16_h64_p16 for sm_90a" in out[0]
-    assert "export it with the archs and page_sizes" in out[0]
+    assert "export it with the archs, page_sizes, kv_dtype and page_budget" in out[0]
 
 
 def test_a_kernel_of_another_abi(tmp_path, run):

@@ -15,7 +15,7 @@ from test_exported_variants_cuda import SCRIPT
 from test_library import cuda_model, export_cuda
 
 import tvm_infer
-from tvm_infer import AttentionSpec, PagedKVCache, errors, jit, variant
+from tvm_infer import AttentionSpec, PageBudget, PagedKVCache, errors, jit, variant
 from tvm_infer.runtime import library, model_kernels
 
 TEXT = [7, 1, 90, 3, 55, 2, 2, 8, 19, 31, 7]
@@ -116,7 +116,80 @@ def test_the_manifest(in_8_bits, saved):
     assert np.array(row["k_scales"], np.float32).tolist() == np.array(K_SCALES, np.float32).tolist()
     assert np.array(row["v_scales"]).tolist() == np.float32([[0.012] * 2, [0.03] * 2]).tolist()
     plain = library.read(saved / "model.so").about["cache"]
-    assert plain == {"kv_dtype": "float32", "k_scales": None, "v_scales": None, "shared_prefix": True}
+    assert plain == {
+        "kv_dtype": "float32",
+        "k_scales": None,
+        "v_scales": None,
+        "shared_prefix": True,
+        "page_budget": None,
+    }
+
+
+# Page budgets
+
+BUDGET = PageBudget(num_tokens=9, num_recent_pages=2, dense_layers=1)  # 3 pages of 4 tokens
+
+
+@pytest.fixture(scope="module")
+def budgeted(executable, tmp_path_factory):
+    """The folder of a model whose caches select pages, unless they are asked."""
+    folder = tmp_path_factory.mktemp("budgeted")
+    executable.save(folder, page_budget=BUDGET)
+    return folder
+
+
+def decoded(executable, cache) -> np.ndarray:
+    """Logits of two decode steps behind a prompt of 11 tokens and one of 20."""
+    for seq, text in ((0, TEXT), (1, TEXT * 2)):
+        cache.add_sequence(seq)
+        executable.step(cache, [(seq, text[:20])])
+    found = [executable.step(cache, [(1, [token]), (0, [token])]) for token in (5, 6)]
+    executable.release(cache)
+    return np.concatenate(found)
+
+
+def test_page_budgets_are_as_exported(executable, budgeted, saved):
+    sizes, loaded = {"num_pages": 30, "page_size": 4}, tvm_infer.load(budgeted)
+    expected = decoded(executable, executable.new_cache(**sizes, page_budget=BUDGET))
+    plain = decoded(executable, executable.new_cache(**sizes))
+    assert (expected != plain).any()
+    cache = loaded.new_cache(**sizes)
+    assert (cache.page_budget.num_pages, cache.page_budget.dense_layers) == (3, (0,))
+    made = PagedKVCache.from_handle(function(budgeted, "model_create_cache")(weights_of(budgeted), 4, 30, 4, 0, HOST))
+    assert made.page_budget == cache.page_budget
+    for on in (cache, made):
+        assert (decoded(loaded, on) == expected).all()
+    # asked for otherwise
+    assert (decoded(loaded, loaded.new_cache(**sizes, page_budget=False)) == plain).all()
+    of_all = function(budgeted, "model_create_cache")(weights_of(budgeted), 4, 30, 4, 0, HOST)
+    function(budgeted, "kv_cache_set_page_budget")(of_all, 0, 0, 0, 0, 0, ())
+    assert (decoded(loaded, PagedKVCache.from_handle(of_all)) == plain).all()
+    chosen = scaled_cache(saved)
+    function(saved, "kv_cache_set_page_budget")(chosen, 3, 1, 2, 0, 0, (0,))
+    assert (decoded(tvm_infer.load(saved), PagedKVCache.from_handle(chosen)) == expected).all()
+
+
+def test_page_budgets_of_the_manifest(budgeted, tmp_path, executable):
+    row = library.read(budgeted / "model.so").about["cache"]["page_budget"]
+    assert (row["num_tokens"], row["num_pages"], row["dense_layers"]) == (9, None, [0])
+    loaded = tvm_infer.load(budgeted)
+    loaded.export_library(tmp_path / "model.so", page_budget=BUDGET)
+    with pytest.raises(
+        errors.ArgumentError, match=r"`page_budget` ask for other caches than those of .*page_budget=PageBudget"
+    ):
+        loaded.export_library(tmp_path / "model.so", page_budget=PageBudget(num_pages=3, dense_layers=1))
+    with pytest.raises(errors.ArgumentError, match=r"`dense_layers` is 2 for a cache of 2 layers"):
+        executable.export_library(tmp_path / "other.so", page_budget=PageBudget(num_pages=3))
+    with pytest.raises(
+        errors.ArgumentError, match=r"`dense_layers` is \(0,\), without \[1\]: layers of the model that have an"
+    ):
+        PageBudget(num_pages=3, dense_layers=[0]).check_variants([0, 1])
+
+
+def test_kernels_that_select_pages():
+    layers = [AttentionSpec(8, 2, 128, "bfloat16")]
+    names = model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16,), None, "float8_e5m2", True)
+    assert {"page_bounds_bf16", "page_bounds_bf16_e5m2", "page_scores_bf16", "select_pages"} < set(names)
 
 
 # Shared prefixes
@@ -205,18 +278,22 @@ def test_a_step_launches_the_kernels_of_8_bits(executable, tmp_path, tmp_path_fa
         (n, w.shape, str(w.dtype)) for n, w in zip(executable.manifest.weights, executable._weights, strict=True)
     ]
     model = cuda_model(executable, **heads)
-    export_cuda(model, tmp_path / "model.so", page_sizes=(16,), weights=weights, kv_dtype="float8_e4m3fn", k_scale=0.5)
+    arguments = {"kv_dtype": "float8_e4m3fn", "k_scale": 0.5, "page_budget": PageBudget(num_pages=2, dense_layers=1)}
+    export_cuda(model, tmp_path / "model.so", page_sizes=(16,), weights=weights, **arguments)
     code = (
         SCRIPT.replace("heads, 64)", "heads, 128)")
         .replace("(32,)", "(64,)")
         .replace("driver.variant_args(Args)", "None")
         + """
 def launched(cache):
-    call("kv_cache_add", cache, 0)
+    call("kv_cache_add", cache, 0)  # the last layer's launches
     kernels = [kernel for kernel, _ in step(cache)]
     return kernels, [l["name"] for l in driver.launches()]
 print(*launched(create()), str(call("kv_cache_pages", create(), 0).dtype))
 other = call("model_create_scaled_cache", weights, "bfloat16", None, None, 16, 8, 2, 0, tvm_ffi.device("cuda:1"))
+print(*launched(other))
+other = call("model_create_scaled_cache", weights, "bfloat16", None, None, 16, 8, 2, 0, tvm_ffi.device("cuda:1"))
+call("kv_cache_set_page_budget", other, 0, 0, 0, 0, 0, ())
 print(*launched(other))
 for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None, 8)):
     try:
@@ -230,8 +307,13 @@ for arguments in (("float8_e5m2", None, None, 16), ("float8_e4m3fn", None, None,
     )
     out = run_python(code, tmp_path / "model.so", LD_LIBRARY_PATH=libraries).splitlines()
     e4m3, bf16 = "attention_bf16_e4m3_h128_p16", "attention_bf16_h128_p16"
-    assert out[0] == f"{[e4m3, e4m3]} {['rope_append_bf16_e4m3', e4m3]} float8_e4m3fn"
-    assert out[1] == f"{[bf16, bf16]} {['rope_append_bf16', bf16]}"
+    selects = ["page_scores_bf16", "select_pages"]
+    assert (
+        out[0] == f"{[e4m3, e4m3]} {['rope_append_bf16_e4m3', 'page_bounds_bf16_e4m3', *selects, e4m3]} float8_e4m3fn"
+    )
+    assert out[1] == f"{[bf16, bf16]} {['rope_append_bf16', 'page_bounds_bf16', *selects, bf16]}"
+    assert out[2] == f"{[bf16, bf16]} {['rope_append_bf16', bf16]}"
+    del out[2]
     # attention's is asked for first: nothing is appended that nobody reads
     assert f"there is no kernel `{e4m3.replace('e4m3', 'e5m2')}` for sm_90a" in out[2] and "export it with" in out[2]
     assert (

@@ -7,16 +7,17 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 import tvm_ffi
 
 import tvm_infer
-from tvm_infer import _ffi, errors
+from tvm_infer import _ffi, errors, schedule
 from tvm_infer.jit import headers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_tensors import CUDA, Driver, addresses, index, tensor
-from with_fake_driver import ROW_MASKS, SHARED_WORKS, RopeParams
+from with_fake_driver import HEAD_LISTS, ROW_MASKS, SHARED_WORKS, Params, RopeParams
 
 ABI = headers.kernel_abi()
 REQUESTS, HQ, HKV, DIM, PAGE, PAGES, BUDGET, MAX_PAGES = 3, 8, 2, 128, 16, 40, 4, 20
@@ -322,3 +323,143 @@ def test_debug_checks_read_the_device(driver, debug_checks, call, kind, words, c
     assert driver.launches() == [] and driver.calls("cuStreamSynchronize")
     call()
     assert len(driver.launches()) == 1
+
+
+# ---- a cache whose layers select
+
+CACHE = dict(
+    num_layers=3, num_qo_heads=HQ, num_kv_heads=HKV, head_dim=DIM, dtype="bfloat16", page_size=PAGE, num_pages=PAGES
+)
+CACHE |= dict(max_batch=5, max_tokens=128, device="cuda")
+SELECTING = ["append_b16", "page_bounds_bf16", "page_scores_bf16", "select_pages", "attention_bf16_h128_p16"]
+
+
+def words_at(address, count):
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int32)), (count,))
+
+
+def attend(cache, layer, num_rows):
+    q, kv = (tensor((num_rows, heads, DIM)) for heads in (HQ, HKV))
+    cache.attention(layer, q, kv, kv, out=tensor((num_rows, HQ, DIM)))
+    return q
+
+
+def step_addresses(driver):
+    """What the launches of a selecting layer read and write, which captured graphs keep."""
+    scores, select = driver.page_params("page_scores", ScoresParams), driver.page_params("select_pages", SelectParams)
+    attention = driver.params(Params)
+    return [
+        *(getattr(scores, n) for n in ("kv_len", "kv_page_indptr", "kv_page_indices", "scores", "num_requests")),
+        *(
+            getattr(select, n)
+            for n in ("scores", "kv_len", "kv_page_indptr", "kv_page_indices", "page_lists", "planned", "plan")
+        ),
+        *(getattr(attention, n) for n in ("plan", "kv_indptr", "kv_page_indices", "partial_o")),
+        *attention.capture_key,
+    ]
+
+
+def test_a_layer_that_selects_is_five_launches_in_every_step(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, page_budget=tvm_infer.PageBudget(num_pages=BUDGET, dense_layers=1))
+    for seq, length in ((0, 100), (1, 10), (2, 120)):
+        cache.add_sequence(seq)
+        cache.begin_forward([seq], [length])
+        driver.clear()
+        attend(cache, 0, length)
+        assert [launch["name"] for launch in driver.launches()] == ["append_b16", "attention_bf16_h128_p16"]
+        driver.clear()
+        attend(cache, 1, length)
+        assert [launch["name"] for launch in driver.launches()] == SELECTING
+        cache.end_forward()
+    # a step that selects, of 3 sequences in 4 rows: lists for 4 requests, the last one's empty
+    driver.clear()
+    cache.begin_step([2, 0, 1], [1, 1, 1], num_rows=4)
+    assert cache.selects_pages
+    assert len(driver.calls("cuMemcpyHtoDAsync")) == 3  # the step's block, the plan for lists and its copy
+    driver.clear()
+    q = attend(cache, 2, 4)
+    assert [launch["name"] for launch in driver.launches()] == SELECTING
+    scores, select = driver.page_params("page_scores", ScoresParams), driver.page_params("select_pages", SelectParams)
+    attention = driver.params(Params)
+    assert (scores.num_requests, scores.max_pages, scores.min_pages) == (4, PAGES, BUDGET)
+    assert scores.q == addresses[id(q)] and list(scores.scores_strides) == [HKV * PAGES, PAGES]
+    assert (select.num_requests, select.num_kv_heads, list(select.budget)) == (4, HKV, [PAGE, BUDGET, 1, 1])
+    assert words_at(scores.kv_len, 5).tolist() == [121, 101, 11, 0, 0]
+    own = words_at(scores.kv_page_indptr, 6)
+    assert words_at(scores.kv_page_indices, int(own[-1]))[own[0] : own[1]].tolist() == list(cache.page_table(2))
+    assert own[3] == own[4] == own[5]
+    # attention reads what select_pages writes: its plan, and lists that its page table points at
+    assert attention.plan == select.plan != select.planned and attention.plan_is_ready == 0
+    assert attention.features == HEAD_LISTS | SHARED_WORKS and attention.max_kv_lists == 5 * HKV
+    lists = (select.page_lists - attention.kv_page_indices) // 4
+    assert words_at(attention.kv_indptr, 4 * HKV + 1).tolist() == [lists + BUDGET * i for i in range(4 * HKV + 1)]
+    planned = schedule.Plan(words_at(select.planned, words_at(select.planned, 5)[4] // 4).copy())  # bytes_used
+    assert planned.kv_len.tolist() == [BUDGET * PAGE] * (4 * HKV)
+    assert bytes(words_at(select.plan, planned.buffer.size)) == bytes(planned.buffer)
+    cache.end_forward()
+    # the next one of as many rows brings no plan for lists, of other sequences and fewer
+    driver.clear()
+    before = step_addresses(driver)
+    cache.begin_step([0, 2], [1, 1], num_rows=4)
+    assert len(driver.calls("cuMemcpyHtoDAsync")) == 1
+    attend(cache, 2, 4)
+    assert step_addresses(driver) == before
+    cache.end_forward()
+    # nor has one that selects nothing other addresses, but the plan is the step's, and lists are its sequences' tables
+    cache.begin_step([1, 2], [2, 2], num_rows=4)
+    assert not cache.selects_pages
+    attend(cache, 2, 4)
+    assert step_addresses(driver) == before
+    dense = cache.plan.buffer
+    assert bytes(words_at(select.plan, dense.size)) == bytes(dense)
+    assert words_at(select.planned, 1).tolist() == [0] and words_at(scores.kv_len, 5).tolist() == [0] * 5
+    own = words_at(scores.kv_page_indptr, 6)
+    assert words_at(attention.kv_indptr, 5 * HKV + 1).tolist() == [*own[:3], *[own[2]] * (5 * HKV - 2)]
+    cache.end_forward()
+    # and the plan for lists is there again in the step after it
+    cache.begin_step([0, 2], [1, 1], num_rows=4)
+    assert bytes(words_at(select.planned, planned.buffer.size)) == bytes(planned.buffer)
+    assert bytes(words_at(select.plan, planned.buffer.size)) == bytes(planned.buffer)
+    cache.end_forward()
+
+
+def test_a_layer_that_selects_may_be_captured_in_a_step_that_does_not(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, page_budget=tvm_infer.PageBudget(num_pages=BUDGET, dense_layers=1))
+    cache.add_sequence(0)
+    cache.begin_forward([0], [1])
+    driver.clear()
+    attend(cache, 1, 1)  # attention is loaded; what selects was when the budget was set
+    driver.clear()
+    driver.capture(True)
+    attend(cache, 1, 1)
+    driver.capture(False)
+    assert [launch["name"] for launch in driver.launches()] == SELECTING
+    for name in ("cuStreamSynchronize", "cuMemcpyDtoH", "cuMemcpyHtoD", "cuLibraryLoadData", "cuMemAlloc"):
+        assert driver.calls(name) == []
+    cache.end_forward()
+
+
+def test_bounds_of_moved_and_swapped_pages_are_made_anew(driver):
+    cache = tvm_infer.PagedKVCache(**CACHE, page_budget=tvm_infer.PageBudget(num_pages=BUDGET, dense_layers=1))
+    for seq in (0, 1):
+        cache.add_sequence(seq)
+        with cache.forward([seq], [40]):
+            pass
+    driver.clear()
+    cache._call("move_tokens", (1, 1, 1), (39, 38, 37), (3, 4, 20))
+    assert [launch["name"] for launch in driver.launches()] == ["move_tokens", "page_bounds_bf16", "page_bounds_bf16"]
+    p = driver.page_params("page_bounds", BoundsParams)
+    append = RopeParams.from_buffer_copy(bytes(p.append) + bytes(ctypes.sizeof(RopeParams) - len(p.append)))
+    table = cache.page_table(1)
+    assert (append.plan, append.num_requests) == (None, 2)
+    assert words_at(append.qo_indptr, 3).tolist() == [0, 16, 32] and words_at(append.kv_len, 2).tolist() == [16, 16]
+    assert words_at(append.kv_page_indptr, 3).tolist() == [0, 1, 2]
+    assert words_at(append.kv_page_indices, 2).tolist() == sorted(table[:2])
+    cache.swap_out(1)
+    driver.clear()
+    cache.swap_in(1)
+    assert [launch["name"] for launch in driver.launches()] == ["page_bounds_bf16"] * 2
+    p = driver.page_params("page_bounds", BoundsParams)
+    append = RopeParams.from_buffer_copy(bytes(p.append) + bytes(ctypes.sizeof(RopeParams) - len(p.append)))
+    assert words_at(append.kv_len, 3).tolist() == [16, 16, 8]
+    assert words_at(append.kv_page_indices, 3).tolist() == list(cache.page_table(1))

@@ -70,7 +70,9 @@ FAMILIES = {
         ),
     ),
     "page_selection": Family(
-        ("page_bounds.cuh", "page_scores.cuh", "select_pages.cuh"), ("page_selection",), ("test_gpu_page_selection.py",)
+        ("page_bounds.cuh", "page_scores.cuh", "select_pages.cuh"),
+        ("page_selection",),
+        ("test_gpu_page_selection.py", "test_gpu_kv_page_budget.py"),
     ),
     "compiled_model": Family((), (), ("test_gpu_model.py", "test_gpu_extracted.py", "prepare_models.py")),
     "matmul": Family((), ("matmul", "cublas"), ("test_gpu_matmul.py", "gpu_products.py")),

@@ -26,10 +26,13 @@ void CheckOffsets(const StepLimits& limits, int64_t rows, int64_t logits) {
   const int64_t plan_bytes = limits.plan_bytes, entries = limits.max_page_entries;
   const struct {
     int64_t begin, bytes;
-  } arrays[] = {{layout.logit_rows(rows, logits), 8 * logits},
+  } arrays[] = {{layout.lists(), 4 * int64_t{limits.num_lists} * limits.list_pages},
+                {layout.logit_rows(rows, logits), 8 * logits},
                 {layout.input_ids(rows), 8 * rows},
                 {layout.position_ids(rows), 8 * rows},
                 {layout.page_indptr(), 4 * (int64_t{limits.max_batch} + 1)},
+                {layout.list_kv_len(), limits.num_lists > 0 ? 4 * int64_t{limits.max_batch} : 0},
+                {layout.list_indptr(), limits.num_lists > 0 ? 4 * (int64_t{limits.num_lists} + 1) : 0},
                 {layout.plan(), plan_bytes},
                 {layout.plan(limits.num_plans - 1), limits.num_plans > 1 ? plan_bytes : 0},
                 {layout.page_indices(plan_bytes), 4 * entries},
@@ -96,6 +99,28 @@ void CheckContents(int32_t num_plans, int32_t max_rows, int64_t rows, bool has_t
   for (int64_t i = layout.plan() / 8; i < end_of_plans / 8; ++i) Check(block[i] == kPoison, "a plan", limits, rows, logits);
 }
 
+// Two sequences of two KV heads with lists of three pages, of which a step has one.
+void CheckLists(bool selects) {
+  const StepLimits limits{2, 4, 256, 3, 1, 4, 3};
+  const StepLayout layout(limits);
+  constexpr int64_t kPoison = -0x0123456789abcdef;
+  std::vector<int64_t> block(layout.bytes() / 8, kPoison);
+  const Step step = SmallStep();
+  const StepRange range = FillStep(layout, step, StepInputs{1, nullptr, nullptr, 0}, 100, block.data());
+  FillLists(layout, step, selects, block.data());
+  for (int64_t i = 0; i < range.begin / 8; ++i) Check(block[i] == kPoison, "a list", limits, 1, 0);
+  Check(range.begin >= layout.lists() + 4 * 4 * 3, "lists in what is copied", limits, 1, 0);
+  Check(range.begin <= layout.list_kv_len() && layout.list_indptr() + 4 * 5 <= range.end, "lengths are not copied", limits, 1, 0);
+  const auto* indptr = At<int32_t>(block, layout.page_indptr());
+  const auto* kv_len = At<int32_t>(block, layout.list_kv_len());
+  const auto* lists = At<int32_t>(block, layout.list_indptr());
+  Check(indptr[2] == indptr[1] && indptr[1] == indptr[0] + 3, "page_indptr of no sequence", limits, 1, 0);
+  Check(kv_len[0] == (selects ? 9 : 0) && kv_len[1] == 0, "a length", limits, 1, 0);
+  for (int32_t i = 0; i < 5; ++i) {
+    Check(lists[i] == (selects ? layout.lists() / 4 + 3 * i : indptr[i == 0 ? 0 : 1]), "where a list begins", limits, 1, 0);
+  }
+}
+
 void CheckRefusal() {
   const StepLimits limits{1, 4, 256, 2};
   const StepLayout layout(limits);
@@ -117,7 +142,7 @@ int main() {
       for (int64_t plan_bytes : {int64_t{4}, int64_t{128}, int64_t{1} << 33}) {
         for (int64_t entries : {int64_t{1}, int64_t{31}, int64_t{1} << 22}) {
           for (int32_t num_plans : {1, 2, 4}) {
-            const StepLimits limits{max_batch, max_rows, plan_bytes, entries, num_plans};
+            const StepLimits limits{max_batch, max_rows, plan_bytes, entries, num_plans, num_plans == 2 ? 3 * max_batch : 0, 5};
             for (int64_t rows : {int64_t{0}, int64_t{1}, int64_t{max_rows}}) {
               CheckOffsets(limits, rows, 0);
               CheckOffsets(limits, rows, rows);
@@ -137,6 +162,8 @@ int main() {
       }
     }
   }
+  CheckLists(true);
+  CheckLists(false);
   CheckRefusal();
   std::puts("ok");
 }

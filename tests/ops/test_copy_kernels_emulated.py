@@ -103,6 +103,7 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("select_pages", "of > last.order", "of >= last.order"),
         ("select_pages", "my_equal < last.rest", "my_equal <= last.rest"),
         ("select_pages", "w < warp", "w <= warp"),
+        ("select_pages", "== kNothingPlanned", "== kPlanMagic"),
         ("select_pages", "i < kSelectPagesHeld ?", "true ?"),
         ("select_pages", "is_refused ? 0 :", "false ? 0 :"),
         ("select_pages", "shared.rest = num_taken - above", "shared.rest = num_taken"),

@@ -5,6 +5,7 @@ from .executable import Executable, Manifest
 from .kv_cache import PagedKVCache, PrefixStats, Step
 from .loading import load
 from .mlc_cache import MLCPagedKVCache
+from .page_budget import PageBudget
 from .sampling import Sampler
 from .sequence_state import SequenceState
 
@@ -15,6 +16,7 @@ __all__ = [
     "Generation",
     "MLCPagedKVCache",
     "Manifest",
+    "PageBudget",
     "PagedKVCache",
     "PrefixStats",
     "Sampler",

@@ -9,7 +9,7 @@ import os
 import pathlib
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from . import library, model_kernels, ranges, variants, weights_file
 from .engine import Engine, Generation, OnToken
 from .kv_cache import PagedKVCache
 from .manifest import Manifest
+from .page_budget import PageBudget
 from .sampling import Sampler
 from .session import CudaSession, Session, StepResult
 
@@ -206,6 +207,7 @@ class Executable:
         k_scale: Any = None,
         v_scale: Any = None,
         shared_prefix: bool | None = None,
+        page_budget: PageBudget | None = None,
     ) -> None:
         """Write one shared library that runs this model with TVM's runtime alone: no Python, no compiler, no tvm_infer beside it.
 
@@ -218,8 +220,9 @@ class Executable:
         archs, page_sizes : of the caches and GPUs that it will run with, for CUDA targets: a kernel for each is built and embedded.
         include_blas : put the packaged BLAS (25 MB) into the library of a model for CPUs; without it the program that loads the
             library names one with `tvm_infer_set_blas`.
-        kv_dtype, k_scale, v_scale, shared_prefix : of the caches that its program makes, as :meth:`new_cache` has them, unless it asks
-            for others. kv_dtype of 8 bits: kernels for such pages are stored beside those for pages of the model's own type.
+        kv_dtype, k_scale, v_scale, shared_prefix, page_budget : of the caches that its program makes, as :meth:`new_cache` has them,
+            unless it asks for others. kv_dtype of 8 bits: kernels for such pages are stored beside those for pages of the model's own
+            type. page_budget: those that select pages are.
 
         Raises
         ------
@@ -245,6 +248,7 @@ class Executable:
             k_scale=k_scale,
             v_scale=v_scale,
             shared_prefix=shared_prefix,
+            page_budget=page_budget,
         )
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
@@ -274,6 +278,7 @@ class Executable:
         k_scale: Any = None,
         v_scale: Any = None,
         shared_prefix: bool | None = None,
+        page_budget: PageBudget | Literal[False] | None = None,
     ) -> PagedKVCache:
         """A cache of this model's layers and heads.
 
@@ -281,8 +286,9 @@ class Executable:
         step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). prefix_reuse : as
         of PagedKVCache; an engine turns it on by itself. kv_dtype, k_scale, v_scale : of its pages, as PagedKVCache has them; the
         compiled code serves each. shared_prefix : whether steps read pages that their sequences share once for all (docs/plan.md);
-        layers with a variant, a window or a chunk never do. None: what the model was exported with, else pages of the model's dtype,
-        scales of 1, and shared prefixes on.
+        layers with a variant, a window or a chunk never do. page_budget : pages of a sequence that layers read in decode steps, as
+        PagedKVCache has it (docs/kv-formats.md); its `dense_layers` have all layers with a variant; False: all keys. None: what the
+        model was exported with, else pages of the model's dtype, scales of 1, shared prefixes on, and all keys.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,
@@ -298,7 +304,11 @@ class Executable:
             max_tokens=m.max_tokens if max_tokens is None else max_tokens,
             device=m.device_kind if device is None else device,
             **library.cache_defaults(self._compiled).settings(
-                kv_dtype=kv_dtype, k_scale=k_scale, v_scale=v_scale, shared_prefix=shared_prefix
+                kv_dtype=kv_dtype,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                shared_prefix=shared_prefix,
+                page_budget=page_budget,
             ),
         )
         if m.rope is not None:
@@ -497,6 +507,7 @@ class Executable:
         page_size: int = 16,
         prefix_reuse: bool = True,
         shared_prefix: bool | None = None,
+        page_budget: PageBudget | Literal[False] | None = None,
     ) -> list[Generation]:
         """Continue prompts, as many at a time as `max_batch` allows (default as in :meth:`new_cache`); others join as they finish.
 
@@ -505,7 +516,7 @@ class Executable:
         prompts : token lists, or texts if the model file had a tokenizer.
         sampler : how tokens are chosen; greedy by default. n : samples of every prompt, which share the prompt's pages.
         prefix_reuse : compute what prompts begin with in common once (:class:`Engine`). shared_prefix : as of :meth:`new_cache`; False
-            for logits that do not depend, in their last bits, on which requests share pages.
+            for logits that do not depend, in their last bits, on which requests share pages. page_budget : as of :meth:`new_cache`.
         stop_tokens : end a text; they are part of its tokens. on_token : called as (generation, token) for each token as it comes.
 
         Returns
@@ -523,6 +534,7 @@ class Executable:
             page_size=page_size,
             max_batch=max(max_batch, n),
             shared_prefix=shared_prefix,
+            page_budget=page_budget,
         )
         engine = self.engine(cache, prefix_reuse=prefix_reuse)
         generations: list[Generation] = []

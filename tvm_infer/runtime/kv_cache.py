@@ -19,7 +19,9 @@ from ..kv_dtypes import DTYPES, SCALED_DTYPES
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
+from . import page_budget as page_budgets
 from . import page_type, sequence_state
+from .page_budget import PageBudget
 from .sequence_state import SequenceState
 
 _INT64 = range(-(2**63), 2**63)
@@ -174,6 +176,9 @@ class PagedKVCache:
     device : "cpu", "cuda" or "cuda:N". On CUDA all memory is the device's: pages, and at fixed addresses what a step reads, so that a
         captured graph can be replayed with the next step. A step begins on the current stream, and its layers run on the same.
     shared_prefix : whether steps look for shared pages; False: each sequence reads its own, and results do not depend on who shares.
+    page_budget : let each KV head read, in decode steps, only the pages of a long sequence that its query may score best. Layers that
+        do keep bounds of their pages, 2 / page_size of the bytes of the keys more. None: all keys are read. See
+        :meth:`set_page_budget`.
 
     Raises
     ------
@@ -202,7 +207,10 @@ class PagedKVCache:
         prefix_reuse: bool = False,
         device: Any = "cpu",
         shared_prefix: bool = True,
+        page_budget: PageBudget | None = None,
     ) -> None:
+        if page_budget is not None:
+            page_budgets.checked(page_budget)
         name = page_type.checked_dtype(dtype, "dtype", DTYPES)
         kv_name = page_type.checked_kv_dtype(kv_dtype, name)
         layers, heads = _integer(num_layers, "num_layers"), _integer(num_kv_heads, "num_kv_heads")
@@ -232,6 +240,8 @@ class PagedKVCache:
             self.set_scales(k_scale, v_scale)
         if not shared_prefix:
             self._call("set_shared_prefix", 0)
+        if page_budget is not None:
+            self.set_page_budget(page_budget)
         if prefix_reuse:
             self.enable_prefix_reuse()
 
@@ -646,6 +656,40 @@ class PagedKVCache:
         )
         self._call("set_scales", *scales)
 
+    def set_page_budget(self, page_budget: PageBudget | None) -> None:
+        """Let layers select pages in decode steps from now on (`page_budget` of the constructor); None: read all keys again.
+
+        Before the first sequence.
+
+        The cache then keeps bounds of its pages by itself: through forks, pops, swaps, moves of tokens and reuse of prefixes. They
+        count in `bytes_per_page`. In a decode step some of whose sequences have more pages than the budget, a layer that selects
+        appends, updates bounds, scores, selects and attends; on CUDA these are five launches, and the same five in every other step
+        (which then select nothing), so that a captured graph serves both. Such layers do not read shared pages once for all
+        sequences in a step that selects.
+
+        Raises
+        ------
+        DTypeError : no PageBudget. ArgumentError : numbers that do not fit the cache; a layer with a variant, a window or chunks that
+        is not among `dense_layers`. CacheStateError : in a step; on a cache that holds sequences, or that ran steps for an
+        executable. A decode step with a sequence of more than `max_pages` pages is a WorkspaceError.
+        """
+        arguments = (0, 0, 1, 0, 0, ())
+        if page_budget is not None:
+            arguments = page_budgets.checked(page_budget).arguments(self.page_size, self.num_layers)
+        *numbers, dense = arguments
+        self._call("set_page_budget", *numbers, tvm_ffi.Shape(dense))
+        self._take(self._handle)  # a page has more bytes now
+
+    @property
+    def page_budget(self) -> PageBudget | None:
+        """What layers read in decode steps; None: all keys. With the numbers of this cache: pages, layers, most pages."""
+        return PageBudget.from_values(self._call("page_budget"))
+
+    @property
+    def selects_pages(self) -> bool:
+        """Whether layers select pages in the step under way, or did in the last one."""
+        return bool(self._call("selects_pages"))
+
     def set_variant(self, variant: Any, *, layers: Iterable[int] | None = None) -> None:
         """Let layers compute this attention from the next step on: a model of soft caps, windows, sinks … (docs/variants.md).
 
@@ -756,7 +800,7 @@ class PagedKVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pages in use, keys and values of all layers."""
+        """Bytes of the pages in use: keys, values and, with a page budget, bounds, of all layers."""
         return int(self._call("bytes"))
 
     @property
@@ -814,10 +858,19 @@ class PagedKVCache:
             return self._view(tensor), self._view(self._call("value_pages", index))
         return self._view(tensor)
 
-    def _view(self, tensor: Any) -> Any:
+    def page_bounds(self, layer: int) -> Any:
+        """The bounds of a layer's pages, [num_pages, 2, num_kv_heads, head_dim] of `dtype`, not copied: least [:, 0], greatest [:, 1].
+
+        Of pages that hold tokens; of others anything. Of a cache of 8 bits those of elements, without their scale. Exact, but for the
+        last page of a sequence that was shortened, or whose step was cancelled: until it grows again these may be bounds of what the
+        page held before, too. For debugging, as :meth:`pages`. ArgumentError : a layer that keeps none.
+        """
+        return self._view(self._call("page_bounds", _integer(layer, "layer")), self.dtype)
+
+    def _view(self, tensor: Any, dtype: str | None = None) -> Any:
         if self.device != "cpu":
             return _array.to_torch(tensor, "PagedKVCache.pages")
-        return _array.on_host(tensor, self.kv_dtype)
+        return _array.on_host(tensor, self.kv_dtype if dtype is None else dtype)
 
     def gather(self, seq_id: int, layer: int, start: int = 0) -> tuple[Any, Any]:
         """Keys and values of a sequence at a layer, from position `start` on, copied.

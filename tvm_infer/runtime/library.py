@@ -158,7 +158,8 @@ def export(
     if device == "cuda":
         variant_code.register(codes)
         digests = {number: code.digest for code in codes for number in code.layers}
-        kernels = model_kernels.kernel_names(layers, functions, page_sizes, digests, defaults.kv_dtype)
+        selects = defaults.page_budget is not None
+        kernels = model_kernels.kernel_names(layers, functions, page_sizes, digests, defaults.kv_dtype, selects)
     else:
         archs = page_sizes = ()
         variant_objects, variant_symbols = variant_code.host_objects(codes)
@@ -191,7 +192,12 @@ def export(
 
 def _cache_defaults(model: CompiledModel, settings: Mapping[str, Any]) -> CacheDefaults:
     layers = model.manifest["layers"]
-    return CacheDefaults.make(layers[0]["dtype"], len(layers), layers[0]["num_kv_heads"], **settings)
+    defaults = CacheDefaults.make(layers[0]["dtype"], len(layers), layers[0]["num_kv_heads"], **settings)
+    if defaults.page_budget is not None:
+        defaults.page_budget.check_variants(
+            [number for number, layer in enumerate(layers) if layer["variant"] is not None]
+        )
+    return defaults
 
 
 def cache_defaults(model: CompiledModel) -> CacheDefaults:
@@ -260,7 +266,8 @@ def _copy(
     if given and _cache_defaults(model, own.settings(**given)) != own:
         raise errors.ArgumentError(
             f"arguments {', '.join(f'`{name}`' for name in given)} ask for other caches than those of {model.library}, which this "
-            f"model was loaded from ({own.kv_dtype} pages, shared_prefix={own.shared_prefix}): compile it again to export it so"
+            f"model was loaded from ({own.kv_dtype} pages, shared_prefix={own.shared_prefix}, page_budget={own.page_budget}): compile "
+            "it again to export it so"
         )
     linker.publish(model.library, path)
 

@@ -23,11 +23,13 @@ def kernel_names(
     page_sizes: Sequence[int],
     digests: Mapping[int, str] | None = None,
     kv_dtype: str | None = None,
+    selects: bool = False,
 ) -> tuple[str, ...]:
     """The CUDA kernels that a model's calls launch. Raises ArgumentError for one that there is none of.
 
     digests : of the layers that have a variant ("" for one that is a band alone), by the layer's number. kv_dtype : a type of pages
-    that caches may have beside the layers' own. ExecutorError : it is of 8 bits, and there are no kernels for these layers or pages.
+    that caches may have beside the layers' own. selects : whether layers may select pages. ExecutorError : kv_dtype is of 8 bits, and
+    there are no kernels for these layers or pages.
     """
     from ..jit import parse
 
@@ -43,6 +45,9 @@ def kernel_names(
         for kind in scaled:
             _check_8_bits(layers, page_sizes, codes, kind)
         names["copy_pages"] = None  # forks that stop sharing a page
+        if selects:
+            names |= {f"page_bounds_{_elements(spec, pages)}": None for spec in layers for pages in (None, *scaled)}
+            names |= {f"page_scores_{_elements(spec, None)}": None for spec in layers} | {"select_pages": None}
         for number, spec in enumerate(layers):
             for page_size in page_sizes:
                 names[attention_kernel(spec, page_size, codes.get(number, ""))] = None

@@ -46,8 +46,8 @@ std::string EmbeddedCubinOf(const std::string& name, const std::string& arch) {
     for (size_t i = 0; i < tvm_infer_embedded.num_cubins; ++i) {
       error.stream() << " " << tvm_infer_embedded.cubins[i].name << " for " << tvm_infer_embedded.cubins[i].arch << ",";
     }
-    error.stream() << " and there is no tvm_infer in this process to compile others: export it with the archs and page_sizes that it is "
-                      "to run with";
+    error.stream() << " and there is no tvm_infer in this process to compile others: export it with the archs, page_sizes, kv_dtype "
+                      "and page_budget that it is to run with";
   }
 }
 

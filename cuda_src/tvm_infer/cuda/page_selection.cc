@@ -22,6 +22,17 @@ CachedKernel& BoundsKernel(DTypeTag dtype, DTypeTag kv_dtype) {
   return *kernels[dtype == kBFloat16][keys];
 }
 
+CachedKernel& ScoresKernel(DTypeTag dtype) {
+  static auto* const fp16 = new CachedKernel("page_scores_fp16");
+  static auto* const bf16 = new CachedKernel("page_scores_bf16");
+  return *(dtype == DTypeTag::kBFloat16 ? bf16 : fp16);
+}
+
+CachedKernel& SelectKernel() {
+  static auto* const cached = new CachedKernel("select_pages");
+  return *cached;
+}
+
 // A CTA for each list, and more; a grid has fewer than 2^31.
 void CheckGrid(int64_t num_lists, int64_t ctas_per_list) {
   if (num_lists * ctas_per_list <= INT32_MAX) return;
@@ -43,9 +54,7 @@ void LaunchPageBounds(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag 
 void LaunchPageScores(int32_t device_id, void* stream, DTypeTag dtype, PageScoresParams params) {
   const int64_t num_lists = int64_t{params.num_requests} * params.num_kv_heads;
   if (num_lists == 0 || params.max_pages <= params.min_pages) return;
-  static auto* const fp16 = new CachedKernel("page_scores_fp16");
-  static auto* const bf16 = new CachedKernel("page_scores_bf16");
-  const Kernel& kernel = (dtype == DTypeTag::kBFloat16 ? bf16 : fp16)->Get(device_id, stream);
+  const Kernel& kernel = ScoresKernel(dtype).Get(device_id, stream);
   // A CTA for each turn of its warps, 64 pages, where all of max_pages are used; but not many more than there are places for: requests with
   // fewer pages leave theirs at once, which takes time, too.
   constexpr int64_t kPlaces = 8;  // for each CTA of an SM
@@ -61,10 +70,13 @@ void LaunchSelectPages(int32_t device_id, void* stream, const SelectPagesParams&
   const int64_t num_lists = int64_t{params.num_requests} * params.num_kv_heads;
   if (num_lists == 0) return;
   CheckGrid(num_lists + kSelectPagesPlanCtas, 1);
-  static auto* const cached = new CachedKernel("select_pages");
-  const Kernel& kernel = cached->Get(device_id, stream);
+  const Kernel& kernel = SelectKernel().Get(device_id, stream);
   void* args[] = {const_cast<SelectPagesParams*>(&params)};
   LaunchKernel(kernel, static_cast<int32_t>(num_lists) + kSelectPagesPlanCtas, stream, args);
+}
+
+void LoadPageSelection(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype) {
+  for (CachedKernel* kernel : {&BoundsKernel(dtype, kv_dtype), &ScoresKernel(dtype), &SelectKernel()}) kernel->Get(device_id, stream);
 }
 
 }  // namespace tvm_infer::cuda

@@ -16,4 +16,7 @@ void LaunchPageScores(int32_t device_id, void* stream, DTypeTag dtype, PageScore
 
 void LaunchSelectPages(int32_t device_id, void* stream, const SelectPagesParams& params);
 
+// Loads the kernels of all three, so that their launches may be captured. Throws where there are none.
+void LoadPageSelection(int32_t device_id, void* stream, DTypeTag dtype, DTypeTag kv_dtype);
+
 }  // namespace tvm_infer::cuda

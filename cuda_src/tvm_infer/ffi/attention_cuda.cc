@@ -251,7 +251,7 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const OptionalTensor& v_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales) {
+                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales, const OwnSelection* selection) {
   // First, for its name: k and v may be parts of the same tensor, and are aligned if it is.
   if (rotation != nullptr) CheckAlignedRows(rotation->q, rotation->q_name);
   cuda::AttentionLaunch launch = QueryLaunch(place, plan, q, sm_scale, workspace, o, OptionalTensor(), kv_cache, v_cache, "kv_cache");
@@ -278,6 +278,15 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
     cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, RopeParams(params, q, *rotation));
   } else if (k.size(0) > 0) {
     cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, shape.head_dim_vo, params);
+  }
+  if (selection != nullptr) {
+    SelectOwnPages(place, *selection, plan, q, kv_cache, shape, source, kv_page_indptr, kv_page_indices);
+    launch.max_plan_ctas = CheckPlanTensor(selection->plan, place);
+    launch.params.plan = DataPtr<void>(selection->plan);
+    launch.params.plan_is_ready = 0;  // the kernel ahead writes it
+    launch.params.kv_indptr = DataPtr<const int32_t>(selection->list_indptr);
+    launch.params.expected.max_kv_lists = static_cast<int32_t>(selection->list_indptr.size(0)) - 1;
+    launch.params.expected.features = PlanFeatures(launch, /*appends=*/false);
   }
   cuda::LaunchAttention(launch, kernel);
 }

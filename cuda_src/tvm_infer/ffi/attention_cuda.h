@@ -17,6 +17,7 @@
 #include "tvm_infer/ffi/attention_checks.h"
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/kv_dtype.h"
+#include "tvm_infer/ffi/page_selection_cuda.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
 namespace tvm_infer::ffi_api::on_cuda {
@@ -42,7 +43,8 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
 // The same for a caller that made plan and tables itself and keeps them at fixed addresses: what they hold is never read on the host.
 // `k_cache` is both planes; tokens of q, k, v and o behind the plan's are padding: nothing is appended for them and o is 0. A plan with
 // another capture key is refused by the kernel. Entries of kv_page_indptr may count from anywhere in kv_page_indices. With a rotation,
-// `q` is written: its queries and k are rotated on the way (rope.h).
+// `q` is written: its queries and k are rotated on the way (rope.h). With a selection attention runs with its plan and lists, which are
+// made in between (five launches; in a step that selects nothing that plan is the step's, and the lists are the requests' tables).
 struct OwnRotation {
   const TensorView& q;  // before the rotation
   const char* q_name;   // in messages
@@ -54,7 +56,7 @@ struct OwnRotation {
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& kv_cache, const OptionalTensor& v_cache, const TensorView& kv_page_indptr,
                         const TensorView& kv_page_indices, double sm_scale, const TensorView& workspace, const TensorView& o,
-                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales);
+                        const OwnRotation* rotation, const variant::Call* variant, const KVScales& scales, const OwnSelection* selection);
 
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,
                  const TensorView& o, const OptionalTensor& lse);

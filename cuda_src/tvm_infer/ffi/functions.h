@@ -16,6 +16,7 @@
 #include "tvm_infer/ffi/kv_cache.h"
 #include "tvm_infer/ffi/kv_cache_like.h"
 #include "tvm_infer/ffi/kv_cache_reuse.h"
+#include "tvm_infer/ffi/kv_cache_selection.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/matmul.h"
 #include "tvm_infer/ffi/matmul_cuda.h"
@@ -28,20 +29,21 @@
 #include "tvm_infer/ffi/variant.h"
 
 // V(name, function): name is what follows "tvm_infer."
-#define TVM_INFER_FUNCTIONS(V)          \
-  TVM_INFER_PLAN_FUNCTIONS(V)           \
-  TVM_INFER_ATTENTION_FUNCTIONS(V)      \
-  TVM_INFER_CUDA_FUNCTIONS(V)           \
-  TVM_INFER_HOST_RESULTS_FUNCTIONS(V)   \
-  TVM_INFER_KV_CACHE_FUNCTIONS(V)       \
-  TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V)  \
-  TVM_INFER_KV_CACHE_REUSE_FUNCTIONS(V) \
-  TVM_INFER_KV_DTYPE_FUNCTIONS(V)       \
-  TVM_INFER_MATMUL_FUNCTIONS(V)         \
-  TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)    \
-  TVM_INFER_PAGE_SELECTION_FUNCTIONS(V) \
-  TVM_INFER_READ_CEILING_FUNCTIONS(V)   \
-  TVM_INFER_ROPE_FUNCTIONS(V)           \
-  TVM_INFER_SCALE_LSE_FUNCTIONS(V)      \
-  TVM_INFER_TENSOR_FUNCTIONS(V)         \
+#define TVM_INFER_FUNCTIONS(V)              \
+  TVM_INFER_PLAN_FUNCTIONS(V)               \
+  TVM_INFER_ATTENTION_FUNCTIONS(V)          \
+  TVM_INFER_CUDA_FUNCTIONS(V)               \
+  TVM_INFER_HOST_RESULTS_FUNCTIONS(V)       \
+  TVM_INFER_KV_CACHE_FUNCTIONS(V)           \
+  TVM_INFER_KV_CACHE_LIKE_FUNCTIONS(V)      \
+  TVM_INFER_KV_CACHE_REUSE_FUNCTIONS(V)     \
+  TVM_INFER_KV_CACHE_SELECTION_FUNCTIONS(V) \
+  TVM_INFER_KV_DTYPE_FUNCTIONS(V)           \
+  TVM_INFER_MATMUL_FUNCTIONS(V)             \
+  TVM_INFER_MATMUL_CUDA_FUNCTIONS(V)        \
+  TVM_INFER_PAGE_SELECTION_FUNCTIONS(V)     \
+  TVM_INFER_READ_CEILING_FUNCTIONS(V)       \
+  TVM_INFER_ROPE_FUNCTIONS(V)               \
+  TVM_INFER_SCALE_LSE_FUNCTIONS(V)          \
+  TVM_INFER_TENSOR_FUNCTIONS(V)             \
   TVM_INFER_VARIANT_FUNCTIONS(V)

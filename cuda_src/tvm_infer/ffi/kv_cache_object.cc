@@ -131,11 +131,29 @@ void PagedKVCacheObj::AllocateStep(KVMemory* memory, const std::vector<MaskBand>
       partial_rows = std::max(partial_rows, capacity.partial_rows);
     }
   }
+  KVSelection& selection = memory->selection;
+  int32_t num_lists = 0;
+  if (selection.is_on()) {
+    num_lists = static_cast<int32_t>(c.max_batch * c.num_kv_heads);
+    PlanLimits lists{max_batch, max_batch, 0};
+    lists.has_head_lists = true;
+    int64_t list_plan_bytes = plan_bytes;  // attention finds the plan of a step that does not select in the same place
+    for (const bool causal : {true, false}) {
+      const PlanCapacity capacity = ComputeCapacity(Params(causal, MaskBand()), lists);
+      list_plan_bytes = std::max(list_plan_bytes, capacity.plan_bytes);
+      partial_rows = std::max(partial_rows, capacity.partial_rows);
+    }
+    const bool is_cuda = executor_->place().is_cuda();
+    selection.host_planned = AllocateHost({list_plan_bytes / 4}, kInt32);
+    selection.planned = is_cuda ? executor_->Allocate({list_plan_bytes / 4}, kInt32, "a plan for lists of pages") : selection.host_planned;
+    selection.plan = executor_->Allocate({list_plan_bytes / 4}, kInt32, "a plan for lists of pages");
+    selection.scores = executor_->Allocate({c.max_batch, c.num_kv_heads, selection.max_pages}, kFloat32, "scores of pages");
+  }
   // Sequences that give back pages are longer than the pool.
   const bool is_bounded = std::all_of(bands.begin(), bands.end(), [](const MaskBand& band) { return band.has_begin(); });
   const int64_t entries = is_bounded ? kMaxPageEntries : std::min(c.max_batch * c.num_pages, kMaxPageEntries);
   memory->layout = std::make_unique<const kv::StepLayout>(kv::StepLimits{
-      static_cast<int32_t>(c.max_batch), static_cast<int32_t>(c.max_tokens), plan_bytes, entries, static_cast<int32_t>(bands.size())});
+      max_batch, max_tokens, plan_bytes, entries, static_cast<int32_t>(bands.size()), num_lists, selection.budget.num_pages});
   memory->host_step = AllocateHost({memory->layout->bytes() / 8}, kInt64);
   memory->step =
       executor_->place().is_cuda() ? executor_->Allocate({memory->layout->bytes() / 8}, kInt64, "a step's tables") : memory->host_step;
@@ -156,12 +174,17 @@ PlanParams PagedKVCacheObj::Params(bool causal, const MaskBand& band) const {
   return params;
 }
 
-// Whether pages that sequences share may be read once for all in this plan: every layer that uses it makes the same of them for each.
-bool PagedKVCacheObj::MayShare(int32_t plan) const {
-  const auto shares = [&](const Layer& layer) {
-    return layer.plan != plan || !layer.variant.has_value() || layer.variant.value()->takes_shared_keys();
-  };
-  return finds_shared_ && bands_[plan].IsSharable() && std::all_of(layers_.begin(), layers_.end(), shares);
+// Whether pages that sequences share may be read once for all in this plan: every layer that uses it makes the same of them for each. Where
+// layers select there must be others that use it.
+bool PagedKVCacheObj::MayShare(int32_t plan, bool selects) const {
+  if (!finds_shared_ || !bands_[plan].IsSharable()) return false;
+  bool is_used = false;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (layers_[i].plan != plan) continue;
+    if (layers_[i].variant.has_value() && !layers_[i].variant.value()->takes_shared_keys()) return false;
+    is_used |= !selects || !memory_.selection.Has(static_cast<int64_t>(i));
+  }
+  return is_used;
 }
 
 void PagedKVCacheObj::SetSharedPrefix(bool is_on) {
@@ -192,17 +215,21 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
     char* block = DataPtr<char>(TensorView(memory_.host_step));
     const kv::StepLayout& layout = *memory_.layout;
     step_.plan_bytes[0] = 0;  // the last step's plan is written over now, also where this step fails
+    if (memory_.selection.is_on()) PlanLists(step, causal, &next);
     const SharedRuns* found = nullptr;
     for (int32_t i = 0; i < layout.limits().num_plans; ++i) {
       const PlanParams params = Params(causal, bands_[i]);
-      const bool may_share = MayShare(i);
+      const bool may_share = MayShare(i, next.selects);
       if (may_share && found == nullptr) found = &shared_pages_.Find(step, manager_.pool(), manager_.limits().page_size);
       next.capture_keys[i] = CaptureKey(params);
       next.plan_bytes[i] = planner_.Plan(params, step.qo_indptr.data(), step.kv_len.data(), step.num_requests(), block + layout.plan(i),
                                          layout.limits().plan_bytes, memory_.partial_rows, may_share ? *found : SharedRuns{});
     }
     const kv::StepRange range = kv::FillStep(layout, step, padded, next.last_plan_bytes(layout), block);
+    if (memory_.selection.is_on()) kv::FillLists(layout, step, next.selects, block);
+    planned_ = Planned::kUnknown;  // where this fails
     executor_->BeginStep(memory_, next, range);
+    planned_ = next.selects ? Planned::kLists : Planned::kNothing;
     step_ = next;
   } catch (...) {
     manager_.CancelForward();
@@ -215,7 +242,9 @@ void PagedKVCacheObj::BeginForward(const int64_t* ids, const int64_t* append_len
 void PagedKVCacheObj::MoveTokens(const int64_t* ids, const int64_t* src, const int64_t* dst, int64_t num_moves) {
   const std::vector<kv::TokenMove> moves = manager_.Moves(ids, src, dst, num_moves);
   manager_.NoteMoves(ids, dst, moves);
-  if (!moves.empty()) executor_->MoveTokens(memory_, moves);
+  if (moves.empty()) return;
+  executor_->MoveTokens(memory_, moves);
+  if (memory_.selection.is_on()) UpdateBoundsAt(ids, dst, num_moves);
 }
 
 // q, k, v or o of a step: [num_rows, heads, head_dim] (v and o: head_dim_vo) of the cache's dtype, heads and widths, on its device.

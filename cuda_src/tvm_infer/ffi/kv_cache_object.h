@@ -78,6 +78,14 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   // ArgumentError for more than kMaxPlans bands. Where every layer's band hides keys before a token, sequences give back pages that leave
   // the widest (kv/cache_manager.h); ArgumentError for a wider one than a sequence has kept keys for.
   void SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::Optional<VariantCall>& call, int64_t causal, MaskBand band);
+  // Layers but those that stay dense keep bounds of their pages from now on, and in steps of one token a sequence each KV head reads
+  // budget.num_pages of them at most (kv_cache_selection.h); 0: all read all keys. max_pages: of a sequence in such a step; 0: all of the
+  // cache. CacheStateError in a step, where the cache holds sequences, and once steps ran for an executable; ArgumentError for numbers out
+  // of their ranges and for layers with a variant or a band.
+  void SetPageBudget(const PageBudget& budget, bool is_sum, int64_t max_pages, const tvm::ffi::Shape& dense_layers);
+  const KVSelection& selection() const { return memory_.selection; }
+  // Whether the layers that may select pages did in the step under way, or the last one.
+  bool selects() const { return step_.selects; }
   // Whether steps look for pages that their sequences share, to read them once (kv/shared_pages.h); on at first.
   void SetSharedPrefix(bool is_on);
   // Attention of rotated queries to rotated keys, before their rotation q, k and v in one: qkv [num_rows, num_qo_heads + 2 * num_kv_heads,
@@ -102,7 +110,7 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   const tvm::ffi::Tensor& Pages(int64_t layer) const;
   tvm::ffi::Tensor ValuePages(int64_t layer) const;  // [num_pages, num_kv_heads, page_size, head_dim_vo]
 
-  int64_t bytes_per_page() const { return memory_.page_bytes * config_.num_layers; }  // keys and values of all layers
+  int64_t bytes_per_page() const { return kv_bytes_per_page() + memory_.selection.bounds_bytes; }  // of all layers
   const KVCacheConfig& config() const { return config_; }
   kv::CacheManager& manager() { return manager_; }
 
@@ -127,11 +135,22 @@ class PagedKVCacheObj : public tvm::ffi::Object {
     tvm::ffi::Optional<VariantCall> variant;
     int32_t causal = -1;  // that a step must have; -1: either
     int32_t plan = 0;     // index in bands_
+    bool is_plain(const std::vector<MaskBand>& bands) const { return !variant.has_value() && bands[plan] == MaskBand(); }
   };
 
+  int64_t kv_bytes_per_page() const { return memory_.page_bytes * config_.num_layers; }  // keys and values
   PlanParams Params(bool causal, const MaskBand& band) const;
-  bool MayShare(int32_t plan) const;
+  bool MayShare(int32_t plan, bool selects) const;
   void AllocateStep(KVMemory* memory, const std::vector<MaskBand>& bands) const;
+  void AllocateBounds(KVSelection* selection, const tvm::ffi::Shape& dense_layers) const;
+  void TakeStep(KVMemory&& memory);  // what AllocateStep allocated
+  // Whether the step's layers select, and the plan for their lists. WorkspaceError for a sequence of too many pages.
+  void PlanLists(const kv::Step& step, bool causal, KVStep* next);
+  bool Selects(const kv::Step& step) const;
+  void CheckStaysPlain(const tvm::ffi::Shape& layers, bool is_changed) const;  // ArgumentError for a layer that selects
+  // Anew, of all pages that a sequence has; of the pages of these positions.
+  void UpdateBoundsOf(int64_t id) const;
+  void UpdateBoundsAt(const int64_t* ids, const int64_t* positions, int64_t count) const;
   LayerCall CallOf(int64_t layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                    double sm_scale) const;
   KVMemory AllocateMemory();  // sets the executor's costs too
@@ -155,6 +174,9 @@ class PagedKVCacheObj : public tvm::ffi::Object {
   kv::CacheManager manager_;
   Planner planner_;
   kv::SharedPages shared_pages_;
+  int32_t planned_requests_ = 0;  // what KVSelection::host_planned is for: so many requests, and this mask; 0: nothing yet
+  bool planned_causal_ = false;
+  enum class Planned { kUnknown, kNothing, kLists } planned_ = Planned::kUnknown;  // what the last step left in KVSelection::planned
   KVStep step_;
   KVRope rope_;
   std::vector<float> inv_freq_;                                      // of rope_, on the host

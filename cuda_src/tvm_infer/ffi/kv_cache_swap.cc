@@ -15,7 +15,7 @@ void PagedKVCacheObj::CheckBetweenSteps(const char* operation) const {
 
 std::unique_ptr<PageStore> PagedKVCacheObj::StoreOf(size_t num_pages) const {
   if (num_pages == 0) return nullptr;
-  return executor_->NewStore(static_cast<int64_t>(num_pages) * bytes_per_page());
+  return executor_->NewStore(static_cast<int64_t>(num_pages) * kv_bytes_per_page());
 }
 
 void PagedKVCacheObj::Remove(int64_t id) {
@@ -45,6 +45,7 @@ void PagedKVCacheObj::SwapIn(int64_t id) {
   TVM_INFER_ICHECK(found != swapped_.end());
   try {
     if (found->second != nullptr) executor_->CopyPagesIn(memory_, manager_.HeldPages(id), found->second.get());
+    if (memory_.selection.is_on()) UpdateBoundsOf(id);
   } catch (...) {
     manager_.SendAway(id);
     throw;
@@ -70,7 +71,7 @@ tvm::ffi::Tensor PagedKVCacheObj::ExportPages(int64_t id) const {
     executor_->CopyPagesOut(memory_, pages, copied.get());
     store = copied.get();
   }
-  const int64_t num_pages = store == nullptr ? 0 : store->bytes() / bytes_per_page();
+  const int64_t num_pages = store == nullptr ? 0 : store->bytes() / kv_bytes_per_page();
   const KVCacheConfig& c = config_;
   const tvm::ffi::Tensor result = AllocateHost({c.num_layers, num_pages, 2, c.num_kv_heads, c.page_size, c.head_dim}, c.kv_dtype);
   if (store != nullptr) {
@@ -106,6 +107,7 @@ void PagedKVCacheObj::ImportPages(int64_t id, const TensorView& pages, int64_t l
     if (const std::unique_ptr<PageStore> store = StoreOf(held.size()); store != nullptr) {
       std::memcpy(store->data(), DataPtr<char>(pages), static_cast<size_t>(store->bytes()));
       executor_->CopyPagesIn(memory_, held, store.get());
+      if (memory_.selection.is_on()) UpdateBoundsOf(id);
     }
   } catch (...) {
     manager_.Remove(id);

@@ -50,6 +50,7 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
     executor_->CheckVariant();
     call.value()->At(executor_->place());
   }
+  CheckStaysPlain(layers, call.has_value() || !(band == MaskBand()));
   std::vector<Layer> next = layers_;
   // Layers that were not named keep theirs.
   std::vector<MaskBand> bands;
@@ -73,14 +74,9 @@ void PagedKVCacheObj::SetVariant(const tvm::ffi::Shape& layers, const tvm::ffi::
   manager_.CheckWindow(seen);
   if (bands != bands_) {
     KVMemory memory;  // what cannot be allocated changes nothing
+    memory.selection = memory_.selection;
     AllocateStep(&memory, bands);
-    memory_.layout = std::move(memory.layout);
-    memory_.host_step = memory.host_step;
-    memory_.step = memory.step;
-    memory_.step_words = memory.step_words;
-    memory_.workspace = memory.workspace;
-    memory_.partial_rows = memory.partial_rows;
-    step_ = KVStep();
+    TakeStep(std::move(memory));
   }
   manager_.SetWindow(seen);
   bands_ = std::move(bands);

@@ -14,6 +14,7 @@
 #include "tvm_infer/ffi/common.h"
 #include "tvm_infer/ffi/page_store.h"
 #include "tvm_infer/kv/step_buffer.h"
+#include "tvm_infer/schedule/page_budget.h"
 #include "tvm_infer/schedule/planner.h"
 #include "tvm_infer/variant/cpu_functions.h"
 
@@ -46,6 +47,23 @@ inline std::array<PagePlanes, 2> PlanesOf(const KVCacheConfig& c) {
   return {PagePlanes{0, k_row, c.page_size * k_row}, PagePlanes{c.num_kv_heads * c.page_size * k_row, v_row, c.page_size * v_row}};
 }
 
+// Of a cache whose layers select pages in steps of one token a sequence (page_selection.h): bounds of its pages, and what such a step works
+// in. Lists and their lengths are in the step's block (kv/step_buffer.h).
+struct KVSelection {
+  PageBudget budget{};
+  bool is_sum = false;    // scores of the query heads of a KV head are added
+  int32_t max_pages = 0;  // of a sequence in a step that selects
+  // Of each layer that selects [num_pages, 2, num_kv_heads, head_dim], of the queries' type; undefined of layers that stay dense.
+  std::vector<tvm::ffi::Tensor> bounds;
+  int64_t bounds_bytes = 0;        // of a page, all layers that have some
+  tvm::ffi::Tensor scores;         // float32 [max_batch, num_kv_heads, max_pages]
+  tvm::ffi::Tensor tables;         // int32 [4 * num_pages + 2]: lengths and page tables of pages whose bounds are to be made
+  tvm::ffi::Tensor host_planned;   // int32: a plan for full lists, on the host
+  tvm::ffi::Tensor planned, plan;  // the same where the executor computes, and the one that ends where lists end
+  bool is_on() const { return budget.num_pages > 0; }
+  bool Has(int64_t layer) const { return is_on() && bounds[layer].defined(); }
+};
+
 // What a cache owns, at fixed addresses for its life.
 struct KVMemory {
   // [num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]; of two widths [num_layers, num_pages, elements of PlanesOf].
@@ -59,7 +77,8 @@ struct KVMemory {
   tvm::ffi::Tensor workspace;             // float32 [partial rows * (head_dim_vo + 1)]
   std::unique_ptr<const kv::StepLayout> layout;
   int64_t partial_rows = 0;  // of the workspace
-  int64_t page_bytes = 0;    // of one layer
+  int64_t page_bytes = 0;    // of one layer, without bounds
+  KVSelection selection;
   bool is_scaled() const { return k_scales.defined(); }
 };
 
@@ -91,6 +110,12 @@ struct KVStep {
   int64_t num_rows = 0;  // of q, k, v and o; those behind step->num_tokens() are padding
   int64_t plan_bytes[kMaxPlans] = {};
   uint64_t capture_keys[kMaxPlans] = {};
+  // Of a cache whose layers select. They do in a step of one token a sequence, where some sequence has more pages than a list; the plan for
+  // lists is for as many requests as the step may have with its rows, num_list_requests: those behind its own have empty lists.
+  bool selects = false;
+  bool lists_changed = false;  // what is to be in KVSelection::planned is not what was there in the last step
+  int32_t num_list_requests = 0;
+  int32_t list_band = 0;  // which plan the layers that select have in other steps
   int64_t last_plan_bytes(const kv::StepLayout& layout) const { return plan_bytes[layout.limits().num_plans - 1]; }
 };
 
@@ -102,6 +127,19 @@ struct LayerCall {
   int32_t plan = 0;                        // which of the step's
   const variant::Call* variant = nullptr;  // null: none
   const LayerRope* rope = nullptr;         // rotates q and k on their way; null: they come as they are to be
+};
+
+// A page, and how many of its slots hold tokens.
+struct PageFill {
+  int32_t page, num_tokens;
+};
+
+// Tables of pages as requests of one page each, whose tokens are all new: what UpdatePageBounds takes. In KVSelection::tables, in words.
+struct FillTables {
+  explicit FillTables(int64_t num_pages)
+      : qo_indptr(0), kv_len(num_pages + 1), page_indptr(2 * num_pages + 1), page_indices(3 * num_pages + 2), size(4 * num_pages + 2) {}
+  std::vector<int32_t> Words(const std::vector<PageFill>& pages) const;
+  int64_t qo_indptr, kv_len, page_indptr, page_indices, size;
 };
 
 class KVExecutor {
@@ -134,6 +172,10 @@ class KVExecutor {
   virtual void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const = 0;
   // Appends k and v, then o = attention of q; rows of padding append nowhere and get o = 0.
   virtual void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) = 0;
+  // Throws where layers of such a cache cannot select pages; loads what they need to.
+  virtual void PrepareSelection() const = 0;
+  // Bounds of these pages from the keys in them, in every layer that selects. Each page once.
+  virtual void UpdateBounds(const KVMemory& memory, const std::vector<PageFill>& pages) const = 0;
 };
 
 // `config` is checked but for what the executor has an opinion on. Throws ExecutorError for a device that has none.

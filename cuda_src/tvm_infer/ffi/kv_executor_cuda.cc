@@ -1,12 +1,14 @@
 // The KV cache on a CUDA device.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "tvm_infer/cuda/attention.h"
 #include "tvm_infer/cuda/copy_pages.h"
 #include "tvm_infer/cuda/memory.h"
 #include "tvm_infer/cuda/move_tokens.h"
+#include "tvm_infer/cuda/page_selection.h"
 #include "tvm_infer/cuda/rope_append.h"
 #include "tvm_infer/cuda/staging.h"
 #include "tvm_infer/cuda/tile_table.h"
@@ -15,6 +17,7 @@
 #include "tvm_infer/ffi/cuda_scope.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/kv_executor.h"
+#include "tvm_infer/ffi/page_selection_cuda.h"
 #include "tvm_infer/ffi/page_store_cuda.h"
 
 namespace tvm_infer::ffi_api {
@@ -41,6 +44,34 @@ tvm::ffi::Tensor Words(const tvm::ffi::Tensor& words, int64_t offset, int64_t le
   const int64_t shape[] = {length}, strides[] = {1};
   return words.as_strided(tvm::ffi::ShapeView(shape, 1), tvm::ffi::ShapeView(strides, 1), offset / 4);
 }
+
+// What a layer selects with; none for one that does not.
+class OwnSelectionTensors {
+ public:
+  OwnSelectionTensors(const KVMemory& memory, const KVStep& step, int64_t layer) {
+    const KVSelection& from = memory.selection;
+    if (!from.Has(layer)) return;
+    const kv::StepLayout& layout = *memory.layout;
+    const int64_t n = step.num_list_requests, num_kv_heads = from.scores.size(1), max_pages = from.scores.size(2);
+    const int64_t shape[] = {n, num_kv_heads, max_pages}, strides[] = {num_kv_heads * max_pages, max_pages, 1};
+    tensors_ = {from.bounds[layer],
+                Words(memory.step_words, layout.list_kv_len(), n),
+                Words(memory.step_words, layout.page_indptr(), n + 1),
+                from.scores.as_strided(tvm::ffi::ShapeView(shape, 3), tvm::ffi::ShapeView(strides, 3), 0),
+                Words(memory.step_words, layout.lists(), n * num_kv_heads * from.budget.num_pages),
+                Words(memory.step_words, layout.list_indptr(), int64_t{layout.limits().num_lists} + 1),
+                from.planned,
+                from.plan};
+    own_.emplace(on_cuda::OwnSelection{View(0), View(1), View(2), View(3), View(4), View(5), View(6), View(7), from.budget, from.is_sum});
+  }
+  const on_cuda::OwnSelection* get() const { return own_.has_value() ? &*own_ : nullptr; }
+
+ private:
+  TensorView View(size_t i) const { return TensorView(tensors_[i]); }
+
+  std::vector<tvm::ffi::Tensor> tensors_;
+  std::optional<on_cuda::OwnSelection> own_;
+};
 
 class CudaKVExecutor final : public KVExecutor {
  public:
@@ -81,12 +112,19 @@ class CudaKVExecutor final : public KVExecutor {
   }
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
+  void PrepareSelection() const override;
+  void UpdateBounds(const KVMemory& memory, const std::vector<PageFill>& pages) const override;
 
  private:
+  void BringLists(const KVMemory& memory, const KVStep& step, const CudaScope& scope) const;
   void CheckDevice() const;
   void CheckPageSize() const;
   PageMemory Layout(const KVMemory& memory) const {
     return {DataPtr<char>(TensorView(memory.all_pages)), config_.num_layers, config_.num_pages, memory.page_bytes};
+  }
+
+  OptionalTensor ValuesOf(const KVMemory& memory, int64_t layer) const {
+    return config_.has_equal_widths() ? OptionalTensor() : OptionalTensor(TensorView(memory.v_pages[layer]));
   }
 
   KVCacheConfig config_;
@@ -117,6 +155,7 @@ void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
   const char* host = DataPtr<char>(TensorView(memory.host_step));
   char* device = DataPtr<char>(TensorView(memory.step));
   cuda::Upload(scope.device_id(), scope.stream(), host + range.begin, static_cast<size_t>(range.end - range.begin), device + range.begin);
+  if (memory.selection.is_on()) BringLists(memory, step, scope);
   if (step.step->copies.empty()) return;
   cuda::CopyPagesParams params{};
   params.pages = DataPtr<void>(TensorView(memory.all_pages));
@@ -127,6 +166,47 @@ void CudaKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const
   params.num_copies = static_cast<int32_t>(step.step->copies.size());
   params.num_layers = static_cast<int32_t>(config_.num_layers);
   cuda::LaunchCopyPages(scope.device_id(), scope.stream(), params);
+}
+
+// What layers that select run with, and layers of a graph that was captured for steps that do: a plan for lists and its copy, or the plan
+// of the step in place of the copy, and word that nothing is selected.
+void CudaKVExecutor::BringLists(const KVMemory& memory, const KVStep& step, const CudaScope& scope) const {
+  const KVSelection& selection = memory.selection;
+  const auto bring = [&](const void* host, int64_t bytes, const tvm::ffi::Tensor& to) {
+    cuda::Upload(scope.device_id(), scope.stream(), host, static_cast<size_t>(bytes), DataPtr<void>(TensorView(to)));
+  };
+  if (!step.selects) {
+    const char* const plan = DataPtr<char>(TensorView(memory.host_step)) + memory.layout->plan(step.list_band);
+    bring(plan, step.plan_bytes[step.list_band], selection.plan);
+    constexpr int32_t kNothing[4] = {kNothingPlanned};
+    if (step.lists_changed) bring(kNothing, sizeof(kNothing), selection.planned);
+    return;
+  }
+  if (!step.lists_changed) return;
+  const void* const planned = DataPtr<void>(TensorView(selection.host_planned));
+  const int64_t bytes = PlanView(planned).header->bytes_used;
+  bring(planned, bytes, selection.planned);
+  bring(planned, bytes, selection.plan);
+}
+
+void CudaKVExecutor::PrepareSelection() const {
+  const CudaScope scope(config_.device);
+  cuda::LoadPageSelection(scope.device_id(), scope.stream(), TagOf(config_.dtype), TagOf(config_.kv_dtype));
+}
+
+void CudaKVExecutor::UpdateBounds(const KVMemory& memory, const std::vector<PageFill>& pages) const {
+  const FillTables tables(static_cast<int64_t>(pages.size()));
+  Upload(tables.Words(pages).data(), tables.size * 4, memory.selection.tables);
+  const auto words = [&](int64_t begin, int64_t length) { return Words(memory.selection.tables, begin * 4, length); };
+  const auto count = static_cast<int64_t>(pages.size());
+  const tvm::ffi::Tensor qo_indptr = words(tables.qo_indptr, count + 1), kv_len = words(tables.kv_len, count),
+                         indptr = words(tables.page_indptr, count + 1), indices = words(tables.page_indices, count);
+  const TensorView qo_indptr_view(qo_indptr), kv_len_view(kv_len);
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    if (!memory.selection.Has(layer)) continue;
+    on_cuda::UpdateOwnBounds(place(), TensorView(memory.selection.bounds[layer]), {&qo_indptr_view, &kv_len_view},
+                             TensorView(memory.pages[layer]), ValuesOf(memory, layer), TensorView(indptr), TensorView(indices));
+  }
 }
 
 void CudaKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::TokenMove>& moves) const {
@@ -178,12 +258,12 @@ void CudaKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const
     scales.k_scales = TensorView(k_scales);
     scales.v_scales = TensorView(v_scales);
   }
-  OptionalTensor values;
-  if (!config_.has_equal_widths()) values = TensorView(memory.v_pages[call.layer]);
+  const OptionalTensor values = ValuesOf(memory, call.layer);
+  const OwnSelectionTensors selected(memory, step, call.layer);
   const auto attend = [&](const TensorView& q, const on_cuda::OwnRotation* rotation) {
     on_cuda::AppendOwnAttention(place(), TensorView(plan), step.capture_keys[call.plan], q, call.k, call.v,
                                 TensorView(memory.pages[call.layer]), values, TensorView(indptr), TensorView(memory.step_words),
-                                call.sm_scale, TensorView(memory.workspace), call.o, rotation, call.variant, scales);
+                                call.sm_scale, TensorView(memory.workspace), call.o, rotation, call.variant, scales, selected.get());
   };
   if (call.rope == nullptr) return attend(call.q, nullptr);
   const LayerRope& rope = *call.rope;

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "tvm_infer/cpu/attention.h"
+#include "tvm_infer/cpu/page_selection.h"
 #include "tvm_infer/cpu/rope_append.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/kv_executor.h"
@@ -71,6 +72,8 @@ class HostKVExecutor final : public KVExecutor {
     if (bytes > 0) std::memcpy(DataPtr<void>(TensorView(to)), host, static_cast<size_t>(bytes));
   }
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;
+  void PrepareSelection() const override {}
+  void UpdateBounds(const KVMemory& memory, const std::vector<PageFill>& pages) const override;
 
  private:
   PageMemory Layout(const KVMemory& memory) const {
@@ -78,7 +81,13 @@ class HostKVExecutor final : public KVExecutor {
   }
   // k and v of the call; with a rope, its rotated queries too.
   void Append(const KVStep& step, const LayerCall& call, const cpu::KVSource& cache) const;
-  cpu::KVSource Source(const KVMemory& memory, const KVStep& step, int64_t layer) const;
+  cpu::KVSource Source(const KVMemory& memory, int64_t layer) const;
+  cpu::PageBounds Bounds(const KVMemory& memory, int64_t layer) const;
+  // Bounds of pages of `cache`, by lengths and its table.
+  void BoundPages(const KVMemory& memory, int64_t layer, const cpu::KVSource& cache, int32_t num_requests, const int32_t* qo_indptr,
+                  const int32_t* kv_len) const;
+  // Lists of the layer for these queries, and their plan.
+  void Select(const KVMemory& memory, const KVStep& step, int64_t layer, const TensorView& q) const;
 
   KVCacheConfig config_;
   cpu::DType dtype_, kv_dtype_;
@@ -86,6 +95,10 @@ class HostKVExecutor final : public KVExecutor {
 
 // Only the slots that hold tokens: the rest of a page is never read.
 void HostKVExecutor::BeginStep(const KVMemory& memory, const KVStep& step, const kv::StepRange&) {
+  if (step.selects && step.lists_changed) {
+    const TensorView planned(memory.selection.planned);
+    std::memcpy(DataPtr<void>(TensorView(memory.selection.plan)), DataPtr<void>(planned), static_cast<size_t>(planned.numel()) * 4);
+  }
   for (const tvm::ffi::Tensor& layer : memory.pages) {
     char* base = DataPtr<char>(TensorView(layer));
     for (const kv::PageCopy& copy : step.step->copies) {
@@ -116,7 +129,7 @@ void HostKVExecutor::MoveTokens(const KVMemory& memory, const std::vector<kv::To
   }
 }
 
-cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, const KVStep&, int64_t layer) const {
+cpu::KVSource HostKVExecutor::Source(const KVMemory& memory, int64_t layer) const {
   cpu::KVSource source{};
   const std::array<PagePlanes, 2> planes = PlanesOf(config_);
   char* base = DataPtr<char>(TensorView(memory.pages[layer]));
@@ -185,14 +198,93 @@ void HostKVExecutor::Append(const KVStep& step, const LayerCall& call, const cpu
   cpu::RopeAppend(args, num_threads);
 }
 
+cpu::PageBounds HostKVExecutor::Bounds(const KVMemory& memory, int64_t layer) const {
+  const TensorView bounds(memory.selection.bounds[layer]);
+  return {dtype_, DataPtr<void>(bounds), Stride(bounds, 0), Stride(bounds, 1), Stride(bounds, 2)};
+}
+
+void HostKVExecutor::BoundPages(const KVMemory& memory, int64_t layer, const cpu::KVSource& cache, int32_t num_requests,
+                                const int32_t* qo_indptr, const int32_t* kv_len) const {
+  cpu::UpdatePageBoundsArgs args{};
+  args.num_requests = num_requests;
+  args.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
+  args.head_dim = static_cast<int32_t>(config_.head_dim);
+  args.qo_indptr = qo_indptr;
+  args.kv_len = kv_len;
+  args.cache = cache;
+  args.bounds = Bounds(memory, layer);
+  cpu::UpdatePageBounds(args, static_cast<int>(config_.num_threads));
+}
+
+void HostKVExecutor::UpdateBounds(const KVMemory& memory, const std::vector<PageFill>& pages) const {
+  const FillTables tables(static_cast<int64_t>(pages.size()));
+  const std::vector<int32_t> words = tables.Words(pages);
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    if (!memory.selection.Has(layer)) continue;
+    cpu::KVSource cache = Source(memory, layer);
+    cache.page_indptr = words.data() + tables.page_indptr;
+    cache.page_indices = words.data() + tables.page_indices;
+    BoundPages(memory, layer, cache, static_cast<int32_t>(pages.size()), words.data() + tables.qo_indptr, words.data() + tables.kv_len);
+  }
+}
+
+void HostKVExecutor::Select(const KVMemory& memory, const KVStep& step, int64_t layer, const TensorView& q) const {
+  const KVSelection& selection = memory.selection;
+  const kv::StepLayout& layout = *memory.layout;
+  int32_t* const words = DataPtr<int32_t>(TensorView(memory.step_words));
+  const TensorView scores(selection.scores);
+  cpu::PageScoresArgs score{};
+  score.num_requests = step.num_list_requests;
+  score.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);
+  score.num_kv_heads = static_cast<int32_t>(config_.num_kv_heads);
+  score.head_dim = static_cast<int32_t>(config_.head_dim);
+  score.page_size = selection.budget.page_size;
+  score.is_sum = selection.is_sum;
+  score.kv_len = words + layout.list_kv_len() / 4;
+  score.dtype = dtype_;
+  score.q = DataPtr<void>(q);
+  score.q_token_stride = Stride(q, 0);
+  score.q_head_stride = Stride(q, 1);
+  score.page_indptr = words + layout.page_indptr() / 4;
+  score.page_indices = words;
+  score.bounds = Bounds(memory, layer);
+  score.scores = DataPtr<float>(scores);
+  score.score_request_stride = Stride(scores, 0);
+  score.score_head_stride = Stride(scores, 1);
+  score.min_pages = selection.budget.num_pages;
+  cpu::PageScores(score, static_cast<int>(config_.num_threads));
+  cpu::SelectPagesArgs select{};
+  select.num_requests = score.num_requests;
+  select.num_kv_heads = score.num_kv_heads;
+  select.budget = selection.budget;
+  select.kv_len = score.kv_len;
+  select.page_indptr = score.page_indptr;
+  select.page_indices = words;
+  select.scores = score.scores;
+  select.score_request_stride = score.score_request_stride;
+  select.score_head_stride = score.score_head_stride;
+  select.lists = words + layout.lists() / 4;
+  select.planned = DataPtr<void>(TensorView(selection.planned));
+  select.plan = DataPtr<void>(TensorView(selection.plan));
+  cpu::SelectPages(select, static_cast<int>(config_.num_threads));
+}
+
 void HostKVExecutor::Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) {
   ZeroRows(call.o, step.step->num_tokens(), config_);
   if (step.step->num_tokens() == 0) return;
-  const cpu::KVSource cache = Source(memory, step, call.layer);
+  cpu::KVSource cache = Source(memory, call.layer);
   Append(step, call, cache);
   const TensorView& q = call.rope == nullptr ? call.q : call.rope->rotated_q;
   cpu::AttentionArgs attend{};
   attend.plan = DataPtr<char>(TensorView(memory.step)) + memory.layout->plan(call.plan);
+  if (memory.selection.Has(call.layer)) {
+    BoundPages(memory, call.layer, cache, step.step->num_requests(), step.step->qo_indptr.data(), step.step->kv_len.data());
+    if (step.selects) {
+      Select(memory, step, call.layer, q);
+      attend.plan = DataPtr<void>(TensorView(memory.selection.plan));
+      cache.page_indptr = DataPtr<int32_t>(TensorView(memory.step_words)) + memory.layout->list_indptr() / 4;
+    }
+  }
   attend.variant = call.variant;
   attend.dtype = dtype_;
   attend.num_qo_heads = static_cast<int32_t>(config_.num_qo_heads);

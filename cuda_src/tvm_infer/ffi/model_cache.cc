@@ -12,6 +12,7 @@
 
 #include "tvm_infer/embedded.h"
 #include "tvm_infer/ffi/kv_cache.h"
+#include "tvm_infer/ffi/kv_cache_selection.h"
 #include "tvm_infer/ffi/kv_dtype.h"
 #include "tvm_infer/ffi/model.h"
 #include "tvm_infer/ffi/plan.h"
@@ -67,6 +68,21 @@ class CacheDefaults {
 
   DLDataType kv_dtype() const { return KVDTypeOf(Field<String>(row_, "kv_dtype")); }
   bool shares_prefixes() const { return Field<bool>(row_, "shared_prefix"); }
+
+  // Of tokens or of pages, as it was exported (tvm_infer/runtime/page_budget.py).
+  void SetPageBudget(const PagedKVCache& kv) const {
+    const Any given = row_.count(String("page_budget")) == 0 ? Any() : row_.at(String("page_budget"));
+    if (given == nullptr) return;
+    const auto budget = given.cast<JsonObject>();
+    const auto value = [&](const char* name) {
+      const Any number = budget.at(String(name));
+      return number == nullptr ? int64_t{0} : number.cast<int64_t>();
+    };
+    const int64_t page_size = kv->config().page_size, num_pages = value("num_pages"), num_tokens = value("num_tokens");
+    KVCacheSetPageBudget(kv, num_pages > 0 ? num_pages : (num_tokens + page_size - 1) / page_size, value("num_sink_pages"),
+                         value("num_recent_pages"), Field<String>(budget, "group_reduce") == "sum", value("max_pages"),
+                         ToShape(Integers(Field<JsonArray>(budget, "dense_layers"))));
+  }
 
   // Those given; where they are not, the manifest's, if they are of pages of this type; else 1, which they are.
   void SetScales(const PagedKVCache& kv, const OptionalTensor& k_scales, const OptionalTensor& v_scales) const {
@@ -276,6 +292,7 @@ PagedKVCache ModelCreateScaledCache(Array<Tensor> weights, String kv_dtype, Opti
     if (!defaults.shares_prefixes()) kv->SetSharedPrefix(false);
     if (const Any rope = model.at(String("rope")); rope != nullptr) SetRope(kv, rope.cast<JsonObject>());
     SetVariants(kv, manifest, weights);
+    defaults.SetPageBudget(kv);
     return kv;
   });
 }

@@ -83,6 +83,12 @@ PageBudget CheckSelection(const TensorView& scores, const TensorView& kv_len, co
   CheckPageSize(page_size);
   CheckIndex(page_lists, "page_lists", place);
   CheckPlace(plan, "plan", place);
+  const PageBudget budget = CheckBudget(page_size, num_pages, num_sink, num_recent);
+  CheckDim(page_lists, "page_lists", 0, kv_len.size(0) * scores.size(1) * num_pages, "num_pages for each request and KV head");
+  return budget;
+}
+
+PageBudget CheckBudget(int64_t page_size, int64_t num_pages, int64_t num_sink, int64_t num_recent) {
   if (num_sink < 0 || num_recent < 1 || num_sink > num_pages || num_recent > num_pages - num_sink) {
     TVM_INFER_THROW(ArgumentError) << "arguments `num_sink` and `num_recent` are " << num_sink << " and " << num_recent << " of lists of "
                                    << num_pages
@@ -93,7 +99,6 @@ PageBudget CheckSelection(const TensorView& scores, const TensorView& kv_len, co
     TVM_INFER_THROW(ArgumentError) << "argument `num_pages` is " << num_pages << " pages of " << page_size << " tokens; a list may have "
                                    << kMaxInt32 << " tokens";
   }
-  CheckDim(page_lists, "page_lists", 0, kv_len.size(0) * scores.size(1) * num_pages, "num_pages for each request and KV head");
   return {static_cast<int32_t>(page_size), static_cast<int32_t>(num_pages), static_cast<int32_t>(num_sink),
           static_cast<int32_t>(num_recent)};
 }

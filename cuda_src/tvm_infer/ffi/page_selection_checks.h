@@ -23,6 +23,9 @@ PageBudget CheckSelection(const TensorView& scores, const TensorView& kv_len, co
                           const TensorView& kv_page_indices, int64_t page_size, int64_t num_pages, int64_t num_sink, int64_t num_recent,
                           const TensorView& plan, const TensorView& page_lists, const Place& place);
 
+// ArgumentError for numbers that are no budget.
+PageBudget CheckBudget(int64_t page_size, int64_t num_pages, int64_t num_sink, int64_t num_recent);
+
 // No length is negative.
 void CheckLengths(const int32_t* kv_len, int32_t num_requests);
 // Scores have an entry for each page of the requests that have more than min_pages.

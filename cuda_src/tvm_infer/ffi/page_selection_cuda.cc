@@ -91,7 +91,7 @@ void UpdatePageBounds(const Place& place, const TensorView& page_bounds, const N
 
 void PageScores(const Place& place, const TensorView& q, const TensorView& page_bounds, const TensorView& kv_len,
                 const TensorView& kv_page_indptr, const TensorView& kv_page_indices, int64_t page_size, bool is_sum, int64_t min_pages,
-                const TensorView& scores) {
+                const TensorView& scores, bool is_own) {
   cuda::PageScoresParams params{};
   params.bounds = BoundsOf(page_bounds);
   CheckAlignedRows(q, "q");
@@ -113,7 +113,7 @@ void PageScores(const Place& place, const TensorView& q, const TensorView& page_
   params.min_pages = static_cast<int32_t>(min_pages);
   params.is_sum = is_sum;
   const CudaScope scope(place.device);
-  if (MayCheckValues(scope)) {
+  if (!is_own && MayCheckValues(scope)) {
     const std::vector<int32_t> lengths =
         CheckTableValues(scope, kv_len, kv_page_indptr, kv_page_indices, PagesOf(page_size, page_bounds.size(0)));
     CheckRoom(lengths.data(), params.num_requests, page_size, min_pages, scores.size(2));
@@ -123,7 +123,7 @@ void PageScores(const Place& place, const TensorView& q, const TensorView& page_
 
 void SelectPages(const Place& place, const TensorView& scores, const TensorView& kv_len, const TensorView& kv_page_indptr,
                  const TensorView& kv_page_indices, const PageBudget& budget, const TensorView& planned, const TensorView& plan,
-                 const TensorView& page_lists) {
+                 const TensorView& page_lists, bool is_own) {
   CheckPlanTensor(plan, place);
   CheckIndex(planned, "planned", place);
   CheckDim(planned, "planned", 0, plan.size(0), "words of plan");
@@ -143,7 +143,7 @@ void SelectPages(const Place& place, const TensorView& scores, const TensorView&
   params.max_pages = static_cast<int32_t>(std::min<int64_t>(scores.size(2), INT32_MAX));
   params.plan_bytes = plan.numel() * static_cast<int64_t>(sizeof(int32_t));
   const CudaScope scope(place.device);
-  if (MayCheckValues(scope)) {
+  if (!is_own && MayCheckValues(scope)) {
     const std::vector<int32_t> lengths = CheckTableValues(scope, kv_len, kv_page_indptr, kv_page_indices, PagesOf(budget.page_size, 0));
     CheckRoom(lengths.data(), params.num_requests, budget.page_size, budget.num_pages, scores.size(2));
     const std::vector<int32_t> words = scope.ToHost(planned), own = scope.ToHost(plan);
@@ -151,6 +151,24 @@ void SelectPages(const Place& place, const TensorView& scores, const TensorView&
                         kv_len.size(0), scores.size(1));
   }
   cuda::LaunchSelectPages(scope.device_id(), scope.stream(), params);
+}
+
+void SelectOwnPages(const Place& place, const OwnSelection& own, const TensorView& tokens, const TensorView& q, const TensorView& k_cache,
+                    const CacheShape& shape, const cpu::KVSource& cache, const TensorView& kv_page_indptr,
+                    const TensorView& kv_page_indices) {
+  UpdatePageBounds(place, own.page_bounds, {nullptr, nullptr, &tokens, q.size(1)}, k_cache, shape, cache, kv_page_indptr, kv_page_indices);
+  PageScores(place, q, own.page_bounds, own.kv_len, own.kv_page_indptr, kv_page_indices, own.budget.page_size, own.is_sum,
+             own.budget.num_pages, own.scores, /*is_own=*/true);
+  SelectPages(place, own.scores, own.kv_len, own.kv_page_indptr, kv_page_indices, own.budget, own.planned, own.plan, own.page_lists,
+              /*is_own=*/true);
+}
+
+void UpdateOwnBounds(const Place& place, const TensorView& page_bounds, const NewTokens& tokens, const TensorView& k_cache,
+                     const OptionalTensor& v_cache, const TensorView& kv_page_indptr, const TensorView& kv_page_indices) {
+  cpu::KVSource cache{};
+  const CacheShape shape = CheckCache(k_cache, v_cache, /*kv_layout=*/0, place, &cache);
+  CheckPageTable(kv_page_indptr, kv_page_indices, place, &cache);
+  UpdatePageBounds(place, page_bounds, tokens, k_cache, shape, cache, kv_page_indptr, kv_page_indices);
 }
 
 }  // namespace tvm_infer::ffi_api::on_cuda

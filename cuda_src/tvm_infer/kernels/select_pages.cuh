@@ -43,12 +43,14 @@ struct RequestPages {
 };
 
 // Whether both plans are for lists of these requests and heads, and in their memory. By one thread of the grid it is said in the plan, if
-// that is one.
+// that is one. A `planned` whose magic is 0 says that this step selects nothing: the plan is another's then, and none of this kernel's
+// business (a captured graph has this launch in every step).
 //
 // NOTE: the plan is read past the L1, here and below: lines of it in the L1 would be old when the attention behind this kernel, which may
 // be on the SM already, reads the works that stand in them.
 __device__ __forceinline__ bool AreForTheseLists(const cuda::SelectPagesParams& p) {
   const PlanHeader &planned = *PlanView(p.planned).header, &plan = *PlanView(p.plan).header;
+  if (__ldcg(&planned.magic) == kNothingPlanned) return false;
   const auto is_plan = [&](const PlanHeader& x) {
     return __ldcg(&x.magic) == kPlanMagic && __ldcg(&x.version) == kPlanVersion && __ldcg(&x.bytes_used) <= p.plan_bytes;
   };

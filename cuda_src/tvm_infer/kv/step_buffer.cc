@@ -32,8 +32,8 @@ void FillRows(const StepLayout& layout, const Step& step, const StepInputs& inpu
 }  // namespace
 
 StepLayout::StepLayout(const StepLimits& limits) : limits_(limits) {
-  page_indptr_ = 3 * Bytes(limits.max_rows);
-  plan_ = page_indptr_ + Aligned(4 * (int64_t{limits.max_batch} + 1));
+  page_indptr_ = Aligned(4 * int64_t{limits.num_lists} * limits.list_pages) + 3 * Bytes(limits.max_rows);
+  plan_ = list_indptr() + ListBytes(int64_t{limits.num_lists} + 1);
   bytes_ = copies(limits.plan_bytes, limits.max_page_entries) + Aligned(limits.max_batch * static_cast<int64_t>(sizeof(PageCopy)));
 }
 
@@ -55,6 +55,25 @@ StepRange FillStep(const StepLayout& layout, const Step& step, const StepInputs&
   std::copy(step.copies.begin(), step.copies.end(), At<PageCopy>(block, copies));
   const int64_t num_logits = inputs.logit_rows == nullptr ? 0 : inputs.num_logits;
   return {layout.logit_rows(inputs.num_rows, num_logits), copies + static_cast<int64_t>(step.copies.size() * sizeof(PageCopy))};
+}
+
+void FillLists(const StepLayout& layout, const Step& step, bool selects, void* block) {
+  const StepLimits& limits = layout.limits();
+  const int32_t num_requests = step.num_requests();
+  int32_t* const indptr = At<int32_t>(block, layout.page_indptr());
+  std::fill(indptr + num_requests + 1, indptr + limits.max_batch + 1, indptr[num_requests]);
+  int32_t* const kv_len = At<int32_t>(block, layout.list_kv_len());
+  std::fill(kv_len, kv_len + limits.max_batch, 0);
+  int32_t* const list_indptr = At<int32_t>(block, layout.list_indptr());
+  if (selects) {
+    std::copy(step.kv_len.begin(), step.kv_len.end(), kv_len);
+    for (int32_t list = 0; list <= limits.num_lists; ++list) {
+      list_indptr[list] = static_cast<int32_t>(layout.lists() / 4) + list * limits.list_pages;
+    }
+  } else {
+    std::copy(indptr, indptr + num_requests + 1, list_indptr);
+    std::fill(list_indptr + num_requests + 1, list_indptr + limits.num_lists + 1, indptr[num_requests]);
+  }
 }
 
 }  // namespace tvm_infer::kv

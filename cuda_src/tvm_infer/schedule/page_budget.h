@@ -10,6 +10,9 @@
 
 namespace tvm_infer {
 
+// PlanHeader::magic in place of a plan for lists, in a step that selects nothing.
+inline constexpr int32_t kNothingPlanned = 0;
+
 // What a list takes of a request's pages. A request with no more than num_pages is taken whole.
 struct PageBudget {
   int32_t page_size;   // tokens

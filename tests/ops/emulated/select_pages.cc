@@ -114,13 +114,16 @@ void RunCase(int32_t number) {
   std::vector<int32_t> lists(num_lists * p.budget.num_pages, kLeft);
   p.lists = lists.data();
   const int32_t num_ctas = Random(1, 6);
-  const std::vector<uint4> planned = MakePlan(p, num_ctas);
+  std::vector<uint4> planned = MakePlan(p, num_ctas);
   std::vector<uint4> plan = planned;
   p.planned = planned.data();
   p.plan = plan.data();
   p.plan_bytes = static_cast<int64_t>(plan.size() * 16);
   const bool is_other = number % 15 == 7;
   if (is_other) --const_cast<PlanHeader*>(PlanView(p.plan).header)->num_kv_lists;
+  const bool is_nothing = number % 15 == 8;  // this step selects nothing, and the plan is another's
+  if (is_nothing) reinterpret_cast<PlanHeader*>(planned.data())->magic = tvm_infer::kNothingPlanned;
+  const std::vector<uint4> as_it_was = plan;
   // Twice: a step's ends are not those that the next one begins with.
   const std::vector<int32_t> lengths = kv_len;
   for (int32_t& length : kv_len) length = length / 2;
@@ -130,6 +133,11 @@ void RunCase(int32_t number) {
   emulated::Launch(num_lists + tvm_infer::cuda::kSelectPagesPlanCtas, tvm_infer::kernels::kSelectPagesThreads, [&] { select_pages(p); });
 
   const PlanView of(p.plan), before(p.planned);
+  if (is_nothing) {
+    Check(std::memcmp(plan.data(), as_it_was.data(), plan.size() * 16) == 0, number, "nothing is selected, and yet the plan is written");
+    Check(std::all_of(lists.begin(), lists.end(), [](int32_t page) { return page == kLeft; }), number, "nothing selected, but lists");
+    return;
+  }
   if (is_other) {
     Check(of.tickets()[0] == tvm_infer::kOtherLists, number, "a plan for other lists is not refused");
     Check(std::all_of(lists.begin(), lists.end(), [](int32_t page) { return page == kLeft; }), number, "refused, and yet there are lists");
