@@ -23,6 +23,7 @@ import numpy as np
 
 from . import _array, _device, _ffi, variant_call
 from .errors import ArgumentError, PlanMismatchError
+from .kv_dtypes import SCALED_DTYPES
 from .planning import WorkspaceSize, cpu_tile_table, cuda_tile_table, num_threads, plan, plan_status, workspace_size
 from .rope import RopeConfig
 from .schedule import Plan
@@ -250,7 +251,11 @@ def _run(
         prepared.check_tables(parsed, int(q.shape[1]))
     # On a device a captured graph may be replayed with the plan of more requests: as many as the page table has.
     num_requests = num_lists if is_cuda else parsed.num_requests
-    call = None if prepared.is_plain else prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]))
+    call = None
+    if not prepared.is_plain:
+        # the append, which goes first, must not be launched where there is no kernel to follow it
+        is_scaled = name == "append_paged_attention" and _array.dtype_name(arguments[4]) in SCALED_DTYPES
+        call = prepared.call(is_cuda, int(q.shape[1]), num_requests, int(q.shape[2]), is_scaled=is_scaled)
     _call(name, arguments, scales, call)
 
 
@@ -313,7 +318,7 @@ def attention(
         variant where there is none (the band is not seen where `plan` is bare device memory). WorkspaceError : `workspace` is
         too small.
     ExecutorError : no executor for the device, dtype, head_dim or page_size; names those that there are (on cuda 8-bit caches have
-        head_dim 128 or 256 and pages of 16, 32 or 64 tokens).
+        pages of 16, 32 or 64 tokens, and variants that change neither queries nor keys).
     DeviceError, CompileError : the driver or the compiler failed. AbiError : the variant was compiled for another tvm_infer.
     Nothing is written and nothing launched then.
     """

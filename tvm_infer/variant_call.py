@@ -27,7 +27,17 @@ class Prepared:
     kernels without a variant do.
     """
 
-    __slots__ = ("_checked_plan", "_sizes", "band", "bound", "calls", "has_matrices", "is_plain", "rotates")
+    __slots__ = (
+        "_checked_kernels",
+        "_checked_plan",
+        "_sizes",
+        "band",
+        "bound",
+        "calls",
+        "has_matrices",
+        "is_plain",
+        "rotates",
+    )
 
     def __init__(self, bound: Any) -> None:
         self.bound = bound
@@ -39,15 +49,19 @@ class Prepared:
         self.calls: dict[bool, Any] = {}
         # (num_qo_heads, num_requests, head_dim) that the tables were last found to fit
         self._sizes: tuple[int, int, int] | None = None
+        self._checked_kernels: set[tuple[int, bool]] = set()  # (head_dim, keys of 8 bits) that CUDA has kernels for
         self._checked_plan: Any = None  # a weak reference to the last plan whose lengths tables were found to hold
 
     def __reduce__(self) -> Any:
         return _nothing, ()  # a variant that is pickled or copied deeply is prepared again
 
-    def call(self, is_cuda: bool, num_qo_heads: int, num_requests: int, head_dim: int) -> Any:
+    def call(
+        self, is_cuda: bool, num_qo_heads: int, num_requests: int, head_dim: int, *, is_scaled: bool = False
+    ) -> Any:
         """The VariantCall object for tensors on a cuda device or on the host, where the variant is compiled at first use.
 
-        Its tables are indexed by head and request without a further look: they are checked to have as many.
+        Its tables are indexed by head and request without a further look: they are checked to have as many. is_scaled : keys have 8
+        bits. ExecutorError : there are no CUDA kernels that change queries or keys so, which is said before anything is launched.
         """
         sizes = (num_qo_heads, num_requests, head_dim)
         if self._sizes != sizes:
@@ -64,6 +78,9 @@ class Prepared:
             tables = [_array.as_tensor(x, f"variant.tables[{i}]") for i, x in enumerate(bound.tables)]
             call = _ffi.func("variant_call")(digest, functions, list(bound.scalars), tables)
             self.calls[is_cuda] = call
+        if is_cuda and (head_dim, is_scaled) not in self._checked_kernels:
+            jit.check_variant(self.bound.cuda_struct[0], head_dim, is_scaled)
+            self._checked_kernels.add((head_dim, is_scaled))
         return call
 
     def check_tables(self, plan: Plan, num_qo_heads: int) -> None:

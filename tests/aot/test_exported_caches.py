@@ -13,10 +13,9 @@ from test_embedded_kernels import COMPILER, fake_cubin
 from test_exported_variants import function, weights_of
 from test_exported_variants_cuda import SCRIPT
 from test_library import cuda_model, export_cuda
-from variant_models import GptOss, decoder, exported
 
 import tvm_infer
-from tvm_infer import AttentionSpec, PageBudget, PagedKVCache, errors, jit
+from tvm_infer import AttentionSpec, PageBudget, PagedKVCache, errors, jit, variant
 from tvm_infer.runtime import library, model_kernels
 
 TEXT = [7, 1, 90, 3, 55, 2, 2, 8, 19, 31, 7]
@@ -254,14 +253,17 @@ def test_kernels_that_are_none(executable, tmp_path, layer, page_sizes, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_variants_have_no_kernels_of_8_bits(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVM_INFER_CACHE_DIR", str(tmp_path / "cache"))
-    model = tvm_infer.compile(exported(decoder(GptOss)), max_tokens=32)
-    weights = [(n, w.shape, str(w.dtype)) for n, w in zip(model.manifest.weights, model._weights, strict=True)]
-    with pytest.raises(
-        errors.ExecutorError, match=r"the layers \[0, 1\] have attention variants, which the cuda executor has"
-    ):
-        export_cuda(cuda_model(model, head_dim=128), tmp_path / "x.so", weights=weights, kv_dtype="float8_e5m2")
+def test_kernels_of_variants_are_of_both_kinds_of_pages():
+    layers, codes = [AttentionSpec(8, 2, 64, "bfloat16")] * 2, {0: "", 1: variant.STANDARD["soft_cap"].digest}
+    jit.register_variant(codes[1], variant.STANDARD["soft_cap"].source())
+    names = model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16,), codes, "float8_e4m3fn")
+    own, scaled = "attention_bf16_h64_p16", "attention_bf16_e4m3_h64_p16"
+    assert names[3:] == (own, scaled, f"{own}_v{codes[1]}", f"{scaled}_v{codes[1]}")
+    turned = variant.STANDARD["rope"]
+    jit.register_variant(turned.digest, turned.source())
+    with pytest.raises(errors.ExecutorError, match=r"layer 1 has a variant without such a kernel: .* changes queries"):
+        codes[1] = turned.digest
+        model_kernels.kernel_names(layers, ["attention_with_kv_cache"], (16,), codes, "float8_e4m3fn")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")

@@ -62,12 +62,15 @@ def cubin(name, abi=ABI, threads=THREADS, shared=SHARED, ctas=1):
 
 
 asked: list[tuple[str, str]] = []
+NO_SUCH_VARIANT = "f" * 16  # there are no kernels of
 _ffi.library()  # registers the real one, which this replaces
 
 
 @tvm_ffi.register_global_func("tvm_infer.jit_cubin", override=True)
 def jit_cubin(name, arch):
     asked.append((str(name), str(arch)))
+    if name.endswith(NO_SUCH_VARIANT):
+        raise errors.ExecutorError(f"variant {NO_SUCH_VARIANT} changes keys")
     if "read_ceiling" in str(name):
         return b""
     return cubin(name)
@@ -320,6 +323,19 @@ def test_eight_bit_heads_are_panels_that_the_swizzle_spans(driver, head_dim, col
     ]  # fmt: skip
 
 
+def test_nothing_is_appended_where_there_is_no_kernel_to_attend(driver):
+    call = _ffi.func("variant_call")(NO_SUCH_VARIANT, 0, [], [])
+    with pytest.raises(errors.ExecutorError, match="changes keys"):
+        scaled("scaled_append_attention", new=[tensor((ROWS, HKV, DIM)) for _ in "kv"], variant=call)
+    assert driver.launches() == []
+
+
+def test_a_variant_goes_with_eight_bits(driver):
+    scaled(variant=_ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB], []))
+    assert driver.launches()[0]["name"] == "attention_bf16_e4m3_h128_p16_v0123456789abcdef"
+    assert driver.variant_args(VariantArgs).scalars[0] == 0x40490FDB
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_appends_to_eight_bits_are_kernels_of_their_own(driver, dtype):
     element = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
@@ -349,12 +365,6 @@ BAD_SCALED = [
             "k_cache": tensor((PAGES, 2, HKV, PAGE, 72), "float8_e5m2"),
             **{n: tensor((ROWS, HQ, 72)) for n in "qo"},
         },
-    ),
-    (
-        "variant",
-        errors.ExecutorError,
-        r"`k_cache` has 8-bit elements \(e4m3\).*no variant.*cpu executor takes both",
-        lambda: {"variant": _ffi.func("variant_call")("0123456789abcdef", 0, [], [])},
     ),
     (
         "scale 0",
@@ -1201,8 +1211,10 @@ def test_cache_of_eight_bits(driver):
     driver.clear()
     _ffi.func("kv_cache_move_tokens")(cache, [0] * 3, [17, 18, 19], [4, 5, 6])
     assert [(x["name"], x["grid"]) for x in driver.launches()] == [("move_tokens", "1,1,1")]
-    with pytest.raises(errors.ExecutorError, match=r"`kv` has 8-bit elements \(e4m3\).*no variant"):
-        cache.set_variant(variant.soft_cap.bind(cap=20.0))
+    rope = variant.rope.bind(inv_freq=np.ones(64, np.float32), magnitude=1.0)
+    with pytest.raises(errors.ExecutorError, match=r"changes queries, and the call has keys of 8 bits.*in 16 bits"):
+        cache.set_variant(rope)
+    cache.set_variant(variant.soft_cap.bind(cap=20.0), layers=[0])
     cache.set_variant(variant.sliding_window.bind(window=20))  # a band is the plan's business
     with pytest.raises(errors.ExecutorError, match=r"`page_size` is 8; .* 8-bit elements in pages of 16, 32 and 64"):
         tvm_infer.PagedKVCache(**{**sizes, "page_size": 8}, kv_dtype="float8_e5m2")

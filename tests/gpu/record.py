@@ -50,6 +50,8 @@ FAMILIES = {
             "test_gpu_levels.py",
             "test_gpu_streams.py",
             "test_gpu_float8.py",
+            "test_gpu_float8_formats.py",
+            "test_gpu_float8_variants.py",
             "test_gpu_formats.py",
         ),
     ),
@@ -59,7 +61,13 @@ FAMILIES = {
     "kv_cache": Family(
         ("copy_pages.cuh", "move_tokens.cuh"),
         ("copy_pages", "move_tokens", "memory", "staging", "pinned"),
-        ("test_gpu_kv_cache.py", "test_gpu_kv_reuse.py", "test_gpu_float8.py", "test_gpu_levels.py"),
+        (
+            "test_gpu_kv_cache.py",
+            "test_gpu_kv_reuse.py",
+            "test_gpu_float8.py",
+            "test_gpu_float8_variants.py",
+            "test_gpu_levels.py",
+        ),
     ),
     "page_selection": Family(
         ("page_bounds.cuh", "page_scores.cuh", "select_pages.cuh"),

@@ -51,6 +51,7 @@ class Float8Batch(Batch):
             for r in requests or make_requests(case, device, seed)
         ]
         super().__init__(case, device, seed, kept, appended)
+        self.values = self.cache
         self._quantise_cache()
 
     def _values(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Float8Batch(Batch):
     def _quantise_cache(self) -> None:
         """Elements in place of values, at the same strides in elements: with views a row and 16 bytes ahead."""
         nhd = self.case.layout.startswith("NHD")
-        parts = self.cache if isinstance(self.cache, tuple) else (self.cache,)
+        parts = self.values if isinstance(self.values, tuple) else (self.values,)
         stored, self.bases = [], []
         for i, values in enumerate(parts):
             shape = tuple(values.shape)
@@ -76,6 +77,11 @@ class Float8Batch(Batch):
             view.copy_((values.float() / scales).to(self.float8))
             stored.append(view), self.bases.append(base)
         self.cache = tuple(stored) if len(parts) == 2 else stored[0]
+
+    def poison(self, seen) -> int:
+        hidden = super().poison(seen)
+        self._quantise_cache()
+        return hidden
 
     @property
     def scales(self) -> dict:

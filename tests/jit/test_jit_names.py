@@ -49,11 +49,11 @@ def test_a_name_comes_back(name):
 def test_source_is_short_and_names_the_kernel(name):
     include, call = parse(name).source().splitlines()
     assert include.startswith('#include "tvm_infer/kernels/')
-    assert re.fullmatch(rf"TVM_INFER_\w+\({name}(, \w+)*\);", call)
+    assert re.fullmatch(rf"TVM_INFER_\w+\({name}(, [\w:]+)*\);", call)
     header = re.search(r'"(.+)"', include)[1]
     macro = call.partition("(")[0]
     assert (include_dir() / header).is_file()
-    assert f"#define {macro}(".encode() in reached(include, include_dir())[header] or macro.endswith("_RAGGED")
+    assert f"#define {macro}(".encode() in reached(include, include_dir())[header]
 
 
 @given(st.text(max_size=30).filter(lambda t: t not in NAMES))
@@ -78,6 +78,9 @@ def test_variants_that_change_rows_are_for_some_widths():
         errors.ExecutorError, match=r"changes keys, and the call has head_dim 256.*for head_dim 64, 128\."
     ):
         parse(f"attention_bf16_h256_p16_v{standard.digest}").source()
+    with pytest.raises(errors.ExecutorError, match=r"changes queries, and the call has keys of 8 bits.*logits, mask"):
+        parse(f"attention_bf16_e4m3_h128_p16_v{standard.digest}").source()
     capped = variant.STANDARD["soft_cap"]
     jit.register_variant(capped.digest, capped.source())
+    assert "E5m2, 64, 64, 32, variant_" in parse(f"attention_bf16_e5m2_h64_p32_v{capped.digest}").source()
     assert "96" in parse(f"attention_bf16_h96_p16_v{capped.digest}").source()

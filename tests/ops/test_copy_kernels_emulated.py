@@ -1,4 +1,4 @@
-"""The append, rope, merge and page selection kernels' own source, run on the host (emulated/warp.h), against the definition."""
+"""The source of kernels that copy, merge and select, and of 8-bit tiles, run on the host (emulated/warp.h), against the definition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 
 CUDA_SRC = pathlib.Path(__file__).resolve().parents[2] / "cuda_src"
 EMULATED = pathlib.Path(__file__).resolve().parent / "emulated"
-PROGRAMS = {"rope_angle": "rope_append", "kv_cells": "append"}  # what runs a header that is no kernel
+# what runs a header that is no kernel
+PROGRAMS = {"rope_angle": "rope_append", "kv_cells": "append"}
+PROGRAMS |= dict.fromkeys(("attention/decode_products_scaled", "attention/widen_tile", "tile/swizzle"), "float8_tiles")
 
 
 def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> subprocess.CompletedProcess[str]:
@@ -41,6 +43,7 @@ def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> 
     "name",
     [
         "append",
+        "float8_tiles",
         "merge_states",
         "move_tokens",
         "page_bounds",
@@ -109,12 +112,16 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("scale_lse", "i / p.num_heads * p.stride_row", "i % p.num_heads * p.stride_row"),
         ("scale_lse", "int64_t{gridDim.x} * kScaleLseThreads", "int64_t{kScaleLseThreads}"),
         ("scale_lse", "i < num_elements", "i < num_elements - 1"),
+        ("attention/decode_products_scaled", "x &= keep[half]", "x &= ~0u"),
+        ("attention/widen_tile", "lane / 4 * 5", "lane / 4"),  # right, but banks meet
+        ("attention/widen_tile", "Config::kHeadDim <= 128 ? 2 : 1", "2"),  # wide heads: covers what is not read yet
+        ("tile/swizzle", "key / kRowsOfLine % kChunks", "key % kChunks"),
     ],
 )
 def test_a_wrong_kernel_is_noticed(name, right, wrong, tmp_path):
     include = tmp_path / "include"
     shutil.copytree(CUDA_SRC, include, ignore=shutil.ignore_patterns("*.cc"))
-    kernel = include / "tvm_infer" / "kernels" / f"{name}.cuh"
+    kernel = include / "tvm_infer" / f"{name if '/' in name else f'kernels/{name}'}.cuh"
     assert right in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(right, wrong))
     assert run(PROGRAMS.get(name, name), tmp_path, include).returncode != 0

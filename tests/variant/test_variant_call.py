@@ -213,6 +213,7 @@ def test_a_variant_for_cuda_is_not_compiled_for_the_host(compiled):
     prepared = variant_call.prepare(bound)
     on_card = prepared.call(True, 4, 2, 64)
     assert compiled == []
+    assert prepared.call(True, 4, 2, 96, is_scaled=True) is on_card
     on_host = prepared.call(False, 4, 2, 64)
     assert compiled == [DIGEST] and not on_host.same_as(on_card)
     assert prepared.call(True, 4, 2, 64) is on_card and prepared.call(False, 4, 2, 64) is on_host

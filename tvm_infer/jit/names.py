@@ -22,6 +22,7 @@ ATTENTION_ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 HEAD_DIM_PAIRS = ("h192_v128",)  # keys wider than values: head_dim and head_dim_vo
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens; below 8 gathered token by token, else copied by pages
+RAGGED = "tvm_infer::attention::kRagged"  # in source, in place of a page size
 # keys and values of 8 bits, in names -> in source (ptx/float8.cuh), and the shapes of attention over them
 KV_ELEMENTS = {"e4m3": "E4m3", "e5m2": "E5m2"}
 KV_HEAD_DIMS = HEAD_DIMS
@@ -52,7 +53,7 @@ FAMILIES = (
         template="attention_{element}_h{head_dim}_p{page_size}",
         header="attention_sm90.cuh",
         macro="ATTENTION_SM90",
-        arguments="{type}, {head_dim}, {page_size}",
+        arguments="{type}, {type}, {head_dim}, {head_dim}, {page_size}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS, "page_size": PAGE_SIZES},
         takes_variant=True,
     ),
@@ -60,8 +61,8 @@ FAMILIES = (
         key="attention ragged",
         template="attention_{element}_h{head_dim}_ragged",
         header="attention_sm90.cuh",
-        macro="ATTENTION_SM90_RAGGED",
-        arguments="{type}, {head_dim}",
+        macro="ATTENTION_SM90",
+        arguments=f"{{type}}, {{type}}, {{head_dim}}, {{head_dim}}, {RAGGED}",
         axes={"element": ATTENTION_ELEMENTS, "head_dim": HEAD_DIMS},
         takes_variant=True,
     ),
@@ -69,30 +70,31 @@ FAMILIES = (
         key="attention paged, keys wider than values",
         template="attention_{element}_{pair}_p{page_size}",
         header="attention_sm90.cuh",
-        macro="ATTENTION_SM90_VO",
-        arguments="{type}, {head_dims}, {page_size}",
+        macro="ATTENTION_SM90",
+        arguments="{type}, {type}, {head_dims}, {page_size}",
         axes={"element": ATTENTION_ELEMENTS, "pair": HEAD_DIM_PAIRS, "page_size": PAGE_SIZES},
     ),
     Family(
         key="attention ragged, keys wider than values",
         template="attention_{element}_{pair}_ragged",
         header="attention_sm90.cuh",
-        macro="ATTENTION_SM90_RAGGED_VO",
-        arguments="{type}, {head_dims}",
+        macro="ATTENTION_SM90",
+        arguments=f"{{type}}, {{type}}, {{head_dims}}, {RAGGED}",
         axes={"element": ATTENTION_ELEMENTS, "pair": HEAD_DIM_PAIRS},
     ),
     Family(
         key="attention paged, keys and values of 8 bits",
         template="attention_{element}_{kv}_h{head_dim}_p{page_size}",
         header="attention_sm90.cuh",
-        macro="ATTENTION_SM90_FLOAT8",
-        arguments="{type}, {kv_type}, {head_dim}, {page_size}",
+        macro="ATTENTION_SM90",
+        arguments="{type}, {kv_type}, {head_dim}, {head_dim}, {page_size}",
         axes={
             "element": ATTENTION_ELEMENTS,
             "kv": tuple(KV_ELEMENTS),
             "head_dim": KV_HEAD_DIMS,
             "page_size": KV_PAGE_SIZES,
         },
+        takes_variant=True,
     ),
     Family("copy pages", "copy_pages", "copy_pages.cuh", "COPY_PAGES", "", {}),
     Family("move tokens", "move_tokens", "move_tokens.cuh", "MOVE_TOKENS", "", {}),
@@ -191,7 +193,7 @@ class KernelSpec:
 
     def source(self) -> str:
         """What nvcc compiles: one include, the variant's struct if there is one, and one macro. Raises ExecutorError for a variant
-        that kernels of this head_dim cannot have."""
+        that kernels of this head_dim, or of keys of 8 bits, cannot have."""
         values = dict(self.parameters)
         values["type"] = ELEMENTS.get(str(values.get("element")), "")
         values["kv_type"] = KV_ELEMENTS.get(str(values.get("kv")), "")
@@ -199,7 +201,7 @@ class KernelSpec:
         arguments = [self.name, self.family.arguments.format(**values)]
         macro, struct = self.family.macro, ""
         if self.variant is not None:
-            variants.check_head_dim(self.variant, int(str(values["head_dim"])))
+            variants.check_kernel(self.variant, int(str(values["head_dim"])), is_scaled="kv" in values)
             macro, struct = f"{macro}_VARIANT", variants.source_of(self.variant)
             arguments.append(variants.struct_name(self.variant))
         expanded = f"TVM_INFER_{macro}({', '.join(part for part in arguments if part)});"

@@ -31,11 +31,22 @@ def register(digest: str, source: str) -> None:
         raise ArgumentError(f"argument `source` of variant {digest} is not what was registered under this digest")
 
 
-def check_head_dim(digest: str, head_dim: int) -> None:
-    """Raise ExecutorError where a variant changes queries or keys in a way that kernels of this head_dim do not have."""
+def check_kernel(digest: str, head_dim: int, is_scaled: bool = False) -> None:
+    """Raise ExecutorError where a variant changes queries or keys in a way that kernels of this head_dim do not have.
+
+    is_scaled : keys and values have 8 bits, and kernels multiply by them as they are.
+    """
     source = source_of(digest)
     for what, (constants, head_dims) in _CHANGED.items():
-        if head_dim not in head_dims and any(f"{constant} = true" in source for constant in constants):
+        if not any(f"{constant} = true" in source for constant in constants):
+            continue
+        if is_scaled:
+            raise ExecutorError(
+                f"variant {digest} changes {what}, and the call has keys of 8 bits, with which CUDA kernels take variants of logits, "
+                "mask and output alone. Change them before the call (tvm_infer.rope_append turns them), keep keys and values in "
+                "16 bits, or pass host tensors"
+            )
+        if head_dim not in head_dims:
             raise ExecutorError(
                 f"variant {digest} changes {what}, and the call has head_dim {head_dim}; CUDA kernels that do so are for head_dim "
                 f"{', '.join(map(str, head_dims))}. Change them before the call (tvm_infer.rope_append turns them), or pass host "

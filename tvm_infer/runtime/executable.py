@@ -292,7 +292,7 @@ class Executable:
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,
-        and cannot be. ExecutorError : on CUDA, a model that has one with 8-bit pages.
+        and cannot be. ExecutorError : on CUDA, a model that has one that changes queries or keys with 8-bit pages.
         """
         spec, m = self.manifest.layers[0], self.manifest
         cache = PagedKVCache.for_spec(

@@ -15,7 +15,7 @@ import tvm_ffi
 
 from .. import _array, _device, _ffi, variant_call
 from ..errors import ArgumentError, CacheStateError, DTypeError
-from ..kv_dtypes import DTYPES
+from ..kv_dtypes import DTYPES, SCALED_DTYPES
 from ..rope import RopeConfig
 from ..schedule import Band, Plan
 from ..spec import AttentionSpec
@@ -162,7 +162,7 @@ class PagedKVCache:
         else head_dim, and then without variants and rotation in the cache (docs/kv-formats.md).
     dtype : "float32", "float16" or "bfloat16": of q, k, v, the output and, but for `kv_dtype`, the pages.
     kv_dtype : of the pages, "float8_e4m3fn" or "float8_e5m2": half the bytes of 16-bit floats (docs/kv-formats.md); None: `dtype`.
-        On CUDA with head_dim 128 or 256, pages of 16, 32 or 64 tokens, and without variants.
+        On CUDA with pages of 16, 32 or 64 tokens, and without variants that change queries or keys.
     k_scale, v_scale : of pages of 8 bits, value = element * scale: a number, [num_layers], or [num_layers, num_kv_heads] (arrays on
         the host), finite and above 0. The largest magnitude of keys (values) that is to be represented, divided by the format's largest
         value: 448 (e4m3) or 57344 (e5m2). See :meth:`set_scales`.
@@ -707,7 +707,7 @@ class PagedKVCache:
         than 4 bands, a wider window than a sequence has kept keys for. CacheStateError : in a step; on a cache that ran steps for an
         executable, whose graphs know its kernels.
         MissingDependencyError, CompileError : it cannot be compiled for the host. (For cuda it is at the first step.)
-        ExecutorError : on cuda, for pages of 8 bits.
+        ExecutorError : on cuda, where it changes queries or keys beside pages of 8 bits, or of a head_dim that kernels do not.
         """
         chosen = range(self.num_layers) if layers is None else _integers(layers, "layers")
         call, causal, band, by_request = None, -1, Band(), False
@@ -721,7 +721,9 @@ class PagedKVCache:
                 )
             causal, band = int(prepared.band.causal), prepared.band
             if not prepared.is_plain:
-                call = prepared.call(self.device.startswith("cuda"), self.num_qo_heads, self.max_batch, self.head_dim)
+                sizes = (self.num_qo_heads, self.max_batch, self.head_dim)
+                is_scaled = self.kv_dtype in SCALED_DTYPES
+                call = prepared.call(self.device.startswith("cuda"), *sizes, is_scaled=is_scaled)
         self._call("set_variant", tvm_ffi.Shape(tuple(chosen)), call, causal, tvm_ffi.Shape(band))
         rotates = variant is not None and prepared.rotates
         self._rotating = self._rotating | set(chosen) if rotates else self._rotating - set(chosen)

@@ -51,7 +51,7 @@ def kernel_names(
         for number, spec in enumerate(layers):
             for page_size in page_sizes:
                 names[attention_kernel(spec, page_size, codes.get(number, ""))] = None
-                names |= {attention_kernel(spec, page_size, kv_dtype=kind): None for kind in scaled}
+                names |= {attention_kernel(spec, page_size, codes.get(number, ""), kind): None for kind in scaled}
     if multiplies(functions):
         names |= {"gemv_bf16": None, "gemv_fp16": None}  # which types the products have, the calls do not say
     return tuple(parse(name).name for name in names)
@@ -63,12 +63,9 @@ def _check_8_bits(
     """ExecutorError unless the CUDA executor has kernels for pages of this type."""
     from ..jit.names import KV_HEAD_DIMS, KV_PAGE_SIZES
 
-    coded = sorted(number for number, digest in digests.items() if digest)
-    if coded:
-        raise ExecutorError(
-            f"argument `kv_dtype` is {kv_dtype!r}, and the layers {coded} have attention variants, which the cuda executor has for "
-            "pages of 16 bits alone: leave it out"
-        )
+    for number, digest in digests.items():
+        if digest:
+            _check_variant(number, digest, layers[number].head_dim, kv_dtype)
     for name, have, all_of in (
         ("head_dim", sorted({spec.head_dim for spec in layers}), KV_HEAD_DIMS),
         ("page_sizes", list(page_sizes), KV_PAGE_SIZES),
@@ -78,6 +75,17 @@ def _check_8_bits(
                 f"argument `kv_dtype` is {kv_dtype!r} with {name} {have}; the cuda executor has kernels for pages of 8 bits with "
                 f"{name} {', '.join(map(str, all_of))}: export for these, or leave `kv_dtype` out"
             )
+
+
+def _check_variant(number: int, digest: str, head_dim: int, kv_dtype: str) -> None:
+    from ..jit import check_variant
+
+    try:
+        check_variant(digest, head_dim, is_scaled=True)
+    except ExecutorError as error:
+        raise ExecutorError(
+            f"argument `kv_dtype` is {kv_dtype!r}, and layer {number} has a variant without such a kernel: {error}. Or leave it out"
+        ) from error
 
 
 def _elements(spec: AttentionSpec, kv_dtype: str | None) -> str:

@@ -11,6 +11,7 @@
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/ptx/element.cuh"
 #include "tvm_infer/ptx/load_store.cuh"
+#include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/variant/variant.h"
 
 namespace tvm_infer::attention {
@@ -47,8 +48,7 @@ struct HeadRows {
 
   // NOTE: from the thread's number read anew, as in Consumer::ThreadAnew.
   __device__ __forceinline__ HeadRows() {
-    uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const uint32_t thread = ptx::ThreadAnew();
     row = thread % 32 / kLanes;
     lane = thread % kLanes;
   }

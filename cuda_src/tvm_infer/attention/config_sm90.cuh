@@ -49,14 +49,19 @@ struct ConfigSm90 {
   static constexpr int kPrefillRows = 128;
   static constexpr int kPanelRows = 64;  // of queries in shared memory: a warpgroup's
 
-  // Warpgroup 0 loads (warp 0, gather also warp 3: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute.
+  // Warpgroup 0 loads (warp 0, gather also warp 3: K and V; warps 1, 2: queries), warpgroups 1 and 2 compute; warpgroup 3, where there is
+  // one, makes 16 bits of 8 for prefill.
   static constexpr int kConsumerWarpgroups = 2;
   static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
-  static constexpr int kThreads = kConsumerThreads + 128;
+  static constexpr int kWidenerThreads = kIsScaled ? 128 : 0;
+  static constexpr int kThreads = kConsumerThreads + 128 + kWidenerThreads;
   // 128 * 40 + 256 * 232 registers of the 65536; the compiler gives each role what setmaxnreg says. Who changes queries needs more to load.
+  // Beside a warpgroup that widens it is 40, 216 and 40, or 40, 208 and 56: a tile of wide heads is in its registers at once.
+  static constexpr int kWidenerRegisters = kHeadDim <= 128 ? 40 : 56;
   static constexpr int kProducerRegisters = kIsGather || kChangesQueries ? 56 : 40;
-  static constexpr int kConsumerRegisters = kIsGather || kChangesQueries ? 224 : 232;
+  static constexpr int kConsumerRegisters = kIsScaled ? (472 - kWidenerRegisters) / 2 : kIsGather || kChangesQueries ? 224 : 232;
+  static_assert(128 * kProducerRegisters + kConsumerThreads * kConsumerRegisters + kWidenerThreads * kWidenerRegisters <= 65536);
 
   static constexpr int kPanels = tile::Panels(kHeadDim);
   static constexpr int kRowWidth =
@@ -70,14 +75,15 @@ struct ConfigSm90 {
   static constexpr int kKvPanelBytes = cuda::KvPanelBytes(kHeadDim, kIsScaled ? 1 : 2);
   using Boxes = tile::PageBoxes<kBoxKeys, kKvColumns, kKvPanelBytes>;          // of K
   using ValueBoxes = tile::PageBoxes<kBoxKeys, kValueColumns, kKvPanelBytes>;  // of V, from the start of its stage
-  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16 && !kHasVariant), "8-bit elements: in pages, of plain attention");
+  static_assert(!kIsScaled || (kHeadDimVo == kHeadDim && kPageSize >= 16), "8-bit elements: in pages, as wide as each other");
+  static_assert(!kIsScaled || (!kChangesQueries && !kChangesKeys), "8-bit elements: variants of logits, mask and output");
   static constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 
-  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. Where 8-bit tiles are widened there is
-  // no room for two buffers of prefill, with heads of 256 it is better used for tiles, and prefill drains at the end of a head. Decode has
-  // two places even there, rows 0 … 15 and 16 … 31 of the one buffer.
+  // Queries of the next head arrive while the last tiles of this one are computed: heads take turns. With heads of 256, and of 192 in 8
+  // bits, the room is better used for tiles, and prefill drains at the end of a head. Decode has two places even there, rows 0 … 15 and 16
+  // … 31 of the one buffer.
   static constexpr int kQueryTurns = 2;
-  static constexpr int kQueryBuffers = kIsScaled || kHeadDim > 192 ? 1 : 2;
+  static constexpr int kQueryBuffers = kHeadDim > 192 || (kIsScaled && kHeadDim > 128) ? 1 : 2;
   static constexpr int kQueryBytes = kPrefillRows * kRowWidth * 2;
   // From one turn's queries to the next one's.
   static constexpr int kPrefillQueryStride = kQueryBuffers == 2 ? kQueryBytes : 0;
@@ -86,11 +92,14 @@ struct ConfigSm90 {
   // of K and V pass in bursts. Decode keeps 128 KB in flight: 64 KB hide the latency at this SM's share of the memory bandwidth, and more
   // than 128 KB is slower (64 requests of 8192 keys: 484 us with 128 KB, 488 with 160), since SMs share unequally.
   static constexpr int kStageBytes = kBoxesPerTile * Boxes::kPageBytes;
-  static constexpr int kWideBytes = kIsScaled ? kTileKeys * kRowWidth * 2 : 0;  // a tile of K or V in 16 bits, for prefill
-  static constexpr int kStages = (229376 - kQueryBuffers * kQueryBytes - 2 * kWideBytes) / kStageBytes;
+  static constexpr int kPrefillStages = kIsScaled ? 2 : 1;  // that a tile of prefill takes: 8-bit ones are widened over two
+  static constexpr int kDecodeOutputBytes = kTileKeys / 16 * 8 * kRowWidth * 4;
+  static constexpr int kMaxStages = 20;  // barriers have to fit, too
+  static constexpr int kRoomForStages = (229376 - kQueryBuffers * kQueryBytes) / (kPrefillStages * kStageBytes) * kPrefillStages;
+  static constexpr int kStages = kRoomForStages < kMaxStages ? kRoomForStages : kMaxStages;
   static constexpr int kDecodeBytes = 131072;
   static constexpr int kDecodeStages = kDecodeBytes / kStageBytes < kStages ? kDecodeBytes / kStageBytes : kStages;
-  static_assert(kStages >= 3, "prefill holds K of a tile and V of the one before, while the next arrives");
+  static_assert(kStages >= 3 * kPrefillStages, "prefill holds K of a tile and V of the one before, while the next arrives");
   using Ring = tile::Ring<kStages, kStageBytes>;
   static constexpr int kFullArrivals = kIsGather ? 64 : 1;  // of a stage: the threads that gather, or one that expects bytes
   // NOTE: where threads write what threads read, all of them arrive. One lane after a __syncwarp would do for the memory model, but
@@ -102,9 +111,11 @@ struct ConfigSm90 {
   static constexpr int kBarrierTurn = 2;       // + warpgroup: its turn to issue matrix products
   static constexpr int kBarrierWarpgroup = 4;  // + warpgroup
   static constexpr int kBarrierKeys = 6;       // a tile of keys is changed
+  static constexpr int kBarrierWiden = 7;      // of the warpgroup that widens
+  static constexpr int kBarrierDecoded = 8;    // where it comes in (attention/kv_widener.cuh)
 
   struct SharedMemory {
-    alignas(1024) uint8_t ring[kStages * kStageBytes + 2 * kWideBytes];  // behind the stages: wide K, wide V
+    alignas(1024) uint8_t ring[kStages * kStageBytes];
     // Queries, for each warpgroup its panels of 64 rows, decode's in the first. Once decode has read them, O of the eight warps, 8 rows at
     // a time, fp32; with one buffer that is where no turn's queries are (DecodeOutput).
     alignas(1024) uint8_t query[kQueryBuffers][kQueryBytes];
@@ -117,9 +128,9 @@ struct ConfigSm90 {
       };
       int2 rows[kPrefillRows];  // offset in O, in units of 16 bytes (an uint32_t); index in LSE
     } scratch[kQueryTurns];
-    int2 decode_rows[kQueryTurns][kDecodeRows];        // what `rows` is to prefill
-    float query_unscale[kIsScaled ? kDecodeRows : 1];  // attention/decode_products_scaled.cuh
-    int2 head[kQueryTurns];                            // first partial row or kFinalRows, number of rows
+    int2 decode_rows[kQueryTurns][kDecodeRows];         // what `rows` is to prefill
+    float query_unscale[kIsScaled ? kPrefillRows : 1];  // attention/half_queries.cuh
+    int2 head[kQueryTurns];                             // first partial row or kFinalRows, number of rows
     tile::RingBarriers<kStages> ring_barriers;
     uint64_t query_full[kQueryTurns];   // 64 arrivals: the loader warps
     uint64_t query_empty[kQueryTurns];  // kConsumerThreads arrivals
@@ -127,16 +138,12 @@ struct ConfigSm90 {
 
     __device__ __forceinline__ float* DecodeOutput(uint32_t turn) {
       if constexpr (kQueryBuffers == 2) return reinterpret_cast<float*>(query[turn]);
-      return reinterpret_cast<float*>(kIsScaled ? ring + kStages * kStageBytes : query[0] + kQueryBytes / 2);
+      return reinterpret_cast<float*>(query[0] + kQueryBytes / 2);
     }
   };
-  static constexpr uint32_t kWideOffset = kStages * kStageBytes;          // of wide K in it, V's behind
-  static constexpr uint32_t kQueryOffset = kWideOffset + 2 * kWideBytes;  // of `query`
-  static constexpr int kDecodeOutputBytes = kTileKeys / 16 * 8 * kRowWidth * 4;
-  static_assert(kDecodeOutputBytes <= (kQueryBuffers == 2 ? kQueryBytes
-                                       : kIsScaled        ? 2 * kWideBytes
-                                                          : kQueryBytes / 2),
-                "decode's O fits where only prefill's queries or its wide tiles are");
+  static constexpr uint32_t kQueryOffset = kStages * kStageBytes;  // of `query` in it
+  static_assert(kDecodeOutputBytes <= (kQueryBuffers == 2 ? kQueryBytes : kQueryBytes / 2),
+                "decode's O fits where only prefill's queries are");
   static_assert(sizeof(SharedMemory) <= 232448, "227 KB of shared memory");
 };
 

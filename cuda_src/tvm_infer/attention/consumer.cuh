@@ -30,11 +30,7 @@ struct Consumer {
   __device__ __forceinline__ static int32_t Lane() { return threadIdx.x % 32; }
   // The same as Thread(), read anew, for what is done once a head: addresses that depend on it are computed there. The compiler would
   // compute them before the first work and keep them, and registers are short.
-  __device__ __forceinline__ static int32_t ThreadAnew() {
-    uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return static_cast<int32_t>(thread) - 128;
-  }
+  __device__ __forceinline__ static int32_t ThreadAnew() { return static_cast<int32_t>(ptx::ThreadAnew()) - 128; }
 
   // What 8-bit keys and values of a head are to be multiplied by; 1 for others.
   __device__ __forceinline__ float KeyScale(int32_t kv_head) const {

@@ -3,13 +3,12 @@
 // Columns change places so that nothing has to be shuffled tile by tile. A register of ldmatrix holds four neighbouring columns of a key:
 // they become the columns of product that a lane has, 2t, 2t + 1, 2t + 8 and 2t + 9, and those of queries are put there once a head.
 // Transposed, it holds two columns of two keys: the even ones of 16 make one product, the odd ones the next.
-//
-// Queries of bfloat16 are scaled by a power of two for each row, into float16's range; what is lost lies 2^27 below the row's largest.
 #pragma once
 
 #include <cstdint>
 
 #include "tvm_infer/attention/decode_products.cuh"
+#include "tvm_infer/attention/half_queries.cuh"
 #include "tvm_infer/ptx/load_store.cuh"
 
 namespace tvm_infer::attention {
@@ -125,24 +124,6 @@ struct ScaledDecodeProducts {
 
  private:
   __device__ __forceinline__ static uint32_t Lane() { return threadIdx.x % 32; }
-
-  // A lane's 8 of a row's elements, which `lanes` lanes share, to float16, times a power of two by which the largest is at least 2^13 and
-  // less than 2^14; returns what takes that back.
-  __device__ __forceinline__ static float ToHalf(uint32_t (&x)[4], uint32_t lanes) {
-    uint32_t largest = 0;  // bfloat16 without sign, which sorts as integers do
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, max(x[i] & 0x7fff, x[i] >> 16 & 0x7fff));
-#pragma unroll
-    for (uint32_t lane = 1; lane < lanes; lane *= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, lane));
-    const uint32_t exponent = max(largest >> 7, 14u);
-    const float scale = __uint_as_float((267 - exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = ptx::Unpack<ptx::Bf16>(x[i]);
-      x[i] = ptx::Pack<ptx::Fp16>(pair.x * scale, pair.y * scale);
-    }
-    return __uint_as_float((exponent - 13) << 23);
-  }
 };
 
 }  // namespace tvm_infer::attention

@@ -90,7 +90,7 @@ class DecodeTile {
       uint32_t p[4];
       if (has_keys) {
         if constexpr (Variant::kHasLogits || Variant::kHasMask) {
-          ApplyVariant<Variant>(s, c_.variant, rows, key, c_.params.sm_scale);
+          ApplyVariant<Variant>(s, c_.variant, rows, key, {c_.params.sm_scale, c_.params.sm_scale});
         }
         if (key < seen_by_all.begin || key + kWarpKeys > seen_by_all.end) MaskLogits<true>(s, keys, key);
         float rescale[2];

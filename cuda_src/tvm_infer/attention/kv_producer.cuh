@@ -82,12 +82,20 @@ class KvProducer {
     oldest.Advance(Config::kStages - pace_.Stages());
     ring_.WaitEmpty(oldest);
   }
+  // What will be widened is copied to the second of two stages (attention/kv_widener.cuh).
+  __device__ __forceinline__ void PassFirstStage(bool is_prefill) {
+    if (Config::kPrefillStages == 1 || !is_prefill) return;
+    ring_.WaitEmpty(cursor_);
+    cursor_.Advance();
+  }
   __device__ __forceinline__ void CopyK(const Tile& tile, int32_t head, bool is_prefill) {
+    PassFirstStage(is_prefill);
     ring_.WaitEmpty(cursor_);
     copies_.CopyK(tile, head, ring_.Data(cursor_), ring_.FullBarrier(cursor_), is_prefill);
     cursor_.Advance();
   }
   __device__ __forceinline__ void CopyV(const Tile& tile, int32_t head, bool is_prefill) {
+    PassFirstStage(is_prefill);
     ring_.WaitEmpty(cursor_);
     copies_.CopyV(tile, head, ring_.Data(cursor_), ring_.FullBarrier(cursor_), is_prefill);
     cursor_.Advance();

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tvm_infer/attention/consumer.cuh"
 #include "tvm_infer/attention/mask.cuh"
-#include "tvm_infer/attention/widen_tile.cuh"
 #include "tvm_infer/ptx/sync.cuh"
 #include "tvm_infer/ptx/wgmma.cuh"
 #include "tvm_infer/tile/descriptor.cuh"
@@ -15,7 +15,8 @@ namespace tvm_infer::attention {
 template <typename Config>
 class PrefillProducts {
  protected:
-  using Element = typename Config::Element;
+  // 8-bit keys and values are float16 by now, and queries and weights beside them, too.
+  using Operand = std::conditional_t<Config::kIsScaled, ptx::Fp16, typename Config::Element>;
   static constexpr int kHeadDim = Config::kHeadDim, kHeadDimVo = Config::kHeadDimVo, kTileKeys = Config::kTileKeys;
   static constexpr int kRows = Config::kPanelRows;
   static constexpr int kOutputs = kHeadDimVo / 2;  // fp32 accumulators a thread
@@ -40,7 +41,7 @@ class PrefillProducts {
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
       const int panel = d / tile::kPanelElements, bytes = d % tile::kPanelElements * 2;
-      ptx::WgmmaSharedA<Element>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
+      ptx::WgmmaSharedA<Operand>(s, tile::Advance(q, panel * kRows * tile::kPanelRowBytes + bytes),
                                  tile::Advance(k, panel * kTileKeys * tile::kPanelRowBytes + bytes), d > 0);
     }
     ptx::WgmmaCommit();
@@ -63,7 +64,16 @@ class PrefillProducts {
 #pragma unroll
       for (int key = 0; key < last; key += 16) {
         const uint32_t bytes = key / kBoxKeys * Boxes::kPageBytes + key % kBoxKeys * tile::kPanelRowBytes;
-        ptx::WgmmaRegisterA<Element>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
+        // NOTE: a kernel of 512 threads may not have an instruction with 128 registers and more, and accumulates 128 columns at a time.
+        if constexpr (Config::kWidenerThreads > 0 && kHeadDimVo == 256) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            ptx::WgmmaRegisterA<Operand>(reinterpret_cast<float(&)[kOutputs / 2]>(o[half * kOutputs / 2]), p + key / 4,
+                                         tile::Advance(v, bytes + half * 2 * Boxes::kPanelBytes), key > 0 || accumulate);
+          }
+        } else {
+          ptx::WgmmaRegisterA<Operand>(o, p + key / 4, tile::Advance(v, bytes), key > 0 || accumulate);
+        }
       }
       ptx::WgmmaCommit();
     };
@@ -78,7 +88,7 @@ class PrefillProducts {
 
   __device__ __forceinline__ static void PackWeights(uint32_t (&p)[kLogits / 2], const float (&s)[kLogits]) {
 #pragma unroll
-    for (int i = 0; i < kLogits / 2; ++i) p[i] = ptx::Pack<Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kLogits / 2; ++i) p[i] = ptx::Pack<Operand>(s[2 * i], s[2 * i + 1]);
   }
 
   // Slots of a tile of V without a key of this work: before `begin`, and from `end` to the end of its box (keys of the tile). Whole boxes
@@ -92,31 +102,6 @@ class PrefillProducts {
     ZeroValues<kBoxKeys, kHeadDimVo>(v_stage, end, box_end, thread % 128);
     ptx::FenceProxyAsyncShared();
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-  }
-
-  // 8-bit tiles at `k` and `v` (null: none) to 16 bits, by both warpgroups; then their stages are empty.
-  using Cursor = typename Config::Ring::Cursor;
-  __device__ __forceinline__ void Widen(const Cursor* k, const Cursor* v, int32_t values_begin, int32_t values_end) const {
-    ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);  // no product reads the tiles before any more
-    if (k != nullptr) {
-      c_.ring.WaitFull(*k);
-      WidenTile<Config>(c_.ring.Data(*k), WideTile(0), c_.ThreadAnew(), 0, kTileKeys);
-    }
-    if (v != nullptr) {
-      c_.ring.WaitFull(*v);
-      WidenTile<Config>(c_.ring.Data(*v), WideTile(1), c_.ThreadAnew(), values_begin, values_end);
-    }
-    ptx::FenceProxyAsyncShared();
-    ptx::BarrierSync(Config::kBarrierKeys, Config::kConsumerThreads);
-    if (k != nullptr) c_.Release(*k);
-    if (v != nullptr) c_.Release(*v);
-  }
-  __device__ __forceinline__ uint32_t WideTile(int which) const { return c_.ring.data + Config::kWideOffset + which * Config::kWideBytes; }
-  // Where the products find a tile, and what gives its stage back.
-  __device__ __forceinline__ uint32_t Keys(const Cursor& k) const { return Config::kIsScaled ? WideTile(0) : c_.ring.Data(k); }
-  __device__ __forceinline__ uint32_t Values(const Cursor& v) const { return Config::kIsScaled ? WideTile(1) : c_.ring.Data(v); }
-  __device__ __forceinline__ void Release(const Cursor& at) const {
-    if constexpr (!Config::kIsScaled) c_.Release(at);
   }
 
   Consumer<Config>& c_;

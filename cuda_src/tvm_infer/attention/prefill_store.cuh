@@ -10,7 +10,7 @@
 
 namespace tvm_infer::attention {
 
-// Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its scales.
+// Stores a head's rows and gives its query buffer back, through which final rows pass. `kv_head`: for its values' scale.
 template <typename Config>
 __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, const VariantRows& at, int32_t kv_head,
                                           SoftmaxState<typename Config::Variant> softmax, float (&o)[Config::kHeadDimVo / 2]) {
@@ -18,7 +18,7 @@ __device__ __forceinline__ void StoreHead(Consumer<Config>& c, uint32_t query, c
   using Variant = typename Config::Variant;
   constexpr int kHeadDimVo = Config::kHeadDimVo, kRows = Config::kPanelRows, kOutputs = kHeadDimVo / 2;
   softmax.SumOverQuad();
-  const float scale = c.SoftmaxScale() * c.KeyScale(kv_head), value_scale = c.ValueScale(kv_head);
+  const float scale = c.SoftmaxScale(), value_scale = c.ValueScale(kv_head);
   float factor[2] = {Normaliser<Variant>(softmax.sum[0]) * value_scale, Normaliser<Variant>(softmax.sum[1]) * value_scale};
   const int32_t thread = c.ThreadAnew(), lane = thread % 32, first_row = thread / 32 * 16;  // of this warp's 16
   const int2 head = c.shared.head[query];

@@ -9,6 +9,7 @@
 
 #include "tvm_infer/attention/change_rows.cuh"
 #include "tvm_infer/attention/consumer.cuh"
+#include "tvm_infer/attention/half_queries.cuh"
 #include "tvm_infer/attention/mask.cuh"
 #include "tvm_infer/attention/output.cuh"
 #include "tvm_infer/attention/prefill_products.cuh"
@@ -68,7 +69,7 @@ class PrefillTile : private PrefillProducts<Config> {
   using Products = PrefillProducts<Config>;
   using Products::c_, Products::warpgroup_;
   using Products::WaitTurn, Products::PassTurn, Products::IssueLogits, Products::IssueValues, Products::PackWeights, Products::CleanValues;
-  using Products::Widen, Products::Keys, Products::Values, Products::Release;
+  using typename Products::Operand;
   using Tiles = KeyTiles<Config::kTileAlign, kTileKeys>;
 
   // From head `head` of the first work on.
@@ -84,29 +85,27 @@ class PrefillTile : private PrefillProducts<Config> {
 
     // The first tile: no earlier values to go with its logits.
     uint32_t query = c_.WaitQuery();
-    if constexpr (Config::kIsScaled) {
-      Widen(&c_.cursor, nullptr, 0, 0);
-    } else {
-      WaitKeys(c_.cursor, rows, tiles.base);
-    }
+    LogitScales scales = ScalesOf(query, work.kv_head_begin + head);
+    WaitKeys(c_.cursor, rows, tiles.base);
     WaitTurn();
-    IssueLogits(s, query, Keys(c_.cursor));
+    IssueLogits(s, query, c_.ring.Data(c_.cursor));
     PassTurn();
     ptx::WgmmaWait<0>();
     ptx::PinRegisters(s);
     Release(c_.cursor);
-    c_.cursor.Advance();
-    Softmax(s, visible, rows, work, head, tiles.base, softmax, rescale);
+    c_.cursor.Advance(Config::kPrefillStages);
+    Softmax(s, visible, rows, scales, tiles.base, softmax, rescale);
     PackWeights(p, s);
 
     ptx::ZeroRegisters(o);
     bool accumulate = false;  // o holds earlier values of this head
-    int32_t values_begin, values_end, done_index;
+    int32_t values_begin, values_end, done_index, done_head;
     for (;;) {
       // p holds the weights of `tile` of `head` of work `index`. Step to the tile after it.
       values_begin = work.kv_begin - tiles.base - tile * kTileKeys;
       values_end = work.kv_end - tiles.base - tile * kTileKeys;
       done_index = index;
+      done_head = work.kv_head_begin + head;
       done_rows = rows;
       const bool ends_head = ++tile == tiles.count;
       if (ends_head) {
@@ -123,22 +122,20 @@ class PrefillTile : private PrefillProducts<Config> {
           EnterVariant(rows, work, 0);
         }
         query = c_.WaitQuery();
+        scales.Leave(softmax);
+        scales = ScalesOf(query, work.kv_head_begin + head);
       }
       const typename Ring::Cursor k = c_.cursor;
-      c_.cursor.Advance();
-      if constexpr (Config::kIsScaled) {
-        Widen(&k, &c_.cursor, values_begin, values_end);
-      } else {
-        if (ends_head || values_begin > 0) {
-          c_.WaitFullForWgmma(c_.cursor);
-          CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-        }
-        WaitKeys(k, rows, tiles.base + tile * kTileKeys);
+      c_.cursor.Advance(Config::kPrefillStages);
+      if (ends_head || values_begin > 0) {
+        c_.WaitFullForWgmma(c_.cursor);
+        CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
       }
+      WaitKeys(k, rows, tiles.base + tile * kTileKeys);
       WaitTurn();
-      IssueLogits(s, query, Keys(k));
-      if constexpr (!Config::kIsScaled) c_.WaitFullForWgmma(c_.cursor);
-      IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
+      IssueLogits(s, query, c_.ring.Data(k));
+      c_.WaitFullForWgmma(c_.cursor);
+      IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
       PassTurn();
       ptx::WgmmaWait<1>();
       ptx::PinRegisters(s);
@@ -147,14 +144,14 @@ class PrefillTile : private PrefillProducts<Config> {
         // NOTE: before the next head's softmax, so that only one state is kept: the other warpgroup's products cover both.
         ptx::WgmmaWait<0>();
         ptx::PinRegisters(o);
-        StoreHead<Config>(c_, query ^ 1, done_rows, 0, softmax, o);
+        StoreHead<Config>(c_, query ^ 1, done_rows, done_head, softmax, o);
         softmax = SoftmaxState<Variant>();
       }
-      Softmax(s, visible, rows, work, head, tiles.base + tile * kTileKeys, softmax, rescale);
+      Softmax(s, visible, rows, scales, tiles.base + tile * kTileKeys, softmax, rescale);
       ptx::WgmmaWait<0>();
       ptx::PinRegisters(o);
       Release(c_.cursor);
-      c_.cursor.Advance();
+      c_.cursor.Advance(Config::kPrefillStages);
       PackWeights(p, s);  // NOTE: before the branch, so that it runs between the exponentials
       if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {  // maxima seldom move after the first tiles
 #pragma unroll
@@ -164,21 +161,55 @@ class PrefillTile : private PrefillProducts<Config> {
     }
 
     // The last tile: no later logits to go with its values.
-    if constexpr (Config::kIsScaled) {
-      Widen(nullptr, &c_.cursor, values_begin, values_end);
-    } else {
-      c_.WaitFullForWgmma(c_.cursor);
-      CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
-    }
-    IssueValues(o, p, Values(c_.cursor), accumulate, values_end);
+    c_.WaitFullForWgmma(c_.cursor);
+    CleanValues(c_.ring.Data(c_.cursor), values_begin, values_end);
+    IssueValues(o, p, c_.ring.Data(c_.cursor), accumulate, values_end);
     ptx::WgmmaWait<0>();
     ptx::PinRegisters(o);
     Release(c_.cursor);
-    c_.cursor.Advance();
+    c_.cursor.Advance(Config::kPrefillStages);
     // The rows are stored through the query buffer: no warp of the warpgroup's products reads it any more.
     ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
-    StoreHead<Config>(c_, query, done_rows, work.kv_head_begin + head, softmax, o);
+    scales.Leave(softmax);
+    StoreHead<Config>(c_, query, done_rows, done_head, softmax, o);
     return done_index;
+  }
+
+  // Factors on the logits of this thread's rows; 1 but for keys of 8 bits.
+  struct LogitScales {
+    float of[2] = {1.f, 1.f};
+
+    // A head's state as that of logits which had them.
+    __device__ __forceinline__ void Leave(SoftmaxState<Variant>& softmax) const {
+      if constexpr (!Config::kIsScaled || Variant::kHasLogits) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) softmax.max[i] *= of[i];
+    }
+  };
+  // A head's queries as the products want them, those of bfloat16 in float16 beside keys of 8 bits; and its scales.
+  __device__ __forceinline__ LogitScales ScalesOf(uint32_t query, int32_t kv_head) const {
+    LogitScales scales;
+    if constexpr (Config::kIsScaled) {
+      scales.of[0] = scales.of[1] = c_.KeyScale(kv_head);
+      if constexpr (Element::kIsBf16) {
+        const int32_t thread = c_.ThreadAnew();
+        float* const rows = c_.shared.query_unscale + warpgroup_ * kRows;
+        HalfQueries<Config>(c_.PrefillQuery(query) + warpgroup_ * kRows * Config::kRowWidth * 2, rows, thread % 128);
+        ptx::FenceProxyAsyncShared();
+        ptx::BarrierSync(Config::kBarrierWarpgroup + warpgroup_, 128);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scales.of[i] *= rows[thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * i];
+      }
+    }
+    return scales;
+  }
+  // Both stages of a widened tile.
+  __device__ __forceinline__ void Release(typename Ring::Cursor at) const {
+    c_.Release(at);
+    if constexpr (Config::kPrefillStages == 2) {
+      at.Advance();
+      c_.Release(at);
+    }
   }
 
   // Which keys this thread's rows see, and which all rows of the warpgroup see: tiles inside need no mask.
@@ -221,24 +252,26 @@ class PrefillTile : private PrefillProducts<Config> {
   }
 
   // Logits of one tile to weights.
-  __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const Work& work,
-                                          int32_t head, int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
-    const float scale = c_.SoftmaxScale() * c_.KeyScale(work.kv_head_begin + head);
+  __device__ __forceinline__ void Softmax(float (&s)[kLogits], const Visible& visible, const VariantRows& rows, const LogitScales& scales,
+                                          int32_t tile_key, SoftmaxState<Variant>& softmax, float (&rescale)[2]) {
+    const float scale = c_.SoftmaxScale();
     if constexpr (Variant::kHasLogits || Variant::kHasMask) {
       // NOTE: a value of its own: what variant and band mask compute of the same one would be kept for both, and spill.
       int32_t kv_pos = tile_key;
       asm volatile("" : "+r"(kv_pos));
-      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, c_.params.sm_scale);
+      const float sm_scale = c_.params.sm_scale;
+      ApplyVariant<Variant>(s, c_.variant, rows, kv_pos, {sm_scale * scales.of[0], sm_scale * scales.of[1]});
     }
     if (tile_key < visible.all.begin) {
       MaskLogits<true>(s, visible.keys, tile_key);
     } else if (tile_key + kTileKeys > visible.all.end) {
       MaskLogits<false>(s, visible.keys, tile_key);
     }
-    if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Element::kIsBf16) {
+    if constexpr (Variant::kHasSmallLogits && Variant::kHasSoftmax && Operand::kIsBf16) {
       softmax.UpdateSmall(s, scale, rescale);
     } else {
-      softmax.Update(s, scale, rescale);
+      const bool lacks_scales = !Variant::kHasLogits;  // a variant's logits have had them
+      softmax.Update(s, {lacks_scales ? scale * scales.of[0] : scale, lacks_scales ? scale * scales.of[1] : scale}, rescale);
     }
   }
 

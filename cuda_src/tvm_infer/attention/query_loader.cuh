@@ -117,8 +117,9 @@ class QueryLoader {
     const char* column = static_cast<const char*>(params_.q) + chunk * 16;
     const uint32_t panel = Place(turn, is_prefill) + chunk / 8 * kRows * tile::kPanelRowBytes + row * tile::kPanelRowBytes;
     const uint32_t swizzled = (chunk % 8 ^ row) << 4;
-    // NOTE: shuffles first, then copies: one at a time, each would wait for the one before to have read its address.
-    constexpr int kBatch = 8;
+    // NOTE: shuffles first, then copies: one at a time, each would wait for the one before to have read its address. A batch
+    // is no more than decode's rows, behind which the other turn's may be.
+    constexpr int kBatch = Config::kDecodeRows / kRowsAtOnce < 8 ? Config::kDecodeRows / kRowsAtOnce : 8;
 #pragma unroll 1
     for (int32_t first = 0; first < (is_prefill ? kRows : Config::kDecodeRows); first += kBatch * kRowsAtOnce) {
       uint32_t from[kBatch];

@@ -30,8 +30,14 @@ struct OnlineSoftmax {
   // s[4 * j + 2 * i + e]: row i, element e of column block j.
   template <int kCount>
   __device__ __forceinline__ void Update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    Update(s, {scale_log2, scale_log2}, rescale);
+  }
+  // With a scale of each row.
+  template <int kCount>
+  __device__ __forceinline__ void Update(float (&s)[kCount], const float (&scales_log2)[2], float (&rescale)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const float scale_log2 = scales_log2[i];
       float tile_max = s[2 * i];
 #pragma unroll
       for (int j = 0; j < kCount / 4; ++j) tile_max = fmaxf(tile_max, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));

@@ -81,10 +81,11 @@ __device__ __forceinline__ int32_t Position(int32_t kv_pos, int32_t last) {
   return Variant::kReadsByKey ? min(kv_pos, last) : kv_pos;
 }
 
-// Logits of a tile whose column 0 is the key at position `kv_pos`, in the layout of MaskLogits.
+// Logits of a tile whose column 0 is the key at position `kv_pos`, in the layout of MaskLogits. `sm_scale`: of each row, and what else its
+// products lack.
 template <typename Variant, int kCount>
 __device__ __forceinline__ void ApplyLogits(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos,
-                                            float sm_scale) {
+                                            const float (&sm_scale)[2]) {
   const int32_t first = kv_pos + static_cast<int32_t>(threadIdx.x % 4) * 2, last = at.rows[0].kv_len - 1;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ void ApplyLogits(float (&s)[kCount], const variant::A
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[4 * j + 2 * i + e];
-        x = Variant::Logits(args, at.rows[i], Position<Variant>(first + 8 * j + e, last), x, sm_scale);
+        x = Variant::Logits(args, at.rows[i], Position<Variant>(first + 8 * j + e, last), x, sm_scale[i]);
       }
     }
     asm volatile("" ::: "memory");  // NOTE: else a variant's table lookups for all logits go first, and registers run out
@@ -140,7 +141,7 @@ __device__ __forceinline__ void ApplyMask(float (&s)[kCount], const variant::Arg
 
 template <typename Variant, int kCount>
 __device__ __forceinline__ void ApplyVariant(float (&s)[kCount], const variant::Args& args, const VariantRows& at, int32_t kv_pos,
-                                             float sm_scale) {
+                                             const float (&sm_scale)[2]) {
   if constexpr (Variant::kHasLogits) ApplyLogits<Variant>(s, args, at, kv_pos, sm_scale);
   if constexpr (Variant::kHasMask) ApplyMask<Variant>(s, args, at, kv_pos);
 }

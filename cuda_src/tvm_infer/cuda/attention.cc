@@ -102,20 +102,19 @@ struct UnequalKernelTable {
 CachedKernel& KernelFor(const AttentionLaunch& launch) {
   CheckKernelShape(launch.dtype, launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "q");
   if (launch.page_size != kRagged || IsScaled(launch.kv_dtype)) CheckPageSize(launch.kv_dtype, launch.page_size, "k_cache");
+  if (launch.variant != nullptr) {
+    CheckTakesVariant(launch.head_dim, launch.head_dim_vo, "q");
+    return VariantKernelFor(KernelName(launch.dtype, launch.kv_dtype, launch.head_dim, launch.page_size) + "_v" + launch.variant->digest);
+  }
   const int dtype = IndexOf(kDTypes, launch.dtype);
   if (IsScaled(launch.kv_dtype)) {
-    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "k_cache");
     static const ScaledKernelTable& table = *new ScaledKernelTable;
     return *table.of[dtype][IndexOf(kScaledDTypes, launch.kv_dtype)][IndexOf(kHeadDims, launch.head_dim)]
                     [IndexOf(kScaledPageSizes, launch.page_size)];
   }
   if (launch.head_dim != launch.head_dim_vo) {
-    if (launch.variant != nullptr) CheckTakesVariant(launch.kv_dtype, launch.head_dim, launch.head_dim_vo, "q");
     static const UnequalKernelTable& table = *new UnequalKernelTable;
     return *table.of[dtype][IndexOf(kPageSizes, launch.page_size)];
-  }
-  if (launch.variant != nullptr) {
-    return VariantKernelFor(KernelName(launch.dtype, launch.dtype, launch.head_dim, launch.page_size) + "_v" + launch.variant->digest);
   }
   static const KernelTable& table = *new KernelTable;
   return *table.of[dtype][IndexOf(kHeadDims, launch.head_dim)][IndexOf(kPageSizes, launch.page_size)];
@@ -216,26 +215,22 @@ void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name) {
                                  << "executor takes any page_size)";
 }
 
-void CheckTakesVariant(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name) {
-  if (head_dim != head_dim_vo) {
-    TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside head_dim_vo " << head_dim_vo
-                                   << ", with which the cuda executor has plain attention only, no variant. Pad the values with zeros, or "
-                                      "pass host tensors (the cpu executor takes both)";
-  }
-  if (!IsScaled(kv_dtype)) return;
-  TVM_INFER_THROW(ExecutorError)
-      << "argument `" << name << "` has 8-bit elements (" << Suffix(kv_dtype)
-      << "), with which the cuda executor has plain attention only, no variant. Keep keys and values in 16 bits, "
-         "or pass host tensors (the cpu executor takes both)";
+void CheckTakesVariant(int32_t head_dim, int32_t head_dim_vo, const char* name) {
+  if (head_dim == head_dim_vo) return;
+  TVM_INFER_THROW(ExecutorError) << "argument `" << name << "` has head_dim " << head_dim << " beside head_dim_vo " << head_dim_vo
+                                 << ", with which the cuda executor has plain attention only, no variant. Pad the values with zeros, or "
+                                    "pass host tensors (the cpu executor takes both)";
 }
 
-void LaunchAttention(const AttentionLaunch& launch) {
-  CachedKernel& cached = KernelFor(launch);
-  const Device& device = GetDevice(launch.device_id);
-  const Kernel& kernel = cached.Get(launch.device_id, launch.stream);
+const Kernel& PrepareAttention(const AttentionLaunch& launch) {
+  const Kernel& kernel = KernelFor(launch).Get(launch.device_id, launch.stream);
+  if (launch.params.expected.max_tokens > 0) CheckSpans(launch);
+  return kernel;
+}
+
+void LaunchAttention(const AttentionLaunch& launch, const Kernel& kernel) {
   if (launch.params.expected.max_tokens == 0) return;  // no row to write, whatever the plan
-  CheckSpans(launch);
-  KvTensorMaps maps{};  // gathers take no maps
+  KvTensorMaps maps{};                                 // gathers take no maps
   if (launch.page_size == kRagged || launch.page_size >= kMinBoxTokens) {
     maps = EncodeMaps(launch, kernel.info);
   }
@@ -244,7 +239,7 @@ void LaunchAttention(const AttentionLaunch& launch) {
   if (launch.variant != nullptr) args = *launch.variant->args;
   void* arguments[] = {&params, &maps, &args};  // a kernel without a variant has two parameters
   // A CTA reads its first work before it knows how many CTAs the plan has: not beyond the plan's tensor.
-  const int32_t grid = std::min(device.num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
+  const int32_t grid = std::min(GetDevice(launch.device_id).num_sms * kernel.info.ctas_per_sm, launch.max_plan_ctas);
   LaunchKernel(kernel, grid, launch.stream, arguments);
 }
 

@@ -9,6 +9,8 @@
 
 namespace tvm_infer::cuda {
 
+struct Kernel;
+
 inline constexpr int32_t kRagged = 0;  // AttentionLaunch::page_size of keys without pages
 
 // All pointers are device memory. q, o, k and v and their strides are on 16-byte boundaries, partial_o and the plan too (the caller
@@ -33,11 +35,16 @@ bool HasPageSize(DTypeTag kv_dtype, int32_t page_size);
 const char* PageSizes(DTypeTag kv_dtype);
 // Throws Error("ExecutorError") where there are none; `name`: whose pages they are.
 void CheckPageSize(DTypeTag kv_dtype, int32_t page_size, const char* name);
-// The same where keys of this type, or of other widths than values, take no variant.
-void CheckTakesVariant(DTypeTag kv_dtype, int32_t head_dim, int32_t head_dim_vo, const char* name);
+// The same where keys of other widths than values take no variant. What changes queries or keys is refused where its kernel is built, which
+// knows the variant's code (tvm_infer/jit/variants.py).
+void CheckTakesVariant(int32_t head_dim, int32_t head_dim_vo, const char* name);
 
-// The device's context is current. Does not synchronise, allocates nothing, keeps no state: good inside a capture once its kernel is
-// loaded. Throws Error("ExecutorError") where no kernel has this shape or the device's architecture has none.
-void LaunchAttention(const AttentionLaunch& launch);
+// The launch's kernel, loaded: what goes before it on the stream is launched once this has not thrown. The device's context is current.
+// Throws Error("ExecutorError") where no kernel has this shape, none can be built or the device's architecture has none, and
+// Error("ArgumentError") for tensors that it cannot address.
+const Kernel& PrepareAttention(const AttentionLaunch& launch);
+
+// With its kernel. Does not synchronise, allocates nothing, keeps no state: good inside a capture.
+void LaunchAttention(const AttentionLaunch& launch, const Kernel& kernel);
 
 }  // namespace tvm_infer::cuda

@@ -79,8 +79,8 @@ struct AttentionParams {
 
 // Views of K and of V for the copy engine, five axes, innermost first: 64 elements, token in page, panel of 64 elements, KV head, page.
 // Any strides will do (HND or NHD, K and V in one tensor or two). Ragged keys are one page of all rows, KernelInfo::tile_keys a box.
-// Panels are 128 bytes: of 8-bit elements 128. A head_dim that is no multiple of a panel is one axis of so many elements, and that of
-// panels has one entry.
+// Panels are 128 bytes: of 8-bit elements 128, or 64 where these are all of a row (KvPanelBytes). A head_dim that is no multiple of a panel
+// is one axis of so many elements, and that of panels has one entry.
 struct KvTensorMaps {
   TensorMap
       k_pages;  // box: one page of one head (64, page_size, head_dim / 64, 1, 1), of a head that ends in a panel (64, page_size, 1, 1, 1)

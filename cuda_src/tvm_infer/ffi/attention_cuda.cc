@@ -104,17 +104,18 @@ CacheShape PagedLaunch(cuda::AttentionLaunch* launch, cpu::KVSource* source, con
   launch->params.expected.features = PlanFeatures(*launch, appends);
   SetKeys(&launch->params, *source);
   cuda::CheckPageSize(launch->kv_dtype, shape.page_size, "k_cache");
-  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->kv_dtype, launch->head_dim, launch->head_dim_vo, "k_cache");
+  if (launch->variant != nullptr) cuda::CheckTakesVariant(launch->head_dim, launch->head_dim_vo, "k_cache");
   launch->page_size = shape.page_size;
   launch->num_pages = shape.num_pages;
   return shape;
 }
 
-void Launch(const CudaScope& scope, cuda::AttentionLaunch* launch) {
+const cuda::Kernel& Prepare(const CudaScope& scope, cuda::AttentionLaunch* launch) {
   launch->device_id = scope.device_id();
   launch->stream = scope.stream();
-  cuda::LaunchAttention(*launch);
+  return cuda::PrepareAttention(*launch);
 }
+void Launch(const CudaScope& scope, cuda::AttentionLaunch* launch) { cuda::LaunchAttention(*launch, Prepare(scope, launch)); }
 
 // Copies of a paged call's plan and table, checked as the CPU executor checks its own. Returns the plan.
 std::vector<int32_t> CheckPagedValues(const CudaScope& scope, const TensorView& plan, const TensorView& q, const TensorView& workspace,
@@ -242,8 +243,9 @@ void AppendPagedAttention(const Place& place, const TensorView& plan, const Tens
     CheckAppendLengths(view.qo_indptr(), view.kv_len(), view.header->num_requests);
     CheckDeviceScales(scope, scales);
   }
+  const cuda::Kernel& kernel = Prepare(scope, &launch);
   if (k.size(0) > 0) cuda::LaunchAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, shape.head_dim_vo, params);
-  Launch(scope, &launch);
+  cuda::LaunchAttention(launch, kernel);
 }
 
 void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t capture_key, const TensorView& q, const TensorView& k,
@@ -271,6 +273,7 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
   params.o_stride_head = launch.params.o_stride_head;
   params.num_qo_heads = static_cast<int32_t>(q.size(1));
   const CudaScope scope(place.device);
+  const cuda::Kernel& kernel = Prepare(scope, &launch);
   if (k.size(0) > 0 && rotation != nullptr) {
     cuda::LaunchRopeAppend(scope.device_id(), scope.stream(), launch.dtype, launch.kv_dtype, RopeParams(params, q, *rotation));
   } else if (k.size(0) > 0) {
@@ -285,7 +288,7 @@ void AppendOwnAttention(const Place& place, const TensorView& plan, uint64_t cap
     launch.params.expected.max_kv_lists = static_cast<int32_t>(selection->list_indptr.size(0)) - 1;
     launch.params.expected.features = PlanFeatures(launch, /*appends=*/false);
   }
-  Launch(scope, &launch);
+  cuda::LaunchAttention(launch, kernel);
 }
 
 void MergeStates(const Place& place, const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b, const TensorView& lse_b,

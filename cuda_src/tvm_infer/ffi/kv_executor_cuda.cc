@@ -108,8 +108,7 @@ class CudaKVExecutor final : public KVExecutor {
                          static_cast<int32_t>(rotary_dim), "kv");
   }
   void CheckVariant() const override {
-    cuda::CheckTakesVariant(TagOf(config_.kv_dtype), static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo),
-                            "kv");
+    cuda::CheckTakesVariant(static_cast<int32_t>(config_.head_dim), static_cast<int32_t>(config_.head_dim_vo), "kv");
   }
   void Upload(const void* host, int64_t bytes, const tvm::ffi::Tensor& to) const override;
   void Attention(const KVMemory& memory, const KVStep& step, const LayerCall& call) override;

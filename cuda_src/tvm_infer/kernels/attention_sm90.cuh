@@ -12,6 +12,7 @@
 #include "tvm_infer/attention/config_sm90.cuh"
 #include "tvm_infer/attention/decode_tile.cuh"
 #include "tvm_infer/attention/kv_producer.cuh"
+#include "tvm_infer/attention/kv_widener.cuh"
 #include "tvm_infer/attention/params.cuh"
 #include "tvm_infer/attention/plan_check.cuh"
 #include "tvm_infer/attention/prefill_tile.cuh"
@@ -144,7 +145,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
         loader.Run(works.work);
       } while (works.Next());
     }
-  } else {
+  } else if (Config::kWidenerThreads == 0 || warp < 4 + Config::kConsumerWarps) {
     ptx::RegistersIncrease<Config::kConsumerRegisters>();
     const WorkQueue queue(plan, blockIdx.x);
     Consumer<Config> consumer{params, variant, plan, shared, ring};
@@ -155,6 +156,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
     for (int32_t i = queue.begin; i < queue.end; ++i) {
       // NOTE: the copy of the first work is read again: it is in the L1 now, and its twelve words in registers would spill.
       const Work work = i == queue.begin ? LoadWork(plan.first_works(), blockIdx.x) : LoadWork(queue.works, i);
+      if constexpr (Config::kWidenerThreads > 0) MeetAfterDecode<Config>(queue, i, work);
       if (work.tile_class == kDecodeClass) {
         decode.Run(work);
       } else if (work.kv_end <= work.kv_begin) {
@@ -171,59 +173,40 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       }
       if (done.merge != kNoMerge) ArriveAndMerge(consumer, done.merge);
     }
+  } else if constexpr (Config::kWidenerThreads > 0) {
+    ptx::RegistersDecrease<Config::kWidenerRegisters>();
+    KvWidener<Config> widener(ring);
+    const WorkQueue queue(plan, blockIdx.x);
+#pragma unroll 1
+    for (int32_t i = queue.begin; i < queue.end; ++i) {
+      const Work work = LoadWork(queue.works, i);
+      MeetAfterDecode<Config>(queue, i, work);
+      widener.Run(work);
+    }
+    widener.Flush();
   }
 }
 
 }  // namespace tvm_infer::kernels
 
-// A kernel by name: what generated source expands, one line for each specialisation. The second form takes a variant's struct, which the
-// source defines before, and the kernel the variant's parameters.
-#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE)                                                          \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE>;                        \
+// A kernel by name: what generated source expands, one line for each specialisation, behind the alias NAME##Config; `ARGUMENTS`: the
+// variant's, and after it the kernel's parameter that they are, if it has one.
+#define TVM_INFER_ATTENTION_SM90_OF(NAME, ARGUMENTS, ...)                                                                     \
   extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                     \
       NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                              \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                 \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                        \
+           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps __VA_OPT__(, ) __VA_ARGS__) {                      \
+    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, ARGUMENTS);                                                 \
   }                                                                                                                           \
   extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads, \
                                                                          sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED(NAME, ELEMENT, HEAD_DIM) \
-  TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged)
 
-// Keys wider than values.
-#define TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE)                                                   \
+// KV_ELEMENT: ELEMENT, or of 8 bits. PAGE_SIZE: or tvm_infer::attention::kRagged.
+#define TVM_INFER_ATTENTION_SM90(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE)                                          \
   using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
-                                                        tvm_infer::ptx::ELEMENT, HEAD_DIM_VO>;                                         \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
-  }                                                                                                                                    \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO) \
-  TVM_INFER_ATTENTION_SM90_VO(NAME, ELEMENT, HEAD_DIM, HEAD_DIM_VO, tvm_infer::attention::kRagged)
-
-// Keys and values of 8 bits, E4m3 or E5m2.
-#define TVM_INFER_ATTENTION_SM90_FLOAT8(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, PAGE_SIZE)                                                \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, tvm_infer::attention::NoVariant, \
-                                                        tvm_infer::ptx::KV_ELEMENT>;                                                   \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                              \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                       \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps) {                                                          \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, {});                                                                 \
-  }                                                                                                                                    \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,          \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-
-#define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT)                                                \
-  using NAME##Config = tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT>;                      \
-  extern "C" __global__ void __launch_bounds__(NAME##Config::kThreads, 1)                                                            \
-      NAME(const __grid_constant__ tvm_infer::attention::AttentionParams params,                                                     \
-           const __grid_constant__ tvm_infer::attention::KvTensorMaps maps, const __grid_constant__ tvm_infer::variant::Args args) { \
-    tvm_infer::kernels::AttentionSm90<NAME##Config>(params, maps, args);                                                             \
-  }                                                                                                                                  \
-  extern "C" __device__ const tvm_infer::cuda::KernelInfo NAME##_info = {tvm_infer::cuda::kKernelAbi, NAME##Config::kThreads,        \
-                                                                         sizeof(NAME##Config::SharedMemory), 1, NAME##Config::kTileKeys}
-#define TVM_INFER_ATTENTION_SM90_RAGGED_VARIANT(NAME, ELEMENT, HEAD_DIM, VARIANT) \
-  TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, HEAD_DIM, tvm_infer::attention::kRagged, VARIANT)
+                                                        tvm_infer::ptx::KV_ELEMENT, HEAD_DIM_VO>;                                      \
+  TVM_INFER_ATTENTION_SM90_OF(NAME, {})
+// With a variant's struct, which the source defines before.
+#define TVM_INFER_ATTENTION_SM90_VARIANT(NAME, ELEMENT, KV_ELEMENT, HEAD_DIM, HEAD_DIM_VO, PAGE_SIZE, VARIANT)                          \
+  using NAME##Config =                                                                                                                  \
+      tvm_infer::attention::ConfigSm90<tvm_infer::ptx::ELEMENT, HEAD_DIM, PAGE_SIZE, VARIANT, tvm_infer::ptx::KV_ELEMENT, HEAD_DIM_VO>; \
+  TVM_INFER_ATTENTION_SM90_OF(NAME, args, const __grid_constant__ tvm_infer::variant::Args args)

@@ -39,6 +39,13 @@ __device__ __forceinline__ void StoreRelaxed(int32_t* address, int32_t value) {
   asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+// threadIdx.x, read anew: what depends on it is computed where it is needed, not before and kept.
+__device__ __forceinline__ uint32_t ThreadAnew() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // By all warps of a warpgroup, each role on its own side of one branch.
 template <int kRegisters>
 __device__ __forceinline__ void RegistersIncrease() {

@@ -27,6 +27,11 @@ struct RingCursor {
       parity ^= 1;
     }
   }
+  // By any number of steps.
+  __device__ __forceinline__ void Skip(uint32_t steps) {
+    parity ^= (stage + steps) / kStages % 2;
+    stage = (stage + steps) % kStages;
+  }
 };
 
 // Addresses of a ring in shared memory.

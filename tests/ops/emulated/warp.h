@@ -35,16 +35,27 @@ struct uint2 {
 struct int2 {
   int32_t x, y;
 };
+struct int4 {
+  int32_t x, y, z, w;
+};
 struct float2 {
   float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
 template <typename T>
 T __ldg(const T* p) {
@@ -56,7 +67,14 @@ T __ldcg(const T* p) {
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return chosen;
+}
 inline int32_t atomicAdd(int32_t* address, int32_t value) { return (*address += value) - value; }  // fibers take turns
+inline int32_t __float2int_rd(float x) { return static_cast<int32_t>(std::floor(x)); }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __uint_as_float(uint32_t x) {
@@ -201,6 +219,7 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return emulated::LanesWhere([&](int lane) { return votes[lane] != 0; });
 }
 inline bool __any_sync(uint32_t all, bool vote) { return __ballot_sync(all, vote) != 0; }
+inline bool __all_sync(uint32_t all, bool vote) { return __ballot_sync(all, vote) == 0xffffffff; }
 inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
   const std::vector<uint32_t> values = emulated::Cta::Get().Exchange(value);
   return emulated::LanesWhere([&](int lane) { return values[lane] == value; });
@@ -208,6 +227,10 @@ inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
 template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int32_t mask) {
   return emulated::Cta::Get().Exchange(value)[threadIdx.x % 32 ^ mask];
+}
+template <typename T>
+T __shfl_sync(uint32_t, T value, int32_t lane) {
+  return emulated::Cta::Get().Exchange(value)[lane % 32];
 }
 template <typename T>
 T __shfl_up_sync(uint32_t, T value, int32_t offset) {

@@ -1,6 +1,7 @@
-// Stands in for ptx/element.cuh on the host: bf16 and fp32, and of fp16 what is compared.
+// Stands in for ptx/element.cuh on the host.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -22,8 +23,17 @@ inline uint32_t RoundToBf16(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+// By way of the exponent, and nearbyint for the rounding; finite numbers in the type's range.
+inline uint32_t RoundToHalf(float x) {
+  const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  const int exponent = magnitude == 0 ? -14 : std::max(std::ilogb(magnitude), -14);
+  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 … 2048, or fewer
+  return sign | (units + (static_cast<uint32_t>(exponent + 14) << 10));
+}
 template <typename Element>
 uint32_t Pack(float low, float high) {
+  if (!Element::kIsBf16) return RoundToHalf(low) | RoundToHalf(high) << 16;
   return RoundToBf16(low) | RoundToBf16(high) << 16;
 }
 inline float HalfToFloat(uint32_t bits) {
@@ -53,6 +63,7 @@ uint32_t PairMax(uint32_t a, uint32_t b) {
   return PairChoice<Element>(a, b, [](float x, float y) { return x > y; });
 }
 inline float MaxNan(float a, float b) { return a != a || a > b ? a : b; }
+inline float Reciprocal(float x) { return 1 / x; }
 inline float Exp2(float x) { return std::exp2(x); }
 inline float Log2(float x) { return std::log2(x); }
 
