@@ -96,6 +96,10 @@ struct PlainWeights {
 
   template <int kCount>
   __device__ __forceinline__ void Update(float (&s)[kCount], float, float (&rescale)[2]) {
+    Update(s, {0.f, 0.f}, rescale);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void Update(float (&s)[kCount], const float (&)[2], float (&rescale)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float tile_max = kNegInf;
