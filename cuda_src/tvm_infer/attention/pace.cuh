@@ -2,10 +2,10 @@
 //
 // SMs of an H200 get unequal shares of the memory bandwidth: CTAs of equal work end 10 % apart, and the last decides. A share follows from
 // the bytes that an SM has in flight, so each CTA compares the tiles that it has asked for with the average of all, and has a quarter less
-// in flight when it is ahead (half of it with stages of 16 KB: head_dim 64, 64 requests of 8192 keys, on an H100 364.5 -> 358 us), a
-// quarter more when it is behind. Measured: 16 requests of 8192 keys 132.3 -> 126.2 us, 64 of them 486.7 -> 481.5, a skewed batch 153.7 ->
-// 149.4. Only plans without prefill are paced (PlanHeader::paced_ctas): beside prefill, which takes next to no bandwidth, decode should run
-// ahead (a mixture paced: 599 -> 626 us).
+// in flight when it is ahead (half, with stages of up to 16 KB), a quarter more when it is behind. Measured: 16 requests of 8192 keys 132.3
+// -> 126.2 us, 64 of them 486.7 -> 481.5, a skewed batch 153.7 -> 149.4; 64 of them with heads of 64 on an H100 374 -> 358. Only plans
+// without prefill are paced (PlanHeader::paced_ctas): beside prefill, which takes next to no bandwidth, decode should run ahead (a mixture
+// paced: 599 -> 626 us).
 //
 // Nobody waits: what an addition to the common count returned is looked at kInterval tiles later.
 #pragma once
@@ -55,7 +55,7 @@ class Pace {
 
  private:
   static constexpr int32_t kInterval = 65536 / Config::kStageBytes;  // tiles from one comparison to the next: 128 KB of K and V
-  // Where stages are small, a page of a head is too, and CTAs drift apart sooner.
+  // Small stages: a page of a head is small, too, and CTAs drift apart sooner.
   static constexpr int32_t kFewStages = Config::kStageBytes > 16384 ? Config::kDecodeStages * 3 / 4 : Config::kDecodeStages / 2;
   static constexpr int32_t kManyStages = Config::kDecodeStages * 5 / 4 < Config::kStages ? Config::kDecodeStages * 5 / 4 : Config::kStages;
   static_assert(kFewStages >= 2, "K and V of a tile");

@@ -1,9 +1,9 @@
 // Attention on Hopper: one persistent, warp-specialised kernel that walks a Plan. Prefill, append, decode and mixtures are one launch.
 //
 // A CTA executes its works in order. Warp 0 (gather: and 3) copies K and V into a ring of tiles, warps 1 and 2 bring queries, and two
-// warpgroups compute: a work's tile class says how (attention/prefill_tile.cuh, attention/decode_tile.cuh). Each role walks the works for
-// itself; they meet only at the barriers of the ring and of the query buffer. Where the plan cut the keys of a row, the last CTA to finish
-// merges.
+// warpgroups compute: a work's tile class says how (attention/prefill_tile.cuh, attention/decode_tile.cuh). Beside keys of 8 bits a fourth
+// warpgroup widens what prefill computes with (attention/kv_widener.cuh). Each role walks the works for itself; they meet only at the
+// barriers of the ring and of the query buffer. Where the plan cut the keys of a row, the last CTA to finish merges.
 #pragma once
 
 #include <cstdint>
