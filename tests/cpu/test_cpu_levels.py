@@ -15,7 +15,7 @@ from tvm_infer.testing.plan_checks import check_levels, check_plan
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 3e-3}
 # Tiles of 6 and 37 rows that cost by the key alone: whatever can be shared is, and cut.
-TILES = (6, 8, 0, 0, 10**6, 37, 8, 0, 0, 11 * 10**5, 0, 0)
+TILES = (6, 8, 0, 0, 10**6, 37, 8, 0, 0, 11 * 10**5, 0, 0, 1000)
 
 BATCHES = {
     "one prompt": ([1] * 20, [150] * 20, [[(range(20), 130)]]),

@@ -17,7 +17,7 @@ from tvm_infer.testing.plan_checks import check_levels, check_plan
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
 # The kernel's two classes at costs by the key alone, beside which merges are nothing: whatever can be shared is, and cut.
-EAGER = (16, 128, 0, 0, 10**9, 128, 128, 0, 0, 11 * 10**8, 0, 0)
+EAGER = (16, 128, 0, 0, 10**9, 128, 128, 0, 0, 11 * 10**8, 0, 0, 1000)
 
 CHATS = [[(range(40), 1040)], [(range(0, 20), 1500), (range(20, 38), 1311)]]
 BATCHES = {
@@ -115,7 +115,7 @@ def test_levels(name, heads, head_dim, page_size, dtype, device):
 def test_the_devices_own_costs(dtype, device):
     """64 requests of one prompt, as the measured tile table plans it; also not causal."""
     BATCHES["a real one"] = ([1] * 64, [2048 + 3 * r for r in range(1, 65)], [[(range(64), 2048)]])
-    batch = Batch("a real one", device, heads=(8, 2), dtype=dtype)
+    batch = Batch("a real one", device, heads=(16, 4), dtype=dtype)
     for causal in (True, False):
         plan = batch.plan(tile_table=None, causal=causal, num_ctas=None if device == "cuda" else 20)
         assert plan.num_shared_works > 0
