@@ -33,6 +33,8 @@ def test_rows_of_a_small_model():
         assert row["steps"] == 7 and row["difference"] < 1e-6  # the first of 8 steps has the capture in it
         assert row["attention_us"] == {"shared": 2.0, "flat": 2.0}  # a launch for each layer
         assert min(row["itl_ms"].values()) > 0
+        layers_ms = row["attention_us"]["flat"] * found["num_layers"] / 1e3
+        assert row["attention_percent"] == pytest.approx(100 * layers_ms / row["itl_ms"]["flat"])
         assert row["lower_percent"] == pytest.approx(100 * (1 - row["itl_ms"]["shared"] / row["itl_ms"]["flat"]))
     assert found["rows"][1]["shared_steps"] == 7
     text = parallel.lines(found, "a device")

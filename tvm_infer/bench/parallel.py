@@ -221,13 +221,16 @@ def measure_row(
             f"(allowed {_TOLERANCE[w.dtype]:.0e})"
         )
     itl = {name: statistics.median(way.times[-w.tokens :]) * 1e3 for name, way in ways.items()}
+    attention = {name: timing.median for name, (timing, _) in found.items()}
     for way in ways.values():
         way.end()
     return {
         "answers": answers,
         "itl_ms": itl,
-        "attention_us": {name: timing.median for name, (timing, _) in found.items()},
+        "attention_us": attention,
         "lower_percent": 100 * (1 - itl["shared"] / itl["flat"]),
+        # of the flat plan's step: lower it cannot get by attention, and appends, that take no time
+        "attention_percent": 100 * attention["flat"] * w.config.num_layers / (itl["flat"] * 1e3),
         "shared_steps": ways["shared"].shared_steps,
         "steps": len(ways["shared"].times),
         "difference": difference,
@@ -258,7 +261,7 @@ def lines(found: dict[str, Any], device_name: str) -> list[str]:
     rows = [
         f"{row['answers']:3} answers   ITL {row['itl_ms']['shared']:7.3f} ms, flat {row['itl_ms']['flat']:7.3f}: "
         f"{row['lower_percent']:5.1f} % lower   attention {row['attention_us']['shared']:6.1f} us a layer, flat "
-        f"{row['attention_us']['flat']:6.1f}   keys shared in {row['shared_steps']} of {row['steps']} steps (results differ by "
+        f"{row['attention_us']['flat']:6.1f}, {row['attention_percent']:4.1f} % of the step   keys shared in {row['shared_steps']} of {row['steps']} steps (results differ by "
         f"{row['difference']:.1e})"
         for row in found["rows"]
     ]
