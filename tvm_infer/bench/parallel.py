@@ -261,8 +261,8 @@ def lines(found: dict[str, Any], device_name: str) -> list[str]:
     rows = [
         f"{row['answers']:3} answers   ITL {row['itl_ms']['shared']:7.3f} ms, flat {row['itl_ms']['flat']:7.3f}: "
         f"{row['lower_percent']:5.1f} % lower   attention {row['attention_us']['shared']:6.1f} us a layer, flat "
-        f"{row['attention_us']['flat']:6.1f}, {row['attention_percent']:4.1f} % of the step   keys shared in {row['shared_steps']} of {row['steps']} steps (results differ by "
-        f"{row['difference']:.1e})"
+        f"{row['attention_us']['flat']:6.1f}, {row['attention_percent']:4.1f} % of the step   "
+        f"keys shared in {row['shared_steps']} of {row['steps']} steps (results differ by {row['difference']:.1e})"
         for row in found["rows"]
     ]
     return [head, *rows]
