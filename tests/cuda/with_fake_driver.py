@@ -327,14 +327,14 @@ def test_eight_bit_heads_are_panels_that_the_swizzle_spans(driver, head_dim, col
 
 
 def test_nothing_is_appended_where_there_is_no_kernel_to_attend(driver):
-    call = _ffi.func("variant_call")(NO_SUCH_VARIANT, 0, [], [])
+    call = _ffi.func("variant_call")(NO_SUCH_VARIANT, 0, [], [], 0)
     with pytest.raises(errors.ExecutorError, match="changes keys"):
         scaled("scaled_append_attention", new=[tensor((ROWS, HKV, DIM)) for _ in "kv"], variant=call)
     assert driver.launches() == []
 
 
 def test_a_variant_goes_with_eight_bits(driver):
-    scaled(variant=_ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB], []))
+    scaled(variant=_ffi.func("variant_call")("0123456789abcdef", 0, [0x40490FDB], [], 0))
     assert driver.launches()[0]["name"] == "attention_bf16_e4m3_h128_p16_v0123456789abcdef"
     assert driver.variant_args(VariantArgs).scalars[0] == 0x40490FDB
 

@@ -258,9 +258,9 @@ def test_packed_functions_check_what_python_would(cache):
     """From C++ or TVM there is no Python class in front."""
     with pytest.raises(errors.DTypeError, match="float64"):
         _ffi.func("kv_cache_create")(1, 1, 1, 8, "float64", 1, 1, 1, 1, 0, 0, tvm_ffi.device("cpu"))
-    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v4"):
+    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v5"):
         _ffi.func("kv_cache_add")(np.zeros(3, np.int32), 1)
-    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v4"):
+    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v5"):
         _ffi.func("kv_cache_add")(None, 1)
 
 

@@ -101,7 +101,7 @@ def test_errors_come_through_the_vm_with_their_types(vm):
     with pytest.raises(errors.PlanMismatchError, match="announced 3 tokens"), cache.forward([3], [3]):
         vm["main"](*args, cache)
     assert cache.seq_len(3) == 0  # the context took the step back
-    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v4"):
+    with pytest.raises(TypeError, match=r"tvm_infer\.PagedKVCache\.v5"):
         vm["main"](*args, args[0])
 
 
