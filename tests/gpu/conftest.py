@@ -35,6 +35,9 @@ MARKERS = (
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cuda", "cpu"), default=None, help="device of the tests in tests/gpu")
     parser.addoption("--record-json", default=None, help="write counts and errors by kernel family to this file")
+    parser.addoption(
+        "--families", default="", help="tests of these kernel families alone, comma-separated; empty: of all"
+    )
 
 
 def pytest_configure(config):
@@ -58,6 +61,10 @@ def pytest_collection_modifyitems(config, items):
     mine = [i for i in items if HERE in i.path.parents and i.get_closest_marker("family")]
     for item in mine:
         item.user_properties += [("family", name) for name in item.get_closest_marker("family").args]
+    families = set(filter(None, config.getoption("--families", "").split(",")))
+    if families:
+        others = {id(i) for i in mine if families.isdisjoint(i.get_closest_marker("family").args)}
+        items[:] = [i for i in items if id(i) not in others]
     if device_of(config) == "cuda" or asked_for(config):
         return
     drop = {id(i) for i in mine if not i.get_closest_marker("subset")}

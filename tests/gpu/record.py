@@ -1,6 +1,7 @@
 """What was held on a GPU, and whether it was held by the code as it stands.
 
-  python tests/gpu/record.py run [--sanitizer] [--workers N] [--out FILE]   on a machine with a GPU: all GPU tests, then record.json
+  python tests/gpu/record.py run [--families A,B] [--sanitizer] [--workers N] [--out FILE]   on a machine with a GPU: all GPU tests, or
+      those of some families, then record.json; what it says of other families stays, if it was the same device and software
   python tests/gpu/record.py check [--record FILE]   anywhere: families whose record is of other code; exit code 1 if any
 
 A kernel family's digest covers what decides how it behaves: its kernel source and all that includes, the launchers in cuda/ and
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,21 +194,34 @@ def machine() -> dict[str, str]:
     }
 
 
-def run(out: pathlib.Path, sanitizer: bool, workers: int = 0, root: pathlib.Path = ROOT) -> int:
-    """All GPU tests on this machine's GPU, then the record. The exit code is pytest's, or the sanitizer's."""
+def kept(found: dict[str, str], names: Sequence[str], path: pathlib.Path) -> dict[str, Any]:
+    """Entries of families that are not run, of an earlier record of the same device and software."""
+    if not names or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if any(earlier.get(key) != value for key, value in found.items() if key != "date"):
+        return {}
+    return {name: entry for name, entry in earlier["families"].items() if name not in names}
+
+
+def run(
+    out: pathlib.Path, sanitizer: bool, workers: int = 0, names: Sequence[str] = (), root: pathlib.Path = ROOT
+) -> int:
+    """All GPU tests on this machine's GPU, or those of some families, then the record. Returns pytest's exit code, or the sanitizer's."""
     tests = sorted(str(p) for p in (root / "tests" / "gpu").glob("test_gpu_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.json"
         command = [sys.executable, "-m", "pytest", *tests, "--device", "cuda", "--record-json", str(counts)]
         command += ["-p", "no:cacheprovider", "--durations", "10", *(["-n", str(workers)] if workers else [])]
+        command += ["--families", ",".join(names)] if names else []
         # kernels of these sources, not prebuilt ones of who knows which
         environment = {k: v for k, v in os.environ.items() if k != "TVM_INFER_CUBIN_DIR"}
         code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
         families = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
     record: dict[str, Any] = machine()
-    record["families"] = {
-        name: {"digest": digest(root, name), **families[name]} for name in FAMILIES if name in families
-    }
+    others = kept(record, names, RECORD)
+    run_now = {name: {"digest": digest(root, name), **families[name]} for name in names or FAMILIES if name in families}
+    record["families"] = {name: (run_now | others)[name] for name in FAMILIES if name in run_now | others}
     if sanitizer:
         script = root / "tests" / "gpu" / "sanitize.sh"
         done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=root, check=False)
@@ -227,11 +241,20 @@ def main(argv: list[str]) -> int:
     runner.add_argument(
         "--workers", type=int, default=0, help="processes that share the GPU (pytest-xdist); 0: this one alone"
     )
+    runner.add_argument(
+        "--families", default="", help=f"tests of these alone, comma-separated, of {', '.join(FAMILIES)}; default: all"
+    )
     runner.add_argument("--sanitizer", action="store_true", help="tests/gpu/sanitize.sh, too")
     checker = commands.add_parser("check", help="say which families' records are of other code")
     checker.add_argument("--record", type=pathlib.Path, default=RECORD)
     args = parser.parse_args(["check", *argv[1:]] if argv[:1] == ["--check"] else argv)
-    return check(path=args.record) if args.command == "check" else run(args.out, args.sanitizer, args.workers)
+    if args.command == "check":
+        return check(path=args.record)
+    names = [name for name in args.families.split(",") if name]
+    for name in names:
+        if name not in FAMILIES:
+            parser.error(f"argument --families: {name!r} is none; there are {', '.join(FAMILIES)}")
+    return run(args.out, args.sanitizer, args.workers, names)
 
 
 if __name__ == "__main__":

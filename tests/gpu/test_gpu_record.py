@@ -129,6 +129,19 @@ def test_check_names_the_families_and_fails(tree, tmp_path, capsys):
     assert "1 failed" in capsys.readouterr().out
 
 
+def test_a_run_of_some_families_keeps_what_was_recorded_of_others(tmp_path):
+    path, found = tmp_path / "record.json", {"device": "a GPU", "driver": "1", "date": "2026-01-02"}
+    assert record.kept(found, ["append"], path) == {}
+    path.write_text(
+        json.dumps({**found, "date": "2026-01-01", "families": {"append": {"passed": 1}, "gemv": {"passed": 2}}})
+    )
+    assert record.kept(found, ["append"], path) == {"gemv": {"passed": 2}}
+    assert record.kept(found, [], path) == {}  # all are run
+    assert record.kept(found | {"driver": "2"}, ["append"], path) == {}  # not what this machine would say
+    with pytest.raises(SystemExit):
+        record.main(["run", "--families", "append,none"])
+
+
 def test_check_is_a_command(tmp_path):
     assert record.main(["check", "--record", str(tmp_path / "none.json")]) == 1
     assert record.main(["--check", "--record", str(tmp_path / "none.json")]) == 1
