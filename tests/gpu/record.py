@@ -207,7 +207,7 @@ def kept(found: dict[str, str], names: Sequence[str], path: pathlib.Path) -> dic
 def run(
     out: pathlib.Path, sanitizer: bool, workers: int = 0, names: Sequence[str] = (), root: pathlib.Path = ROOT
 ) -> int:
-    """All GPU tests on this machine's GPU, or those of some families, then the record. Returns pytest's exit code, or the sanitizer's."""
+    """All GPU tests here, or those of some families, then the record. Returns pytest's exit code, or the sanitizer's."""
     tests = sorted(str(p) for p in (root / "tests" / "gpu").glob("test_gpu_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.json"

@@ -246,6 +246,31 @@ def test_rounding_is_that_of_the_host(dtype, kv, scale, device):
 
 
 @pytest.mark.subset
+@pytest.mark.family("attention_sm90")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-9, 1e-38])
+def test_rows_of_zeros_see_all_keys_alike(scale, dtype, device):
+    """A head that was pruned, with a scale that nearly is none: O is the mean of the values, LSE the logarithm of their number."""
+    n, m = 40, 300
+    cache = torch.randint(0, 100, (19, 2, 2, 16, 128), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    plan = tvm_infer.plan(
+        [0, n], [m], num_qo_heads=8, num_kv_heads=2, head_dim=128, dtype=dtype, kv_dtype="float8_e4m3fn", device=device,
+        fixed_split_size=64,
+    )  # fmt: skip
+    q = torch.zeros((n, 8, 128), dtype=getattr(torch, dtype), device=device)
+    tables = {
+        "kv_page_indptr": torch.tensor([0, 19], dtype=torch.int32, device=device),
+        "kv_page_indices": torch.arange(19, dtype=torch.int32, device=device),
+    }
+    o, lse = tvm_infer.attention(q, cache, plan, **tables, k_scale=scale, return_lse=True)
+    values = cache[:, 1].float().transpose(1, 2).reshape(-1, 2, 128).double()
+    seen = torch.arange(m - n + 1, m + 1, device=device)
+    expected = (values.cumsum(0)[m - n : m] / seen[:, None, None]).repeat_interleave(4, 1)
+    torch.testing.assert_close(o.double(), expected, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(lse.double(), seen.double().log()[:, None].expand(-1, 8), rtol=0, atol=1e-3)
+
+
+@pytest.mark.subset
 @pytest.mark.family("rope_append")
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in appending()])
 @pytest.mark.parametrize("interleaved", [False, True])

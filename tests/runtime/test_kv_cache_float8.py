@@ -170,6 +170,20 @@ def test_scales_are_those_of_what_is_stored():
         cache.set_scales(0.5, 0.5)
 
 
+def test_prefixes_that_were_stored_with_other_scales_are_not_found():
+    cache = PagedKVCache(**SIZE, kv_dtype="float8_e4m3fn", prefix_reuse=True)
+    page, tokens = cache.page_size, list(range(3 * cache.page_size))
+    for scale, reused in ((0.5, 0), (0.5, 2 * page), (0.25, 0), (0.25, 2 * page)):
+        if cache.prefix_stats.lookups % 2 == 0:
+            cache.set_scales(scale, scale)
+        assert cache.add_sequence(0, tokens) == reused
+        for begin in range(reused, len(tokens), page):
+            with cache.forward([0], [page], token_ids=tokens[begin : begin + page]) as step:
+                for layer in range(3):
+                    step.attention(layer, *(np.zeros((page, heads, 16), np.float32) for heads in (6, 2, 2)))
+        cache.remove_sequence(0)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

@@ -120,6 +120,8 @@ def test_forks_of_forks_share_pages_and_attend_alike(cache):
         ({"num_rows": -1, "logit_rows": np.array([0])}, errors.ArgumentError, ["`num_rows` is -1", "at least 0"]),
         ({"token_ids": np.arange(4)}, errors.ArgumentError, ["`token_ids`", "3"]),
         ({"token_ids": np.arange(3, dtype=np.int32)}, errors.DTypeError, ["`token_ids`", "int32"]),
+        ({"token_ids": [1, 2, 3, 4]}, errors.ArgumentError, ["`token_ids`", "3"]),
+        ({"token_ids": [1, 2.5, 3]}, errors.DTypeError, ["`token_ids` holds float64", "list of integers"]),
         ({"token_ids": np.zeros((3, 1), np.int64)}, errors.ArgumentError, ["`token_ids`", "rank 2"]),
         ({"logit_rows": np.array([3])}, errors.ArgumentError, ["`logit_rows` has 3 at entry 0", "0 to 2"]),
         ({"logit_rows": np.array([0, -1])}, errors.ArgumentError, ["`logit_rows` has -1 at entry 1"]),

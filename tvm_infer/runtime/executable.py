@@ -286,9 +286,9 @@ class Executable:
         step, at most (default: what was compiled for). device : "cpu", or the CUDA device to run on (default "cuda"). prefix_reuse : as
         of PagedKVCache; an engine turns it on by itself. kv_dtype, k_scale, v_scale : of its pages, as PagedKVCache has them; the
         compiled code serves each. shared_prefix : whether steps read pages that their sequences share once for all (docs/plan.md);
-        layers with a variant, a window or a chunk never do. page_budget : pages of a sequence that layers read in decode steps, as
-        PagedKVCache has it (docs/kv-formats.md); its `dense_layers` have all layers with a variant; False: all keys. None: what the
-        model was exported with, else pages of the model's dtype, scales of 1, shared prefixes on, and all keys.
+        layers with a variant that tells requests apart, a window or a chunk never do. page_budget : pages of a sequence that layers
+        read in decode steps, as PagedKVCache has it (docs/kv-formats.md), its `dense_layers` all layers with a variant; False: all.
+        None: what the model was exported with, else pages of the model's dtype, scales of 1, shared prefixes on, and all keys.
 
         Layers in which the pass found a variant (soft cap, window, sinks, …) have it in this cache, bound to the model's weights.
         MissingDependencyError, CompileError : one that has to be compiled for the CPU, because the kept one was for another processor,

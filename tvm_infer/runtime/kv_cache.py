@@ -48,12 +48,12 @@ def _integers(values: Iterable[int], name: str) -> tuple[int, ...]:
     return numbers
 
 
-def _tokens(values: Any) -> np.ndarray:
+def _tokens(values: Any, name: str = "tokens") -> np.ndarray:
     """int64 [n], contiguous."""
     tokens = np.asarray(values)
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
         raise DTypeError(
-            f"argument `tokens` holds {tokens.dtype}, rank {tokens.ndim}; it must be a list of integers, one for each token"
+            f"argument `{name}` holds {tokens.dtype}, rank {tokens.ndim}; it must be a list of integers, one for each token"
         )
     return np.ascontiguousarray(tokens, np.int64)
 
@@ -497,7 +497,7 @@ class PagedKVCache:
         num_rows : rows of the step's tensors, from the step's tokens to max_tokens; None: as many as tokens. Rows behind the tokens are
             padding (token 0 at position 0): they append nothing, and their outputs are 0. A graph captured with so many rows can be
             replayed then.
-        token_ids : int64 [num_tokens] on the host; with `prefix_reuse` the cache remembers them.
+        token_ids : int64 [num_tokens] on the host, or a list; with `prefix_reuse` the cache remembers them.
         logit_rows : int64, at most num_rows, each a row of the step, on the host.
 
         Raises
@@ -517,6 +517,8 @@ class PagedKVCache:
         logit_rows: Any,
     ) -> None:
         rows = sum(append_lengths) if num_rows is None else _integer(num_rows, "num_rows")
+        if isinstance(token_ids, list | tuple):
+            token_ids = _tokens(token_ids, "token_ids")
         self._call("begin_step", ids, append_lengths, int(causal), rows, token_ids, logit_rows)
         self._step_plan = None
 

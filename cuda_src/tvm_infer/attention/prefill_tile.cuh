@@ -200,6 +200,9 @@ class PrefillTile : private PrefillProducts<Config> {
 #pragma unroll
         for (int i = 0; i < 2; ++i) scales.of[i] *= rows[thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * i];
       }
+      // NOTE: products are below 2^40, and those of a row of zeros with a small scale 0; a factor of 0 would make NaN of a maximum of -inf.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scales.of[i] = fmaxf(scales.of[i], 0x1p-90f);
     }
     return scales;
   }

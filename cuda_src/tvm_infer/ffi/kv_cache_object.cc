@@ -321,6 +321,7 @@ void PagedKVCacheObj::SetScales(const TensorView& k_scales, const TensorView& v_
   const int64_t bytes = k_scales.numel() * static_cast<int64_t>(sizeof(float));
   executor_->Upload(DataPtr<void>(k_scales), bytes, memory_.k_scales);
   executor_->Upload(DataPtr<void>(v_scales), bytes, memory_.v_scales);
+  if (manager_.reuses_prefixes()) manager_.ForgetTokens();  // what kept pages hold was stored with other scales
 }
 
 tvm::ffi::Tensor PagedKVCacheObj::QueryPositions() const {

@@ -19,10 +19,13 @@
 namespace tvm_infer::ffi_api {
 
 // Before the first sequence, and before the first step that an executable runs. The cache keeps bounds of its pages from then on.
-//   num_pages     of a list; 0: none, layers read all keys (again), and what follows says nothing. num_sink, num_recent, is_sum: as of
-//   select_pages and page_scores max_pages     of a sequence in a step that selects, at most (scores take 4 * max_batch * num_kv_heads *
-//   max_pages bytes); 0: all pages
-//                 of the cache
+//
+//   num_pages     of a list; 0: none, layers read all keys (again), and what follows says nothing
+//
+//   num_sink, num_recent, is_sum  as of select_pages and page_scores
+//
+//   max_pages     of a sequence in a step that selects, at most (scores take 4 * max_batch * num_kv_heads * max_pages bytes); 0: all
+//
 //   dense_layers  that read all pages in every step, and keep no bounds. Layers with a variant, a window or chunks must be among them
 void KVCacheSetPageBudget(PagedKVCache kv, int64_t num_pages, int64_t num_sink, int64_t num_recent, int64_t is_sum, int64_t max_pages,
                           tvm::ffi::Shape dense_layers);

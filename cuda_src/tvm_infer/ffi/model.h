@@ -33,8 +33,7 @@ void ModelCheckCuda(int64_t device_id);
 // A cache for the model: of its layers' heads and dtype, which rotates as they do and computes what their attention is besides (caps,
 // windows, biases, sinks). The type of its pages, their scales, whether it looks for shared prefixes, and the pages that its layers
 // select in decode steps are what the model was exported with (`kv_cache_set_shared_prefix` and `kv_cache_set_page_budget` change the last
-// two). Other arguments as of kv_cache_create; max_tokens 0: of the largest step that the
-// model was compiled for.
+// two). Other arguments as of kv_cache_create; max_tokens 0: of the largest step that the model was compiled for.
 //   weights  the model's, in the order of the manifest, on `device`; those that attention reads are kept by the cache, uncopied
 // ArgumentError: `device` is not of the kind that the model was compiled for. Others as of model_set_variants, kv_cache_create.
 PagedKVCache ModelCreateCache(tvm::ffi::Array<tvm::ffi::Tensor> weights, int64_t page_size, int64_t num_pages, int64_t max_batch,
