@@ -277,7 +277,7 @@ def test_rows_of_zeros_see_all_keys_alike(scale, dtype, device):
 def test_rope_append(case, interleaved, device):
     """Values byte for byte, keys the host's but for those beside a boundary (angles differ by 3e-7), queries as without 8 bits."""
     batch = Float8Batch(case, device, appended=False)
-    rope = tvm_infer.RopeConfig(case.head_dim // 2, 10000.0, interleaved=interleaved)
+    rope = tvm_infer.RopeConfig(case.head_dim // 32 * 16, 10000.0, interleaved=interleaved)
     lengths = {"qo_indptr": batch.device_qo_indptr, "kv_len": batch.device_kv_len}
     arguments = [batch.q, batch.k_new, batch.v_new]
     out = tvm_infer.rope_append(*arguments, batch.cache, rope=rope, **lengths, **batch.tables, **batch.scales)
