@@ -169,6 +169,8 @@ _FP8_BASES = (
     *(_decode(64, kv_len) for kv_len in (2048, 8192)),
     _decode(16, 8192),
     _prefill(1, 8192),
+    _prefill(16, 512),
+    _mixed("4x512@16384", (4, 512, 16384)),
     _mixed("2x1024 + 62x1@4096", (2, 1024, 1024), (62, 1, 4096)),
 )
 # keys and values of 8 bits, each beside the same in 16
@@ -178,6 +180,10 @@ FP8 = (
     *(
         replace(_eight_bits(_decode(64, 2048)), name=f"decode h32/8 b64 kv2048 d{head_dim} e4m3fn", head_dim=head_dim)
         for head_dim in (64, 80, 96, 192, 256)
+    ),
+    *(
+        replace(_eight_bits(_prefill(1, 8192)), name=f"prefill 1x8192 d{head_dim} e4m3fn", head_dim=head_dim)
+        for head_dim in (64, 96, 192, 256)
     ),
 )
 _QUICK = (
