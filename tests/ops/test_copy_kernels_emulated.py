@@ -43,6 +43,7 @@ def run(name: str, tmp_path: pathlib.Path, include: pathlib.Path = CUDA_SRC) -> 
     "name",
     [
         "append",
+        "arrivals",
         "float8_tiles",
         "merge_states",
         "move_tokens",

@@ -20,10 +20,10 @@ struct OutputRow {
 
 template <typename Element>
 __device__ __forceinline__ OutputRow FinalRow(const AttentionParams& p, const PlanView& plan, int32_t packed_row, int32_t kv_head) {
-  const RowAddress at = AddressOf(plan, packed_row);
-  const int32_t group = plan.header->group_size, head = kv_head * group + at.head;
+  const RowAddress at = AddressOf(plan, packed_row, p.expected.group_size);
+  const int32_t group = p.expected.group_size, head = kv_head * group + at.head;
   auto* o = static_cast<Element*>(p.o) + at.token * p.o_stride_token + head * p.o_stride_head;
-  return {o, p.lse == nullptr ? nullptr : p.lse + static_cast<int64_t>(at.token) * (plan.header->num_kv_heads * group) + head};
+  return {o, p.lse == nullptr ? nullptr : p.lse + static_cast<int64_t>(at.token) * (p.expected.num_kv_heads * group) + head};
 }
 
 template <int kHeadDimVo>
@@ -31,14 +31,15 @@ __device__ __forceinline__ OutputRow PartialRow(const AttentionParams& p, int64_
   return {p.partial_o + partial_row * kHeadDimVo, p.partial_lse + partial_row};
 }
 
-// A lane's columns of a row that a warp shares out: kPieces times kVector neighbours.
-template <int kHeadDimVo>
+// A lane's columns of a row that kLanes lanes share out: kPieces times kVector neighbours.
+template <int kHeadDimVo, int kLanes = 32>
 struct LaneColumns {
-  static constexpr int kVector = kHeadDimVo % 128 == 0 ? 4 : 2, kPieces = (kHeadDimVo + 32 * kVector - 1) / (32 * kVector);
+  static constexpr int kVector = kHeadDimVo % (4 * kLanes) == 0 ? 4 : 2;
+  static constexpr int kPieces = (kHeadDimVo + kLanes * kVector - 1) / (kLanes * kVector);
   static constexpr int kCount = kVector * kPieces;
-  static constexpr bool kIsWhole = kHeadDimVo % (32 * kVector) == 0;  // every lane has all its pieces
+  static constexpr bool kIsWhole = kHeadDimVo % (kLanes * kVector) == 0;  // every lane has all its pieces
 
-  __device__ __forceinline__ static int32_t First(int32_t lane, int piece) { return (piece * 32 + lane) * kVector; }
+  __device__ __forceinline__ static int32_t First(int32_t lane, int piece) { return (piece * kLanes + lane) * kVector; }
   __device__ __forceinline__ static bool Has(int32_t lane, int piece) { return kIsWhole || First(lane, piece) < kHeadDimVo; }
 };
 

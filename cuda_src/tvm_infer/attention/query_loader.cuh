@@ -88,7 +88,7 @@ class QueryLoader {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t row = min(first_row_ + 32 * i + lane_, work.num_rows - 1);
-      const RowAddress at = AddressOf(plan_, work.row_begin + row);
+      const RowAddress at = AddressOf(plan_, work.row_begin + row, group);
       const int32_t head = work.kv_head_begin * group + at.head;
       rows.q[i] = static_cast<uint32_t>((at.token * params_.q_stride_token + head * params_.q_stride_head) / 8);
       rows.o[i] = static_cast<uint32_t>((at.token * params_.o_stride_token + head * params_.o_stride_head) / 8);

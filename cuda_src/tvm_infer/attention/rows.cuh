@@ -86,8 +86,8 @@ struct RowAddress {
   int32_t head;  // query head within its group
 };
 
-__device__ __forceinline__ RowAddress AddressOf(const PlanView& plan, int32_t packed_row) {
-  const int32_t group = plan.header->group_size;
+// `group`: the plan's group_size.
+__device__ __forceinline__ RowAddress AddressOf(const PlanView& plan, int32_t packed_row, int32_t group) {
   const int32_t slot = packed_row / group;
   const int32_t* order = plan.token_order();
   return {order == nullptr ? slot : order[slot], packed_row - slot * group};

@@ -57,7 +57,7 @@ __device__ __forceinline__ float SoftmaxScale(const AttentionParams& p) {
 
 // The variant's row of a packed row whose request is not known: of merged partials, and of works of several requests.
 __device__ __forceinline__ variant::Row VariantRowOf(const PlanView& plan, int32_t packed_row, int32_t kv_head) {
-  const RowAddress at = AddressOf(plan, packed_row);
+  const RowAddress at = AddressOf(plan, packed_row, plan.header->group_size);
   const int32_t* qo_indptr = plan.qo_indptr();
   int32_t low = 0, high = plan.header->num_requests - 1;  // the last request whose first token is not behind the row's
   while (low < high) {

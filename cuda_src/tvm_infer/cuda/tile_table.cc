@@ -36,12 +36,12 @@ constexpr TileClass kSm90FourBits96[kNumSm90Classes] = {HalfTheBytes(kSm90EightB
 constexpr TileClass kSm90FourBits128[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits128[0]), kSm90EightBits128[1]};
 constexpr TileClass kSm90FourBits192[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits192[0]), kSm90EightBits192[1]};
 constexpr TileClass kSm90FourBits256[kNumSm90Classes] = {HalfTheBytes(kSm90EightBits256[0]), kSm90EightBits256[1]};
-// Merges of shared keys. Those of a tile follow one another, and few CTAs have any: on an H100, over the makespan and the 4.5 us of any
-// launch, 64 merges of a row tile and head took 7.5 to 9 us, 256 of them 15, 512 of them 21. With 6 us a plan, 8 requests of 2048 + 256
-// keys were shared on an H200: 17.8 us where the flat plan takes 14.7. Measured with heads of 128 in 16 bits, and taken for all.
-// Read again, a key costs 0.6 of what it does from memory: 64 requests of 8192 + 256 keys without sharing, 442 us by the costs above, take
-// 260, 32 of 2048 + 256 42.8 for 63, 16 of them 22.7 for 31.7.
-constexpr SharedMergeCost kSm90SharedMerge = {.each = 2'700'000, .once = 9'000'000, .again = 600};
+// Merges of shared keys, which all CTAs of a tile share out (kernels/merge_tiles.cuh). Over the makespan and the 4.2 us of any launch, on
+// an H100 or H200: 64 requests of 8192 + 256 keys 6 us, 32 of 2048 + 256 and 16 of 2048 + 128 6.5 to 7. With this 8 requests of 2048 + 256
+// keys and 16 of 1024 + 256, where sharing gains nothing, are planned flat. Measured with heads of 128 in 16 bits, and taken for all. Read
+// again, a key costs 0.6 of what it does from memory: 64 requests of 8192 + 256 keys without sharing, 442 us by the costs above, take 260,
+// 32 of 2048 + 256 42.8 for 63, 16 of them 22.7 for 31.7.
+constexpr SharedMergeCost kSm90SharedMerge = {.each = 800'000, .once = 6'000'000, .again = 600};
 
 struct Row {
   int32_t head_dim, head_dim_vo;

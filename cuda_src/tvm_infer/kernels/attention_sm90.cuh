@@ -18,6 +18,7 @@
 #include "tvm_infer/attention/query_loader.cuh"
 #include "tvm_infer/attention/rows.cuh"
 #include "tvm_infer/kernels/merge.cuh"
+#include "tvm_infer/kernels/merge_tiles.cuh"
 #include "tvm_infer/ptx/address.cuh"
 #include "tvm_infer/ptx/float8.cuh"
 #include "tvm_infer/ptx/mbarrier.cuh"
@@ -40,34 +41,7 @@ __device__ __forceinline__ void ArriveAndMerge(attention::Consumer<Config>& c, i
   }
   ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
   if (!c.shared.is_last_arrival) return;
-  MergeRows<Config, !Config::kHasVariant>(c, job, c.Warp(), Config::kConsumerWarps);  // NOTE: beside variants more spills
-}
-
-// The same after a work of shared keys, or beside such: it is of a merge for each of its heads and of the tiles in its rows
-// (Work::merge_tiles). Each warp arrives at an eighth of them, all at once, and merges those that it completes.
-//
-// NOTE: the parts of a tile end at about the same time. By warps none of them is the last to arrive everywhere.
-template <typename Config>
-__device__ __forceinline__ void ArriveAndMergeTiles(attention::Consumer<Config>& c, const Work* work) {
-  const int32_t heads = __ldg(&work->num_kv_heads), count = heads * __ldg(&work->merge_tiles);
-  const auto merge_of = [&](int32_t i) { return __ldg(&work->merge) + i / heads * c.params.expected.num_kv_heads + i % heads; };
-  ptx::BarrierSync(Config::kBarrierConsumers, Config::kConsumerThreads);
-#pragma unroll 1
-  for (int32_t first = c.Warp(); first < count; first += 32 * Config::kConsumerWarps) {
-    const int32_t i = first + c.ThreadAnew() % 32 * Config::kConsumerWarps;
-    bool is_last = false;
-    if (i < count) {
-      const int32_t merge = merge_of(i);
-      int32_t* arrivals = c.plan.tickets() + kNumTickets + merge;
-      is_last = ptx::AtomicAddAcqRel(arrivals, 1) == MergeJob::NumSlots(c.plan, merge) - 1;
-      if (is_last) *arrivals = 0;  // for the next launch
-    }
-    uint32_t complete = __ballot_sync(0xffffffff, is_last);
-#pragma unroll 1
-    for (; complete != 0; complete &= complete - 1) {
-      MergeRows<Config, true>(c, MergeJob(c.plan, merge_of(first + (__ffs(complete) - 1) * Config::kConsumerWarps)), 0, 1);
-    }
-  }
+  MergeRows(c, job, c.Warp(), Config::kConsumerWarps, Config::kConsumerWarps);
 }
 
 template <typename Config>
@@ -165,7 +139,7 @@ __device__ __forceinline__ void AttentionSm90(const attention::AttentionParams& 
       const Work done = LoadWork(queue.works, i);
       if constexpr (Config::Variant::kTakesSharedKeys) {  // else plans have no such works
         if (done.merge_tiles > 0) {
-          ArriveAndMergeTiles(consumer, queue.works + i);
+          ArriveAndMergeTiles(consumer, queue.works + i, i == queue.end - 1);
           continue;
         }
       }

@@ -23,6 +23,19 @@ __device__ __forceinline__ int32_t AtomicAddAcqRel(int32_t* address, int32_t val
   return old;
 }
 
+// What was released to this word before is visible after it.
+__device__ __forceinline__ int32_t LoadAcquire(const int32_t* address) {
+  int32_t x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+// The word becomes `value` if it was `expected`; returns what it was. Releases and acquires as AtomicAddAcqRel.
+__device__ __forceinline__ int32_t CompareAndSwapAcqRel(int32_t* address, int32_t expected, int32_t value) {
+  int32_t old;
+  asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;" : "=r"(old) : "l"(address), "r"(expected), "r"(value) : "memory");
+  return old;
+}
+
 // The following are atomic and order nothing. AtomicAddRelaxed returns the old value.
 __device__ __forceinline__ int32_t AtomicAddRelaxed(int32_t* address, int32_t value) {
   int32_t old;
