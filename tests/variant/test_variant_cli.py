@@ -37,12 +37,12 @@ def test_every_stage(name, cache):
     rest = "kv_pos < q_pos" if ":" in name else "nothing"
     assert f"left of the mask, for kernels: {rest}" in made.output
     kernel = f"attention_bf16_h128_p16_v{v.digest}"
-    (size,) = re.findall(
-        rf"{kernel}, sm_90a\n  ([\d.]+) KiB of code, 168 registers a thread at entry, 0 B spilled", made.output
+    ((size, spilled),) = re.findall(
+        rf"{kernel}, sm_90a\n  ([\d.]+) KiB of code, 168 registers a thread at entry, (\d+) B spilled", made.output
     )
-    assert (
-        float(size) == round(cubin_file.code_bytes(cubins.build_one(kernel).path.read_bytes(), kernel) / 1024, 1) > 50
-    )
+    built = cubins.build_one(kernel)
+    assert float(size) == round(cubin_file.code_bytes(built.path.read_bytes(), kernel) / 1024, 1) > 50
+    assert int(spilled) == built.resources.spill_bytes
 
 
 def test_a_band_alone_needs_no_compiler(monkeypatch):
