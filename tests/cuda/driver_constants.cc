@@ -27,6 +27,7 @@ static_assert(ours::kTensorMapBFloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
 static_assert(ours::kTensorMapInterleaveNone == CU_TENSOR_MAP_INTERLEAVE_NONE);
 static_assert(ours::kTensorMapSwizzle64 == CU_TENSOR_MAP_SWIZZLE_64B);
 static_assert(ours::kTensorMapSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B);
+static_assert(ours::kTensorMapPromotion64 == CU_TENSOR_MAP_L2_PROMOTION_L2_64B);
 static_assert(ours::kTensorMapPromotion128 == CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 static_assert(ours::kTensorMapZeroFill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 static_assert(ours::kHostAllocPortable == CU_MEMHOSTALLOC_PORTABLE);

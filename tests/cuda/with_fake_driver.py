@@ -308,17 +308,25 @@ def test_eight_bit_keys_are_panels_of_128_bytes_with_scales(driver):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "columns", "panel", "panels", "swizzle"),
-    [(64, 64, 64, 1, 2), (80, 80, 128, 1, 3), (96, 96, 128, 1, 3), (192, 64, 64, 3, 2), (256, 128, 128, 2, 3)],
+    ("head_dim", "columns", "panel", "panels", "swizzle", "promotion"),
+    [
+        (64, 64, 64, 1, 2, 1),
+        (80, 80, 128, 1, 3, 1),
+        (96, 96, 128, 1, 3, 1),
+        (192, 64, 64, 3, 2, 1),
+        (256, 128, 128, 2, 3, 2),
+    ],
 )
-def test_eight_bit_heads_are_panels_that_the_swizzle_spans(driver, head_dim, columns, panel, panels, swizzle):
-    """Of heads of 80 and 96 the one panel ends behind them: the copy engine brings zeros."""
+def test_eight_bit_heads_are_panels_that_the_swizzle_spans(
+    driver, head_dim, columns, panel, panels, swizzle, promotion
+):
+    """Of heads of 80 and 96 the one panel ends behind them: the copy engine brings zeros. Rows of whole 128 bytes are fetched so."""
     cache = tensor((PAGES, 2, HKV, 32, head_dim), "float8_e5m2")
     outer = {n: tensor((ROWS, HQ, head_dim), "float16") for n in "qo"}
     scaled(k_cache=cache, **outer, workspace=tensor((0,), "float32"))
     assert driver.launches()[0]["name"] == f"attention_fp16_e5m2_h{head_dim}_p32"
     maps = driver.maps()
-    assert [(m["type"], m["modes"]) for m in maps] == [("0", f"0,{swizzle},2,0")] * len(maps)
+    assert [(m["type"], m["modes"]) for m in maps] == [("0", f"0,{swizzle},{promotion},0")] * len(maps)
     assert maps[0]["sizes"] == f"{columns},32,{panels},{HKV},{PAGES}"
     assert maps[0]["strides"] == f"{head_dim},{panel},{32 * head_dim},{2 * HKV * 32 * head_dim}"
     assert [m["box"] for m in maps] == [

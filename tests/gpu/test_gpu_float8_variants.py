@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from test_gpu_float8 import Float8Batch, Float8Case
-from test_gpu_variants import ROWS, VariantBatch, lse_tolerance, seen_in
+from test_gpu_variants import ROWS, VariantBatch, assert_is_right, seen_in
 
 import tvm_infer
 from tvm_infer import errors, variant
@@ -43,13 +43,7 @@ def test_variant(name, case, device, note):
     """Decode, append, mixed and short prompts, cut and whole; NaN outside the variant's band."""
     batch = VariantBatch(ROWS[name], Float8Batch(case, device))
     batch.batch.poison(seen_in(batch.bound.band))
-    o, lse = batch.attend()
-    errors = batch.errors(o, lse)
-    note(errors)
-    batch.batch.assert_margins()
-    assert errors.ok
-    assert errors.ratio <= 2.0, errors
-    assert errors.lse <= lse_tolerance(name, case.dtype), errors
+    assert_is_right(batch, name, case.dtype, note)
 
 
 @pytest.mark.parametrize("name", ["rope", "qk_norm", "streaming"])

@@ -86,6 +86,8 @@ def test_kernel_does_what_its_definition_says(name, tmp_path):
         ("arrivals", "!MayHaveHelpers() || Left() > 0", "!MayHaveHelpers()"),
         ("arrivals", "== Helpers() - Left()", "== Helpers()"),
         ("arrivals", "count <= kMost", "true"),
+        ("arrivals", "place + shares - turn * chunks % shares", "place"),
+        ("arrivals", "turn * chunks % shares) % shares", "turn * chunks % shares)"),
         ("merge_states", "max == kNegInf ? 0.f : max", "max"),
         ("merge_states", "weights.a == 0.f ? 0.f : ", ""),
         ("merge_states", "__syncwarp();", ""),

@@ -157,7 +157,8 @@ TensorMap EncodeKv(const AttentionLaunch& launch, const KernelInfo& kernel, cons
       launch.kv_dtype, base, {columns, tokens, panels, heads, pages},
       {StrideBytes(launch, view, view.stride_token, tokens), PanelBytes(launch, view), StrideBytes(launch, view, view.stride_head, heads),
        StrideBytes(launch, view, view.stride_page, pages)},
-      {PanelElements(launch, view), static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1});
+      {PanelElements(launch, view), static_cast<uint32_t>(ragged ? kernel.tile_keys : launch.page_size), box_panels, 1, 1},
+      int64_t{view.head_dim} * ElementBytes(launch.kv_dtype));
 }
 
 KvTensorMaps EncodeMaps(const AttentionLaunch& launch, const KernelInfo& kernel) {

@@ -120,13 +120,14 @@ void LaunchKernel(const Kernel& kernel, int32_t grid, void* stream, void* const*
 }
 
 TensorMap EncodeTensorMap(DTypeTag dtype, const void* base, const uint64_t (&sizes)[5], const uint64_t (&strides)[4],
-                          const uint32_t (&box)[5]) {
+                          const uint32_t (&box)[5], int64_t row_bytes) {
   constexpr uint32_t kElementStrides[5] = {1, 1, 1, 1, 1};
   const int type = IsScaled(dtype) ? kTensorMapUInt8 : dtype == DTypeTag::kBFloat16 ? kTensorMapBFloat16 : kTensorMapFloat16;
   const int swizzle = box[0] * ElementBytes(dtype) == 64 ? kTensorMapSwizzle64 : kTensorMapSwizzle128;
+  const int promotion = row_bytes % 128 == 0 ? kTensorMapPromotion128 : kTensorMapPromotion64;
   TensorMap map;
   CheckDriver(Driver().cuTensorMapEncodeTiled(&map, type, 5, const_cast<void*>(base), sizes, strides, box, kElementStrides,
-                                              kTensorMapInterleaveNone, swizzle, kTensorMapPromotion128, kTensorMapZeroFill),
+                                              kTensorMapInterleaveNone, swizzle, promotion, kTensorMapZeroFill),
               "cuTensorMapEncodeTiled");
   return map;
 }

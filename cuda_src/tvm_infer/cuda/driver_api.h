@@ -75,6 +75,7 @@ inline constexpr int kTensorMapBFloat16 = 9;          // CU_TENSOR_MAP_DATA_TYPE
 inline constexpr int kTensorMapInterleaveNone = 0;    // CU_TENSOR_MAP_INTERLEAVE_NONE
 inline constexpr int kTensorMapSwizzle64 = 2;         // CU_TENSOR_MAP_SWIZZLE_64B
 inline constexpr int kTensorMapSwizzle128 = 3;        // CU_TENSOR_MAP_SWIZZLE_128B
+inline constexpr int kTensorMapPromotion64 = 1;       // CU_TENSOR_MAP_L2_PROMOTION_L2_64B
 inline constexpr int kTensorMapPromotion128 = 2;      // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 inline constexpr int kTensorMapZeroFill = 0;          // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
 inline constexpr unsigned kHostAllocPortable = 1;     // CU_MEMHOSTALLOC_PORTABLE

@@ -33,6 +33,11 @@ struct Arrivals {
     if (helps) return Helpers();
     return is_last && Helpers() == 0 ? 1 : 0;
   }
+  // Of a merge's chunks of rows the share of `place` has this and every `shares`-th behind it, if there are so many. Those of the `turn`-th
+  // of a warp's merges, of as many chunks each, begin where those of the one before have ended: which may be fewer than shares.
+  static __device__ __forceinline__ int32_t FirstChunk(int32_t place, int32_t shares, int32_t turn, int32_t chunks) {
+    return shares > 1 ? (place + shares - turn * chunks % shares) % shares : 0;
+  }
 
  private:
   __device__ __forceinline__ int32_t Left() const { return word >> 16 & 0xff; }

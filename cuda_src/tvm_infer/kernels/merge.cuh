@@ -17,7 +17,7 @@ struct MergeJob {
   Merge merge;
   const int32_t* slots;
   int32_t num_slots;
-  int32_t my_slot;  // slots[lane], or the last: its rows are read, with weight 0
+  int32_t my_slot;  // slots[lane], or the last
 
   __device__ __forceinline__ MergeJob(const PlanView& plan, int32_t index) {
     const int32_t* indptr = plan.merge_indptr() + index;
@@ -98,46 +98,40 @@ __device__ __forceinline__ void MergeRow(const attention::Consumer<Config>& c, c
   const attention::AttentionParams& params = c.params;
   constexpr int kLoads = kHeadDimVo <= 128 ? 8 : 4;  // partials in flight; divides 32
   constexpr float kLog2e = 1.4426950408889634f;
-  // NOTE: read anew where variants do not decide what is short: the compiler would keep it, and spill, on small pages.
-  const int32_t lane = Config::kHasVariant ? threadIdx.x % 32 : c.ThreadAnew() % 32;
+  const int32_t lane = c.ThreadAnew() % 32;  // NOTE: the compiler would keep it, and spill
   const int32_t in_slot = h * job.merge.num_rows + row, n = job.num_slots;
   int32_t partial = job.my_slot + in_slot;  // this lane's of 32
-  PartialColumns<Columns> v[kLoads];
-  const auto load = [&](int32_t i) {
-#pragma unroll
-    for (int32_t u = 0; u < kLoads; ++u) {
-      v[u].Load(params.partial_o + static_cast<int64_t>(__shfl_sync(0xffffffff, partial, i + u)) * kHeadDimVo, lane);
-    }
-  };
   float lse = lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
-  load(0);
-  float max = lse;
-  for (int32_t i = lane + 32; i < n; i += 32) max = fmaxf(max, __ldcg(params.partial_lse + job.slots[i] + in_slot));
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
-  const float offset = max == attention::kNegInf ? 0.f : max;
-
-  float sum = 0.f, o[Columns::kPieces][Columns::kVector] = {};
+  float max = attention::kNegInf, sum = 0.f, o[Columns::kPieces][Columns::kVector] = {};
 #pragma unroll 1
   for (int32_t first = 0;;) {
-    const float weight = ptx::Exp2((lse - offset) * kLog2e);
 #pragma unroll 1
-    for (int32_t i = 0, count = min(32, n - first);;) {
+    for (int32_t i = 0, count = min(32, n - first); i < count; i += kLoads) {
+      PartialColumns<Columns> v[kLoads];
+#pragma unroll
+      for (int32_t u = 0; u < kLoads; ++u) {
+        const int32_t of = __shfl_sync(0xffffffff, partial, i + u);
+        v[u].Load(params.partial_o + static_cast<int64_t>(of) * kHeadDimVo, lane);
+      }
+      if (first + i == 0) {  // while these are on their way
+        max = lse;
+#pragma unroll 1
+        for (int32_t j = lane + 32; j < n; j += 32) max = fmaxf(max, __ldcg(params.partial_lse + job.slots[j] + in_slot));
+#pragma unroll
+        for (int bit = 16; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
+      }
+      const float weight = ptx::Exp2((lse - (max == attention::kNegInf ? 0.f : max)) * kLog2e);
 #pragma unroll
       for (int32_t u = 0; u < kLoads; ++u) {
         const float w = __shfl_sync(0xffffffff, weight, i + u);
         sum += w;
         v[u].AddTo(o, w);
       }
-      i += kLoads;
-      if (i >= count) break;
-      load(i);
     }
     first += 32;
     if (first >= n) break;
     partial = job.slots[min(first + lane, n - 1)] + in_slot;
     lse = first + lane < n ? __ldcg(params.partial_lse + partial) : attention::kNegInf;
-    load(0);
   }
   StoreMerged<Config, Columns>(c, job, h, row, lane, max, sum, o);
 }
@@ -163,21 +157,20 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
     const int32_t own = lane + i * kLanes, slot = __shfl_sync(0xffffffff, job.my_slot, own);
     lse[i] = own < n ? __ldcg(params.partial_lse + slot + at) : attention::kNegInf;
   }
-  PartialColumns<Columns> v[kBatch];
-  const auto load = [&](int32_t begin) {
+  float max = attention::kNegInf, sum = 0.f, o[Columns::kPieces][Columns::kVector] = {};
+#pragma unroll 1
+  for (int32_t begin = 0; begin < n; begin += kBatch) {
+    PartialColumns<Columns> v[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int32_t slot = __shfl_sync(0xffffffff, job.my_slot, begin + u);
       v[u].Load(params.partial_o + static_cast<int64_t>(slot + at) * Config::kHeadDimVo, lane);
     }
-  };
-  load(0);
-  float max = fmaxf(lse[0], lse[1]);
+    if (begin == 0) {  // NOTE: here, with these on their way
+      max = fmaxf(lse[0], lse[1]);
 #pragma unroll
-  for (int bit = 1; bit < kLanes; bit *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
-  float sum = 0.f, o[Columns::kPieces][Columns::kVector] = {};
-#pragma unroll 1
-  for (int32_t begin = 0;;) {
+      for (int bit = 1; bit < kLanes; bit *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, bit));
+    }
     const float weight = ptx::Exp2(((begin < kLanes ? lse[0] : lse[1]) - (max == attention::kNegInf ? 0.f : max)) * kLog2e);
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
@@ -185,9 +178,6 @@ __device__ __forceinline__ void MergeFew(const attention::Consumer<Config>& c, c
       sum += w;
       v[u].AddTo(o, w);
     }
-    begin += kBatch;
-    if (begin >= n) break;
-    load(begin);
   }
   if (row < total) StoreMerged<Config, Columns>(c, job, row / job.merge.num_rows, row % job.merge.num_rows, lane, max, sum, o);
 }
@@ -201,9 +191,9 @@ template <typename Config>
 __device__ __forceinline__ void MergeRows(const attention::Consumer<Config>& c, const MergeJob& job, int32_t first, int32_t stride,
                                           int32_t hop) {
   const int32_t total = job.merge.num_rows * job.merge.num_kv_heads;
-  const bool has_few = job.num_slots <= kFewPartials;
+  const bool has_few = __any_sync(0xffffffff, job.num_slots <= kFewPartials);
 #pragma unroll 1
-  for (int32_t i = first; i < total; i += RowsAtOnce(job.num_slots) * hop) {
+  for (int32_t i = first; __any_sync(0xffffffff, i < total); i += RowsAtOnce(job.num_slots) * hop) {
     if (has_few) {
       MergeFew(c, job, i, stride);
     } else {

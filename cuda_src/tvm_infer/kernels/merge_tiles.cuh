@@ -83,11 +83,11 @@ class TileMerges {
   __device__ __forceinline__ void MergeReady(Arrivals now, bool is_ready, bool helps, int32_t shares, int32_t place) const {
     if (is_ready && helps) now.word = ptx::AtomicAddRelaxed(word_, static_cast<int32_t>(Arrivals::kSeen)) + Arrivals::kSeen;
     const int32_t at_once = RowsAtOnce(num_slots_), chunks = (merge_.num_rows + at_once - 1) / at_once;
-    // Of the chunks of rows a share has every `shares`-th. They go around from one of a warp's merges to the next, which may have fewer.
-    int32_t chunk = 0;
-    if (shares > 1) chunk = (place + shares - turn_ * chunks % shares) % shares;
+    const int32_t chunk = Arrivals::FirstChunk(place, shares, turn_, chunks);
+    uint32_t left = __ballot_sync(0xffffffff, shares > 0 && chunk < chunks);
+    __syncwarp();  // what a lane has acquired is all lanes' to read; a ballot does not say so
 #pragma unroll 1
-    for (uint32_t left = __ballot_sync(0xffffffff, shares > 0 && chunk < chunks); left != 0; left &= left - 1) {
+    for (; left != 0; left &= left - 1) {
       const int32_t lane = __ffs(left) - 1;
       const auto of_lane = [&](int32_t x) { return __shfl_sync(0xffffffff, x, lane); };
       const Merge merge{of_lane(merge_.row_begin), of_lane(merge_.num_rows), of_lane(merge_.kv_head_begin), 1};

@@ -145,7 +145,7 @@ enum PlanTicket : int32_t {
   kRefusalTicket = 0,     // why a kernel refused the plan (PlanRefusal)
   kTilesAskedTicket = 1,  // of a paced plan: tiles of keys that all CTAs have asked for
   kCtasDoneTicket = 2,    // of a paced plan: CTAs that ask for no more
-  kNumTickets = 3,        // + m: partials of merge m that have arrived
+  kNumTickets = 3,        // + m: of merge m, which partials have arrived and who waits (kernels/arrivals.cuh)
 };
 
 // What a kernel found wrong with a plan that it was launched with; it wrote nothing then. (A captured graph is replayed with plans that

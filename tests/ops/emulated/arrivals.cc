@@ -3,6 +3,7 @@
 // ran.
 #include "tvm_infer/kernels/arrivals.cuh"
 
+#include <algorithm>
 #include <random>
 
 namespace {
@@ -138,10 +139,38 @@ int64_t Random(std::mt19937& random, int32_t count) {
   return 1;
 }
 
+// Each chunk of a merge has one share that takes it, whatever turn the merge has.
+void CheckChunks(int32_t shares, int32_t turn, int32_t chunks) {
+  std::vector<int32_t> taken(chunks);
+  for (int32_t place = 0; place < shares; ++place) {
+    for (int32_t i = Arrivals::FirstChunk(place, shares, turn, chunks); i < chunks; i += shares) ++taken[i];
+  }
+  for (int32_t times : taken) {
+    if (times != 1) Model::Fail("a chunk is merged not at all, or twice");
+  }
+}
+// Merges of fewer chunks than shares, one behind the other: no share has two chunks more than another.
+void CheckTurns(int32_t shares, int32_t chunks) {
+  std::vector<int32_t> of_share(shares);
+  for (int32_t turn = 0; turn < 9; ++turn) {
+    for (int32_t place = 0; place < shares; ++place) {
+      for (int32_t i = Arrivals::FirstChunk(place, shares, turn, chunks); i < chunks; i += shares) ++of_share[place];
+    }
+    const auto [least, most] = std::minmax_element(of_share.begin(), of_share.end());
+    if (*most > *least + 1) Model::Fail("some shares have more of a warp's merges than others");
+  }
+}
+
 }  // namespace
 
 int main() {
   int64_t orders = 0;
+  for (int32_t shares = 1; shares <= 40; ++shares) {
+    for (int32_t chunks = 1; chunks <= 40; ++chunks) {
+      for (int32_t turn = 0; turn < 9; ++turn) CheckChunks(shares, turn, chunks);
+      CheckTurns(shares, chunks);
+    }
+  }
   for (int32_t count = 1; count <= 4; ++count) {
     for (uint32_t helpers = 0; helpers < 1u << count; ++helpers) orders += Explore(Model(helpers, count));
   }
