@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import tvm_ffi
 from hypothesis import given
 from hypothesis import strategies as st
 from llamas import hf_greedy, hf_logits, prompts_of, tiny_llama
@@ -471,6 +472,7 @@ def test_a_twin_outlives_what_was_not_kept(llama):
 def test_weights_at_any_address(dtype):
     """A view into a file's memory begins where the file says; TVM's kernels assume 64 bytes."""
     memory = torch.arange(65, dtype=torch.float32).to(dtype)
-    taken = torch.from_dlpack(as_weight(memory[1:], "w"))
-    assert taken.dtype == dtype and taken.data_ptr() % 64 == 0 and torch.equal(taken, memory[1:])
+    for view in (memory[1:], tvm_ffi.from_dlpack(memory[1:])):
+        taken = torch.from_dlpack(as_weight(view, "w"))
+        assert taken.dtype == dtype and taken.data_ptr() % 64 == 0 and torch.equal(taken, memory[1:])
     assert torch.from_dlpack(as_weight(memory, "w")).data_ptr() == memory.data_ptr()

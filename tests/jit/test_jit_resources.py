@@ -82,8 +82,8 @@ def test_nothing_is_read_before_the_kernel_ahead_has_ended(name, cache):
 
 VARIANT_KERNELS = ("attention_bf16_h128_p16", "attention_bf16_h128_p1")
 PREBUILT = {name: v for name, v in (variant.STANDARD | CACHE_MASKS).items() if not v.is_plain}
-# Bytes that they may spill; variants that are not named none. Kernels that gather have eight registers fewer for those that compute, and so
-# do those that change queries, whose loaders need as many.
+# Bytes that they may spill; variants that are not named none. Kernels that gather have eight registers fewer for those that compute,
+# and so do those that change queries, whose loaders need as many.
 SPILLS = {
     "alibi": (56, 24),
     "attention_sink": (0, 8),

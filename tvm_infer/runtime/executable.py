@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import tvm_ffi
 
 from .. import _ffi
 from ..errors import ArgumentError, CacheStateError, ModelError
@@ -575,5 +576,12 @@ def as_weight(x: Any, name: str) -> Any:
         )
     if isinstance(x, np.ndarray):
         return tvm.runtime.tensor(x) if pointer % _ALIGNMENT or not x.flags.writeable else tvm.runtime.from_dlpack(x)
+    if not pointer % _ALIGNMENT:
+        return tvm.runtime.from_dlpack(x)
     # NOTE: not by way of numpy, which knows no bfloat16 and no device; torch aligns what it allocates
-    return tvm.runtime.from_dlpack(x.clone() if pointer % _ALIGNMENT else x)
+    if hasattr(x, "clone"):
+        return tvm.runtime.from_dlpack(x.clone())
+    elsewhere: Any = tvm_ffi.from_dlpack(x)
+    aligned = tvm.runtime.empty(elsewhere.shape, elsewhere.dtype, elsewhere.device)
+    elsewhere.copyto(aligned)
+    return aligned
