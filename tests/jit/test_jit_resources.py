@@ -15,8 +15,8 @@ MAX_CPU_SECONDS = 5  # of nvcc and all it starts
 
 
 # As they are, so that more is seen.
-EIGHT_BIT_SPILLS = {80: 4, 96: 4, 128: 88, 192: 64, 256: 116}
-SPILLS_WITHOUT_VARIANT = {"_h192_": 4}
+EIGHT_BIT_SPILLS = {80: 8, 96: 8, 128: 88, 192: 60, 256: 116}
+SPILLS_WITHOUT_VARIANT = {"_h192_": 12}
 SPILLS_WITHOUT_VARIANT |= {f"_{kv}_h{d}_": n for kv in names.KV_ELEMENTS for d, n in EIGHT_BIT_SPILLS.items()}
 # Of 8-bit kernels each head_dim with each page size and type of queries and of keys, not all with all: they are many.
 EIGHT_BITS = ("bf16_e4m3_h{}_p16", "fp16_e5m2_h{}_p32", "bf16_e5m2_h{}_p64", "fp16_e4m3_h{}_p64")
